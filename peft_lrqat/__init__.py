@@ -1,0 +1,14 @@
+"""peft-lrqat: quantization-aware training of LLMs as an ordinary PEFT method.
+
+Importing this package registers its tuner types with PEFT; everything else is PEFT's and TRL's own API.
+"""
+
+from ._version import __version__
+from .grid import Grid
+from .lrqat import LRQATConfig, LRQATLayer, LRQATModel
+from .registration import register
+from .training.optim import create_lrqat_optimizer
+
+__all__ = ["Grid", "LRQATConfig", "LRQATLayer", "LRQATModel", "__version__", "create_lrqat_optimizer"]
+
+register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)

@@ -1,0 +1,129 @@
+"""The merged layer: an nn.Linear that owns compressed-tensors' buffers instead of a float weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..grid import dequantize
+from ..ops import quantized_linear
+from ..packing import pack, unpack
+
+
+class _ReadOnlyWeight(torch.Tensor):
+    """A weight built for reading. Code that updates `module.weight.data` in place would otherwise update a temporary."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise RuntimeError(
+            "This layer is quantized: its weight is built from packed integers and cannot be changed. A float adapter "
+            "cannot be merged into it without a second rounding; keep the adapter beside the model, or train one inside "
+            "the rounding with LRQATConfig on the float model."
+        )
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer held as packed codes and scales, with the names that compressed-tensors gives them in a file.
+
+    `save_pretrained` therefore writes a checkpoint of format "pack-quantized" and nothing else. The forward builds the
+    weight in the input's dtype and drops it; the backward passes gradients to the input, so adapters can be trained on top.
+
+    Buffers:
+        weight_packed: int32 (out, ceil(in * bits / 32)).
+        weight_scale: (out, groups), model dtype, weight units per grid step. A per-tensor scale is repeated per channel:
+            engines have kernels for that.
+        weight_shape: int64 (2,), (out, in).
+        weight_zero_point: int32 (ceil(out * bits / 32), groups), packed along `out`; asymmetric grids only.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_shape: torch.Tensor
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        bias: nn.Parameter | None,
+        bits: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Args:
+            codes: int8 (out, in).
+            scale: fp32 (rows, groups), exactly representable in `dtype`.
+            zero_point: int8 (rows, groups) or None.
+            bits: container width.
+        """
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = codes.shape
+        self.bits = bits
+        rows = self.out_features
+        self.register_buffer("weight_packed", pack(codes, bits))
+        self.register_buffer("weight_scale", scale.expand(rows, -1).to(dtype).contiguous())
+        self.register_buffer("weight_shape", torch.tensor([rows, self.in_features], device=codes.device))
+        if zero_point is not None:
+            per_row = zero_point.expand(rows, -1)
+            self.register_buffer("weight_zero_point", pack(per_row.t().contiguous(), bits).t().contiguous())
+        else:
+            self.weight_zero_point = None
+        self.register_parameter("bias", bias)
+
+    @property
+    def zero_point(self) -> torch.Tensor | None:
+        """int8 (out, groups), or None."""
+        packed = self.weight_zero_point
+        return None if packed is None else unpack(packed.t().contiguous(), self.bits, self.out_features).t()
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """int8 (out, in)."""
+        return unpack(self.weight_packed, self.bits, self.in_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the codes and scales stand for, (out, in) in the model's dtype. Built anew; read-only."""
+        weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.weight_scale.dtype)
+        return torch.Tensor._make_subclass(_ReadOnlyWeight, weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        bias = self.bias if self.bias is None else self.bias.to(input.dtype)
+        scale = self.weight_scale.float()
+        return quantized_linear(input, self.weight_packed, scale, self.zero_point, None, None, bias, self.bits, "int")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def merged_layer(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: nn.Parameter | None,
+    bits: int,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> nn.Module:
+    """The module that merging puts in place.
+
+    compressed-tensors has no packed form of GPT-2's Conv1D, so that becomes a dense Conv1D whose weight holds the grid's
+    exact values.
+    """
+    if not transposed:
+        return QuantizedLinear(codes, scale, zero_point, bias, bits, dtype)
+    layer = Conv1D(codes.shape[0], 0)
+    weight = dequantize(codes, scale, zero_point, dtype).t().contiguous()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.nx, layer.bias = codes.shape[1], bias
+    return layer

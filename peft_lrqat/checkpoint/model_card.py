@@ -1,0 +1,113 @@
+"""Model cards: of an adapter (the import line) and of a merged checkpoint (what was done)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+from torch import nn
+
+from .linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from ..lrqat.config import LRQATConfig
+
+_IMPORT_LINE = "import peft_lrqat"
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Write a text file under a temporary name, then move it into place."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def add_import_note(folder: str | os.PathLike, grid: str) -> None:
+    """Add to an adapter's README.md how to load it; without the import, PEFT raises a bare KeyError."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _IMPORT_LINE in text:
+        return
+    note = f"""
+## Loading this LR-QAT adapter
+
+This adapter lives inside the rounding of its base model ({grid}). PEFT knows the method once
+[peft-lrqat](https://pypi.org/project/peft-lrqat/) is imported; without the import it raises `KeyError: 'LRQAT'`.
+
+```python
+{_IMPORT_LINE}  # pip install peft-lrqat
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/or/repo")
+merged = model.merge_and_unload()  # a quantized model that needs neither PEFT nor peft-lrqat
+```
+"""
+    write_atomically(path, text.rstrip("\n") + "\n" + note)
+
+
+def attach_card(model: nn.Module, config: LRQATConfig) -> None:
+    """Make `model.save_pretrained` (and with it `push_to_hub`) write a README.md beside the checkpoint, if none exists."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    text = _card(model, config)
+    object.__setattr__(model, "save_pretrained", partial(_save_with_card, model, text))
+
+
+def _save_with_card(model: Any, text: str, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    path = Path(save_directory) / "README.md"
+    if kwargs.get("is_main_process", True) and not path.exists() and path.parent.is_dir():
+        write_atomically(path, text)
+    return result
+
+
+def _card(model: nn.Module, config: LRQATConfig) -> str:
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    weights = sum(m.in_features * m.out_features for m in quantized)
+    packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
+    total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    base = config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model"
+    bits = config.container_bits or config.bits
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["compressed-tensors", "lr-qat", "qat", f"{config.bits}-bit"],
+        base_model=base if "/" in base and not os.path.isabs(base) else None,
+        base_model_relation="quantized" if "/" in base and not os.path.isabs(base) else None,
+    )
+    size = f"{packed * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# {Path(base).name}, {config.bits} bits, trained with LR-QAT
+
+| | |
+|---|---|
+| base model | {base} |
+| grid | {config.grid.describe()} |
+| container | {"compressed-tensors pack-quantized, " + str(bits) + " bits" if weights else "dense, values on the grid"} |
+| quantized layers | {len(quantized)} linear layers, {weights / 1e6:.1f} M weights |
+| size | {size}{total / 1e6:.1f} MB in all |
+| scales | {"exact in bf16 and fp16" if config.scale_dtype == "auto" else config.scale_dtype} |
+| recipe | LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {config.r}, lora_alpha {config.lora_alpha}, \
+base kept as {config.downcast}, ranges by {config.range_method}{f" (p = {config.range_p:g})" if config.range_method == "lp" else ""} |
+
+The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/or/repo")
+```
+
+```bash
+vllm serve path/or/repo
+```
+
+Made with [peft-lrqat](https://pypi.org/project/peft-lrqat/).
+"""

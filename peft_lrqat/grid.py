@@ -1,0 +1,155 @@
+"""The integer grid: the one value on which ranges, tuners, merge, export and tests agree.
+
+A weight matrix W of shape (out, in) is represented as
+
+    W^ = s * (q - z),      q in [qmin, qmax],  qmin = -2^(bits-1),  qmax = 2^(bits-1) - 1
+
+with one scale s (weight units per grid step) and one integer zero point z (grid steps, 0 where the grid is symmetric)
+for each group of weights. q, the *code*, is always centred, as compressed-tensors writes it; `Q = q - z` is the signed
+level that the LR-QAT paper (arXiv 2406.06385, eq. 1 and 8) writes, with bounds [-z', 2^bits - 1 - z'] and
+z' = z + 2^(bits-1). Keeping codes centred means that one 8-bit fixed-point format, one packing and one clip serve both
+kinds of grid.
+
+Scales have shape (rows, groups): (out, in / group_size) per group, (out, 1) per output channel, (1, 1) per tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PER_CHANNEL = -1
+PER_TENSOR = 0
+
+#: What `scale_dtype` may be called; "auto" means: exact in both bf16 and fp16.
+SCALE_DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform integer grid.
+
+    Args:
+        bits: 2 to 8.
+        group_size: how many consecutive input features share a scale; -1: a whole output channel; 0: the whole tensor.
+        symmetric: if False, every scale comes with an integer zero point.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"`bits` is {self.bits!r}; it must be an integer from 2 to 8.")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < PER_CHANNEL:
+            raise ValueError(
+                f"`group_size` is {self.group_size!r}; it must be a positive integer that divides in_features, "
+                "-1 (one scale per output channel) or 0 (one scale per tensor)."
+            )
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code, in grid steps."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code, in grid steps."""
+        return (1 << (self.bits - 1)) - 1
+
+    def check_divides(self, in_features: int, where: str = "the weight") -> None:
+        """Raise ValueError if `group_size` does not divide `in_features`, naming what would."""
+        if self.group_size > 0 and in_features % self.group_size:
+            fitting = [g for g in (256, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2) if in_features % g == 0]
+            hint = f"one of {fitting} or " if fitting else ""
+            raise ValueError(
+                f"`group_size` is {self.group_size}, which does not divide the {in_features} input features of {where}. "
+                f"Use {hint}-1 (per output channel), or leave this module out with `exclude_modules`."
+            )
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape (rows, groups) of the scales of an (out, in) weight."""
+        if self.group_size == PER_TENSOR:
+            return (1, 1)
+        if self.group_size == PER_CHANNEL:
+            return (out_features, 1)
+        return (out_features, in_features // self.group_size)
+
+    def describe(self) -> str:
+        """A few words for people: "4 bits, symmetric, groups of 128"."""
+        share = {PER_CHANNEL: "per channel", PER_TENSOR: "per tensor"}.get(
+            self.group_size, f"groups of {self.group_size}"
+        )
+        return f"{self.bits} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {share}"
+
+
+def grouped(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """View an (out, in) matrix as (out, groups, in / groups), so that `scale[:, :, None]` broadcasts against it."""
+    return matrix.view(matrix.shape[0], scale.shape[1], -1)
+
+
+def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """Round a weight to its nearest codes (ties to even).
+
+    Args:
+        weight: (out, in), weight units, any float dtype.
+        scale: (rows, groups), fp32, weight units per grid step.
+        zero_point: (rows, groups) integers in grid steps, or None.
+
+    Returns:
+        int8 (out, in) codes in [qmin, qmax].
+    """
+    levels = grouped(weight.float(), scale) / scale.unsqueeze(-1)
+    codes = levels.round_()
+    if zero_point is not None:
+        codes += zero_point.unsqueeze(-1)
+    return codes.clamp_(grid.qmin, grid.qmax).to(torch.int8).view_as(weight)
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """`s * (q - z)` in `dtype`, rounded once, exactly as compressed-tensors decompresses.
+
+    Args:
+        codes: (out, in) codes, any dtype that holds them.
+        scale: (rows, groups), fp32.
+        zero_point: (rows, groups) integers, or None.
+
+    Returns:
+        (out, in) weights in `dtype`.
+    """
+    levels = grouped(codes.float(), scale)
+    if zero_point is not None:
+        levels = levels - zero_point.unsqueeze(-1)
+    return (levels * scale.unsqueeze(-1)).view_as(codes).to(dtype)
+
+
+def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
+    """The nearest positive scale that a checkpoint stores exactly (design principle 1).
+
+    "auto" gives numbers that are exact in bf16 *and* fp16: 8 significant bits, and multiples of 2^-24 below 2^-17 where
+    fp16 runs out of exponent. One checkpoint is then exact whatever dtype an engine computes in.
+
+    Args:
+        scale: any shape, fp32, weight units per grid step.
+        scale_dtype: one of `SCALE_DTYPES`.
+
+    Returns:
+        fp32 tensor of the same shape. Idempotent: `snap(snap(s)) == snap(s)`.
+    """
+    if scale_dtype == "fp32":
+        return scale.clamp(min=torch.finfo(torch.float32).tiny)
+    if scale_dtype == "bf16":
+        return scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).float()
+    if scale_dtype == "fp16":
+        return scale.clamp(2.0**-24, 65504.0).to(torch.float16).float()
+    if scale_dtype != "auto":
+        raise ValueError(f"`scale_dtype` is {scale_dtype!r}; allowed are {SCALE_DTYPES}.")
+    both = scale.clamp(2.0**-24, 65280.0).to(torch.bfloat16).float()
+    return torch.where(both < 2.0**-17, (both * 2.0**24).round() * 2.0**-24, both)

@@ -1,0 +1,170 @@
+"""The downcast, frozen base of an adapted layer."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.utils.integrations import skip_init_on_device
+from torch import nn
+
+from ..chunks import row_chunks
+from ..grid import Grid, grouped
+from ..ops import quantized_linear
+from ..ops.reference import BaseFormat, build_weight, encode_base
+from ..ranges import choose_range
+
+# Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
+_PACKED = contextvars.ContextVar("packed_state_dict", default=False)
+
+
+@contextlib.contextmanager
+def packed_state_dict() -> Iterator[None]:
+    """State dicts made in this context never materialise a float weight."""
+    token = _PACKED.set(True)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
+
+
+def local(tensor: Any) -> Any:
+    """The whole of a tensor that FSDP2 may have sharded (a collective call then: every rank must make it)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class FrozenWeight(nn.Module):
+    """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
+
+    Everything is stored in *integer* parameters: they are frozen by nature, FSDP2 shards them, and no `.to(dtype)`,
+    `.half()` or mixed-precision policy can change a bit of them.
+
+    Parameters:
+        base: (out, words), see `ops.reference.encode_base`.
+        scale0_bits: int32 (rows, groups), the bit patterns of the fp32 scales s0 (weight units per grid step).
+        zero_point: int8 (rows, groups) or None, grid steps.
+        bias: (out,) or None, as in the original layer.
+    """
+
+    base: nn.Parameter
+    scale0_bits: nn.Parameter
+    zero_point: nn.Parameter | None
+
+    @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
+    def __init__(
+        self,
+        linear: nn.Module,
+        grid: Grid,
+        downcast: str,
+        range_method: str = "lp",
+        range_p: float = 4.0,
+        scale_dtype: str = "auto",
+        transposed: bool = False,
+    ) -> None:
+        """
+        Args:
+            linear: a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
+        """
+        super().__init__()
+        weight = linear.weight.detach()
+        weight = weight.t() if transposed else weight
+        self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
+        self.range_method, self.range_p = range_method, range_p
+        self.compute_dtype = weight.dtype
+        self.out_features, self.in_features = weight.shape
+        self.fmt = BaseFormat(grid.bits, self.in_features, downcast)
+        base, scale, zero_point = self._convert(weight)
+        self.base = nn.Parameter(base, requires_grad=False)
+        self.scale0_bits = nn.Parameter(scale.view(torch.int32), requires_grad=False)
+        self.register_parameter("zero_point", _frozen(zero_point))
+        self.register_parameter("bias", linear.bias)
+
+    @torch.no_grad()
+    def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(base, s0, zero point) of a float (out, in) weight, a row chunk at a time."""
+        scale, zero_point = choose_range(weight, self.grid, self.range_method, self.range_p, self.scale_dtype)
+        parts = []
+        for rows in row_chunks(self.out_features, self.in_features, weight.device):
+            per_row = rows if scale.shape[0] > 1 else slice(None)
+            levels = grouped(weight[rows].float().contiguous(), scale) / scale[per_row].unsqueeze(-1)
+            if zero_point is not None:
+                levels += zero_point[per_row].unsqueeze(-1)
+            parts.append(encode_base(levels.view(-1, self.in_features), self.grid.bits, self.downcast))
+        return torch.cat(parts), scale, zero_point
+
+    @property
+    def scale0(self) -> torch.Tensor:
+        """s0: fp32 (rows, groups), weight units per grid step."""
+        return local(self.scale0_bits).view(torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base rounded to its grid, in the original dtype and orientation: the model at step 0. Built anew."""
+        weight = build_weight(
+            local(self.base), self.scale0, local(self.zero_point), None, None, self.fmt, self.compute_dtype
+        )
+        return weight.t() if self.transposed else weight
+
+    def checksum(self) -> torch.Tensor:
+        """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for index, tensor in enumerate((self.base, self.scale0_bits, self.zero_point)):
+            if tensor is None:
+                continue
+            matrix = local(tensor.detach()).contiguous().view(torch.uint8).reshape(tensor.shape[0], -1)
+            columns = torch.arange(matrix.shape[1], device=self.device) * 2654435761 + 40503 * (index + 1)
+            for rows in row_chunks(*matrix.shape, self.device):
+                row = torch.arange(rows.start, rows.stop, device=self.device) * 2246822519 + 1
+                total += ((matrix[rows].to(torch.int64) * columns).sum(dim=1) * row).sum()
+        return total
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer at step 0: x (..., in) to (..., out)."""
+        return quantized_linear(
+            x, self.base, self.scale0, self.zero_point, None, None, self.bias, self.grid.bits, self.downcast
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"grid=({self.grid.describe()}), downcast={self.downcast}"
+        )
+
+    # State dicts. PEFT's functions for base models, and anybody's `load_state_dict`, speak of a float `weight`. Saving an
+    # adapter also calls `state_dict()` on the whole model, and must not build every float weight on the way.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if _PACKED.get():
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            return super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+        weight = weight.t() if self.transposed else weight
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
+            return
+        base, scale, zero_point = self._convert(weight.to(self.device, self.compute_dtype))
+        self.base.data.copy_(base)
+        self.scale0_bits.data.copy_(scale.view(torch.int32))
+        if zero_point is not None and self.zero_point is not None:
+            self.zero_point.data.copy_(zero_point)
+        if self.bias is not None and prefix + "bias" in state_dict:
+            self.bias.data.copy_(state_dict[prefix + "bias"])
+
+
+def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

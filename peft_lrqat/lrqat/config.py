@@ -1,0 +1,195 @@
+"""`LRQATConfig`: a `LoraConfig` with a grid."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoint.model_card import add_import_note
+from ..grid import SCALE_DTYPES, Grid
+from ..ops.reference import DOWNCASTS
+from ..ranges import RANGE_METHODS
+from ..registration import ensure_peft_type
+
+# LoraConfig options that have no meaning inside a rounding, with the reason that the error gives.
+_REFUSED = {
+    "use_dora": "DoRA rescales a float weight; the grid's learned scales take that part (`learn_scales=True`)",
+    "lora_bias": "a bias of lora_B would lie outside the rounding; train the layer's own bias with `bias='lora_only'`",
+    "layer_replication": "every replica would hold its own packed copy; replicate the layers before adapting",
+    "megatron_config": "Megatron's parallel linear layers are not supported",
+    "target_parameters": "only nn.Linear and Conv1D modules can be quantized; name them in `target_modules`",
+    "eva_config": "EVA initializes for a float base",
+    "corda_config": "CorDA rewrites the base weight",
+    "lora_ga_config": "LoRA-GA rewrites the base weight",
+    "velora_config": "VeLoRA changes what LoRA's own forward keeps",
+    "alora_invocation_tokens": "an adapter inside the rounding acts on all tokens",
+    "use_qalora": "QA-LoRA is another method, with its adapter outside the rounding",
+    "monteclora_config": "MonteCLoRA samples adapters outside the rounding",
+    "use_bdlora": "block-diagonal LoRA is not implemented inside the rounding",
+    "arrow_config": "Arrow routes between adapters per token; a rounded weight belongs to all tokens",
+    "kasa_config": "KaSA truncates the base weight",
+    "ensure_weight_tying": "a tied embedding would have to be quantized twice; untie it first",
+}
+
+
+@dataclass
+class LRQATConfig(LoraConfig):
+    """Configuration of LR-QAT (arXiv 2406.06385).
+
+    Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...), except
+    that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight one level.
+    Options of `LoraConfig` that cannot be honoured raise a ValueError.
+
+    Raises:
+        ValueError: a field is out of range, or options contradict each other.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "lora_alpha / r scales the adapter, in grid steps of the integer grid."}
+    )
+    bits: int = field(default=4, metadata={"help": "Bits of the weight grid, 2 to 8."})
+    group_size: int = field(
+        default=128,
+        metadata={
+            "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
+            "output channel, 0 for the whole tensor."
+        },
+    )
+    symmetric: bool = field(
+        default=True,
+        metadata={"help": "False adds a frozen integer zero point to every scale, which 2-bit grids want."},
+    )
+    downcast: Literal["fx8", "int", "bf16", "fp16", "fp32"] | None = field(
+        default=None,
+        metadata={
+            "help": "How the frozen base is kept, in grid steps: 'fx8' (8-bit fixed point, 1 byte a weight; the default "
+            "up to 7 bits), 'int' (packed codes, bits / 8 bytes; the default at 8 bits), 'bf16', 'fp16', 'fp32'."
+        },
+    )
+    range_method: Literal["lp", "minmax"] = field(
+        default="lp", metadata={"help": "How the first scales are chosen: L_p grid search, or covering every weight."}
+    )
+    range_p: float = field(default=4.0, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
+    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
+        default="auto",
+        metadata={
+            "help": "What the checkpoint will store for a scale; training sees exactly that. 'auto': numbers that are "
+            "exact in bf16 and fp16, so that one checkpoint is exact in every engine."
+        },
+    )
+    container_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of the codes in the merged checkpoint, >= bits. None: bits. 4 writes 2- and 3-bit grids into "
+            "4-bit containers, which more engines can load."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
+        init, self.init_lora_weights = self.init_lora_weights, True
+        loftq_config, self.loftq_config = self.loftq_config, {}
+        super().__post_init__()
+        self.init_lora_weights, self.loftq_config = init, loftq_config
+        self.peft_type = ensure_peft_type("LRQAT")
+        if self.downcast is None:
+            self.downcast = "fx8" if self.bits <= 7 else "int"
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that the fields describe."""
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def _check_options(self) -> None:
+        Grid(self.bits, self.group_size, self.symmetric)
+        _check_choice("downcast", self.downcast, (None, *DOWNCASTS))
+        _check_choice("range_method", self.range_method, RANGE_METHODS)
+        _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if self.bits == 8 and self.downcast == "fx8":
+            raise ValueError(
+                "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or 'fp16' (2 bytes)."
+            )
+        if not isinstance(self.range_p, (int, float)) or not 0 < self.range_p < float("inf"):
+            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
+        if self.container_bits is not None and not (
+            isinstance(self.container_bits, int) and self.bits <= self.container_bits <= 8
+        ):
+            raise ValueError(
+                f"`container_bits` is {self.container_bits!r}; it must be an integer from `bits` ({self.bits}) to 8, or None."
+            )
+        if self.lora_dropout:
+            raise ValueError(
+                f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: there "
+                "is no adapter input to drop. Use 0."
+            )
+        if self.init_lora_weights not in (True, False, "loftq"):
+            raise ValueError(
+                f"`init_lora_weights` is {self.init_lora_weights!r}; LR-QAT knows True, False and 'loftq'. The others "
+                "rewrite the base weight or assume an adapter outside the rounding."
+            )
+        iterations = _loftq_iterations(self.loftq_config)
+        if self.init_lora_weights == "loftq" and iterations != 1:
+            raise ValueError(
+                f"`loftq_config` asks for loftq_iter={iterations}; only 1 is supported (as in the paper): with more, the "
+                "frozen codes would depend on the SVD and could not be recomputed when the adapter is loaded."
+            )
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
+        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
+            raise ValueError("LR-QAT does not support `ephemeral_gpu_offload`: its initialization needs no GPU.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """PEFT's `from_pretrained`; a local adapter file is checked here, before any model is touched.
+
+        Raises:
+            ValueError: the adapter's weight file is truncated or not a safetensors file.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        shapes = _adapter_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, LRQATConfig):
+            config._adapter_shapes = shapes
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's `save_pretrained`; the model card gets the import line without which PEFT cannot load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_import_note(save_directory, self.grid.describe())
+
+    # What the adapter's file holds (name -> shape), if this config was loaded from a folder; not saved.
+    _adapter_shapes = None
+
+
+def _check_choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(repr(a) for a in allowed if a is not None)}.")
+
+
+def _loftq_iterations(loftq_config: Any) -> int:
+    if isinstance(loftq_config, dict):
+        return loftq_config.get("loftq_iter", 1)
+    return getattr(loftq_config, "loftq_iter", 1)
+
+
+def _adapter_shapes(path: str) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes in a local adapter file (its header is read, not its data); None if there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"The adapter file {path!r} is truncated or damaged ({error}). Nothing was loaded; copy or download it again."
+        ) from error

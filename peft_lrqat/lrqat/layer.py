@@ -1,0 +1,297 @@
+"""The adapted layer of LR-QAT (arXiv 2406.06385).
+
+An ordinary LoRA layer adds a product to the *output*: y = x W0^T + c x A^T B^T. When its weight is rounded afterwards,
+the update, far smaller than a grid step almost everywhere, rounds away. LR-QAT adds the product to the weight *before*
+the rounding, and trains through the rounding, so what is trained is what is stored:
+
+    Phi = phi(W0 / s0)                       frozen, 1 byte or less a weight (`base.py`)
+    Z   = Phi + c lora_B lora_A              c = lora_alpha / r; in units of one grid step
+    Q   = clip(round(Z), qmin, qmax)         the integers of the final checkpoint
+    W^  = s Q,    y = x W^T + bias           s starts at s0 and is trained
+
+Gradients. The rounding passes gradients straight through; the clip stops them where it acts. With G = dL/dW^ = dY^T X and
+M = [qmin <= round(Z) <= qmax]:
+
+    dX = dY W^      dZ = M s G      d lora_B = c dZ lora_A^T      d lora_A = c lora_B^T dZ      ds = sum of G Q
+
+ds sums over the entries that share s. It is not LSQ's formula: Phi does not depend on s, which scales integers only.
+
+What is kept for backward: X, and the layer's own small or packed tensors. W^ is built for the product and dropped, and
+built again for dX. Two identities spare the dense G where one scale serves a whole row (`ops/reference.py`):
+ds_j = sum_t dY_tj Y_tj / s_j (so Y is kept, without bias), and, where nothing is clipped, d lora_B = c s (dY^T (X lora_A^T))
+and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by one.
+
+The scale's parameter. Trained directly, a scale of 0.01 would need a learning rate of its own, would be decayed to zero by
+an optimizer that decays it, and would stand still in bf16, where its neighbours are 0.4 % away. So the parameter is the
+*relative change* `lora_scale_shift`, 0 at the start:
+
+    s = snap(s0 (1 + lora_scale_shift))
+
+One learning rate suits it and the adapter, weight decay pulls it back to s0, and it moves even when cast to bf16. `snap`
+(straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored scale.
+
+Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..checkpoint.linear import merged_layer
+from ..ops import quantized_linear, snap_scale_ste
+from ..ops.reference import codes
+from .base import FrozenWeight, local
+from .config import LRQATConfig
+from .loftq import residual_factors
+
+
+class LRQATLayer(LoraLayer):
+    """What every layer of LR-QAT has beside LoRA's containers.
+
+    Attributes:
+        lora_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; empty entries do
+            not exist where `learn_scales=False`.
+        lora_base_checksum: BufferDict, adapter -> int64 (1,), of the base that the adapter was made for. Saved with the
+            adapter, compared at load.
+    """
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_scale_shift")
+    other_param_names = (*LoraLayer.other_param_names, "lora_base_checksum")
+
+
+class LRQATLinear(nn.Module, LRQATLayer):
+    """An nn.Linear or Conv1D whose weight is rounded with the adapter inside."""
+
+    base_layer: FrozenWeight
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LRQATConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        """Convert `base_layer` (nn.Linear, Conv1D) and add the first adapter. Its float weight is not kept."""
+        super().__init__()
+        transposed = isinstance(base_layer, Conv1D)
+        frozen = FrozenWeight(
+            base_layer,
+            config.grid,
+            config.downcast,
+            config.range_method,
+            config.range_p,
+            config.scale_dtype,
+            transposed=transposed,
+        )
+        LoraLayer.__init__(self, frozen, **kwargs)
+        self.fan_in_fan_out = transposed
+        self.lora_scale_shift = nn.ParameterDict({})
+        self.lora_base_checksum = BufferDict({}, persistent=True)
+        self._before_merge: FrozenWeight | None = None
+        self.container_bits = config.container_bits
+        self._active_adapter = adapter_name
+        # the float weight is at hand only now, for the initialization that wants it
+        self._float_weight = base_layer.weight.detach()
+        try:
+            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        finally:
+            del self._float_weight
+
+    @property
+    def _frozen(self) -> FrozenWeight:
+        return self._before_merge or self.base_layer
+
+    # -- adapters
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any) -> None:
+        """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged."""
+        frozen = self._frozen
+        if config.learn_scales:
+            rows, groups = frozen.scale0_bits.shape
+            self.lora_scale_shift[adapter_name] = nn.Parameter(torch.zeros(rows, groups, device=frozen.device))
+        self.lora_base_checksum[adapter_name] = frozen.checksum().view(1)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if config.init_lora_weights is False:
+            self._random_adapter(adapter_name)
+
+    def _random_adapter(self, adapter_name: str) -> None:
+        """`init_lora_weights=False`, for tests: an adapter that moves about half of the weights by a grid step."""
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if A.device.type == "meta":
+            return
+        # entries of A B with standard deviation 1 grid step, after scaling
+        nn.init.normal_(A)
+        nn.init.normal_(B, std=1 / (self.scaling[adapter_name] * self.r[adapter_name] ** 0.5))
+
+    def loftq_init(self, adapter_name: str, config: LRQATConfig) -> None:
+        """The best rank-r fit of what the stored base lost of W0, so that training starts nearer to the float model."""
+        weight = getattr(self, "_float_weight", None)
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if weight is None:
+            raise ValueError(
+                "`init_lora_weights='loftq'` needs the float weight, which is gone once the model is converted. Use it "
+                "for the first adapter, and True for further ones."
+            )
+        nn.init.zeros_(B)
+        if A.device.type == "meta" or config._adapter_shapes is not None:
+            return  # the adapter's values are about to be loaded
+        weight = weight.t() if self.fan_in_fan_out else weight
+        factor_A, factor_B = residual_factors(weight, self.base_layer, self.r[adapter_name])
+        A.data.copy_(factor_A)
+        B.data.copy_(factor_B / self.scaling[adapter_name])
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """c lora_B lora_A in *grid steps*, before the rounding: (out, in), transposed for Conv1D."""
+        delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: rounding is not additive."""
+        return False
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return self._frozen.device, self._frozen.compute_dtype
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def _operands(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Scale, A and B (with lora_alpha / r) that these adapters make together, whole even where FSDP2 shards them."""
+        frozen = self._frozen
+        scale = frozen.scale0
+        shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
+        if shifts:
+            scale = snap_scale_ste(scale * (1 + sum(shift.float() for shift in shifts)), frozen.scale_dtype)
+        present = [name for name in adapters if name in self.lora_A]
+        if not present:
+            return scale, None, None
+        A = [local(self.lora_A[name].weight) for name in present]
+        B = [local(self.lora_B[name].weight).float() * self.scaling[name] for name in present]
+        return (
+            scale,
+            A[0] if len(A) == 1 else torch.cat([a.float() for a in A]),
+            B[0] if len(B) == 1 else torch.cat(B, 1),
+        )
+
+    # -- forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., in) to (..., out), with the active adapters inside the rounding."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._run(x, [])
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        if self.merged:
+            return self.base_layer(x)
+        return self._run(x, self.active_adapters)
+
+    def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        frozen = self.base_layer
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = frozen.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        scale, A, B = self._operands(adapters)
+        return quantized_linear(x, frozen.base, scale, frozen.zero_point, A, B, bias, frozen.grid.bits, frozen.downcast)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """Each sample with its own adapter ("__base__": none): one rounded weight for each adapter in the batch."""
+        out: torch.Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            index = [i for i, other in enumerate(adapter_names) if other == name]
+            part = self._run(x[index], [] if name == "__base__" else [name])
+            if out is None:
+                out = part.new_empty(x.shape[0], *part.shape[1:])
+            out[index] = part
+        return out if out is not None else self._run(x, [])
+
+    # -- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters into the integers: `base_layer` becomes what the checkpoint will hold.
+
+        The codes come from the same function as in forward, so the output does not change by a bit.
+
+        Args:
+            safe_merge: refuse adapters that are not finite.
+            adapter_names: None: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` and a value is NaN or infinite.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [name for name in adapter_names if name in self.lora_A]
+        if not adapter_names:
+            return
+        merged = self._merged([*self.merged_adapters, *adapter_names], safe_merge)
+        # kept outside of the module tree: it is neither saved nor trained while the layer is merged
+        object.__setattr__(self, "_before_merge", self._frozen)
+        self.base_layer = merged
+        self.merged_adapters.extend(adapter_names)
+
+    @torch.no_grad()
+    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
+        frozen = self._frozen
+        scale, A, B = self._operands(adapters)
+        if safe_merge and not all(torch.isfinite(t).all() for t in (scale, A, B) if t is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters[-1]} seems to be broken")
+        return merged_layer(
+            codes(local(frozen.base), A, B, frozen.fmt),
+            scale,
+            local(frozen.zero_point),
+            frozen.bias,
+            bits=self.container_bits or frozen.grid.bits,
+            dtype=frozen.compute_dtype,
+            transposed=frozen.transposed,
+        )
+
+    def unmerge(self) -> None:
+        """Take the adapters out of the integers again; nothing was lost."""
+        if not self.merged or self._before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
+        frozen = self._before_merge.to(here)
+        object.__setattr__(self, "_before_merge", None)
+        self.base_layer = frozen
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer that replaces this one: the quantized layer, or the base at step 0 as a float layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            # a layer that none of the adapters has is quantized all the same: at step 0
+            return self.base_layer if self.merged else self._merged([])
+        frozen = self._frozen
+        weight = frozen.weight
+        layer: nn.Module
+        if frozen.transposed:
+            layer = Conv1D(frozen.out_features, 0)
+        else:
+            layer = nn.Linear(0, 0, bias=False)
+            layer.in_features, layer.out_features = frozen.in_features, frozen.out_features
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        layer.bias = frozen.bias
+        return layer
+
+    def __repr__(self) -> str:
+        return "lrqat." + super().__repr__()

@@ -1,0 +1,121 @@
+"""Checks that run before a model is changed. Each error names what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..checkpoint.linear import QuantizedLinear
+from ..chunks import row_chunks
+from .config import LRQATConfig
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# What a checkpoint in the model's dtype can hold exactly.
+_STORABLE = {
+    torch.float32: ("auto", "bf16", "fp16", "fp32"),
+    torch.bfloat16: ("auto", "bf16"),
+    torch.float16: ("auto", "fp16"),
+}
+
+
+def check_base(model: nn.Module) -> None:
+    """Raise ValueError if the model is quantized already."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantized = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
+    packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    if (config and not any(isinstance(m, BaseTunerLayer) for m in model.modules())) or quantized or packed:
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        raise ValueError(
+            f"The base model is already quantized ({method or 'packed layers'}), but LR-QAT starts from float weights. Load "
+            "the float model; for a model that was dequantized on loading (GGUF), delete `model.config.quantization_config`."
+        )
+
+
+def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+    """Raise ValueError if a targeted module cannot be converted."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+
+    for name, module in targets.items():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        where = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"`target_modules` names {where}: embeddings are not quantized by LR-QAT. Train them in float with "
+                "`modules_to_save` or `trainable_token_indices`, or leave them out."
+            )
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"`target_modules` names {where}, but LR-QAT quantizes nn.Linear and Conv1D only. Use 'all-linear', or "
+                "leave the module out with `exclude_modules`."
+            )
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point() or weight.dtype not in _FLOATS:
+            kind = (
+                "no float weight (it seems to be quantized)" if weight is None else f"a weight of dtype {weight.dtype}"
+            )
+            raise ValueError(
+                f"{where} has {kind}; LR-QAT needs float32, bfloat16 or float16 weights. Load the float model."
+            )
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with its "
+                "weights (without `init_empty_weights`, and without offloading this module to disk)."
+            )
+        if config.scale_dtype not in _STORABLE[weight.dtype]:
+            raise ValueError(
+                f"`scale_dtype` is {config.scale_dtype!r}, but {where} is {weight.dtype}, and so will the checkpoint's "
+                f"scales be. Allowed for it: {_STORABLE[weight.dtype]}; 'auto' is exact everywhere."
+            )
+        shared = [other for other in owners[id(weight)] if other != name]
+        if shared:
+            raise ValueError(
+                f"The weight of {where} is tied to {shared[0]!r}, which would stay float. Leave {name!r} out of "
+                "`target_modules`, or untie it first: set `model.config.tie_word_embeddings = False` and give it a clone "
+                "of the weight as its own nn.Parameter."
+            )
+        in_features = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+        config.grid.check_divides(in_features, where)
+        for rows in row_chunks(*weight.shape, weight.device):
+            if not torch.isfinite(weight[rows]).all():
+                raise ValueError(
+                    f"The weight of {where} holds NaN or infinite values. Load an intact checkpoint, or repair the weight "
+                    "before adapting the model."
+                )
+
+
+def check_adapter_file(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+    """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
+    shapes = config._adapter_shapes
+    if shapes is None:
+        return
+    for name, module in targets.items():
+        if isinstance(module, BaseTunerLayer):
+            in_features, out_features = module.in_features, module.out_features
+        else:
+            out_features, in_features = module.weight.shape
+            if isinstance(module, Conv1D):
+                out_features, in_features = in_features, out_features
+        expected = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
+        if config.learn_scales:
+            expected["lora_scale_shift"] = config.grid.scale_shape(out_features, in_features)
+        for part, shape in expected.items():
+            key = f"base_model.model.{name}.{part}"
+            saved = shapes.get(key)
+            if saved is None:
+                raise ValueError(
+                    f"The adapter file has no {key!r}, which its configuration asks for in this model. It was made for "
+                    "another architecture, or other bits or groups: load it on the model it was trained on."
+                )
+            if len(saved) != len(shape) or any(e is not None and e != s for e, s in zip(shape, saved, strict=True)):
+                raise ValueError(
+                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was made "
+                    "for another architecture or group size: load it on the model it was trained on."
+                )

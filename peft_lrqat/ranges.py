@@ -1,0 +1,167 @@
+"""Where the first scale s0 (and zero point) of a weight comes from.
+
+Two methods: `minmax` covers every weight; `lp` searches the scale that minimises sum |w - W^|^p over the weights that
+share it (LR-QAT, arXiv 2406.06385, section 4: L_p norm range setting with a grid search).
+
+The search is exact over its candidates: clipping at 1 %, 2 %, ..., 100 % of the largest magnitude, as in the paper, and
+besides, the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1). The latter make the search idempotent:
+a weight that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. Every candidate is
+snapped to what the checkpoint can store *before* it is judged.
+
+The arithmetic is the same on every device: elementwise IEEE operations (for p = 2, 3, 4 no `pow`), sums in fp64. An
+adapter file relies on it, because loading recomputes s0 from the base model (and verifies it by a checksum).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .chunks import row_chunks
+from .grid import Grid, snap_scale
+
+RANGE_METHODS = ("lp", "minmax")
+_CLIP_STEPS = 100
+
+
+def choose_range(
+    weight: torch.Tensor, grid: Grid, method: str = "lp", p: float = 4.0, scale_dtype: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Choose scales and zero points for a weight.
+
+    Args:
+        weight: (out, in) float tensor, weight units, finite.
+        grid: the grid; its group size must divide `in`.
+        method: "lp" or "minmax".
+        p: exponent of the error norm, > 0 (only for "lp").
+        scale_dtype: see `snap_scale`.
+
+    Returns:
+        scale: fp32 (rows, groups), positive, already snapped; zero_point: int8 (rows, groups) or None if symmetric.
+
+    Memory: a few row chunks of fp32 above the inputs and outputs.
+    """
+    out_features, in_features = weight.shape
+    grid.check_divides(in_features)
+    rows, groups = grid.scale_shape(out_features, in_features)
+    device = weight.device
+    scale = torch.empty(rows, groups, device=device)
+    zero_point = None if grid.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=device)
+
+    if rows == out_features and grid.group_size != 0:
+        for rows_ in row_chunks(out_features, in_features, device):
+            # (chunk rows * groups, group size): one line for each scale
+            lines = weight[rows_].float().reshape(-1, in_features // groups).contiguous()
+            chosen = _search([lines], grid, method, p, scale_dtype)
+            scale[rows_] = chosen[0].view(-1, groups)
+            if zero_point is not None:
+                zero_point[rows_] = chosen[1].view(-1, groups).to(torch.int8)
+    else:  # one scale for all: the chunks are the parts of a single line
+        parts = [weight[rows_].float().reshape(1, -1) for rows_ in row_chunks(out_features, in_features, device)]
+        chosen = _search(parts, grid, method, p, scale_dtype)
+        scale.copy_(chosen[0].view(1, 1))
+        if zero_point is not None:
+            zero_point.copy_(chosen[1].view(1, 1))
+    return scale, zero_point
+
+
+def _search(
+    parts: list[torch.Tensor], grid: Grid, method: str, p: float, scale_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best (scale, centred zero point) of each line; `parts` are (lines, n) tensors that together make up the lines."""
+    lo = torch.stack([part.float().amin(dim=1) for part in parts]).amin(dim=0).clamp_(max=0)
+    hi = torch.stack([part.float().amax(dim=1) for part in parts]).amax(dim=0).clamp_(min=0)
+
+    if method == "minmax":
+        return _candidate(lo, hi, None, grid, scale_dtype)
+
+    top = grid.qmax if grid.symmetric else grid.qmax - grid.qmin
+    levels = -grid.qmin if grid.symmetric else top
+    # steps that make up the covered magnitude; the first (100 %: min-max) wins where candidates tie
+    divisors = [top * _CLIP_STEPS / i for i in range(_CLIP_STEPS, 0, -1)] + list(range(1, levels + 1))
+    best_scale, best_zero = _candidate(lo, hi, float(top), grid, scale_dtype)
+    best_error = torch.full(lo.shape, torch.inf, dtype=torch.float64, device=lo.device)
+    widest = max(parts, key=torch.Tensor.numel)
+    work, spare = (torch.empty_like(widest, dtype=torch.float32) for _ in range(2))
+    for divisor in divisors:
+        if divisor > top and bool((_least_clipping(lo, hi, divisor, grid) ** p > best_error).all()):
+            continue  # the largest weight alone costs more than the best candidate so far: for every line
+        scale, zero = _candidate(lo, hi, divisor, grid, scale_dtype)
+        error = torch.zeros_like(best_error)
+        for part in parts:
+            width = part.shape[1]
+            error += _error(part, scale, zero, grid, p, work[:, :width], spare[:, :width])
+        error *= scale.double() ** p
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _least_clipping(lo: torch.Tensor, hi: torch.Tensor, divisor: float, grid: Grid) -> torch.Tensor:
+    """A lower bound, in weight units, of the error that this (clipping) candidate makes in the largest weight."""
+    if grid.symmetric:
+        largest = torch.maximum(hi, -lo).double()
+        return (largest * (1 + grid.qmin / divisor)).clamp_(min=0)
+    # the clipped span misses at least half of what it lacks on one side, less the rounding of the zero point
+    span = (hi - lo).double()
+    return (span * (0.5 - (0.5 * (grid.qmax - grid.qmin) + 1) / divisor)).clamp_(min=0)
+
+
+def _candidate(
+    lo: torch.Tensor, hi: torch.Tensor, divisor: float | None, grid: Grid, scale_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and centred zero point when the largest magnitude (asymmetric: the span) makes `divisor` steps.
+
+    Without a divisor: the smallest scale that clips nothing.
+    """
+    if grid.symmetric:
+        if divisor is None:
+            scale = torch.maximum(hi / grid.qmax, lo / grid.qmin)
+        else:
+            scale = torch.maximum(hi, -lo) / divisor
+        return snap_scale(scale, scale_dtype), torch.zeros_like(scale)
+    top = grid.qmax - grid.qmin
+    divisor = divisor or float(top)
+    scale = snap_scale((hi - lo) / divisor, scale_dtype)
+    # clipping shrinks both ends alike; a coarser step clips nothing
+    kept = min(1.0, top / divisor)
+    zero = (-lo * kept / scale).round_() + grid.qmin
+    return scale, zero.clamp_(grid.qmin, grid.qmax)
+
+
+def _error(
+    lines: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    p: float,
+    levels: torch.Tensor,
+    nearest: torch.Tensor,
+) -> torch.Tensor:
+    """sum |x - round(x)|^p over each line, x in grid steps; fp64 (lines,). `levels` and `nearest` are work space."""
+    torch.div(lines, scale.unsqueeze(1), out=levels)
+    torch.round(levels, out=nearest)
+    if grid.symmetric:
+        nearest.clamp_(grid.qmin, grid.qmax)
+    else:
+        shift = zero.unsqueeze(1)
+        nearest.add_(shift).clamp_(grid.qmin, grid.qmax).sub_(shift)
+    miss = levels.sub_(nearest)
+    if p in (2, 3, 4):
+        power = torch.mul(miss, miss, out=nearest)
+        if p == 4:
+            power.mul_(power)
+        elif p == 3:
+            power.mul_(miss.abs_())
+    else:
+        power = miss.abs_().pow_(p)
+    # fold in halves a few times (elementwise, so equal on every device), then add up what is left in fp64
+    width = power.shape[1]
+    while width > 32:
+        half = width // 2
+        power[:, :half].add_(power[:, half : 2 * half])
+        if width % 2:
+            power[:, 0].add_(power[:, width - 1])
+        width = half
+    return power[:, :width].sum(dim=1, dtype=torch.float64)
