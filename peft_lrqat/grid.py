@@ -68,8 +68,8 @@ class Grid:
             fitting = [g for g in (256, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2) if in_features % g == 0]
             hint = f"one of {fitting} or " if fitting else ""
             raise ValueError(
-                f"`group_size` is {self.group_size}, which does not divide the {in_features} input features of {where}. "
-                f"Use {hint}-1 (per output channel), or leave this module out with `exclude_modules`."
+                f"`group_size` is {self.group_size}, which does not divide the {in_features} input features of "
+                f"{where}. Use {hint}-1 (per output channel), or leave this module out with `exclude_modules`."
             )
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:

@@ -116,10 +116,7 @@ def _candidate(
     Without a divisor: the smallest scale that clips nothing.
     """
     if grid.symmetric:
-        if divisor is None:
-            scale = torch.maximum(hi / grid.qmax, lo / grid.qmin)
-        else:
-            scale = torch.maximum(hi, -lo) / divisor
+        scale = torch.maximum(hi / grid.qmax, lo / grid.qmin) if divisor is None else torch.maximum(hi, -lo) / divisor
         return snap_scale(scale, scale_dtype), torch.zeros_like(scale)
     top = grid.qmax - grid.qmin
     divisor = divisor or float(top)

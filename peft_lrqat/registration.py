@@ -1,8 +1,8 @@
 """Registering tuner types with PEFT from outside.
 
 PEFT's `register_peft_method` accepts only names that are members of its `PeftType` enum, and offers no way to add one.
-A new member is made the way `enum` itself makes them; afterwards `PeftType("LRQAT")`, `PeftType.LRQAT`, pickling and JSON
-behave as for PEFT's own methods. Everything here is idempotent.
+A new member is made the way `enum` itself makes them; afterwards `PeftType("LRQAT")`, `PeftType.LRQAT`, pickling and
+JSON behave as for PEFT's own methods. Everything here is idempotent.
 """
 
 from __future__ import annotations
@@ -42,5 +42,6 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
     elif known.__qualname__ != config_cls.__qualname__ or known.__module__ != config_cls.__module__:
         raise RuntimeError(
-            f"The PEFT method {name!r} is already registered by {known.__module__}. Import only one of the two packages."
+            f"The PEFT method {name!r} is already registered by {known.__module__}. Import only one of the two "
+            "packages."
         )

@@ -48,8 +48,9 @@ def quantization_config(model: nn.Module, grid: Grid, bits: int) -> dict[str, An
         },
     }
     if not grid.symmetric:
-        # transformers sizes packed zero points wrongly where it keeps the model compressed (its "weight_zero_point" then has
-        # one row per output channel, and loading fails; seen with transformers 5.23 and compressed-tensors 0.20), but reads
-        # them rightly where it decompresses while loading. It takes the choice from config.json; vLLM ignores the key.
+        # transformers sizes packed zero points wrongly where it keeps the model compressed (its "weight_zero_point"
+        # then has one row per output channel, and loading fails; seen with transformers 5.23 and compressed-tensors
+        # 0.20), but reads them rightly where it decompresses while loading. It takes the choice from config.json; vLLM
+        # ignores the key.
         config["dequantize"] = True
     return config

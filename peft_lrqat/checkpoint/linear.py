@@ -12,7 +12,7 @@ from ..packing import pack, unpack
 
 
 class _ReadOnlyWeight(torch.Tensor):
-    """A weight built for reading. Code that updates `module.weight.data` in place would otherwise update a temporary."""
+    """A weight built for reading. Code that updates `module.weight.data` in place would only update a temporary."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -24,8 +24,8 @@ class _ReadOnlyWeight(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         raise RuntimeError(
             "This layer is quantized: its weight is built from packed integers and cannot be changed. A float adapter "
-            "cannot be merged into it without a second rounding; keep the adapter beside the model, or train one inside "
-            "the rounding with LRQATConfig on the float model."
+            "cannot be merged into it without a second rounding; keep the adapter beside the model, or train one "
+            "inside the rounding with LRQATConfig on the float model."
         )
 
 
@@ -33,12 +33,13 @@ class QuantizedLinear(nn.Linear):
     """A linear layer held as packed codes and scales, with the names that compressed-tensors gives them in a file.
 
     `save_pretrained` therefore writes a checkpoint of format "pack-quantized" and nothing else. The forward builds the
-    weight in the input's dtype and drops it; the backward passes gradients to the input, so adapters can be trained on top.
+    weight in the input's dtype and drops it; the backward passes gradients to the input, so adapters can be trained on
+    top.
 
     Buffers:
         weight_packed: int32 (out, ceil(in * bits / 32)).
-        weight_scale: (out, groups), model dtype, weight units per grid step. A per-tensor scale is repeated per channel:
-            engines have kernels for that.
+        weight_scale: (out, groups), model dtype, weight units per grid step. A per-tensor scale is repeated per
+            channel: engines have kernels for that.
         weight_shape: int64 (2,), (out, in).
         weight_zero_point: int32 (ceil(out * bits / 32), groups), packed along `out`; asymmetric grids only.
     """
@@ -117,8 +118,8 @@ def merged_layer(
 ) -> nn.Module:
     """The module that merging puts in place.
 
-    compressed-tensors has no packed form of GPT-2's Conv1D, so that becomes a dense Conv1D whose weight holds the grid's
-    exact values.
+    compressed-tensors has no packed form of GPT-2's Conv1D, so that becomes a dense Conv1D whose weight holds the
+    grid's exact values.
     """
     if not transposed:
         return QuantizedLinear(codes, scale, zero_point, bias, bits, dtype)

@@ -52,7 +52,7 @@ merged = model.merge_and_unload()  # a quantized model that needs neither PEFT n
 
 
 def attach_card(model: nn.Module, config: LRQATConfig) -> None:
-    """Make `model.save_pretrained` (and with it `push_to_hub`) write a README.md beside the checkpoint, if none exists."""
+    """Make `model.save_pretrained` (and so `push_to_hub`) write a README.md beside the checkpoint, if none exists."""
     if not hasattr(model, "save_pretrained"):
         return
     text = _card(model, config)
@@ -80,6 +80,8 @@ def _card(model: nn.Module, config: LRQATConfig) -> str:
         base_model=base if "/" in base and not os.path.isabs(base) else None,
         base_model_relation="quantized" if "/" in base and not os.path.isabs(base) else None,
     )
+    container = f"compressed-tensors pack-quantized, {bits} bits" if weights else "dense, values on the grid"
+    ranges = f"lp (p = {config.range_p:g})" if config.range_method == "lp" else config.range_method
     size = f"{packed * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
     return f"""---
 {data.to_yaml()}
@@ -91,12 +93,13 @@ def _card(model: nn.Module, config: LRQATConfig) -> str:
 |---|---|
 | base model | {base} |
 | grid | {config.grid.describe()} |
-| container | {"compressed-tensors pack-quantized, " + str(bits) + " bits" if weights else "dense, values on the grid"} |
+| container | {container} |
 | quantized layers | {len(quantized)} linear layers, {weights / 1e6:.1f} M weights |
 | size | {size}{total / 1e6:.1f} MB in all |
 | scales | {"exact in bf16 and fp16" if config.scale_dtype == "auto" else config.scale_dtype} |
-| recipe | LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {config.r}, lora_alpha {config.lora_alpha}, \
-base kept as {config.downcast}, ranges by {config.range_method}{f" (p = {config.range_p:g})" if config.range_method == "lp" else ""} |
+| recipe | LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {config.r}, \
+lora_alpha {config.lora_alpha}, \
+base kept as {config.downcast}, ranges by {ranges} |
 
 The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.
 

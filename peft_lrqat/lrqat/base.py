@@ -137,8 +137,8 @@ class FrozenWeight(nn.Module):
             f"grid=({self.grid.describe()}), downcast={self.downcast}"
         )
 
-    # State dicts. PEFT's functions for base models, and anybody's `load_state_dict`, speak of a float `weight`. Saving an
-    # adapter also calls `state_dict()` on the whole model, and must not build every float weight on the way.
+    # State dicts. PEFT's functions for base models, and anybody's `load_state_dict`, speak of a float `weight`. Saving
+    # an adapter also calls `state_dict()` on the whole model, and must not build every float weight on the way.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if _PACKED.get():

@@ -42,9 +42,9 @@ _REFUSED = {
 class LRQATConfig(LoraConfig):
     """Configuration of LR-QAT (arXiv 2406.06385).
 
-    Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...), except
-    that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight one level.
-    Options of `LoraConfig` that cannot be honoured raise a ValueError.
+    Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...),
+    except that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight
+    one level. Options of `LoraConfig` that cannot be honoured raise a ValueError.
 
     Raises:
         ValueError: a field is out of range, or options contradict each other.
@@ -69,8 +69,9 @@ class LRQATConfig(LoraConfig):
     downcast: Literal["fx8", "int", "bf16", "fp16", "fp32"] | None = field(
         default=None,
         metadata={
-            "help": "How the frozen base is kept, in grid steps: 'fx8' (8-bit fixed point, 1 byte a weight; the default "
-            "up to 7 bits), 'int' (packed codes, bits / 8 bytes; the default at 8 bits), 'bf16', 'fp16', 'fp32'."
+            "help": "How the frozen base is kept, in grid steps: 'fx8' (8-bit fixed point, 1 byte a weight; the "
+            "default up to 7 bits), 'int' (packed codes, bits / 8 bytes; the default at 8 bits), 'bf16', 'fp16', "
+            "'fp32'."
         },
     )
     range_method: Literal["lp", "minmax"] = field(
@@ -88,8 +89,8 @@ class LRQATConfig(LoraConfig):
     container_bits: int | None = field(
         default=None,
         metadata={
-            "help": "Width of the codes in the merged checkpoint, >= bits. None: bits. 4 writes 2- and 3-bit grids into "
-            "4-bit containers, which more engines can load."
+            "help": "Width of the codes in the merged checkpoint, >= bits. None: bits. 4 writes 2- and 3-bit grids "
+            "into 4-bit containers, which more engines can load."
         },
     )
 
@@ -116,7 +117,8 @@ class LRQATConfig(LoraConfig):
         _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         if self.bits == 8 and self.downcast == "fx8":
             raise ValueError(
-                "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or 'fp16' (2 bytes)."
+                "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or "
+                "'fp16' (2 bytes)."
             )
         if not isinstance(self.range_p, (int, float)) or not 0 < self.range_p < float("inf"):
             raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
@@ -124,12 +126,13 @@ class LRQATConfig(LoraConfig):
             isinstance(self.container_bits, int) and self.bits <= self.container_bits <= 8
         ):
             raise ValueError(
-                f"`container_bits` is {self.container_bits!r}; it must be an integer from `bits` ({self.bits}) to 8, or None."
+                f"`container_bits` is {self.container_bits!r}; it must be an integer from `bits` ({self.bits}) to 8, "
+                "or None."
             )
         if self.lora_dropout:
             raise ValueError(
-                f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: there "
-                "is no adapter input to drop. Use 0."
+                f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: "
+                "there is no adapter input to drop. Use 0."
             )
         if self.init_lora_weights not in (True, False, "loftq"):
             raise ValueError(
@@ -139,8 +142,8 @@ class LRQATConfig(LoraConfig):
         iterations = _loftq_iterations(self.loftq_config)
         if self.init_lora_weights == "loftq" and iterations != 1:
             raise ValueError(
-                f"`loftq_config` asks for loftq_iter={iterations}; only 1 is supported (as in the paper): with more, the "
-                "frozen codes would depend on the SVD and could not be recomputed when the adapter is loaded."
+                f"`loftq_config` asks for loftq_iter={iterations}; only 1 is supported (as in the paper): with more, "
+                "the frozen codes would depend on the SVD and could not be recomputed when the adapter is loaded."
             )
         for name, reason in _REFUSED.items():
             if getattr(self, name):
@@ -191,5 +194,6 @@ def _adapter_shapes(path: str) -> dict[str, tuple[int, ...]] | None:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"The adapter file {path!r} is truncated or damaged ({error}). Nothing was loaded; copy or download it again."
+            f"The adapter file {path!r} is truncated or damaged ({error}). Nothing was loaded; copy or download it "
+            "again."
         ) from error

@@ -9,8 +9,8 @@ the rounding, and trains through the rounding, so what is trained is what is sto
     Q   = clip(round(Z), qmin, qmax)         the integers of the final checkpoint
     W^  = s Q,    y = x W^T + bias           s starts at s0 and is trained
 
-Gradients. The rounding passes gradients straight through; the clip stops them where it acts. With G = dL/dW^ = dY^T X and
-M = [qmin <= round(Z) <= qmax]:
+Gradients. The rounding passes gradients straight through; the clip stops them where it acts. With G = dL/dW^ = dY^T X
+and M = [qmin <= round(Z) <= qmax]:
 
     dX = dY W^      dZ = M s G      d lora_B = c dZ lora_A^T      d lora_A = c lora_B^T dZ      ds = sum of G Q
 
@@ -18,17 +18,18 @@ ds sums over the entries that share s. It is not LSQ's formula: Phi does not dep
 
 What is kept for backward: X, and the layer's own small or packed tensors. W^ is built for the product and dropped, and
 built again for dX. Two identities spare the dense G where one scale serves a whole row (`ops/reference.py`):
-ds_j = sum_t dY_tj Y_tj / s_j (so Y is kept, without bias), and, where nothing is clipped, d lora_B = c s (dY^T (X lora_A^T))
-and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by one.
+ds_j = sum_t dY_tj Y_tj / s_j (so Y is kept, without bias), and, where nothing is clipped,
+d lora_B = c s (dY^T (X lora_A^T)) and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by one.
 
-The scale's parameter. Trained directly, a scale of 0.01 would need a learning rate of its own, would be decayed to zero by
-an optimizer that decays it, and would stand still in bf16, where its neighbours are 0.4 % away. So the parameter is the
-*relative change* `lora_scale_shift`, 0 at the start:
+The scale's parameter. Trained directly, a scale of 0.01 would need a learning rate of its own, would be decayed to zero
+by an optimizer that decays it, and would stand still in bf16, where its neighbours are 0.4 % away. So the parameter is
+the *relative change* `lora_scale_shift`, 0 at the start:
 
     s = snap(s0 (1 + lora_scale_shift))
 
-One learning rate suits it and the adapter, weight decay pulls it back to s0, and it moves even when cast to bf16. `snap`
-(straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored scale.
+One learning rate suits it and the adapter, weight decay pulls it back to s0, and it moves even when cast to bf16.
+`snap` (straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored
+scale.
 
 Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
 """
@@ -166,7 +167,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return module.in_features, module.out_features
 
     def _operands(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Scale, A and B (with lora_alpha / r) that these adapters make together, whole even where FSDP2 shards them."""
+        """Scale, A and B (with lora_alpha / r) that these adapters make together, whole even if FSDP2 shards them."""
         frozen = self._frozen
         scale = frozen.scale0
         shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]

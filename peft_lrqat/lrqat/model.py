@@ -1,4 +1,4 @@
-"""`LRQATModel`: PEFT's tuner class. What it adds to LoRA's is checking, before anything is changed, and the checkpoint."""
+"""`LRQATModel`: PEFT's tuner class. What it adds to LoRA's: checks before anything is changed, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class LRQATModel(LoraModel):
                 new, old = getattr(config, option), getattr(other, option)
                 if new != old:
                     raise ValueError(
-                        f"All adapters of a model share its converted base, but the new adapter has {option}={new!r} and "
-                        f"adapter {name!r} has {option}={old!r}. Load it on a fresh copy of the float model."
+                        f"All adapters of a model share its converted base, but the new adapter has {option}={new!r} "
+                        f"and adapter {name!r} has {option}={old!r}. Load it on a fresh copy of the float model."
                     )
 
     @staticmethod
@@ -92,7 +92,7 @@ class LRQATModel(LoraModel):
     # -- state dicts
 
     def state_dict(self, *args: Any, **kwargs: Any):
-        """As stored: packed bases. (`model.base_model.model.state_dict()` gives float weights, as PEFT expects there.)"""
+        """As stored: packed bases. (`model.base_model.model.state_dict()` gives float weights, as PEFT expects it.)"""
         with packed_state_dict():
             return super().state_dict(*args, **kwargs)
 
@@ -108,8 +108,8 @@ class LRQATModel(LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's `add_weighted_adapter`. The products A B are combined as `combination_type` says, in grid steps; the scale
-        shifts, which are no matrices of low rank, always linearly: shift = sum of weight * shift."""
+        """PEFT's `add_weighted_adapter`. The products A B are combined as `combination_type` says, in grid steps; the
+        scale shifts, which are no matrices of low rank, always linearly: shift = sum of weight * shift."""
         if adapter_name in self.peft_config:
             return
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
@@ -143,8 +143,8 @@ class LRQATModel(LoraModel):
             bits = config.container_bits or config.bits
             if any(isinstance(module, Conv1D) for module in model.modules()):
                 warnings.warn(
-                    "compressed-tensors cannot pack Conv1D layers (GPT-2): their merged weights lie exactly on the grid, "
-                    "but are saved as dense floats.",
+                    "compressed-tensors cannot pack Conv1D layers (GPT-2): their merged weights lie exactly on the "
+                    "grid, but are saved as dense floats.",
                     stacklevel=2,
                 )
             described = quantization_config(model, config.grid, bits)
@@ -164,7 +164,7 @@ def _check_same_base(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         here = layer.lora_base_checksum[adapter_name]
         if saved is not None and int(saved) != int(here):
             raise ValueError(
-                f"This adapter was trained on another base: the integers of module {name!r} differ. Load it on the same "
-                "float model, in the same dtype, that it was trained on (see `base_model_name_or_path` in its "
+                f"This adapter was trained on another base: the integers of module {name!r} differ. Load it on the "
+                "same float model, in the same dtype, that it was trained on (see `base_model_name_or_path` in its "
                 "adapter_config.json). It was not loaded, because on other integers it means something else."
             )

@@ -29,8 +29,9 @@ def check_base(model: nn.Module) -> None:
     if (config and not any(isinstance(m, BaseTunerLayer) for m in model.modules())) or quantized or packed:
         method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
         raise ValueError(
-            f"The base model is already quantized ({method or 'packed layers'}), but LR-QAT starts from float weights. Load "
-            "the float model; for a model that was dequantized on loading (GGUF), delete `model.config.quantization_config`."
+            f"The base model is already quantized ({method or 'packed layers'}), but LR-QAT starts from float weights. "
+            "Load the float model; for a model that was dequantized on loading (GGUF), delete "
+            "`model.config.quantization_config`."
         )
 
 
@@ -66,8 +67,8 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
             )
         if weight.device.type == "meta":
             raise ValueError(
-                f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with its "
-                "weights (without `init_empty_weights`, and without offloading this module to disk)."
+                f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with "
+                "its weights (without `init_empty_weights`, and without offloading this module to disk)."
             )
         if config.scale_dtype not in _STORABLE[weight.dtype]:
             raise ValueError(
@@ -78,16 +79,16 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
         if shared:
             raise ValueError(
                 f"The weight of {where} is tied to {shared[0]!r}, which would stay float. Leave {name!r} out of "
-                "`target_modules`, or untie it first: set `model.config.tie_word_embeddings = False` and give it a clone "
-                "of the weight as its own nn.Parameter."
+                "`target_modules`, or untie it first: set `model.config.tie_word_embeddings = False` and give it a "
+                "clone of the weight as its own nn.Parameter."
             )
         in_features = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
         config.grid.check_divides(in_features, where)
         for rows in row_chunks(*weight.shape, weight.device):
             if not torch.isfinite(weight[rows]).all():
                 raise ValueError(
-                    f"The weight of {where} holds NaN or infinite values. Load an intact checkpoint, or repair the weight "
-                    "before adapting the model."
+                    f"The weight of {where} holds NaN or infinite values. Load an intact checkpoint, or repair the "
+                    "weight before adapting the model."
                 )
 
 
@@ -116,6 +117,6 @@ def check_adapter_file(targets: dict[str, nn.Module], config: LRQATConfig) -> No
                 )
             if len(saved) != len(shape) or any(e is not None and e != s for e, s in zip(shape, saved, strict=True)):
                 raise ValueError(
-                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was made "
-                    "for another architecture or group size: load it on the model it was trained on."
+                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "
+                    "made for another architecture or group size: load it on the model it was trained on."
                 )

@@ -1,7 +1,7 @@
 """References, in plain PyTorch with fp32 inside, of the operations in `library.py`.
 
-Names: `base` is the frozen weight in grid steps as `FrozenWeight` stores it (`peft_lrqat/lrqat/base.py`), `A` (R, in) and
-`B` (out, R) are the low-rank factors in grid steps with lora_alpha / r already inside B, T is the number of tokens.
+Names: `base` is the frozen weight in grid steps as `FrozenWeight` stores it (`peft_lrqat/lrqat/base.py`), `A` (R, in)
+and `B` (out, R) are the low-rank factors in grid steps with lora_alpha / r already inside B, T is the number of tokens.
 Everything weight-sized in fp32 lives for one row chunk only.
 """
 
@@ -71,7 +71,8 @@ def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
 def _exact_fp32(device: torch.device):
     """Full-precision fp32 products whatever the caller allows elsewhere (TF32, bf16 passes, autocast).
 
-    Codes are rounded from Phi + A B: if merging computed A B in another precision than training did, codes would differ.
+    Codes are rounded from Phi + A B: if merging computed A B in another precision than training did, codes would
+    differ.
     """
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
     before = backend.fp32_precision
@@ -208,7 +209,9 @@ def linear_backward(
         ds = _per_row(dy, y).unsqueeze(1)  # sum_t dY Y = s * sum_i G Q
         ds = (ds / scale).sum().view(1, 1) if scale.shape[0] == 1 else ds / scale
     if need_AB:
-        assert A is not None and B is not None and clipped is not None
+        assert A is not None
+        assert B is not None
+        assert clipped is not None
         dA, dB = _low_rank_backward(dy, x, scale, A, B, clipped)
     return Gradients(dx, ds, dA, dB)
 

@@ -34,8 +34,8 @@ def create_lrqat_optimizer(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any("lora_A" in name for name in named):
         raise ValueError(
-            "`model` has no trainable LR-QAT adapter. Make it with get_peft_model(model, LRQATConfig(...)), and load saved "
-            "adapters with is_trainable=True."
+            "`model` has no trainable LR-QAT adapter. Make it with get_peft_model(model, LRQATConfig(...)), and load "
+            "saved adapters with is_trainable=True."
         )
     scales = [p for name, p in named.items() if "lora_scale_shift" in name]
     rest = {name: p for name, p in named.items() if "lora_scale_shift" not in name}
