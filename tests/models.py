@@ -1,0 +1,171 @@
+"""Tiny models of every family, inputs for them, and a process that cannot import the plugin to judge what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_lrqat import LRQATConfig
+
+VOCAB = 96
+
+_DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("Llama", _DECODER),
+    "mistral": ("Mistral", _DECODER),
+    "qwen2": ("Qwen2", _DECODER),
+    "qwen3": ("Qwen3", {**_DECODER, "head_dim": 8}),
+    "gemma": ("Gemma", {**_DECODER, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**_DECODER, "head_dim": 8}),
+    "gpt2": (
+        "GPT2",
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        },
+    ),
+    "opt": (
+        "OPT",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+            "dropout": 0.0,
+        },
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
+_HEADS = {"GPT2": "GPT2LMHeadModel"}
+
+
+def tiny(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, tie: bool = False, seed: int = 0, **overrides
+) -> PreTrainedModel:
+    """A random causal LM of a few ten thousand weights, in eval mode, with weights large enough to make a difference."""
+    name, settings = _FAMILIES[family]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    # the default 0.02 makes a network of this width nearly linear in its embeddings
+    settings = {"vocab_size": VOCAB, "tie_word_embeddings": tie, **special, **settings, **overrides}
+    config = getattr(transformers, name + "Config")(**settings)
+    for init in ("initializer_range", "init_std"):
+        if hasattr(config, init):
+            setattr(config, init, 0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, _HEADS.get(name, name + "ForCausalLM"))(config)
+    return model.to(dtype).eval()
+
+
+def tokens(batch: int = 2, length: int = 7, seed: int = 1) -> torch.Tensor:
+    """int64 (batch, length) token ids without the special ones."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def adapted(model: PreTrainedModel, **config) -> PeftModel:
+    """`model` with LR-QAT adapters on all linear layers; per output channel, as tiny layers have odd widths."""
+    settings = {"r": 4, "lora_alpha": 32, "group_size": -1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LRQATConfig(**{**settings, **config}))
+
+
+def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 3, lr: float = 5e-2) -> list[float]:
+    """A few steps of AdamW on one batch; returns the losses and leaves the model in eval mode."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids).logits
+
+
+_BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "peft_lrqat":
+            raise ModuleNotFoundError("peft_lrqat is blocked in this process", name=name)
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import peft_lrqat
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the plugin is importable, so this process proves nothing")
+"""
+
+_LOAD = """
+import json, torch
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+job = json.load(open(sys.argv[1]))
+ids = torch.tensor(job["ids"])
+found = []
+with torch.no_grad():
+    for folder in job["folders"]:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        found.append(model(input_ids=ids).logits)
+torch.save(found, job["out"])
+"""
+
+
+def run_clean(code: str, *args: str) -> str:
+    """Run Python code (after `sys` is imported) in a process that cannot import peft_lrqat; returns its output.
+
+    Raises:
+        AssertionError: it failed; with what it printed.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKER + textwrap.dedent(code), *args], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def reload_clean(folders: Sequence[Path], ids: torch.Tensor, work: Path) -> list[torch.Tensor]:
+    """Logits of saved checkpoints, each loaded with plain transformers in one process that cannot import peft_lrqat.
+
+    Args:
+        folders: checkpoints of causal language models.
+        work: an existing folder for the job's own two files.
+    """
+    job = {"ids": ids.tolist(), "folders": [str(folder) for folder in folders], "out": str(work / "logits.pt")}
+    (work / "job.json").write_text(json.dumps(job))
+    run_clean(_LOAD, str(work / "job.json"))
+    return torch.load(work / "logits.pt")
