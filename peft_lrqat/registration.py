@@ -19,14 +19,14 @@ def ensure_peft_type(name: str) -> PeftType:
         return PeftType.__members__[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]  # enum's own, untyped
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     if hasattr(PeftType, "_hashable_values_"):  # Python 3.13
-        PeftType._hashable_values_.append(name)
+        PeftType._hashable_values_.append(name)  # type: ignore[attr-defined]
     return member
 
 

@@ -14,7 +14,7 @@ from ..packing import pack, unpack
 class _ReadOnlyWeight(torch.Tensor):
     """A weight built for reading. Code that updates `module.weight.data` in place would only update a temporary."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
 
     @property
     def data(self) -> torch.Tensor:
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Linear):
         return unpack(self.weight_packed, self.bits, self.in_features)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
         """The weight that the codes and scales stand for, (out, in) in the model's dtype. Built anew; read-only."""
         weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.weight_scale.dtype)
         return torch.Tensor._make_subclass(_ReadOnlyWeight, weight)
@@ -126,5 +126,6 @@ def merged_layer(
     layer = Conv1D(codes.shape[0], 0)
     weight = dequantize(codes, scale, zero_point, dtype).t().contiguous()
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.nx, layer.bias = codes.shape[1], bias
+    layer.nx = codes.shape[1]
+    layer.register_parameter("bias", bias)
     return layer

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..chunks import row_chunks
 from ..grid import Grid, grouped
@@ -52,11 +53,14 @@ class FrozenWeight(nn.Module):
     base: nn.Parameter
     scale0_bits: nn.Parameter
     zero_point: nn.Parameter | None
+    bias: nn.Parameter | None
+    out_features: int
+    in_features: int
 
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
     def __init__(
         self,
-        linear: nn.Module,
+        linear: nn.Linear | Conv1D,
         grid: Grid,
         downcast: str,
         range_method: str = "lp",
@@ -120,7 +124,7 @@ class FrozenWeight(nn.Module):
                 continue
             matrix = local(tensor.detach()).contiguous().view(torch.uint8).reshape(tensor.shape[0], -1)
             columns = torch.arange(matrix.shape[1], device=self.device) * 2654435761 + 40503 * (index + 1)
-            for rows in row_chunks(*matrix.shape, self.device):
+            for rows in row_chunks(matrix.shape[0], matrix.shape[1], self.device):
                 row = torch.arange(rows.start, rows.stop, device=self.device) * 2246822519 + 1
                 total += ((matrix[rows].to(torch.int64) * columns).sum(dim=1) * row).sum()
         return total

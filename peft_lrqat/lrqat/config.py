@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -171,7 +171,7 @@ class LRQATConfig(LoraConfig):
         add_import_note(save_directory, self.grid.describe())
 
     # What the adapter's file holds (name -> shape), if this config was loaded from a folder; not saved.
-    _adapter_shapes = None
+    _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)  # without an annotation: it is no field
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:

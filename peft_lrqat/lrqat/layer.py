@@ -19,7 +19,8 @@ ds sums over the entries that share s. It is not LSQ's formula: Phi does not dep
 What is kept for backward: X, and the layer's own small or packed tensors. W^ is built for the product and dropped, and
 built again for dX. Two identities spare the dense G where one scale serves a whole row (`ops/reference.py`):
 ds_j = sum_t dY_tj Y_tj / s_j (so Y is kept, without bias), and, where nothing is clipped,
-d lora_B = c s (dY^T (X lora_A^T)) and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by one.
+d lora_B = c s (dY^T (X lora_A^T)) and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by
+one.
 
 The scale's parameter. Trained directly, a scale of 0.01 would need a learning rate of its own, would be decayed to zero
 by an optimizer that decays it, and would stand still in bf16, where its neighbours are 0.4 % away. So the parameter is
@@ -64,6 +65,11 @@ class LRQATLayer(LoraLayer):
             adapter, compared at load.
     """
 
+    lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module
+    lora_B: Any
+    lora_scale_shift: nn.ParameterDict
+    lora_base_checksum: BufferDict
+
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_scale_shift")
     other_param_names = (*LoraLayer.other_param_names, "lora_base_checksum")
 
@@ -75,7 +81,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: nn.Linear | Conv1D,
         adapter_name: str,
         config: LRQATConfig,
         r: int = 0,
@@ -114,7 +120,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     # -- adapters
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any) -> None:
+    def update_layer(  # type: ignore[override]  # the config is the one that the layer was made with
+        self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any
+    ) -> None:
         """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged."""
         frozen = self._frozen
         if config.learn_scales:
@@ -134,7 +142,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         nn.init.normal_(A)
         nn.init.normal_(B, std=1 / (self.scaling[adapter_name] * self.r[adapter_name] ** 0.5))
 
-    def loftq_init(self, adapter_name: str, config: LRQATConfig) -> None:
+    def loftq_init(self, adapter_name: str, config: LRQATConfig) -> None:  # type: ignore[override]  # as above
         """The best rank-r fit of what the stored base lost of W0, so that training starts nearer to the float model."""
         weight = getattr(self, "_float_weight", None)
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
@@ -163,7 +171,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self._frozen.device, self._frozen.compute_dtype
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     def _operands(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -204,7 +212,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         frozen = self.base_layer
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = frozen.bias
+        bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         scale, A, B = self._operands(adapters)
@@ -244,7 +252,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         merged = self._merged([*self.merged_adapters, *adapter_names], safe_merge)
         # kept outside of the module tree: it is neither saved nor trained while the layer is merged
         object.__setattr__(self, "_before_merge", self._frozen)
-        self.base_layer = merged
+        self.base_layer = merged  # type: ignore[assignment]  # a FrozenWeight only while nothing is merged
         self.merged_adapters.extend(adapter_names)
 
     @torch.no_grad()
@@ -290,8 +298,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         else:
             layer = nn.Linear(0, 0, bias=False)
             layer.in_features, layer.out_features = frozen.in_features, frozen.out_features
-        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        layer.bias = frozen.bias
+        layer.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
+        layer.register_parameter("bias", frozen.bias)
         return layer
 
     def __repr__(self) -> str:

@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import nn
@@ -28,6 +27,7 @@ class LRQATModel(LoraModel):
     """
 
     tuner_layer_cls = LRQATLayer
+    peft_config: dict[str, Any]  # of LRQATConfig; PEFT's annotation, PeftConfig, does not know our fields
 
     # -- before anything is changed
 
@@ -52,7 +52,7 @@ class LRQATModel(LoraModel):
 
     def _targets(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> dict[str, nn.Module]:
         """The modules that `config` names, found as PEFT will find them."""
-        plan = copy.copy(config)
+        plan: Any = copy.copy(config)
         plan = self._prepare_adapter_config(plan, self.get_model_config(model))
         plan = _maybe_include_all_linear_layers(plan, model)
         named = {name: module for name, module in model.named_modules() if name}
@@ -68,7 +68,7 @@ class LRQATModel(LoraModel):
             and not isinstance(found, _ExcludedModule)
         }
 
-    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+    def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         if not isinstance(config, LRQATConfig):
             raise ValueError(f"LRQATModel needs an LRQATConfig, got {type(config).__name__}.")
@@ -84,7 +84,7 @@ class LRQATModel(LoraModel):
                     )
 
     @staticmethod
-    def _create_new_module(lora_config: LRQATConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    def _create_new_module(lora_config: LRQATConfig, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
         for unused in ("device_map", "parameter_name", "tied_adapter", "get_apply_tensor_subclass"):
             kwargs.pop(unused, None)
         return LRQATLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -127,18 +127,18 @@ class LRQATModel(LoraModel):
 
     # -- the checkpoint
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> nn.Module:  # PEFT's annotation is None, but it returns the model
         config = self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
         for layer in self.modules():
             if isinstance(layer, LRQATLinear):
                 layer.container_bits = config.container_bits or config.bits
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge and getattr(model, "config", None) is not None:
             bits = config.container_bits or config.bits
             if any(isinstance(module, Conv1D) for module in model.modules()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -84,7 +86,7 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
             )
         in_features = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
         config.grid.check_divides(in_features, where)
-        for rows in row_chunks(*weight.shape, weight.device):
+        for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
             if not torch.isfinite(weight[rows]).all():
                 raise ValueError(
                     f"The weight of {where} holds NaN or infinite values. Load an intact checkpoint, or repair the "
@@ -92,19 +94,20 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
                 )
 
 
-def check_adapter_file(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+def check_adapter_file(targets: dict[str, Any], config: LRQATConfig) -> None:
     """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
     shapes = config._adapter_shapes
     if shapes is None:
         return
     for name, module in targets.items():
         if isinstance(module, BaseTunerLayer):
-            in_features, out_features = module.in_features, module.out_features
+            layer: Any = module  # LoraLayer has these; its base class does not declare them
+            in_features, out_features = layer.in_features, layer.out_features
         else:
             out_features, in_features = module.weight.shape
             if isinstance(module, Conv1D):
                 out_features, in_features = in_features, out_features
-        expected = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
+        expected: dict[str, tuple] = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
         if config.learn_scales:
             expected["lora_scale_shift"] = config.grid.scale_shape(out_features, in_features)
         for part, shape in expected.items():

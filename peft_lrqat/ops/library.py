@@ -81,7 +81,8 @@ def _linear_backward(
     )  # fmt: skip
     dx = x.new_empty(0) if grads.x is None else grads.x.view(x.shape)
     # an op cannot return None, so what was not asked for is empty
-    return dx, *(scale.new_empty(0) if g is None else g for g in grads[1:])
+    ds, dA, dB = (scale.new_empty(0) if g is None else g for g in grads[1:])
+    return dx, ds, dA, dB
 
 
 @_linear_backward.register_fake

@@ -74,7 +74,8 @@ def _exact_fp32(device: torch.device):
     Codes are rounded from Phi + A B: if merging computed A B in another precision than training did, codes would
     differ.
     """
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    # torch's type stubs do not know mkldnn's switches
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore
     before = backend.fp32_precision
     try:
         if before != "ieee":
@@ -101,7 +102,7 @@ def codes(base: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, fm
     """The trained codes: int8 (out, in) in [qmin, qmax]. What merging stores."""
     qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
     out = torch.empty(base.shape[0], fmt.in_features, dtype=torch.int8, device=base.device)
-    for rows in row_chunks(*out.shape, out.device):
+    for rows in row_chunks(out.shape[0], out.shape[1], out.device):
         out[rows] = rounded_levels(base[rows], A, None if B is None else B[rows], fmt).clamp_(qmin, qmax).to(torch.int8)
     return out
 
@@ -127,7 +128,7 @@ def build_weight(
     """
     qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
     weight = torch.empty(base.shape[0], fmt.in_features, dtype=dtype, device=base.device)
-    for rows in row_chunks(*weight.shape, weight.device):
+    for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
         levels = rounded_levels(base[rows], A, None if B is None else B[rows], fmt)
         if clipped is not None:
             row, column = _outside(levels, qmin, qmax)
@@ -219,7 +220,7 @@ def linear_backward(
 def _per_row(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """sum over tokens of dy * y, fp32 (out,), without a (T, out) temporary in fp32 for low-precision inputs."""
     total = torch.zeros(dy.shape[1], device=dy.device)
-    for tokens in row_chunks(*dy.shape, dy.device):
+    for tokens in row_chunks(dy.shape[0], dy.shape[1], dy.device):
         total += (dy[tokens].float() * y[tokens].float()).sum(dim=0)
     return total
 

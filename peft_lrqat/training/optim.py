@@ -46,4 +46,5 @@ def create_lrqat_optimizer(
         {"params": plain, "lr": lr, "weight_decay": 0.0},
         {"params": scales, "lr": lr if scale_lr is None else scale_lr, "weight_decay": 0.0},
     ]
-    return optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+    make: Any = optimizer_cls  # torch's base class does not declare `lr`
+    return make([group for group in groups if group["params"]], lr=lr, **kwargs)
