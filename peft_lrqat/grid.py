@@ -151,5 +151,5 @@ def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
         return scale.clamp(2.0**-24, 65504.0).to(torch.float16).float()
     if scale_dtype != "auto":
         raise ValueError(f"`scale_dtype` is {scale_dtype!r}; allowed are {SCALE_DTYPES}.")
-    both = scale.clamp(2.0**-24, 65280.0).to(torch.bfloat16).float()
-    return torch.where(both < 2.0**-17, (both * 2.0**24).round() * 2.0**-24, both)
+    scale = scale.clamp(2.0**-24, 65280.0)
+    return torch.where(scale < 2.0**-17, (scale * 2.0**24).round() * 2.0**-24, scale.to(torch.bfloat16).float())

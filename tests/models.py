@@ -64,7 +64,7 @@ _HEADS = {"GPT2": "GPT2LMHeadModel"}
 def tiny(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, tie: bool = False, seed: int = 0, **overrides
 ) -> PreTrainedModel:
-    """A random causal LM of a few ten thousand weights, in eval mode, with weights large enough to make a difference."""
+    """A random causal LM of some ten thousand weights, in eval mode, large enough to make a difference."""
     name, settings = _FAMILIES[family]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     # the default 0.02 makes a network of this width nearly linear in its embeddings
