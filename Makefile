@@ -1,0 +1,52 @@
+# The project's commands. Python 3.11 or later and make are all that a machine needs: `.venv` is made on the first call,
+# and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+# where torch comes from; empty: where pip looks anyway. https://download.pytorch.org/whl/cpu has small CPU builds for
+# Linux, where PyPI's are CUDA builds of some gigabytes
+TORCH_INDEX ?=
+# passed on: make demo ARGS="--bits 3", make test ARGS="-k grid"
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow engines quality style venv clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Train SmolLM2-135M to 4 bits and compare it with rounding (5 minutes; ARGS="--help" for more)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP) ## Run the tests that CI runs (ARGS="-k grid" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(STAMP) ## Run the tests that take longer than CI should
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+engines: $(STAMP) ## Serve a merged checkpoint with vLLM on the CPU (makes .venv-vllm, 3.4 GB, on the first call)
+	$(PYTHON) tests/engines/run.py $(ARGS)
+
+quality: $(STAMP) ## Check formatting, lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(STAMP) ## Format, and repair what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(STAMP) ## Only make .venv
+
+clean: ## Remove .venv and the tools' caches
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+# torch first and alone: then nothing that follows can ask for another build of it
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
