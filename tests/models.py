@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import LRQATConfig
 
@@ -58,7 +58,6 @@ _FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 FAMILIES = tuple(_FAMILIES)
-_HEADS = {"GPT2": "GPT2LMHeadModel"}
 
 
 def tiny(
@@ -75,8 +74,8 @@ def tiny(
             setattr(config, init, 0.1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, _HEADS.get(name, name + "ForCausalLM"))(config)
-    return model.to(dtype).eval()
+        # not model.to(dtype), which would round the rotary frequencies, as loading a checkpoint does not
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def tokens(batch: int = 2, length: int = 7, seed: int = 1) -> torch.Tensor:
