@@ -1,0 +1,61 @@
+"""Run many configurations of quality.py, several at a time on one GPU, and bundle their results.
+
+    python benchmarks/many.py jobs.txt --parallel 8 --limit 560 --out results.json -- --model DIR --tokens tokens/
+
+Each line of jobs.txt holds the options of one run (see quality.py); '#' starts a comment. Small models leave a GPU waiting
+for Python, so runs share it; their step times then mean nothing, their perplexities do not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs")
+    parser.add_argument("--parallel", type=int, default=8)
+    parser.add_argument("--limit", type=float, default=3600, help="seconds, after which what is running is dropped")
+    parser.add_argument("--out", required=True)
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, common = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    jobs = [line.split("#")[0].strip() for line in Path(args.jobs).read_text().splitlines()]
+    waiting = [job for job in jobs if job]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        running: list[tuple[subprocess.Popen, str]] = []
+        number = 0
+        while waiting or running:
+            while waiting and len(running) < args.parallel:
+                job = waiting.pop(0)
+                script = str(Path(__file__).with_name("quality.py"))
+                command = [sys.executable, script, "run", *common, *shlex.split(job), "--out", f"{folder}/{number:03}.json"]
+                running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), job))
+                number += 1
+            time.sleep(0.5)
+            for process, job in list(running):
+                if process.poll() is not None:
+                    running.remove((process, job))
+                    if process.returncode:
+                        print(f"FAILED {job}\n{process.stderr.read()[-1500:] if process.stderr else ''}", flush=True)
+            if time.monotonic() - started > args.limit:
+                for process, job in running:
+                    process.kill()
+                    print(f"DROPPED {job}")
+                print(f"NOT STARTED {waiting}")
+                break
+        results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    write_json(Path(args.out), {"runs": results})
+
+
+if __name__ == "__main__":
+    main()

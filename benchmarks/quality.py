@@ -1,0 +1,344 @@
+"""Perplexity after the same number of steps: LR-QAT beside full QAT, LoRA-then-round and plain rounding.
+
+    python benchmarks/quality.py tokens --model DIR --train english.jsonl.gz --eval wikitext2_valid.txt --out tokens/
+    python benchmarks/quality.py run --model DIR --tokens tokens/ --method lrqat --bits 4 --group-size -1 --out run.json
+    python benchmarks/quality.py table runs/*.json
+
+Every method sees the same batches (same seed), trains for the same number of steps with AdamW under bf16 autocast, with
+linear warm-up over 10 % and cosine decay, and is evaluated in the same way: perplexity on windows of 1024 tokens.
+
+    rtn     rounding to nearest, the step-0 model of LR-QAT
+    lrqat   LRQATConfig, adapters and scales
+    lsq     full QAT: every weight of the quantized layers is trained through W^ = s clip(round(W / s)), with LSQ's scale
+            gradient (arXiv 1902.08153, as LR-QAT's authors use it), fp32 masters; scales in relative units
+    lora    PEFT LoRA in float, merged, then rounded with the same ranges
+    float   PEFT LoRA in float, not rounded (what the data alone gives)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import provenance, write_json
+from torch import nn
+
+SEQ = 1024
+
+
+# -- text
+
+
+def make_tokens(args: argparse.Namespace) -> None:
+    """Tokenize both texts once; uint16 arrays."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with gzip.open(args.train, "rt") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    ids: list[int] = []
+    for start in range(0, len(texts), 256):
+        for encoded in tokenizer(texts[start : start + 256])["input_ids"]:
+            ids += [*encoded, tokenizer.eos_token_id]
+    np.save(out / "train.npy", np.asarray(ids, dtype=np.uint16))
+    np.save(out / "eval.npy", np.asarray(tokenizer(Path(args.eval).read_text())["input_ids"], dtype=np.uint16))
+
+
+def batches(tokens: np.ndarray, steps: int, size: int, seed: int):
+    """`steps` batches (size, SEQ): windows without overlap, in an order that depends on the seed only."""
+    windows = len(tokens) // SEQ
+    order: list[int] = []
+    generator = np.random.default_rng(seed)
+    for _ in range(steps):
+        while len(order) < size:
+            order += generator.permutation(windows).tolist()
+        chosen, order = order[:size], order[size:]
+        rows = np.stack([tokens[i * SEQ : (i + 1) * SEQ] for i in chosen])
+        yield torch.from_numpy(rows.astype(np.int64))
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: np.ndarray, device: torch.device, size: int = 8) -> float:
+    model.eval()
+    windows = torch.from_numpy(tokens[: len(tokens) // SEQ * SEQ].astype(np.int64)).view(-1, SEQ)
+    total = 0.0
+    for rows in windows.split(size):
+        rows = rows.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = model(input_ids=rows, use_cache=False).logits
+        total += nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+        ).item()
+    model.train()
+    return math.exp(total / (windows.shape[0] * (SEQ - 1)))
+
+
+def loss_of(model: nn.Module, rows: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
+    """Mean next-token loss under bf16 autocast; the logits exist for `chunk` tokens at a time."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.autocast(rows.device.type, dtype=torch.bfloat16):
+        hidden = causal.model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        labels = rows[:, 1:].flatten()
+
+        def part(h: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(causal.lm_head(h).float(), wanted, reduction="sum")
+
+        sums = [
+            torch.utils.checkpoint.checkpoint(part, h, wanted, use_reentrant=False)
+            for h, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        ]
+    return sum(sums) / labels.numel()
+
+
+class Step:
+    """Forward and backward of one batch; on a GPU replayed as a CUDA graph, since small models wait for Python."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], shape: tuple[int, int], graph: bool) -> None:
+        self.model, self.parameters, self.graph = model, parameters, None
+        if graph:
+            self.rows = torch.zeros(shape, dtype=torch.int64, device="cuda")
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._run(self.rows)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._forget()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self._run(self.rows)
+
+    def _forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _run(self, rows: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(self.model, rows)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.graph is None:
+            self._forget()
+            return self._run(rows.to(self.parameters[0].device))
+        self.rows.copy_(rows)
+        self.graph.replay()  # writes the gradients anew
+        return self.loss.clone()
+
+
+# -- methods
+
+
+class _Lsq(torch.autograd.Function):
+    """W^ = s clip(round(W / s)) with LSQ's gradients."""
+
+    @staticmethod
+    def forward(ctx, weight, scale, grid):
+        from peft_lrqat.grid import grouped
+
+        levels = grouped(weight, scale) / scale.unsqueeze(-1)
+        q = levels.round().clamp(grid.qmin, grid.qmax)
+        ctx.save_for_backward(levels, q)
+        ctx.scale_shape, ctx.grid = scale.shape, grid
+        return (q * scale.unsqueeze(-1)).view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        levels, q = ctx.saved_tensors
+        inside = (levels >= ctx.grid.qmin) & (levels <= ctx.grid.qmax)
+        grouped_grad = grad.view_as(q)
+        scale_grad = (grouped_grad * torch.where(inside, q - levels, q)).sum(-1)
+        return (grouped_grad * inside).view_as(grad), scale_grad, None
+
+
+class LsqLinear(nn.Module):
+    """Full QAT of one linear layer."""
+
+    def __init__(self, linear: nn.Linear, grid, p: float) -> None:
+        super().__init__()
+        from peft_lrqat.ranges import choose_range
+
+        self.weight, self.bias, self.grid = linear.weight, linear.bias, grid
+        scale, _ = choose_range(linear.weight.detach(), grid, "lp", p)
+        self.register_buffer("scale0", scale)
+        self.shift = nn.Parameter(torch.zeros_like(scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = _Lsq.apply(self.weight, self.scale0 * (1 + self.shift), self.grid)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def targets(model: nn.Module):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in name and "lora_" not in name:
+            yield model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
+
+
+def round_weights(model: nn.Module, grid, p: float) -> None:
+    """Round every targeted weight to nearest, in place."""
+    from peft_lrqat.grid import dequantize, quantize
+    from peft_lrqat.ranges import choose_range
+
+    for _, _, linear in targets(model):
+        weight = linear.weight.data
+        scale, zero = choose_range(weight, grid, "lp", p)
+        linear.weight.data = dequantize(quantize(weight, scale, zero, grid), scale, zero, weight.dtype)
+
+
+def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model to train, and its optimizer groups."""
+    from peft import LoraConfig, get_peft_model
+    from peft_lrqat import Grid, LRQATConfig
+
+    grid = Grid(args.bits, args.group_size, not args.asymmetric)
+    model.requires_grad_(False)
+    if args.method == "lsq":
+        for parent, name, linear in targets(model):
+            setattr(parent, name, LsqLinear(linear, grid, args.p))
+            linear.weight.requires_grad_(True)
+        weights = [p for n, p in model.named_parameters() if p.requires_grad and "shift" not in n]
+        shifts = [p for n, p in model.named_parameters() if n.endswith("shift")]
+        return model, [{"params": weights, "lr": args.lr}, {"params": shifts, "lr": args.scale_lr}]
+    common = {"r": args.rank, "lora_alpha": round(args.c * args.rank), "target_modules": "all-linear"}
+    if args.method in ("lora", "float"):
+        model = get_peft_model(model, LoraConfig(**common, task_type="CAUSAL_LM"))
+        return model, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr}]
+    config = LRQATConfig(
+        **common,
+        bits=args.bits,
+        group_size=args.group_size,
+        symmetric=not args.asymmetric,
+        downcast=args.downcast,
+        range_p=args.p,
+        init_lora_weights="loftq" if args.loftq else True,
+        learn_scales=args.scale_lr > 0,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return model, [
+        {"params": [p for n, p in named if "scale_shift" not in n], "lr": args.lr},
+        {"params": [p for n, p in named if "scale_shift" in n], "lr": args.scale_lr},
+    ]
+
+
+def run(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **extra).to(device)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # GGUF: it is float now
+    folder = Path(args.tokens)
+    train, held_out = np.load(folder / "train.npy"), np.load(folder / "eval.npy")
+
+    result: dict[str, Any] = {**vars(args), **provenance()}
+    result.pop("run", None)
+    if args.method == "rtn":
+        result["float"] = perplexity(model, held_out, device)
+    model, groups = prepare(model, args)
+    model.train()
+    if args.method in ("lrqat", "rtn"):
+        result["step0"] = perplexity(model, held_out, device)
+    losses: list[torch.Tensor] = []
+    if args.method != "rtn":
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+        warm = max(1, args.steps // 10)
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        trained = [p for g in groups for p in g["params"]]
+        step = Step(model, trained, (args.batch, SEQ), graph=device.type == "cuda" and not args.no_graph)
+        started = time.perf_counter()
+        for rows in batches(train, args.steps, args.batch, args.seed):
+            losses.append(step(rows))
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+        result["train_loss"] = torch.stack(losses)[-20:].mean().item()
+        result["seconds"] = time.perf_counter() - started
+        result["perplexity"] = perplexity(model, held_out, device)
+        if args.method == "lora":
+            from peft_lrqat import Grid
+
+            model = model.merge_and_unload()
+            result["before_rounding"] = result["perplexity"]
+            round_weights(model, Grid(args.bits, args.group_size, not args.asymmetric), args.p)
+            result["perplexity"] = perplexity(model, held_out, device)
+        if args.method == "lrqat":
+            result["merged"] = perplexity(model.merge_and_unload(), held_out, device)
+    else:
+        result["perplexity"] = result["step0"]
+    write_json(Path(args.out), result)
+    print(Path(args.out).stem, {k: result[k] for k in ("perplexity", "step0", "merged", "seconds") if k in result})
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print runs as a Markdown table."""
+    runs = []
+    for path in args.runs:
+        data = json.loads(Path(path).read_text())
+        runs += data.get("runs", [data])
+    runs.sort(key=lambda r: (r["bits"], r["group_size"], r["method"], r["perplexity"]))
+    print("| bits | groups | method | lr | c | p | steps | perplexity |\n|---|---|---|---|---|---|---|---|")
+    for r in runs:
+        print(
+            f"| {r['bits']} | {r['group_size']} | {r['method']} | {r['lr']:g} | {r['c']:g} | {r['p']:g} | {r['steps']} "
+            f"| {r['perplexity']:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    tokens = commands.add_parser("tokens")
+    tokens.set_defaults(do=make_tokens)
+    for name in ("--model", "--train", "--eval", "--out"):
+        tokens.add_argument(name, required=True)
+    one = commands.add_parser("run")
+    one.set_defaults(do=run)
+    one.add_argument("--model", required=True)
+    one.add_argument("--gguf-file")
+    one.add_argument("--tokens", required=True)
+    one.add_argument("--out", required=True)
+    one.add_argument("--method", choices=("rtn", "lrqat", "lsq", "lora", "float"), required=True)
+    one.add_argument("--bits", type=int, default=4)
+    one.add_argument("--group-size", type=int, default=-1)
+    one.add_argument("--asymmetric", action="store_true")
+    one.add_argument("--downcast", default=None)
+    one.add_argument("--loftq", action="store_true")
+    one.add_argument("--rank", type=int, default=32)
+    one.add_argument("--c", type=float, default=1.0, help="lora_alpha / r")
+    one.add_argument("--p", type=float, default=4.0)
+    one.add_argument("--lr", type=float, default=1e-3)
+    one.add_argument("--scale-lr", type=float, default=1e-3)
+    one.add_argument("--steps", type=int, default=300)
+    one.add_argument("--batch", type=int, default=8)
+    one.add_argument("--no-graph", action="store_true", help="on a GPU: run every step eagerly")
+    one.add_argument("--seed", type=int, default=0)
+    shown = commands.add_parser("table")
+    shown.set_defaults(do=table)
+    shown.add_argument("runs", nargs="+")
+    args = parser.parse_args()
+    do = args.do
+    del args.do
+    do(args)
+
+
+if __name__ == "__main__":
+    main()
