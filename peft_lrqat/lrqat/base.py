@@ -37,6 +37,19 @@ def local(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+class PackedParameter(nn.Parameter):
+    """A frozen integer parameter. FSDP2 shards it; FSDP1, which can only flatten floats, leaves it whole on every rank."""
+
+    # FSDP1's mark of parameters that are not its business (torch.distributed.fsdp._common_utils.FSDP_FLATTENED)
+    _fsdp_flattened = True
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def __reduce_ex__(self, protocol: int) -> tuple[type, tuple[torch.Tensor]]:
+        return PackedParameter, (self.detach(),)
+
+
 class FrozenWeight(nn.Module):
     """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
 
@@ -81,9 +94,9 @@ class FrozenWeight(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.fmt = BaseFormat(grid.bits, self.in_features, downcast)
         base, scale, zero_point = self._convert(weight)
-        self.base = nn.Parameter(base, requires_grad=False)
-        self.scale0_bits = nn.Parameter(scale.view(torch.int32), requires_grad=False)
-        self.register_parameter("zero_point", _frozen(zero_point))
+        self.base = PackedParameter(base)
+        self.scale0_bits = PackedParameter(scale.view(torch.int32))
+        self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
         self.register_parameter("bias", linear.bias)
 
     @torch.no_grad()
@@ -168,7 +181,3 @@ class FrozenWeight(nn.Module):
             self.zero_point.data.copy_(zero_point)
         if self.bias is not None and prefix + "bias" in state_dict:
             self.bias.data.copy_(state_dict[prefix + "bias"])
-
-
-def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

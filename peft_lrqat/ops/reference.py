@@ -64,7 +64,8 @@ def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
         return base.float().mul_(step).add_(0.5 * step)
     if fmt.downcast == "int":
         return unpack(base, fmt.bits, fmt.in_features).float()
-    return base.view(_FLOAT_BITS[fmt.downcast]).float()
+    # a copy even from fp32: callers round in place, and must not round the stored base
+    return base.view(_FLOAT_BITS[fmt.downcast]).to(torch.float32, copy=True)
 
 
 @contextlib.contextmanager
