@@ -38,7 +38,7 @@ def local(tensor: Any) -> Any:
 
 
 class PackedParameter(nn.Parameter):
-    """A frozen integer parameter. FSDP2 shards it; FSDP1, which can only flatten floats, leaves it whole on every rank."""
+    """A frozen integer parameter. FSDP2 shards it; FSDP1, which flattens floats only, keeps it whole on every rank."""
 
     # FSDP1's mark of parameters that are not its business (torch.distributed.fsdp._common_utils.FSDP_FLATTENED)
     _fsdp_flattened = True
@@ -46,7 +46,7 @@ class PackedParameter(nn.Parameter):
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
         return super().__new__(cls, data, requires_grad=False)
 
-    def __reduce_ex__(self, protocol: int) -> tuple[type, tuple[torch.Tensor]]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[torch.Tensor]]:
         return PackedParameter, (self.detach(),)
 
 
