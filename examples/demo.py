@@ -1,0 +1,272 @@
+"""LR-QAT end to end: a float model, an unmodified SFTTrainer, a quantized checkpoint, and what it costs and gains.
+
+    make demo                                       SmolLM2-135M-Instruct on Python's own documentation, no hub needed
+    python examples/demo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --steps 500 --group-size 128 --seq-len 1024
+
+The table compares the model as it came (float), rounded to the nearest level of the grid (the same grid, the same scales:
+LR-QAT at step 0), and trained inside the rounding. Perplexity is of held-out documents *of the same kind* as the training
+text. The last row is the saved checkpoint, loaded by a new process that cannot import this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from corpus import from_user, python_documentation
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, get_peft_model
+from perplexity import perplexity, windows
+from progress import ProgressCallback, console, track
+from rich.table import Table
+from smollm2 import smollm2_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from peft_lrqat import LRQATConfig, LRQATLayer
+
+
+@dataclass
+class Row:
+    """One line of the table: perplexity, bytes of the checkpoint's tensors, bytes of the linear layers among them."""
+
+    name: str
+    perplexity: float
+    checkpoint: int
+    linear: int
+
+
+def lrqat_config(args: argparse.Namespace) -> PeftConfig:
+    return LRQATConfig(
+        bits=args.bits,
+        group_size=args.group_size,
+        symmetric=not args.asymmetric,
+        downcast=args.downcast,
+        r=args.rank,
+        lora_alpha=args.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+#: Tuners of this package, by name.
+METHODS: dict[str, Callable[[argparse.Namespace], PeftConfig]] = {"lrqat": lrqat_config}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="Hub id or folder; default: SmolLM2-135M-Instruct from the Python package index")
+    add("--dataset", help="Hub id or file (.jsonl, .jsonl.gz, .parquet, .csv, .txt); default: Python's documentation")
+    add("--split", default="train", help="training split of --dataset, slices allowed: train[:10000]")
+    add("--eval-split", help="held-out split; default: every twentieth document of --split")
+    add("--text-column", help='column of --dataset; default: "messages" or "text"')
+    add("--method", choices=sorted(METHODS), default="lrqat")
+    add("--bits", type=int, default=4, help="2 to 8")
+    add("--group-size", type=int, default=-1, help="weights that share a scale; -1: a channel, 0: the tensor")
+    add("--asymmetric", action="store_true", help="integer zero points")
+    add("--downcast", help="how the frozen base is kept: fx8, int, bf16, fp16, fp32")
+    add("--rank", type=int, default=16)
+    add("--alpha", type=int, default=32, help="lora_alpha; alpha / rank counts grid steps")
+    add("--lr", type=float, default=1e-3)
+    add("--steps", type=int, default=40)
+    add("--batch-size", type=int, default=1)
+    add("--seq-len", type=int, default=256)
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    add("--eval-tokens", type=int, default=4096, help="held-out tokens to evaluate, at most")
+    add("--baselines", action="store_true", help="also train LoRA for as many steps, then round (doubles the time)")
+    add("--lora-lr", type=float, default=5e-4, help="learning rate of that baseline")
+    add("--prompt", default="What is a list in Python?", help="what the saved checkpoint is asked at the end")
+    add("--out", type=Path, help="folder of the checkpoint; default: out/MODEL-w4-lrqat")
+    add("--push-to-hub", metavar="REPO", help="upload the checkpoint")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--dtype", default="auto", help="of the model: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    args.model = args.model or str(smollm2_dir())
+    name = Path(args.model).name
+    args.out = args.out or Path("out") / f"{name}-w{args.bits}-{args.method}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def load(args: argparse.Namespace) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+
+
+def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
+    """Token ids of each document; of a chat, in the tokenizer's template."""
+    for document in documents:
+        text = document.get("text") or tokenizer.apply_chat_template(document["messages"], tokenize=False)
+        yield tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def sft_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Dataset,
+    peft_config: PeftConfig,
+    learning_rate: float,
+    args: argparse.Namespace,
+    scratch: str,
+) -> SFTTrainer:
+    """TRL's own trainer: nothing in it knows about quantization."""
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=scratch,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            max_length=args.seq_len,
+            packing=True,
+            packing_strategy="wrapped",
+            shuffle_dataset=True,
+            learning_rate=learning_rate,
+            warmup_steps=0.1,
+            max_grad_norm=1.0,
+            bf16=False,  # no autocast: the model computes in its own dtype, in training as in serving
+            gradient_checkpointing=args.gradient_checkpointing,
+            use_cpu=args.device == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=args.seed,
+        ),
+        train_dataset=documents,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressCallback(type(peft_config).__name__.removesuffix("Config")))
+    return trainer
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the tensors that `save_pretrained` writes (tied ones once)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+
+
+def saved_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def lora_then_rounded(args: argparse.Namespace, tokenizer, documents: Dataset, evaluate: Callable) -> float:
+    """Perplexity of an ordinary LoRA, trained as long, merged, and then rounded to the same grid."""
+    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = sft_trainer(load(args), tokenizer, documents, config, args.lora_lr, args, scratch)
+        trainer.train()
+    rounded = get_peft_model(trainer.model.merge_and_unload(), METHODS[args.method](args))
+    with rounded.disable_adapter():
+        return evaluate(rounded, "LoRA, then rounded")
+
+
+def serve(args: argparse.Namespace, held_out: torch.Tensor, prompt: str) -> dict:
+    """Perplexity and a text from the saved checkpoint, in a new process that cannot import peft_lrqat."""
+    job = {
+        "windows": held_out.tolist(),
+        "prompt": prompt,
+        "device": args.device,
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+    }
+    with tempfile.TemporaryDirectory() as scratch, console.status("loading the checkpoint without the plugin"):
+        file = Path(scratch) / "job.json"
+        file.write_text(json.dumps(job), encoding="utf-8")
+        script = Path(__file__).with_name("served.py")
+        done = subprocess.run([sys.executable, script, args.out, file], stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(rows: list[Row], args: argparse.Namespace) -> None:
+    weights = f"{args.bits}-bit weights, " + {-1: "per channel", 0: "per tensor"}.get(
+        args.group_size, f"groups of {args.group_size}"
+    )
+    table = Table(title=f"{Path(args.model).name}, {weights}, {args.steps} steps of {args.batch_size * args.seq_len} tokens")
+    table.add_column("")
+    for header in ("perplexity", "checkpoint, MB", "linear layers, MB"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(row.name, f"{row.perplexity:.3f}", f"{row.checkpoint / 1e6:.1f}", f"{row.linear / 1e6:.1f}")
+    console.print(table)
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Everything, in order; returns the table's rows: float, rounded, (LoRA rounded,) trained, served."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with console.status("collecting text"):
+        if args.dataset:
+            documents, held_out = from_user(args.dataset, args.split, args.eval_split, args.text_column)
+        else:
+            documents, held_out = python_documentation()
+        tokens = windows(tokenize(held_out, tokenizer), tokenizer.eos_token_id, args.seq_len, args.eval_tokens)
+
+    def evaluate(model: torch.nn.Module, name: str) -> float:
+        return perplexity(model, tokens, lambda batches: track(batches, f"perplexity, {name}"))
+
+    model = load(args)
+    float_bytes = tensor_bytes(model)
+    float_perplexity = evaluate(model, "float")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        console.print(f"converting the linear layers: {args.bits} bits, group size {args.group_size}")
+        trainer = sft_trainer(model, tokenizer, documents, METHODS[args.method](args), args.lr, args, scratch)
+        layers = [module for module in trainer.model.modules() if isinstance(module, LRQATLayer)]
+        float_linear = sum(layer.in_features * layer.out_features for layer in layers) * model.dtype.itemsize
+        with trainer.model.disable_adapter():
+            rounded_perplexity = evaluate(trainer.model, "rounded to nearest")
+        trainer.train()
+    trained_perplexity = evaluate(trainer.model, "LR-QAT")
+
+    merged = trainer.model.merge_and_unload()
+    merged.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    checkpoint = saved_bytes(args.out)
+    linear = float_linear + checkpoint - float_bytes  # nothing but the linear layers has changed its size
+
+    rows = [
+        Row("float", float_perplexity, float_bytes, float_linear),
+        Row("rounded to nearest", rounded_perplexity, checkpoint, linear),
+    ]
+    if args.baselines:
+        rows.append(Row("LoRA, then rounded", lora_then_rounded(args, tokenizer, documents, evaluate), checkpoint, linear))
+    prompt = args.prompt
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    served = serve(args, tokens, prompt)
+    rows.append(Row("LR-QAT, as trained", trained_perplexity, checkpoint, linear))
+    rows.append(Row("LR-QAT, checkpoint served", served["perplexity"], checkpoint, linear))
+    show(rows, args)
+    console.print(f"{args.prompt!r} -> {served['text']!r}", markup=False)
+    if args.push_to_hub:
+        merged.push_to_hub(args.push_to_hub)
+        tokenizer.push_to_hub(args.push_to_hub)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.monotonic()
+    args = parse(argv)
+    trained, served = (row.perplexity for row in run(args)[-2:])
+    console.print(f"checkpoint: {args.out}  ({time.monotonic() - start:.0f} s in all)", markup=False)
+    if trained != served:
+        console.print(f"The served checkpoint differs from the trained model: {served!r}, not {trained!r}.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
