@@ -282,7 +282,7 @@ def _dense_backward(
                 Q = Q - _rows_of(zero_point, rows).unsqueeze(-1)
             per_scale = (grouped(G, scale) * Q).sum(dim=-1)
             if scale.shape[0] == 1:
-                ds += per_scale.sum()
+                ds += per_scale.sum(dim=0, keepdim=True)  # per tensor; or one row of groups
             else:
                 ds[rows] = per_scale
         if dA is not None and dB is not None and A is not None and B is not None:
