@@ -27,7 +27,9 @@ def provenance() -> dict[str, Any]:
             continue
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = os.environ.get("BENCH_COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {cpu}",
         "python": platform.python_version(),

@@ -38,7 +38,15 @@ def main() -> None:
             while waiting and len(running) < args.parallel:
                 job = waiting.pop(0)
                 script = str(Path(__file__).with_name("quality.py"))
-                command = [sys.executable, script, "run", *common, *shlex.split(job), "--out", f"{folder}/{number:03}.json"]
+                command = [
+                    sys.executable,
+                    script,
+                    "run",
+                    *common,
+                    *shlex.split(job),
+                    "--out",
+                    f"{folder}/{number:03}.json",
+                ]
                 running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), job))
                 number += 1
             time.sleep(0.5)

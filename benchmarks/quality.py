@@ -197,6 +197,7 @@ def round_weights(model: nn.Module, grid, p: float) -> None:
 def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The model to train, and its optimizer groups."""
     from peft import LoraConfig, get_peft_model
+
     from peft_lrqat import Grid, LRQATConfig
 
     grid = Grid(args.bits, args.group_size, not args.asymmetric)
@@ -253,7 +254,9 @@ def run(args: argparse.Namespace) -> None:
         result["step0"] = perplexity(model, held_out, device)
     losses: list[torch.Tensor] = []
     if args.method != "rtn":
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], weight_decay=0.0, betas=(0.9, 0.95), fused=True
+        )
         warm = max(1, args.steps // 10)
 
         def factor(step: int) -> float:

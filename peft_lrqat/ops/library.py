@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..grid import snap_scale
-from .reference import BaseFormat, build_weight, linear_backward
+from .backward import keeps_output, linear_backward
+from .reference import BaseFormat, build_weight
 
 _NAMESPACE = "peft_lrqat"
 
@@ -74,11 +75,12 @@ def _linear_backward(
     need_AB: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fmt = BaseFormat(bits, x.shape[-1], downcast)
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
-    grads = linear_backward(
-        dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), flat_y, base, scale, zero_point, A, B, fmt,
-        need_x, need_scale, need_AB,
-    )  # fmt: skip
+    with torch.autocast(dy.device.type, enabled=False):
+        grads = linear_backward(
+            flat_dy, flat_x, flat_y, base, scale, zero_point, A, B, fmt, need_x, need_scale, need_AB
+        )
     dx = x.new_empty(0) if grads.x is None else grads.x.view(x.shape)
     # an op cannot return None, so what was not asked for is empty
     ds, dA, dB = (scale.new_empty(0) if g is None else g for g in grads[1:])
@@ -100,7 +102,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, base, scale, zero_point, A, B, bias, ctx.bits, ctx.downcast = inputs
     # Y spares the scale gradient a dense product where a scale belongs to a whole row. With a bias, Y - bias would
     # cancel in low precision, so there the product is made.
-    keep_y = ctx.needs_input_grad[2] and scale.shape[1] == 1 and bias is None
+    keep_y = ctx.needs_input_grad[2] and keeps_output(scale, x.device) and bias is None
     needs_weights = any(ctx.needs_input_grad[i] for i in (2, 4, 5))
     # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype

@@ -3,7 +3,7 @@ import torch
 
 from peft_lrqat import chunks
 from peft_lrqat.grid import Grid
-from peft_lrqat.ops import reference, snap_scale_ste
+from peft_lrqat.ops import backward, reference, snap_scale_ste
 from peft_lrqat.ops.reference import BaseFormat, build_weight, codes, decode_base, encode_base
 from tests.ops.problems import COLS, ROWS, Problem, gradients, ours, plain, problem
 
@@ -90,8 +90,8 @@ def test_views_and_expanded_gradients():
 )
 def test_both_ways_through_backward_are_taken(monkeypatch, group_size, clip, dense):
     calls = []
-    whole = reference._dense_backward
-    monkeypatch.setattr(reference, "_dense_backward", lambda *args: calls.append(1) or whole(*args))
+    whole = backward._dense_backward
+    monkeypatch.setattr(backward, "_dense_backward", lambda *args: calls.append(1) or whole(*args))
     check(problem(group_size=group_size, clip=clip))
     assert len(calls) == dense
 

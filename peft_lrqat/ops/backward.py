@@ -1,0 +1,154 @@
+"""Reference of the backward of `quantized_linear`; names as in `reference.py`, formulas in `lrqat/layer.py`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..chunks import row_chunks
+from ..grid import grouped
+from .reference import BaseFormat, build_weight, rounded_levels, rows_of
+
+# Above this share of clipped entries, correcting them one by one costs more than the dense product.
+_SPARSE_LIMIT = 0.02
+
+
+def keeps_output(scale: torch.Tensor, device: torch.device) -> bool:
+    """Whether the backward wants Y: where one scale serves a whole row, on a CPU (see `linear_backward`)."""
+    return scale.shape[1] == 1 and device.type == "cpu"
+
+
+class Gradients(NamedTuple):
+    """Gradients of `quantized_linear`; None where not asked for."""
+
+    x: torch.Tensor | None
+    scale: torch.Tensor | None
+    A: torch.Tensor | None
+    B: torch.Tensor | None
+
+
+def linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    fmt: BaseFormat,
+    need_x: bool,
+    need_scale: bool,
+    need_AB: bool,
+) -> Gradients:
+    """Gradients of y = x W^T (see `lrqat/layer.py` for the formulas).
+
+    Args:
+        dy, x: (T, out) and (T, in), one dtype.
+        y: (T, out), the output without bias, or None; spares the dense product for the scale gradient.
+
+    Returns:
+        dx in x's dtype; the others fp32.
+
+    On a CPU, with one scale per row or per tensor, G = dY^T X is never formed: A and B cost what they cost in LoRA and
+    the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is formed a row chunk at a time.
+    """
+    if not (need_scale or need_AB):
+        weight = build_weight(base, scale, zero_point, A, B, fmt, dy.dtype)
+        return Gradients(torch.mm(dy, weight), None, None, None)
+    if not keeps_output(scale, dy.device) or (need_scale and y is None):
+        return _dense_backward(dy, x, base, scale, zero_point, A, B, fmt, need_x, need_scale, need_AB)
+
+    clipped: list[tuple[torch.Tensor, torch.Tensor]] = []
+    weight = build_weight(base, scale, zero_point, A, B, fmt, dy.dtype, clipped if need_AB else None)
+    dx = torch.mm(dy, weight) if need_x else None
+    del weight
+    if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
+        return _dense_backward(dy, x, base, scale, zero_point, A, B, fmt, False, need_scale, need_AB)._replace(x=dx)
+    ds = dA = dB = None
+    if need_scale:
+        assert y is not None
+        ds = _per_row(dy, y).unsqueeze(1)  # sum_t dY Y = s * sum_i G Q
+        ds = (ds / scale).sum().view(1, 1) if scale.shape[0] == 1 else ds / scale
+    if need_AB:
+        assert A is not None
+        assert B is not None
+        dA, dB = _low_rank_backward(dy, x, scale, A, B, clipped)
+    return Gradients(dx, ds, dA, dB)
+
+
+def _per_row(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """sum over tokens of dy * y, fp32 (out,), without a (T, out) temporary in fp32 for low-precision inputs."""
+    total = torch.zeros(dy.shape[1], device=dy.device)
+    for tokens in row_chunks(dy.shape[0], dy.shape[1], dy.device):
+        total += (dy[tokens].float() * y[tokens].float()).sum(dim=0)
+    return total
+
+
+def _low_rank_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    clipped: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dA (R, in) and dB (out, R) from LoRA-sized products: dZ = s * G but for the clipped entries, where it is 0."""
+    xA = torch.mm(x, A.to(x.dtype).t())  # (T, R)
+    dB = torch.mm(dy.t(), xA).float() * scale
+    sB = (B.float() * scale).to(dy.dtype)
+    dA = torch.mm(torch.mm(dy, sB).t(), x).float()
+    row = torch.cat([r for r, _ in clipped])
+    column = torch.cat([c for _, c in clipped])
+    if row.numel():
+        # G at the clipped entries only, some at a time: two (T, n) gathers
+        s = scale.expand(dy.shape[1], 1).squeeze(1)
+        for part in row_chunks(row.numel(), dy.shape[0], dy.device):
+            j, i = row[part], column[part]
+            g = (dy[:, j].float() * x[:, i].float()).sum(dim=0) * s[j]
+            dB.index_add_(0, j, A.float()[:, i].t() * g.unsqueeze(1), alpha=-1)
+            dA.index_add_(1, i, B.float()[j].t() * g, alpha=-1)
+    return dA, dB
+
+
+def _dense_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    fmt: BaseFormat,
+    need_x: bool,
+    need_scale: bool,
+    need_AB: bool,
+) -> Gradients:
+    """All gradients through G = dY^T X, a chunk of rows at a time. No host-device synchronisation."""
+    qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
+    ds = torch.zeros_like(scale) if need_scale else None
+    dB = torch.empty(B.shape, device=B.device) if need_AB and B is not None else None
+    dA = torch.zeros(A.shape, device=A.device) if need_AB and A is not None else None
+    weight = torch.empty(base.shape[0], fmt.in_features, dtype=dy.dtype, device=dy.device) if need_x else None
+    for rows in row_chunks(base.shape[0], fmt.in_features, dy.device):
+        s = rows_of(scale, rows).unsqueeze(-1)
+        levels = rounded_levels(base[rows], A, None if B is None else B[rows], fmt)
+        inner = levels.clamp(qmin, qmax)
+        Q = grouped(inner, scale)
+        if zero_point is not None:
+            Q = Q - rows_of(zero_point, rows).unsqueeze(-1)
+        if weight is not None:
+            weight[rows] = (Q * s).view_as(levels)
+        G = torch.mm(dy[:, rows].t(), x).float()
+        if ds is not None:
+            per_scale = (grouped(G, scale) * Q).sum(dim=-1)
+            if scale.shape[0] == 1:
+                ds += per_scale.sum(dim=0, keepdim=True)  # per tensor; or one row of groups
+            else:
+                ds[rows] = per_scale
+        if dA is not None and dB is not None and A is not None and B is not None:
+            dZ = (grouped(G, scale) * s).view_as(G).mul_(levels == inner)
+            dB[rows] = torch.mm(dZ, A.float().t())
+            dA.addmm_(B[rows].float().t(), dZ)
+    return Gradients(None if weight is None else torch.mm(dy, weight), ds, dA, dB)
