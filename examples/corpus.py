@@ -22,8 +22,8 @@ _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 def python_documentation() -> tuple[Dataset, Dataset]:
     """(training, held-out) documents, column "text": the texts of `help()` and the standard library's docstrings.
 
-    Every Python installation has them, and they differ a little between versions. The split is by module, and a paragraph
-    of the training text never occurs in the held-out text.
+    Every Python installation has them, and they differ a little between versions. The split is by module, and a
+    paragraph of the training text never occurs in the held-out text.
     """
     seen: set[str] = set()
     modules = list(_modules(Path(sysconfig.get_paths()["stdlib"])))
@@ -75,10 +75,10 @@ def _without(seen: set[str], text: str) -> str:
 
 
 def from_user(name: str, split: str, eval_split: str | None, column: str | None) -> tuple[Dataset, Dataset]:
-    """(training, held-out) documents of a local file (.jsonl, .jsonl.gz, .parquet, .csv, .txt) or a data set of the Hub.
+    """(training, held-out) documents of a file (.jsonl, .jsonl.gz, .parquet, .csv, .txt) or of a data set of the Hub.
 
     Args:
-        name: a file, or a Hub id, with its configuration after a colon if it has several ("wikitext:wikitext-2-raw-v1").
+        name: a file, or a Hub id; after a colon its configuration, if it has several ("wikitext:wikitext-2-raw-v1").
         split: training split, slices allowed ("train[:10000]").
         eval_split: held-out split; None: every twentieth document of `split`, at most 500.
         column: "text", "messages" or what it is called; None: found.

@@ -1,11 +1,11 @@
 """LR-QAT end to end: a float model, an unmodified SFTTrainer, a quantized checkpoint, and what it costs and gains.
 
-    make demo                                       SmolLM2-135M-Instruct on Python's own documentation, no hub needed
-    python examples/demo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --steps 500 --group-size 128 --seq-len 1024
+    make demo                        SmolLM2-135M-Instruct on Python's own documentation, no hub needed
+    python examples/demo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --steps 500 --seq-len 1024
 
-The table compares the model as it came (float), rounded to the nearest level of the grid (the same grid, the same scales:
-LR-QAT at step 0), and trained inside the rounding. Perplexity is of held-out documents *of the same kind* as the training
-text. The last row is the saved checkpoint, loaded by a new process that cannot import this package.
+The table compares the model as it came (float), rounded to the nearest level of the grid (the same grid, the same
+scales: LR-QAT at step 0), and trained inside the rounding. Perplexity is of held-out documents *of the same kind* as
+the training text. The last row is the saved checkpoint, loaded by a new process that cannot import this package.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the checkpoint; default: out/MODEL-w4-lrqat")
     add("--push-to-hub", metavar="REPO", help="upload the checkpoint")
     add("--device", default="auto", help="cpu, cuda, ...")
-    add("--dtype", default="auto", help="of the model: float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16")
+    add("--dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -191,10 +192,10 @@ def serve(args: argparse.Namespace, held_out: torch.Tensor, prompt: str) -> dict
 
 
 def show(rows: list[Row], args: argparse.Namespace) -> None:
-    weights = f"{args.bits}-bit weights, " + {-1: "per channel", 0: "per tensor"}.get(
-        args.group_size, f"groups of {args.group_size}"
+    grid = METHODS[args.method](args).grid.describe()
+    table = Table(
+        title=f"{Path(args.model).name}; {grid}; {args.steps} steps of {args.batch_size * args.seq_len} tokens"
     )
-    table = Table(title=f"{Path(args.model).name}, {weights}, {args.steps} steps of {args.batch_size * args.seq_len} tokens")
     table.add_column("")
     for header in ("perplexity", "checkpoint, MB", "linear layers, MB"):
         table.add_column(header, justify="right")
@@ -241,7 +242,8 @@ def run(args: argparse.Namespace) -> list[Row]:
         Row("rounded to nearest", rounded_perplexity, checkpoint, linear),
     ]
     if args.baselines:
-        rows.append(Row("LoRA, then rounded", lora_then_rounded(args, tokenizer, documents, evaluate), checkpoint, linear))
+        value = lora_then_rounded(args, tokenizer, documents, evaluate)
+        rows.append(Row("LoRA, then rounded", value, checkpoint, linear))
     prompt = args.prompt
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
@@ -259,6 +261,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
+    warnings.simplefilter("ignore", FutureWarning)  # TRL's and transformers' own
     args = parse(argv)
     trained, served = (row.perplexity for row in run(args)[-2:])
     console.print(f"checkpoint: {args.out}  ({time.monotonic() - start:.0f} s in all)", markup=False)

