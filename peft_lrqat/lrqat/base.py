@@ -37,6 +37,24 @@ def local(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def _position_weighted_sum(matrix: torch.Tensor, salt: int) -> torch.Tensor:
+    """int64 scalar, modulo 2^64: a sum of integers or fp32 bit patterns, each times a number for its position."""
+    total = torch.zeros((), dtype=torch.int64, device=matrix.device)
+    columns = torch.arange(matrix.shape[1], device=matrix.device) * 2654435761 + salt
+    for rows in row_chunks(matrix.shape[0], matrix.shape[1], matrix.device):
+        part = matrix[rows]
+        bits = part.float().contiguous().view(torch.int32) if part.is_floating_point() else part
+        row = torch.arange(rows.start, rows.stop, device=matrix.device) * 2246822519 + 1
+        total += ((bits.to(torch.int64) * columns).sum(dim=1) * row).sum()
+    return total
+
+
+def float_checksum(weight: torch.Tensor) -> int:
+    """A number that tells two float (out, in) weights apart. It depends on values only: a bf16 weight and its copy in
+    fp32 have the same."""
+    return int(_position_weighted_sum(weight.detach(), 1))
+
+
 class PackedParameter(nn.Parameter):
     """A frozen integer parameter. FSDP2 shards it; FSDP1, which flattens floats only, keeps it whole on every rank."""
 
@@ -93,15 +111,15 @@ class FrozenWeight(nn.Module):
         self.compute_dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
         self.fmt = BaseFormat(grid.bits, self.in_features, downcast)
-        base, scale, zero_point = self._convert(weight)
+        base, scale, zero_point, self.source_checksum = self._convert(weight)
         self.base = PackedParameter(base)
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
         self.register_parameter("bias", linear.bias)
 
     @torch.no_grad()
-    def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(base, s0, zero point) of a float (out, in) weight, a row chunk at a time."""
+    def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+        """(base, s0, zero point, `float_checksum`) of a float (out, in) weight, a row chunk at a time."""
         scale, zero_point = choose_range(weight, self.grid, self.range_method, self.range_p, self.scale_dtype)
         parts = []
         for rows in row_chunks(self.out_features, self.in_features, weight.device):
@@ -110,7 +128,7 @@ class FrozenWeight(nn.Module):
             if zero_point is not None:
                 levels += zero_point[per_row].unsqueeze(-1)
             parts.append(encode_base(levels.view(-1, self.in_features), self.grid.bits, self.downcast))
-        return torch.cat(parts), scale, zero_point
+        return torch.cat(parts), scale, zero_point, float_checksum(weight)
 
     @property
     def scale0(self) -> torch.Tensor:
@@ -133,13 +151,11 @@ class FrozenWeight(nn.Module):
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for index, tensor in enumerate((self.base, self.scale0_bits, self.zero_point)):
-            if tensor is None:
-                continue
-            matrix = local(tensor.detach()).contiguous().view(torch.uint8).reshape(tensor.shape[0], -1)
-            columns = torch.arange(matrix.shape[1], device=self.device) * 2654435761 + 40503 * (index + 1)
-            for rows in row_chunks(matrix.shape[0], matrix.shape[1], self.device):
-                row = torch.arange(rows.start, rows.stop, device=self.device) * 2246822519 + 1
-                total += ((matrix[rows].to(torch.int64) * columns).sum(dim=1) * row).sum()
+            if tensor is not None:
+                whole = local(tensor.detach()).contiguous()
+                total += _position_weighted_sum(
+                    whole.view(torch.uint8).reshape(whole.shape[0], -1), 40503 * (index + 1)
+                )
         return total
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +190,7 @@ class FrozenWeight(nn.Module):
         if tuple(weight.shape) != (self.out_features, self.in_features):
             errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
             return
-        base, scale, zero_point = self._convert(weight.to(self.device, self.compute_dtype))
+        base, scale, zero_point, self.source_checksum = self._convert(weight.to(self.device, self.compute_dtype))
         self.base.data.copy_(base)
         self.scale0_bits.data.copy_(scale.view(torch.int32))
         if zero_point is not None and self.zero_point is not None:

@@ -94,8 +94,18 @@ class LRQATConfig(LoraConfig):
         },
     )
 
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set by the conversion and saved with the adapter: a checksum of the float weights it was made "
+            "for. An adapter is loaded on that base only."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._check_options()
+        # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
+        self._required_fingerprint = self.base_fingerprint
         # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
         init, self.init_lora_weights = self.init_lora_weights, True
         loftq_config, self.loftq_config = self.loftq_config, {}

@@ -37,6 +37,7 @@ Several adapters add up, in the adapters' usual sense, inside one rounding: thei
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -53,6 +54,15 @@ from ..ops.reference import codes
 from .base import FrozenWeight, local
 from .config import LRQATConfig
 from .loftq import residual_factors
+
+
+class _Checksums(BufferDict):
+    """A BufferDict whose tensors may stay on the meta device while PEFT moves a layer (`low_cpu_mem_usage`)."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Checksums:
+        with contextlib.suppress(NotImplementedError):  # torch: "Cannot copy out of meta tensor"
+            super()._apply(fn, recurse)
+        return self
 
 
 class LRQATLayer(LoraLayer):
@@ -103,7 +113,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         LoraLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = transposed
         self.lora_scale_shift = nn.ParameterDict({})
-        self.lora_base_checksum = BufferDict({}, persistent=True)
+        self.lora_base_checksum = _Checksums({}, persistent=True)
         self._before_merge: FrozenWeight | None = None
         self.container_bits = config.container_bits
         self._active_adapter = adapter_name
@@ -115,7 +125,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
             del self._float_weight
 
     @property
-    def _frozen(self) -> FrozenWeight:
+    def frozen(self) -> FrozenWeight:
+        """The frozen base, also while an adapter is merged."""
         return self._before_merge or self.base_layer
 
     # -- adapters
@@ -124,12 +135,16 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any
     ) -> None:
         """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged."""
-        frozen = self._frozen
+        frozen = self.frozen
         if config.learn_scales:
             rows, groups = frozen.scale0_bits.shape
             self.lora_scale_shift[adapter_name] = nn.Parameter(torch.zeros(rows, groups, device=frozen.device))
-        self.lora_base_checksum[adapter_name] = frozen.checksum().view(1)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        # beside the adapter's weights: on the meta device where `low_cpu_mem_usage` puts them, until they are loaded
+        device = self.lora_A[adapter_name].weight.device
+        self.lora_base_checksum[adapter_name] = (
+            torch.empty(1, dtype=torch.int64, device=device) if device.type == "meta" else frozen.checksum().view(1)
+        )
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)
 
@@ -169,14 +184,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return False
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self._frozen.device, self._frozen.compute_dtype
+        return self.frozen.device, self.frozen.compute_dtype
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     def _operands(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Scale, A and B (with lora_alpha / r) that these adapters make together, whole even if FSDP2 shards them."""
-        frozen = self._frozen
+        frozen = self.frozen
         scale = frozen.scale0
         shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
         if shifts:
@@ -251,13 +266,13 @@ class LRQATLinear(nn.Module, LRQATLayer):
             return
         merged = self._merged([*self.merged_adapters, *adapter_names], safe_merge)
         # kept outside of the module tree: it is neither saved nor trained while the layer is merged
-        object.__setattr__(self, "_before_merge", self._frozen)
+        object.__setattr__(self, "_before_merge", self.frozen)
         self.base_layer = merged  # type: ignore[assignment]  # a FrozenWeight only while nothing is merged
         self.merged_adapters.extend(adapter_names)
 
     @torch.no_grad()
     def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
-        frozen = self._frozen
+        frozen = self.frozen
         scale, A, B = self._operands(adapters)
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, A, B) if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters[-1]} seems to be broken")
@@ -290,7 +305,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             # a layer that none of the adapters has is quantized all the same: at step 0
             return self.base_layer if self.merged else self._merged([])
-        frozen = self._frozen
+        frozen = self.frozen
         weight = frozen.weight
         layer: nn.Module
         if frozen.transposed:

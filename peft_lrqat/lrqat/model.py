@@ -17,7 +17,7 @@ from ..checkpoint.model_card import attach_card
 from .base import packed_state_dict
 from .config import LRQATConfig
 from .layer import LRQATLayer, LRQATLinear
-from .preflight import check_adapter_file, check_base, check_targets
+from .preflight import check_adapter_file, check_base, check_fingerprint, check_targets
 
 
 class LRQATModel(LoraModel):
@@ -44,10 +44,12 @@ class LRQATModel(LoraModel):
             check_base(model)
             check_targets(model, targets, config)
             check_adapter_file(targets, config)
+            fingerprint = check_fingerprint(targets, config)
         except ValueError:
             if len(self.peft_config) > 1:  # PEFT registers the adapter before it injects it
                 del self.peft_config[adapter_name]
             raise
+        config.base_fingerprint = fingerprint
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _targets(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> dict[str, nn.Module]:
@@ -160,8 +162,10 @@ def _check_same_base(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         if not isinstance(layer, LRQATLinear) or adapter_name not in layer.lora_base_checksum:
             continue
         key = f"{name}.lora_base_checksum.{adapter_name}"
-        saved = state_dict.get(key)
-        here = layer.lora_base_checksum[adapter_name]
+        here = layer.frozen.checksum()
+        saved = (
+            state_dict.setdefault(key, here) if layer.lora_base_checksum[adapter_name].is_meta else state_dict.get(key)
+        )
         if saved is not None and int(saved) != int(here):
             raise ValueError(
                 f"This adapter was trained on another base: the integers of module {name!r} differ. Load it on the "

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.linear import QuantizedLinear
 from ..chunks import row_chunks
+from .base import float_checksum
 from .config import LRQATConfig
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +68,16 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
             raise ValueError(
                 f"{where} has {kind}; LR-QAT needs float32, bfloat16 or float16 weights. Load the float model."
             )
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"The weight of {where} is sharded (a DTensor). Adapt the whole model first, then shard it with "
+                "`fully_shard`; tensor-parallel models are not supported."
+            )
+        if type(weight.data) is not torch.Tensor:
+            raise ValueError(
+                f"The weight of {where} is a {type(weight.data).__name__}, no plain tensor: it seems to be quantized "
+                "already. Load the float model."
+            )
         if weight.device.type == "meta":
             raise ValueError(
                 f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with "
@@ -92,6 +103,27 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
                     f"The weight of {where} holds NaN or infinite values. Load an intact checkpoint, or repair the "
                     "weight before adapting the model."
                 )
+
+
+def check_fingerprint(targets: dict[str, Any], config: LRQATConfig) -> str:
+    """The fingerprint of the targeted modules' float weights; ValueError if `config` comes with another one."""
+    total = 0
+    for index, module in enumerate(targets.values()):
+        if isinstance(module, BaseTunerLayer):
+            checksum: int = module.frozen.source_checksum  # type: ignore[attr-defined]  # an LRQATLinear
+        else:
+            checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)
+        total += checksum * (2 * index + 1)  # by order, not by name: PEFT and transformers prefix names differently
+    fingerprint = f"{total % 2**64:016x}"
+    required = config._required_fingerprint
+    if required is not None and required != fingerprint:
+        raise ValueError(
+            f"This adapter was trained on another base: it was made for float weights with the fingerprint {required}, "
+            f"but the targeted modules of this model have {fingerprint}. On other weights it means something else, so "
+            "it was not loaded. Load it on the float model, in the dtype, that it was trained on (see "
+            "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig."
+        )
+    return fingerprint
 
 
 def check_adapter_file(targets: dict[str, Any], config: LRQATConfig) -> None:
