@@ -21,6 +21,8 @@ from .grid import Grid, snap_scale
 
 RANGE_METHODS = ("lp", "minmax")
 _CLIP_STEPS = 100
+# errors are summed in fp32 first: a candidate is left out only if it is worse by more than that can blur
+_MARGIN = 1 + 1e-4
 
 
 def choose_range(
@@ -83,9 +85,9 @@ def _search(
     widest = max(parts, key=torch.Tensor.numel)
     work, spare = (torch.empty_like(widest, dtype=torch.float32) for _ in range(2))
     for divisor in divisors:
-        if divisor > top and bool((_least_clipping(lo, hi, divisor, grid) ** p > best_error).all()):
-            continue  # the largest weight alone costs more than the best candidate so far: for every line
         scale, zero = _candidate(lo, hi, divisor, grid, scale_dtype)
+        if divisor > top and bool((_least_clipping(lo, hi, scale, zero, grid) ** p > best_error * _MARGIN).all()):
+            continue  # the largest weight alone costs more than the best candidate so far: for every line
         error = torch.zeros_like(best_error)
         for part in parts:
             width = part.shape[1]
@@ -98,14 +100,14 @@ def _search(
     return best_scale, best_zero
 
 
-def _least_clipping(lo: torch.Tensor, hi: torch.Tensor, divisor: float, grid: Grid) -> torch.Tensor:
-    """A lower bound, in weight units, of the error that this (clipping) candidate makes in the largest weight."""
-    if grid.symmetric:
-        largest = torch.maximum(hi, -lo).double()
-        return (largest * (1 + grid.qmin / divisor)).clamp_(min=0)
-    # the clipped span misses at least half of what it lacks on one side, less the rounding of the zero point
-    span = (hi - lo).double()
-    return (span * (0.5 - (0.5 * (grid.qmax - grid.qmin) + 1) / divisor)).clamp_(min=0)
+def _least_clipping(
+    lo: torch.Tensor, hi: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """A lower bound, in weight units, of a line's largest error: what the grid's ends cut off its extremes; fp64."""
+    step, zero = scale.double(), zero.double()
+    below = step * (grid.qmin - zero) - lo
+    above = hi - step * (grid.qmax - zero)
+    return torch.maximum(below, above).clamp_(min=0)
 
 
 def _candidate(
