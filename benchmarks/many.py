@@ -2,8 +2,9 @@
 
     python benchmarks/many.py jobs.txt --parallel 8 --limit 560 --out results.json -- --model DIR --tokens tokens/
 
-Each line of jobs.txt holds the options of one run (see quality.py); '#' starts a comment. Small models leave a GPU waiting
-for Python, so runs share it; their step times then mean nothing, their perplexities do not change.
+Each line of jobs.txt holds the options of one run (see quality.py); '#' starts a comment. Runs share the GPU, so that one
+computes while another loads or evaluates; step times then mean nothing, perplexities do not change. The bundle is written
+anew whenever a run has ended.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ def main() -> None:
     waiting = [job for job in jobs if job]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        running: list[tuple[subprocess.Popen, str]] = []
+        running: list[tuple[subprocess.Popen, str, str]] = []
         number = 0
         while waiting or running:
             while waiting and len(running) < args.parallel:
                 job = waiting.pop(0)
                 script = str(Path(__file__).with_name("quality.py"))
+                log = f"{folder}/{number:03}.log"
                 command = [
                     sys.executable,
                     script,
@@ -47,22 +49,26 @@ def main() -> None:
                     "--out",
                     f"{folder}/{number:03}.json",
                 ]
-                running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), job))
+                running.append((subprocess.Popen(command, stderr=open(log, "w")), job, log))
                 number += 1
             time.sleep(0.5)
-            for process, job in list(running):
+            for process, job, log in list(running):
                 if process.poll() is not None:
-                    running.remove((process, job))
+                    running.remove((process, job, log))
                     if process.returncode:
-                        print(f"FAILED {job}\n{process.stderr.read()[-1500:] if process.stderr else ''}", flush=True)
+                        print(f"FAILED {job}\n{Path(log).read_text()[-1500:]}", flush=True)
+                    bundle(folder, args.out)
             if time.monotonic() - started > args.limit:
-                for process, job in running:
+                for process, job, _ in running:
                     process.kill()
                     print(f"DROPPED {job}")
                 print(f"NOT STARTED {waiting}")
                 break
-        results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    write_json(Path(args.out), {"runs": results})
+
+
+def bundle(folder: str, out: str) -> None:
+    """One file with the results of all runs that have ended."""
+    write_json(Path(out), {"runs": [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]})
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@
 Every method sees the same batches (same seed), trains for the same number of steps with AdamW under bf16 autocast, with
 linear warm-up over 10 % and cosine decay, and is evaluated in the same way: perplexity on windows of 1024 tokens.
 
-    rtn     rounding to nearest, the step-0 model of LR-QAT
+    rtn     the float model, and rounded to nearest on several grids
     lrqat   LRQATConfig, adapters and scales
-    lsq     full QAT: every weight of the quantized layers is trained through W^ = s clip(round(W / s)), with LSQ's scale
-            gradient (arXiv 1902.08153, as LR-QAT's authors use it), fp32 masters; scales in relative units
-    lora    PEFT LoRA in float, merged, then rounded with the same ranges
-    float   PEFT LoRA in float, not rounded (what the data alone gives)
+    lsq     full QAT: every weight of the quantized layers is trained through W^ = s clip(round(W / s)), with LSQ's
+            scale gradient (arXiv 1902.08153, as LR-QAT's authors use it), fp32 masters; scales in relative units
+    lora    PEFT LoRA in float (what the data alone gives), then merged and rounded to several grids
 """
 
 from __future__ import annotations
@@ -183,15 +182,22 @@ def targets(model: nn.Module):
             yield model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
 
 
-def round_weights(model: nn.Module, grid, p: float) -> None:
-    """Round every targeted weight to nearest, in place."""
+def rounded_perplexities(model: nn.Module, held_out: np.ndarray, device: torch.device) -> dict[str, float]:
+    """Perplexity after rounding the float weights to nearest, for several grids and range norms: "bits/group/p"."""
+    from peft_lrqat import Grid
     from peft_lrqat.grid import dequantize, quantize
     from peft_lrqat.ranges import choose_range
 
-    for _, _, linear in targets(model):
-        weight = linear.weight.data
-        scale, zero = choose_range(weight, grid, "lp", p)
-        linear.weight.data = dequantize(quantize(weight, scale, zero, grid), scale, zero, weight.dtype)
+    floats = [linear.weight.data for _, _, linear in targets(model)]
+    found = {}
+    for bits, group_size in ((4, -1), (4, 64), (3, -1), (3, 64)):
+        grid = Grid(bits, group_size)
+        for p in (2.4, 4.0):
+            for (_, _, linear), weight in zip(targets(model), floats, strict=True):
+                scale, zero = choose_range(weight, grid, "lp", p)
+                linear.weight.data = dequantize(quantize(weight, scale, zero, grid), scale, zero, weight.dtype)
+            found[f"{bits}/{group_size}/{p:g}"] = perplexity(model, held_out, device)
+    return found
 
 
 def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -210,7 +216,7 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list
         shifts = [p for n, p in model.named_parameters() if n.endswith("shift")]
         return model, [{"params": weights, "lr": args.lr}, {"params": shifts, "lr": args.scale_lr}]
     common = {"r": args.rank, "lora_alpha": round(args.c * args.rank), "target_modules": "all-linear"}
-    if args.method in ("lora", "float"):
+    if args.method == "lora":
         model = get_peft_model(model, LoraConfig(**common, task_type="CAUSAL_LM"))
         return model, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr}]
     config = LRQATConfig(
@@ -247,48 +253,46 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {**vars(args), **provenance()}
     result.pop("run", None)
     if args.method == "rtn":
-        result["float"] = perplexity(model, held_out, device)
+        result["perplexity"] = perplexity(model, held_out, device)
+        result["rounded"] = rounded_perplexities(model, held_out, device)
+        finish(result, args.out)
+        return
     model, groups = prepare(model, args)
     model.train()
-    if args.method in ("lrqat", "rtn"):
+    if args.method == "lrqat":
         result["step0"] = perplexity(model, held_out, device)
     losses: list[torch.Tensor] = []
-    if args.method != "rtn":
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], weight_decay=0.0, betas=(0.9, 0.95), fused=True
-        )
-        warm = max(1, args.steps // 10)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+    warm = max(1, args.steps // 10)
 
-        def factor(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        trained = [p for g in groups for p in g["params"]]
-        step = Step(model, trained, (args.batch, SEQ), graph=device.type == "cuda" and not args.no_graph)
-        started = time.perf_counter()
-        for rows in batches(train, args.steps, args.batch, args.seed):
-            losses.append(step(rows))
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-        result["train_loss"] = torch.stack(losses)[-20:].mean().item()
-        result["seconds"] = time.perf_counter() - started
-        result["perplexity"] = perplexity(model, held_out, device)
-        if args.method == "lora":
-            from peft_lrqat import Grid
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    trained = [p for g in groups for p in g["params"]]
+    step = Step(model, trained, (args.batch, SEQ), graph=device.type == "cuda" and not args.no_graph)
+    started = time.perf_counter()
+    for rows in batches(train, args.steps, args.batch, args.seed):
+        losses.append(step(rows))
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+    result["train_loss"] = torch.stack(losses)[-20:].mean().item()
+    result["seconds"] = time.perf_counter() - started
+    result["perplexity"] = perplexity(model, held_out, device)
+    if args.method == "lora":
+        result["rounded"] = rounded_perplexities(model.merge_and_unload(), held_out, device)
+    if args.method == "lrqat":
+        result["merged"] = perplexity(model.merge_and_unload(), held_out, device)
+    finish(result, args.out)
 
-            model = model.merge_and_unload()
-            result["before_rounding"] = result["perplexity"]
-            round_weights(model, Grid(args.bits, args.group_size, not args.asymmetric), args.p)
-            result["perplexity"] = perplexity(model, held_out, device)
-        if args.method == "lrqat":
-            result["merged"] = perplexity(model.merge_and_unload(), held_out, device)
-    else:
-        result["perplexity"] = result["step0"]
-    write_json(Path(args.out), result)
-    print(Path(args.out).stem, {k: result[k] for k in ("perplexity", "step0", "merged", "seconds") if k in result})
+
+def finish(result: dict[str, Any], out: str) -> None:
+    write_json(Path(out), result)
+    shown = ("perplexity", "step0", "merged", "rounded", "seconds")
+    print(Path(out).stem, {k: result[k] for k in shown if k in result}, flush=True)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -319,7 +323,7 @@ def main() -> None:
     one.add_argument("--gguf-file")
     one.add_argument("--tokens", required=True)
     one.add_argument("--out", required=True)
-    one.add_argument("--method", choices=("rtn", "lrqat", "lsq", "lora", "float"), required=True)
+    one.add_argument("--method", choices=("rtn", "lrqat", "lsq", "lora"), required=True)
     one.add_argument("--bits", type=int, default=4)
     one.add_argument("--group-size", type=int, default=-1)
     one.add_argument("--asymmetric", action="store_true")

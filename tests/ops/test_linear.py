@@ -254,14 +254,14 @@ def medium_precision():
 
 
 class _Products(torch.overrides.TorchFunctionMode):
-    """Records which precision torch.mm is allowed to use."""
+    """Records which precision the products of A and B are allowed to use."""
 
     def __init__(self):
         super().__init__()
         self.seen: list[str] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.mm:
+        if func is torch.Tensor.addmm_:
             self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)
         return func(*args, **(kwargs or {}))
 
