@@ -311,8 +311,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if frozen.transposed:
             layer = Conv1D(frozen.out_features, 0)
         else:
-            layer = nn.Linear(0, 0, bias=False)
-            layer.in_features, layer.out_features = frozen.in_features, frozen.out_features
+            layer = nn.Linear(frozen.in_features, frozen.out_features, bias=False, device="meta")
         layer.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
         layer.register_parameter("bias", frozen.bias)
         return layer
