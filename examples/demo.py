@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--asymmetric", action="store_true", help="integer zero points")
     add("--downcast", help="how the frozen base is kept: fx8, int, bf16, fp16, fp32")
     add("--rank", type=int, default=16)
-    add("--alpha", type=int, default=32, help="lora_alpha; alpha / rank counts grid steps")
+    add("--alpha", type=int, default=256, help="lora_alpha; alpha / rank counts grid steps")
     add("--lr", type=float, default=1e-3)
     add("--steps", type=int, default=40)
     add("--batch-size", type=int, default=1)

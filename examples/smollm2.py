@@ -100,7 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config
-    config._name_or_path = f"HuggingFaceTB/{NAME}"
+    config.__dict__.pop("_model_name_or_path", None)  # the name inside the GGUF file, of a training run
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
