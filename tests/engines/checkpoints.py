@@ -54,7 +54,7 @@ def make(spec: Spec, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    merged = model.merge_and_unload()
+    merged = model.merge_and_unload().to(getattr(torch, spec.stored))  # exact for the integers and the scales
     shutil.rmtree(folder, ignore_errors=True)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -81,6 +81,7 @@ def _serve(
         "checkpoint": spec.name,
         "grid": spec.grid,
         "container_bits": spec.container_bits,
+        "stored": spec.stored,
         "dtype": dtype,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "tokens": sum(len(mine["tokens"]) for mine in ours),

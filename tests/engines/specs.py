@@ -14,7 +14,8 @@ class Spec:
     group_size: int
     symmetric: bool = True
     container_bits: int = 4
-    dtypes: tuple[str, ...] = ("float16",)  # what the engine computes in
+    stored: str = "bfloat16"  # dtype of the scales and of what is not quantized
+    dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
 
     @property
     def grid(self) -> str:
@@ -22,18 +23,18 @@ class Spec:
         return f"{self.bits} bits, {share}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
-# vLLM's CPU kernel reads 4-bit containers only; narrower grids fit into them exactly. Every checkpoint is stored once,
-# in bf16. Its scales are exact in fp16 too, whose finer logits leave fewer ties between tokens than those of bf16.
+# vLLM's CPU kernel reads 4-bit containers only; narrower grids fit into them exactly. Training is in bf16; the scales
+# are exact in fp16 too, whose finer logits leave fewer ties between tokens. Asymmetric checkpoints are stored in the
+# dtype they are computed in: transformers 5.23 decompresses them in the stored one first, and would round twice.
 SPECS = (
     Spec("w4-g64", 4, 64, dtypes=("float16", "bfloat16")),
     Spec("w4-channel", 4, -1),
     Spec("w3-g64-in-4", 3, 64),
-    Spec("w2-g64-in-4", 2, 64),
-    Spec("w4-g64-asym", 4, 64, symmetric=False),
-    Spec("w2-g64-asym-in-4", 2, 64, symmetric=False),
+    Spec("w4-g64-asym", 4, 64, symmetric=False, stored="float16"),
+    Spec("w2-g64-asym-in-4", 2, 64, symmetric=False, stored="float16"),
 )
 
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 
 COMPLETIONS = (
     "The capital of France is",
