@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -97,6 +98,13 @@ class LRQATModel(LoraModel):
         """As stored: packed bases. (`model.base_model.model.state_dict()` gives float weights, as PEFT expects it.)"""
         with packed_state_dict():
             return super().state_dict(*args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # warns about flat or empty lora_A / lora_B, which an ungathered ZeRO-3 or FSDP1 model has
+        _validate_lora_adapter_state_dict(found, adapter_name=adapter_name)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
