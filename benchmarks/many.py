@@ -2,9 +2,9 @@
 
     python benchmarks/many.py jobs.txt --parallel 8 --limit 560 --out results.json -- --model DIR --tokens tokens/
 
-Each line of jobs.txt holds the options of one run (see quality.py); '#' starts a comment. Runs share the GPU, so that one
-computes while another loads or evaluates; step times then mean nothing, perplexities do not change. The bundle is written
-anew whenever a run has ended.
+Each line of jobs.txt holds the options of one run (see quality.py); '#' starts a comment. Runs share the GPU, so that
+one computes while another loads or evaluates; step times then mean nothing, perplexities do not change. The bundle is
+written anew whenever a run has ended.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
                     "--out",
                     f"{folder}/{number:03}.json",
                 ]
-                running.append((subprocess.Popen(command, stderr=open(log, "w")), job, log))
+                with open(log, "w") as errors:  # the child keeps its own copy of the descriptor
+                    running.append((subprocess.Popen(command, stderr=errors), job, log))
                 number += 1
             time.sleep(0.5)
             for process, job, log in list(running):
