@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--downcast", help="how the frozen base is kept: fx8, int, bf16, fp16, fp32")
     add("--rank", type=int, default=16)
     add("--alpha", type=int, default=256, help="lora_alpha; alpha / rank counts grid steps")
-    add("--lr", type=float, default=1e-3)
+    add("--lr", type=float, default=3e-3)
     add("--steps", type=int, default=40)
     add("--batch-size", type=int, default=1)
     add("--seq-len", type=int, default=256)
