@@ -52,7 +52,11 @@ class LRQATConfig(LoraConfig):
 
     r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
     lora_alpha: int = field(
-        default=32, metadata={"help": "lora_alpha / r scales the adapter, in grid steps of the integer grid."}
+        default=None,  # type: ignore[arg-type]  # None exists only until __post_init__
+        metadata={
+            "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach r / lora_alpha "
+            "move a weight one level. Default: 16 * r, see docs/quality.md."
+        },
     )
     bits: int = field(default=4, metadata={"help": "Bits of the weight grid, 2 to 8."})
     group_size: int = field(
@@ -77,7 +81,7 @@ class LRQATConfig(LoraConfig):
     range_method: Literal["lp", "minmax"] = field(
         default="lp", metadata={"help": "How the first scales are chosen: L_p grid search, or covering every weight."}
     )
-    range_p: float = field(default=4.0, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    range_p: float = field(default=2.4, metadata={"help": "Exponent of the error norm of range_method='lp'."})
     learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
         default="auto",
@@ -104,6 +108,8 @@ class LRQATConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._check_options()
+        if self.lora_alpha is None:
+            self.lora_alpha = 16 * self.r
         # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
         self._required_fingerprint = self.base_fingerprint
         # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
