@@ -92,6 +92,12 @@ class LRQATModel(LoraModel):
             kwargs.pop(unused, None)
         return LRQATLinear(target, adapter_name, config=lora_config, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(new_module, LRQATLinear):
+            # PEFT keeps every replaced module until all are replaced; with them it would keep the whole float model
+            child.register_parameter("weight", None)
+
     # -- state dicts
 
     def state_dict(self, *args: Any, **kwargs: Any):
