@@ -44,8 +44,8 @@ class LRQATModel(LoraModel):
             targets = self._targets(model, config, kwargs.get("state_dict"))
             check_base(model)
             check_targets(model, targets, config)
-            check_adapter_file(targets, config)
             fingerprint = check_fingerprint(targets, config)
+            check_adapter_file(targets, config)
         except ValueError:
             if len(self.peft_config) > 1:  # PEFT registers the adapter before it injects it
                 del self.peft_config[adapter_name]
