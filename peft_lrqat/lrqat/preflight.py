@@ -119,9 +119,9 @@ def check_fingerprint(targets: dict[str, Any], config: LRQATConfig) -> str:
     required = config._required_fingerprint
     if required is not None and required != fingerprint:
         raise ValueError(
-            f"This adapter was trained on another base model: its float weights had the fingerprint {required}, but the "
-            f"targeted modules of this model have {fingerprint}. On other weights it means something else, so it was not "
-            "loaded. Load it on the float model, in the dtype, that it was trained on (see "
+            f"This adapter was trained on another base model: its float weights had the fingerprint {required}, but "
+            f"the targeted modules of this model have {fingerprint}. On other weights it means something else, so it was "
+            "not loaded. Load it on the float model, in the dtype, that it was trained on (see "
             "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig."
         )
     return fingerprint
