@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from .chunks import row_chunks
+
 
 def words_per_row(in_features: int, bits: int) -> int:
     """int32 words that hold a row of `in_features` codes."""
@@ -30,7 +32,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Returns:
         int32 (out, ceil(in * bits / 32)).
+
+    Memory: work space for one row chunk (odd widths need about ten bytes a code) above the result.
     """
+    rows, cols = codes.shape
+    packed = torch.empty(rows, words_per_row(cols, bits), dtype=torch.int32, device=codes.device)
+    for part in row_chunks(rows, cols, codes.device):
+        packed[part] = _pack_rows(codes[part], bits)
+    return packed
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, cols = codes.shape
     words = words_per_row(cols, bits)
     unsigned = codes.to(torch.int16).add_(1 << (bits - 1)).to(torch.uint8)
@@ -63,7 +75,17 @@ def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
 
     Returns:
         int8 (out, in) centred codes.
+
+    Memory: as for `pack`.
     """
+    rows = packed.shape[0]
+    codes = torch.empty(rows, in_features, dtype=torch.int8, device=packed.device)
+    for part in row_chunks(rows, in_features, packed.device):
+        codes[part] = _unpack_rows(packed[part], bits, in_features)
+    return codes
+
+
+def _unpack_rows(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
     rows = packed.shape[0]
     stream = packed.contiguous().view(torch.uint8)
     if bits == 8:

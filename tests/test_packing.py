@@ -2,6 +2,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
+from peft_lrqat import chunks
 from peft_lrqat.packing import pack, unpack, words_per_row
 
 WIDTHS = (1, 2, 3, 7, 8, 9, 15, 31, 32, 33, 63, 64, 65, 96, 100, 127, 250)
@@ -52,6 +53,15 @@ def test_rows_are_packed_on_their_own():
     codes = _codes(8, 37, 3)
     parts = [pack(codes[rows], 3) for rows in (slice(0, 3), slice(3, 8))]
     assert torch.equal(torch.cat(parts), pack(codes, 3))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_row_chunks_change_nothing(monkeypatch, bits):
+    codes = _codes(11, 37, bits)
+    whole = pack(codes, bits)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 4 * 37)
+    assert torch.equal(pack(codes, bits), whole)
+    assert torch.equal(unpack(whole, bits, 37), codes)
 
 
 def test_views_and_transposes():
