@@ -34,8 +34,8 @@ def encode_base(levels: torch.Tensor, bits: int, downcast: str) -> torch.Tensor:
 
     fx8 is 8-bit fixed point with 8 - bits fraction bits. The stored integer n stands for the *middle* of its cell,
     (n + 1/2) / 2^(8-bits): no value lies on a rounding tie, so rounding the stored base gives the codes that rounding
-    W0 gives, and every backend agrees about them. (The paper stores cell edges: one weight in 2^(8-bits) then sits on a
-    tie, and the smallest A B flips it.)
+    W0 gives (only a weight that itself lies on a tie goes up, not to even), and every backend agrees about them. (The
+    paper stores cell edges: one weight in 2^(8-bits) then sits on a tie, and the smallest A B flips it.)
 
     Args:
         levels: (rows, in) fp32, centred grid steps. Overwritten.
