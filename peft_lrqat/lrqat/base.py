@@ -91,7 +91,7 @@ class FrozenWeight(nn.Module):
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
     def __init__(
         self,
-        linear: nn.Linear | Conv1D,
+        linear: nn.Linear | Conv1D | nn.Embedding,
         grid: Grid,
         downcast: str,
         range_method: str = "lp",
@@ -115,7 +115,7 @@ class FrozenWeight(nn.Module):
         self.base = PackedParameter(base)
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
-        self.register_parameter("bias", linear.bias)
+        self.register_parameter("bias", getattr(linear, "bias", None))
 
     @torch.no_grad()
     def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
@@ -157,6 +157,11 @@ class FrozenWeight(nn.Module):
                     whole.view(torch.uint8).reshape(whole.shape[0], -1), 40503 * (index + 1)
                 )
         return total
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
+        # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer at step 0: x (..., in) to (..., out)."""

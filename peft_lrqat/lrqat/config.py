@@ -23,7 +23,7 @@ _REFUSED = {
     "lora_bias": "a bias of lora_B would lie outside the rounding; train the layer's own bias with `bias='lora_only'`",
     "layer_replication": "every replica would hold its own packed copy; replicate the layers before adapting",
     "megatron_config": "Megatron's parallel linear layers are not supported",
-    "target_parameters": "only nn.Linear and Conv1D modules can be quantized; name them in `target_modules`",
+    "target_parameters": "only nn.Linear, Conv1D and nn.Embedding can be quantized; name them in `target_modules`",
     "eva_config": "EVA initializes for a float base",
     "corda_config": "CorDA rewrites the base weight",
     "lora_ga_config": "LoRA-GA rewrites the base weight",

@@ -270,12 +270,24 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.base_layer = merged  # type: ignore[assignment]  # a FrozenWeight only while nothing is merged
         self.merged_adapters.extend(adapter_names)
 
-    @torch.no_grad()
-    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
-        frozen = self.frozen
+    def _merge_operands(
+        self, adapters: list[str], safe_merge: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         scale, A, B = self._operands(adapters)
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, A, B) if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters[-1]} seems to be broken")
+        dtype = self.frozen.compute_dtype
+        if not torch.equal(scale.to(dtype).float().nan_to_num(), scale.nan_to_num()):
+            raise ValueError(
+                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={self.frozen.scale_dtype!r}` "
+                "exactly. Cast the model back before merging, or train with `scale_dtype='auto'`."
+            )
+        return scale, A, B
+
+    @torch.no_grad()
+    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
+        frozen = self.frozen
+        scale, A, B = self._merge_operands(adapters, safe_merge)
         return merged_layer(
             codes(local(frozen.base), A, B, frozen.fmt),
             scale,
@@ -305,14 +317,17 @@ class LRQATLinear(nn.Module, LRQATLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             # a layer that none of the adapters has is quantized all the same: at step 0
             return self.base_layer if self.merged else self._merged([])
+        return self._float_layer()
+
+    def _float_layer(self) -> nn.Module:
+        """The base at step 0 as the kind of layer that it was."""
         frozen = self.frozen
-        weight = frozen.weight
         layer: nn.Module
         if frozen.transposed:
             layer = Conv1D(frozen.out_features, 0)
         else:
             layer = nn.Linear(frozen.in_features, frozen.out_features, bias=False, device="meta")
-        layer.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
+        layer.register_parameter("weight", nn.Parameter(frozen.weight.contiguous(), requires_grad=False))
         layer.register_parameter("bias", frozen.bias)
         return layer
 

@@ -17,6 +17,7 @@ from ..checkpoint.compressed_tensors import quantization_config
 from ..checkpoint.model_card import attach_card
 from .base import packed_state_dict
 from .config import LRQATConfig
+from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
 from .preflight import check_adapter_file, check_base, check_fingerprint, check_targets
 
@@ -90,7 +91,8 @@ class LRQATModel(LoraModel):
     def _create_new_module(lora_config: LRQATConfig, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
         for unused in ("device_map", "parameter_name", "tied_adapter", "get_apply_tensor_subclass"):
             kwargs.pop(unused, None)
-        return LRQATLinear(target, adapter_name, config=lora_config, **kwargs)
+        kind = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
+        return kind(target, adapter_name, config=lora_config, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         super()._replace_module(parent, child_name, new_module, child)

@@ -51,15 +51,15 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
         if isinstance(module, BaseTunerLayer):
             continue
         where = f"module {name!r} ({type(module).__name__})"
-        if isinstance(module, nn.Embedding):
+        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             raise ValueError(
-                f"`target_modules` names {where}: embeddings are not quantized by LR-QAT. Train them in float with "
-                "`modules_to_save` or `trainable_token_indices`, or leave them out."
+                f"`target_modules` names {where}, but LR-QAT quantizes nn.Linear, Conv1D and nn.Embedding only. Use "
+                "'all-linear', or leave the module out with `exclude_modules`."
             )
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
             raise ValueError(
-                f"`target_modules` names {where}, but LR-QAT quantizes nn.Linear and Conv1D only. Use 'all-linear', or "
-                "leave the module out with `exclude_modules`."
+                f"`target_modules` names {where}, whose `max_norm` or `sparse` needs a float table. Leave it out, or "
+                "train it in float with `modules_to_save` or `trainable_token_indices`."
             )
         weight = module._parameters.get("weight")
         if weight is None or not weight.is_floating_point() or weight.dtype not in _FLOATS:
@@ -120,8 +120,8 @@ def check_fingerprint(targets: dict[str, Any], config: LRQATConfig) -> str:
     if required is not None and required != fingerprint:
         raise ValueError(
             f"This adapter was trained on another base model: its float weights had the fingerprint {required}, but "
-            f"the targeted modules of this model have {fingerprint}. On other weights it means something else, so it was "
-            "not loaded. Load it on the float model, in the dtype, that it was trained on (see "
+            f"the targeted modules of this model have {fingerprint}. On other weights it means something else, so it "
+            "was not loaded. Load it on the float model, in the dtype, that it was trained on (see "
             "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig."
         )
     return fingerprint

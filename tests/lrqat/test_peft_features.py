@@ -373,6 +373,18 @@ def test_casting_the_model_changes_no_code(base: PreTrainedModel, downcast: str)
     assert torch.equal(codes_of(layer), adapter_only)
 
 
+def test_unloading_and_merging_follow_the_models_dtype(base: PreTrainedModel):
+    model = random_adapter(base).to(torch.bfloat16)
+    trained = logits(model, IDS)
+    for plain in (copy.deepcopy(model).unload(), model.merge_and_unload()):
+        assert {value.dtype for value in plain.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
+        assert logits(plain, IDS).isfinite().all()
+    assert torch.equal(logits(plain, IDS), trained)
+    narrow = random_adapter(tiny(), scale_dtype="fp32").to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"cannot hold the scales.*`scale_dtype='fp32'`"):
+        narrow.merge_and_unload()
+
+
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_adapters_of_a_bf16_model(autocast_adapter_dtype: bool):
     config = LRQATConfig(**GRID, target_modules=ATTENTION)

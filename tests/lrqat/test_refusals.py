@@ -127,8 +127,7 @@ def _says_quantized(model: PreTrainedModel) -> PreTrainedModel:
         (_in_dtype(torch.float8_e4m3fn), {}, "float8_e4m3fn; LR-QAT needs float32"),
         (_says_quantized, {}, r"already quantized \(gptq\)"),
         (lambda m: m, {"group_size": 32}, r"does not divide the 48 input features.*down_proj.*Use one of \[48, 24, 16"),
-        (lambda m: m, {"target_modules": ["embed_tokens"]}, "embeddings are not quantized.*`trainable_token_indices`"),
-        (lambda m: m, {"target_modules": ["act_fn"]}, "quantizes nn.Linear and Conv1D only"),
+        (lambda m: m, {"target_modules": ["act_fn"]}, "quantizes nn.Linear, Conv1D and nn.Embedding only"),
         (lambda m: m, {"target_modules": ["no_such_module"]}, "no_such_module"),
         (lambda m: m.bfloat16(), {"scale_dtype": "fp16"}, "`scale_dtype` is 'fp16'.*'auto' is exact everywhere"),
     ],
@@ -152,6 +151,8 @@ def test_a_merged_model_is_not_converted_again():
 
 def test_a_tied_head_is_refused_and_the_remedy_works():
     model = tiny(tie=True)
+    with refused(model, "tied to 'lm_head'.*untie it first"):
+        get_peft_model(model, config(target_modules=["embed_tokens"]))
     with refused(model, "tied to 'model.embed_tokens'.*untie it first"):
         get_peft_model(model, config(target_modules=["q_proj", "lm_head"]))
     model.config.tie_word_embeddings = False

@@ -1,0 +1,160 @@
+"""The embedding lookup with the adapter inside the rounding: rows of W^ instead of a product with W^.
+
+Only the row chunks that hold a looked-up token are built, one at a time, with the same chunk boundaries as everywhere
+else, so that a row's codes are the ones that merging stores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..chunks import row_chunks
+from ..grid import grouped
+from .reference import BaseFormat, build_weight, rounded_levels
+
+
+def _rows_of(per_row: Tensor | None, rows: slice) -> Tensor | None:
+    return per_row if per_row is None or per_row.shape[0] == 1 else per_row[rows]
+
+
+def _tokens_in(ids: Tensor, rows: slice) -> Tensor:
+    """Positions in the flat `ids` whose token is one of `rows`: int64 (n,)."""
+    return ((ids >= rows.start) & (ids < rows.stop)).nonzero().squeeze(1)
+
+
+@torch.library.custom_op("peft_lrqat::quantized_embedding", mutates_args=())
+def _embedding(
+    ids: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    bits: int,
+    width: int,
+    downcast: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt, flat = BaseFormat(bits, width, downcast), ids.reshape(-1)
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < base.shape[0]:
+        raise IndexError(
+            f"token ids reach from {int(flat.min())} to {int(flat.max())}; the table has {len(base)} rows."
+        )
+    out = torch.empty(flat.shape[0], width, dtype=dtype, device=base.device)
+    for rows in row_chunks(base.shape[0], width, base.device):
+        here = _tokens_in(flat, rows)
+        if here.numel():
+            s, z, b = (_rows_of(t, rows) for t in (scale, zero_point, B))
+            assert s is not None
+            out[here] = build_weight(base[rows], s, z, A, b, fmt, dtype)[flat[here] - rows.start]
+    return out.view(*ids.shape, width)
+
+
+@_embedding.register_fake
+def _(ids, base, scale, zero_point, A, B, bits, width, downcast, dtype):
+    return torch.empty(*ids.shape, width, dtype=dtype, device=base.device)
+
+
+@torch.library.custom_op("peft_lrqat::quantized_embedding_backward", mutates_args=())
+def _embedding_backward(
+    dy: Tensor,
+    ids: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    bits: int,
+    downcast: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of scale, A and B, fp32; the formulas of `lrqat/layer.py` with G = dY scattered to its rows."""
+    width = dy.shape[-1]
+    fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
+    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    ds = torch.zeros_like(scale)
+    dA = torch.zeros(A.shape if A is not None else (0,), device=base.device)
+    dB = torch.zeros(B.shape if B is not None else (0,), device=base.device)
+    for rows in row_chunks(base.shape[0], width, base.device):
+        here = _tokens_in(flat, rows)
+        if not here.numel():
+            continue
+        s, z, b = (_rows_of(t, rows) for t in (scale, zero_point, B))
+        assert s is not None
+        levels = rounded_levels(base[rows], A, b, fmt)
+        G = torch.zeros_like(levels).index_add_(0, flat[here] - rows.start, dy[here])
+        inside = (levels >= qmin) & (levels <= qmax)
+        Q = grouped(levels.clamp_(qmin, qmax), s)
+        Q = Q if z is None else Q - z.unsqueeze(-1)
+        per_scale = (grouped(G, s) * Q).sum(dim=-1)
+        if scale.shape[0] == 1 < base.shape[0]:
+            ds += per_scale.sum(dim=0)
+        else:
+            ds[rows] = per_scale
+        if A is not None and b is not None:
+            dZ = (grouped(G, s) * s.unsqueeze(-1)).view_as(G).mul_(inside)
+            with torch.autocast(dy.device.type, enabled=False):
+                dB[rows] = torch.mm(dZ, A.float().t())
+                dA += torch.mm(b.float().t(), dZ)
+    return ds, dA, dB
+
+
+@_embedding_backward.register_fake
+def _(dy, ids, base, scale, zero_point, A, B, bits, downcast):
+    return (
+        torch.empty_like(scale),
+        torch.empty(A.shape if A is not None else (0,), device=base.device),
+        torch.empty(B.shape if B is not None else (0,), device=base.device),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ids, base, scale, zero_point, A, B, ctx.bits, _, ctx.downcast, _ = inputs
+    ctx.save_for_backward(ids, base, scale, zero_point, A, B)
+
+
+def _backward(ctx, dy: Tensor):
+    ids, base, scale, zero_point, A, B = ctx.saved_tensors
+    ds, dA, dB = _embedding_backward(dy, ids, base, scale, zero_point, A, B, ctx.bits, ctx.downcast)
+    need_scale, need_A, need_B = (ctx.needs_input_grad[i] for i in (2, 4, 5))
+    return (
+        None,
+        None,
+        ds if need_scale else None,
+        None,
+        dA.to(A.dtype) if need_A else None,
+        dB.to(B.dtype) if need_B else None,
+        *([None] * 4),
+    )
+
+
+_embedding.register_autograd(_backward, setup_context=_setup_context)
+
+
+def quantized_embedding(
+    ids: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    bits: int,
+    width: int,
+    downcast: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `ids` of W^ = s * (clip(round(Phi + B A)) - z).
+
+    Args:
+        ids: integers (...), each in [0, rows of the table).
+        base: (table rows, words), as `encode_base` stores it.
+        scale, zero_point, A, B: as for `quantized_linear`, with out = table rows and in = `width`. Differentiable.
+        dtype: of the result.
+
+    Returns:
+        (..., width) in `dtype`.
+
+    Raises:
+        IndexError: an id is not in the table.
+    """
+    return _embedding(ids, base, scale, zero_point, A, B, bits, width, downcast, dtype)
