@@ -8,8 +8,8 @@ besides, the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1)
 a weight that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. Every candidate is
 snapped to what the checkpoint can store *before* it is judged.
 
-The arithmetic is the same on every device: elementwise IEEE operations (for p = 2, 3, 4 no `pow`), sums in fp64. An
-adapter file relies on it, because loading recomputes s0 from the base model (and verifies it by a checksum).
+The arithmetic is the same on every device: elementwise IEEE operations (no `pow` where p is a multiple of 1/2), sums in
+fp64. An adapter file relies on it, because loading recomputes s0 from the base model (and verifies it by a checksum).
 """
 
 from __future__ import annotations
@@ -146,15 +146,7 @@ def _error(
     else:
         shift = zero.unsqueeze(1)
         nearest.add_(shift).clamp_(grid.qmin, grid.qmax).sub_(shift)
-    miss = levels.sub_(nearest)
-    if p in (2, 3, 4):
-        power = torch.mul(miss, miss, out=nearest)
-        if p == 4:
-            power.mul_(power)
-        elif p == 3:
-            power.mul_(miss.abs_())
-    else:
-        power = miss.abs_().pow_(p)
+    power = _power(levels.sub_(nearest).abs_(), p, nearest)
     # fold in halves a few times (elementwise, so equal on every device), then add up what is left in fp64
     width = power.shape[1]
     while width > 32:
@@ -164,3 +156,24 @@ def _error(
             power[:, 0].add_(power[:, width - 1])
         width = half
     return power[:, :width].sum(dim=1, dtype=torch.float64)
+
+
+def _power(miss: torch.Tensor, p: float, out: torch.Tensor) -> torch.Tensor:
+    """miss^p for miss >= 0, written to `out`.
+
+    Products and square roots are rounded as IEEE says on every device; `pow` is not, and many times slower. So whole
+    and half p, and those a quarter above a whole number, are made of the former.
+    """
+    whole, rest = divmod(p, 1)
+    if rest in (0, 0.25, 0.5) and 1 <= whole <= 8:
+        if not rest:
+            out.copy_(miss)
+            whole -= 1
+        else:
+            torch.sqrt(miss, out=out)
+            if rest == 0.25:
+                out.sqrt_()
+        for _ in range(int(whole)):
+            out.mul_(miss)
+        return out
+    return torch.pow(miss, p, out=out)
