@@ -34,7 +34,6 @@ _REFUSED = {
     "use_bdlora": "block-diagonal LoRA is not implemented inside the rounding",
     "arrow_config": "Arrow routes between adapters per token; a rounded weight belongs to all tokens",
     "kasa_config": "KaSA truncates the base weight",
-    "ensure_weight_tying": "a tied embedding would have to be quantized twice; untie it first",
 }
 
 

@@ -29,6 +29,7 @@ class LRQATModel(LoraModel):
     """
 
     tuner_layer_cls = LRQATLayer
+    _combining = False  # within add_weighted_adapter
     peft_config: dict[str, Any]  # of LRQATConfig; PEFT's annotation, PeftConfig, does not know our fields
 
     # -- before anything is changed
@@ -40,6 +41,8 @@ class LRQATModel(LoraModel):
             ValueError: the model or one of its targeted modules cannot be quantized as asked. Nothing was changed then.
         """
         config = self.peft_config[adapter_name]
+        if self._combining:  # PEFT made this config from another adapter's, which may have other targets
+            config._required_fingerprint = None
         self._check_new_adapter_config(config)
         try:
             targets = self._targets(model, config, kwargs.get("state_dict"))
@@ -76,6 +79,11 @@ class LRQATModel(LoraModel):
         super()._check_new_adapter_config(config)
         if not isinstance(config, LRQATConfig):
             raise ValueError(f"LRQATModel needs an LRQATConfig, got {type(config).__name__}.")
+        if config._custom_modules:
+            raise ValueError(
+                "Layers registered with `_register_custom_module` replace LoRA's own layers; LR-QAT has no use for "
+                "them. Make the configuration without them."
+            )
         for name, other in self.peft_config.items():
             if other is config or not isinstance(other, LRQATConfig):
                 continue
@@ -130,7 +138,11 @@ class LRQATModel(LoraModel):
         scale shifts, which are no matrices of low rank, always linearly: shift = sum of weight * shift."""
         if adapter_name in self.peft_config:
             return
-        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        self._combining = True
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        finally:
+            self._combining = False
         for layer in self.modules():
             if isinstance(layer, LRQATLayer) and adapter_name in layer.lora_scale_shift:
                 target = layer.lora_scale_shift[adapter_name]

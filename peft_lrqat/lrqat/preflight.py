@@ -27,10 +27,11 @@ _STORABLE = {
 def check_base(model: nn.Module) -> None:
     """Raise ValueError if the model is quantized already."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    quantized = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    quantized = getattr(model, "is_quantized", False)
     packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
-    if (config and not any(isinstance(m, BaseTunerLayer) for m in model.modules())) or quantized or packed:
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if (isinstance(method, str) and not adapted) or quantized is True or packed:
         raise ValueError(
             f"The base model is already quantized ({method or 'packed layers'}), but LR-QAT starts from float weights. "
             "Load the float model; for a model that was dequantized on loading (GGUF), delete "
@@ -122,7 +123,8 @@ def check_fingerprint(targets: dict[str, Any], config: LRQATConfig) -> str:
             f"This adapter was trained on another base model: its float weights had the fingerprint {required}, but "
             f"the targeted modules of this model have {fingerprint}. On other weights it means something else, so it "
             "was not loaded. Load it on the float model, in the dtype, that it was trained on (see "
-            "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig."
+            "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig, or set "
+            "`base_fingerprint=None`."
         )
     return fingerprint
 

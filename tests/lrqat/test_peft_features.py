@@ -116,6 +116,15 @@ def test_modules_to_save_and_trainable_tokens_train():
     assert any("trainable_tokens_delta" in n for n in before if after[n].requires_grad)
 
 
+def test_trainable_tokens_of_a_tied_model_act_on_both_ends():
+    model = adapted(tiny(tie=True), **GRID, trainable_token_indices=[3, 5], ensure_weight_tying=True)
+    train(model, torch.tensor([[3, 5, 7, 9]]))
+    inner = model.base_model.model
+    both = (inner.model.embed_tokens.token_adapter, inner.lm_head.token_adapter)
+    assert torch.equal(both[0].get_merged_weights(["default"]), both[1].get_merged_weights(["default"]))
+    assert torch.equal(logits(copy.deepcopy(model).merge_and_unload(), IDS), logits(model, IDS))
+
+
 # -- the base under the adapters
 
 
@@ -203,6 +212,16 @@ def test_weighted_adapters_combine_scale_shifts_linearly(base: PreTrainedModel, 
                 torch.testing.assert_close(layer.get_delta_weight("mix"), wanted, rtol=1e-4, atol=1e-4)
     model.set_adapter("mix")
     assert logits(model, IDS).isfinite().all()
+
+
+def test_weighted_adapters_may_have_different_targets(base: PreTrainedModel):
+    model = random_adapter(base, target_modules=["q_proj"])
+    model.add_adapter("other", LRQATConfig(**GRID, r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    together = logits(model, IDS)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "mix", combination_type="cat")
+    model.set_adapter("mix")
+    assert torch.equal(logits(model, IDS), together)
 
 
 # -- merging

@@ -140,6 +140,13 @@ def test_base_models_that_cannot_be_converted(change: Callable, options: dict, m
         model.add_adapter(config(**options))
 
 
+def test_layers_of_ones_own_are_refused():
+    model, own = tiny(), config()
+    own._register_custom_module({nn.Linear: nn.Linear})
+    with refused(model, "_register_custom_module"):
+        get_peft_model(model, own)
+
+
 def test_a_merged_model_is_not_converted_again():
     merged = adapted(tiny()).merge_and_unload()
     with refused(merged, "already quantized"):
