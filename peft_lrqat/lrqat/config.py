@@ -50,11 +50,11 @@ class LRQATConfig(LoraConfig):
     """
 
     r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
-    lora_alpha: int = field(
-        default=None,  # type: ignore[arg-type]  # None exists only until __post_init__
+    lora_alpha: int = field(  # type: ignore[assignment]  # None exists only until __post_init__
+        default=None,
         metadata={
-            "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach r / lora_alpha "
-            "move a weight one level. Default: 16 * r, see docs/quality.md."
+            "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach "
+            "r / lora_alpha move a weight one level. Default: 16 * r, see docs/quality.md."
         },
     )
     bits: int = field(default=4, metadata={"help": "Bits of the weight grid, 2 to 8."})
