@@ -3,14 +3,16 @@
     make demo                        SmolLM2-135M-Instruct on Python's own documentation, no hub needed
     python examples/demo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --steps 500 --seq-len 1024
 
-The table compares the model as it came (float), rounded to the nearest level of the grid (the same grid, the same
-scales: LR-QAT at step 0), and trained inside the rounding. Perplexity is of held-out documents *of the same kind* as
-the training text. The last row is the saved checkpoint, loaded by a new process that cannot import this package.
+The table compares the model as it came (float), rounded to the nearest level of the same grid (with the ranges that
+suit rounding best), and trained inside the rounding. Perplexity is of held-out documents *of the same kind* as the
+training text, which the float model was not tuned on. The last row is the saved checkpoint, loaded by a new process
+that cannot import this package.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from pathlib import Path
 import torch
 from corpus import from_user, python_documentation
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from perplexity import perplexity, windows
 from progress import ProgressCallback, console, track
 from rich.table import Table
@@ -51,6 +53,7 @@ def lrqat_config(args: argparse.Namespace) -> PeftConfig:
         group_size=args.group_size,
         symmetric=not args.asymmetric,
         downcast=args.downcast,
+        range_p=args.range_p,
         r=args.rank,
         lora_alpha=args.alpha,
         target_modules="all-linear",
@@ -60,6 +63,15 @@ def lrqat_config(args: argparse.Namespace) -> PeftConfig:
 
 #: Tuners of this package, by name.
 METHODS: dict[str, Callable[[argparse.Namespace], PeftConfig]] = {"lrqat": lrqat_config}
+
+
+def round_to_nearest(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
+    """The model on the same grid, not trained: step 0, with ranges for rounding alone (docs/quality.md)."""
+    config = METHODS[args.method](args)
+    config.range_p = 4.0
+    rounded = get_peft_model(model, config)
+    rounded.base_model.disable_adapter_layers()
+    return rounded
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,6 +87,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--group-size", type=int, default=-1, help="weights that share a scale; -1: a channel, 0: the tensor")
     add("--asymmetric", action="store_true", help="integer zero points")
     add("--downcast", help="how the frozen base is kept: fx8, int, bf16, fp16, fp32")
+    add(
+        "--range-p", type=float, default=2.5, help="exponent of the range search; 4 suits rounding, less suits training"
+    )
     add("--rank", type=int, default=16)
     add("--alpha", type=int, default=256, help="lora_alpha; alpha / rank counts grid steps")
     add("--lr", type=float, default=3e-3)
@@ -82,7 +97,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=1)
     add("--seq-len", type=int, default=256)
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    add("--eval-tokens", type=int, default=4096, help="held-out tokens to evaluate, at most")
+    add("--eval-tokens", type=int, default=3072, help="held-out tokens to evaluate, at most")
     add("--baselines", action="store_true", help="also train LoRA for as many steps, then round (doubles the time)")
     add("--lora-lr", type=float, default=5e-4, help="learning rate of that baseline")
     add("--prompt", default="What is a list in Python?", help="what the saved checkpoint is asked at the end")
@@ -169,9 +184,7 @@ def lora_then_rounded(args: argparse.Namespace, tokenizer, documents: Dataset, e
     with tempfile.TemporaryDirectory() as scratch:
         trainer = sft_trainer(load(args), tokenizer, documents, config, args.lora_lr, args, scratch)
         trainer.train()
-    rounded = get_peft_model(trainer.model.merge_and_unload(), METHODS[args.method](args))
-    with rounded.disable_adapter():
-        return evaluate(rounded, "LoRA, then rounded")
+    return evaluate(round_to_nearest(trainer.model.merge_and_unload(), args), "LoRA, then rounded")
 
 
 def serve(args: argparse.Namespace, held_out: torch.Tensor, prompt: str) -> dict:
@@ -220,14 +233,16 @@ def run(args: argparse.Namespace) -> list[Row]:
     model = load(args)
     float_bytes = tensor_bytes(model)
     float_perplexity = evaluate(model, "float")
+    with console.status("rounding to nearest"):
+        rounded = round_to_nearest(copy.deepcopy(model), args)
+    rounded_perplexity = evaluate(rounded, "rounded to nearest")
+    del rounded
 
     with tempfile.TemporaryDirectory() as scratch:
-        console.print(f"converting the linear layers: {args.bits} bits, group size {args.group_size}")
+        console.print(f"converting the linear layers: {METHODS[args.method](args).grid.describe()}")
         trainer = sft_trainer(model, tokenizer, documents, METHODS[args.method](args), args.lr, args, scratch)
         layers = [module for module in trainer.model.modules() if isinstance(module, LRQATLayer)]
         float_linear = sum(layer.in_features * layer.out_features for layer in layers) * model.dtype.itemsize
-        with trainer.model.disable_adapter():
-            rounded_perplexity = evaluate(trainer.model, "rounded to nearest")
         trainer.train()
     trained_perplexity = evaluate(trainer.model, "LR-QAT")
 

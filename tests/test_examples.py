@@ -51,13 +51,13 @@ def test_demo_serves_what_it_trained(example, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = example("demo")
     data = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
-    command = f"--model {model_dir} --dataset {data} --device cpu --steps 2 --seq-len 32 --eval-tokens 128 --lr 0.05"
+    command = f"--model {model_dir} --dataset {data} --device cpu --steps 2 --seq-len 32 --eval-tokens 128 --baselines"
     args = demo.parse(command.split())
     rows = {row.name: row for row in demo.run(args)}
 
-    floating, rounded, trained, served = rows.values()
+    floating, rounded, lora, trained, served = rows.values()
     assert served.perplexity == trained.perplexity
-    assert len({floating.perplexity, rounded.perplexity, trained.perplexity}) == 3
+    assert len({floating.perplexity, rounded.perplexity, lora.perplexity, trained.perplexity}) == 4
     assert served.checkpoint < floating.checkpoint
     # 4 of 32 bits, and a scale of 32 bits for each of the rows, the shortest of which has 32 weights
     assert floating.linear * 4 / 32 < served.linear < floating.linear * 5 / 32 + 20_000
