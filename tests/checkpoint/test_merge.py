@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -254,6 +255,16 @@ def test_merging_draws_no_random_numbers_and_keeps_the_bias():
     merged = model.merge_and_unload()
     assert torch.equal(torch.get_rng_state(), before)
     assert merged.model.layers[0].self_attn.q_proj.bias is bias
+
+
+def test_a_copy_of_the_merged_model_saves_itself_and_not_the_original(tmp_path):
+    merged = _trained()[0].merge_and_unload()
+    copied = copy.deepcopy(merged)
+    copied.model.layers[0].self_attn.q_proj.weight_scale.mul_(2)
+    copied.save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight_scale"
+    assert torch.equal(read(tmp_path)[name], 2 * merged.state_dict()[name])
+    assert (tmp_path / "README.md").exists()
 
 
 def test_safe_merge_refuses_what_is_not_finite():
