@@ -26,7 +26,7 @@ _MARGIN = 1 + 1e-4
 
 
 def choose_range(
-    weight: torch.Tensor, grid: Grid, method: str = "lp", p: float = 2.4, scale_dtype: str = "auto"
+    weight: torch.Tensor, grid: Grid, method: str = "lp", p: float = 2.5, scale_dtype: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose scales and zero points for a weight.
 

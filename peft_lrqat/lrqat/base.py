@@ -95,7 +95,7 @@ class FrozenWeight(nn.Module):
         grid: Grid,
         downcast: str,
         range_method: str = "lp",
-        range_p: float = 2.4,
+        range_p: float = 2.5,
         scale_dtype: str = "auto",
         transposed: bool = False,
     ) -> None:

@@ -80,7 +80,7 @@ class LRQATConfig(LoraConfig):
     range_method: Literal["lp", "minmax"] = field(
         default="lp", metadata={"help": "How the first scales are chosen: L_p grid search, or covering every weight."}
     )
-    range_p: float = field(default=2.4, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
     learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
         default="auto",
