@@ -91,7 +91,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--range-p", type=float, default=2.5, help="exponent of the range search; 4 suits rounding, less suits training"
     )
     add("--rank", type=int, default=16)
-    add("--alpha", type=int, default=256, help="lora_alpha; alpha / rank counts grid steps")
+    add("--alpha", type=int, help="lora_alpha; alpha / rank counts grid steps; default: 16 * rank")
     add("--lr", type=float, default=3e-3)
     add("--steps", type=int, default=40)
     add("--batch-size", type=int, default=1)

@@ -52,8 +52,6 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=LRQATConfig(  # 2. was: LoraConfig(
             bits=args.bits,
             group_size=args.group_size,
-            r=32,
-            lora_alpha=64,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         ),
