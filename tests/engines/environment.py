@@ -68,7 +68,7 @@ def clean_environment() -> dict[str, str]:
     """This process's environment, hubs and progress bars off, without what would bring in another Python's packages."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     hubs_off = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    return kept | hubs_off | {"TQDM_DISABLE": "1"}
+    return kept | hubs_off | {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def _pip(python: Path, *arguments: str) -> None:
