@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from .linear import QuantizedLinear
@@ -52,11 +52,12 @@ merged = model.merge_and_unload()  # a quantized model that needs neither PEFT n
 
 
 def attach_card(model: nn.Module, config: LRQATConfig) -> None:
-    """Make `model.save_pretrained` (and so `push_to_hub`) write a README.md beside the checkpoint, if none exists."""
+    """Make `save_pretrained` write a README.md beside the checkpoint, if none exists, and `push_to_hub` push it."""
     if not hasattr(model, "save_pretrained"):
         return
     text = _card(model, config)
     object.__setattr__(model, "save_pretrained", partial(_save_with_card, model, text))
+    object.__setattr__(model, "_upload_modified_files", partial(_upload_with_card, model, text))
 
 
 def _save_with_card(model: Any, text: str, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -65,6 +66,16 @@ def _save_with_card(model: Any, text: str, save_directory: str | os.PathLike, *a
     if kwargs.get("is_main_process", True) and not path.exists() and path.parent.is_dir():
         write_atomically(path, text)
     return result
+
+
+def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    # push_to_hub writes an automatic card over the one that save_pretrained wrote; a card the repository has is kept
+    path = Path(working_dir) / "README.md"
+    if path.exists() and "This model card has been automatically generated" in (made := path.read_text("utf-8")):
+        card, tags = ModelCard(text), ModelCard(made).data.tags or []
+        card.data.tags = [*card.data.tags, *(tag for tag in tags if tag not in card.data.tags)]
+        write_atomically(path, card.content)
+    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
 def _card(model: nn.Module, config: LRQATConfig) -> str:
