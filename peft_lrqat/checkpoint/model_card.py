@@ -72,8 +72,9 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
     # push_to_hub writes an automatic card over the one that save_pretrained wrote; a card the repository has is kept
     path = Path(working_dir) / "README.md"
     if path.exists() and "This model card has been automatically generated" in (made := path.read_text("utf-8")):
-        card, tags = ModelCard(text), ModelCard(made).data.tags or []
-        card.data.tags = [*card.data.tags, *(tag for tag in tags if tag not in card.data.tags)]
+        card: Any = ModelCard(text)  # its `data` are typed as those of any card, without `tags`
+        made_tags: list[str] = ModelCard(made).data.get("tags") or []
+        card.data.tags = [*card.data.tags, *(tag for tag in made_tags if tag not in card.data.tags)]
         write_atomically(path, card.content)
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
