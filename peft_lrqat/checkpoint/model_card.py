@@ -85,12 +85,14 @@ def _card(model: nn.Module, config: LRQATConfig) -> str:
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
     total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     base = config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model"
+    on_hub = "/" in base and not os.path.isabs(base) and not os.path.exists(base)
+    base = base if on_hub else Path(base).name  # a folder's path means nothing to others
     bits = config.container_bits or config.bits
     data = ModelCardData(
         library_name="transformers",
         tags=["compressed-tensors", "lr-qat", "qat", f"{config.bits}-bit"],
-        base_model=base if "/" in base and not os.path.isabs(base) else None,
-        base_model_relation="quantized" if "/" in base and not os.path.isabs(base) else None,
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
     )
     container = f"compressed-tensors pack-quantized, {bits} bits" if weights else "dense, values on the grid"
     ranges = f"lp (p = {config.range_p:g})" if config.range_method == "lp" else config.range_method
