@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.compressed_tensors import quantization_config
 from ..checkpoint.model_card import attach_card
+from ..training.loss import restore_loss, use_lean_loss
 from .base import packed_state_dict
 from .config import LRQATConfig
 from .embedding import LRQATEmbedding
@@ -56,6 +57,7 @@ class LRQATModel(LoraModel):
             raise
         config.base_fingerprint = fingerprint
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        use_lean_loss(model)
 
     def _targets(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> dict[str, nn.Module]:
         """The modules that `config` names, found as PEFT will find them."""
@@ -169,6 +171,7 @@ class LRQATModel(LoraModel):
             if isinstance(layer, LRQATLinear):
                 layer.container_bits = config.container_bits or config.bits
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        restore_loss(model)
         if merge and getattr(model, "config", None) is not None:
             bits = config.container_bits or config.bits
             if any(isinstance(module, Conv1D) for module in model.modules()):
