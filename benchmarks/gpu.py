@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def skeleton(size: str, keep_rng_state: bool) -> nn.Module:
-    """A Llama of this size on the meta device. A CUDA graph cannot look at the random state, which nothing here uses."""
+    """A Llama of this size on the meta device. (A CUDA graph cannot look at the random state; nothing here uses it.)"""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **SHAPES[size])
