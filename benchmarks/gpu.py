@@ -338,7 +338,7 @@ def main() -> None:
     one.add_argument("--autocast", action="store_true", help="to bf16, as Trainer(bf16=True) does")
     one.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
     one.add_argument(
-        "--lean", action="store_true", help="fused linear cross-entropy (Liger), 8-bit Adam (bitsandbytes)"
+        "--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit"
     )
     one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
     one.add_argument("--profile", action="store_true")
@@ -352,7 +352,7 @@ def main() -> None:
     if getattr(args, "lean", False):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama(rope=False, swiglu=False, rms_norm=False, fused_linear_cross_entropy=True)
+        apply_liger_kernel_to_llama()  # what TrainingArguments(use_liger_kernel=True) does
     do = args.do
     del args.do
     do(args)

@@ -189,61 +189,82 @@ def _keeps_output(x: Tensor, scale0: Tensor, bits: int) -> bool:
     return reference_backward.keeps_output(scale0, x.device)
 
 
-def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+    """Put what is no tensor into ctx; x and y as far as backward wants them, and the weight's side."""
     x, base, scale0, shift, zero_point, A, B, bias, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype = inputs
     need = ctx.needs_input_grad
     # Y spares the scale gradient a dense product where a scale belongs to a whole row. With a bias, Y - bias would
     # cancel in low precision, so there the product is made.
     keep_y = need[3] and bias is None and _keeps_output(x, scale0, ctx.bits)
-    needs_weights = need[3] or need[5] or need[6]
     # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(
-        x if needs_weights else None, output if keep_y else None, base, scale0, shift, zero_point, A, B
+    x = x if need[3] or need[5] or need[6] else None
+    return x, output if keep_y else None, (base, scale0, shift, zero_point, A, B)
+
+
+def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
+    """The autograd formula, with `backward` (the op, or the plain function) doing the work."""
+    need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    _, _, shift, _, A, B = weight
+    need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
+    if x is None:
+        x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
+    constants = (ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype, need_x, need_shift, need_AB)
+    dx, dshift, dA, dB = backward(dy, x, y, *weight, *constants)
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[7] else None
+    return (
+        dx if need_x else None,
+        None,
+        None,
+        dshift.to(shift.dtype) if need_shift else None,
+        None,
+        dA.to(A.dtype) if need_AB else None,
+        dB.to(B.dtype) if need_AB else None,
+        dbias,
+        *([None] * 4),
     )
 
 
-def _backward_through(backward: Any) -> Any:
-    """The autograd formula, with `backward` (the op, or the plain function) doing the work."""
-
-    def formula(ctx: Any, dy: Tensor):
-        x, y, base, scale0, shift, zero_point, A, B = ctx.saved_tensors
-        need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
-        if x is None:
-            x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
-        weight_side = (base, scale0, shift, zero_point, A, B, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype)
-        dx, dshift, dA, dB = backward(dy, x, y, *weight_side, need_x, need_shift, need_AB)
-        return (
-            dx if need_x else None,
-            None,
-            None,
-            dshift.to(shift.dtype) if need_shift else None,
-            None,
-            dA.to(A.dtype) if need_AB else None,
-            dB.to(B.dtype) if need_AB else None,
-            dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[7] else None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-    return formula
+def _op_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, y, weight = _note(ctx, inputs, output)
+    ctx.save_for_backward(x, y, *weight)
 
 
-_linear_op.register_autograd(_backward_through(_linear_backward_op), setup_context=_linear_setup)
+def _op_backward(ctx: Any, dy: Tensor) -> tuple:
+    x, y, *weight = ctx.saved_tensors
+    return _gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight))
+
+
+_linear_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    return [t._version for t in tensors if t is not None]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
         output = _linear_impl(*inputs)
-        _linear_setup(ctx, inputs, output)
+        x, y, weight = _note(ctx, inputs, output)
+        # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
+        # (parameters, and views of them) is not its business; anything else is saved as it should be.
+        own = all(t is None or t.is_leaf for t in weight)
+        ctx.weight = weight if own else None
+        ctx.versions = _versions(weight) if own and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(x, y, *(() if own else weight))
         return output
 
-    backward = staticmethod(_backward_through(_linear_backward_impl))
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, y, *weight = ctx.saved_tensors
+        if ctx.versions is not None and ctx.versions != _versions(ctx.weight):
+            raise RuntimeError(
+                "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
+                "merge). Run forward again."
+            )
+        return _gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight))
 
 
 def quantized_linear(

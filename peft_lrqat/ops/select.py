@@ -6,13 +6,13 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 
-#: None: kernels where they run; False: references everywhere; True: kernels everywhere (Triton's interpreter).
-_FORCED: ContextVar[bool | None] = ContextVar("use_kernels", default=None)
+#: None: kernels where they run; False: references everywhere; True: kernels everywhere (Triton's interpreter). One for
+#: all threads: autograd runs backward, and what it recomputes, in a thread of its own.
+_forced: bool | None = None
 
 
 @functools.cache
@@ -32,8 +32,7 @@ def _capable(device: torch.device) -> bool:
 
 def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
     """The module `ops.kernels` if it is to work on this tensor, else None."""
-    forced = _FORCED.get()
-    if forced is False or (forced is None and (tensor.device.type != "cuda" or not _capable(tensor.device))):
+    if _forced is False or (_forced is None and (tensor.device.type != "cuda" or not _capable(tensor.device))):
         return None
     return _kernels()
 
@@ -44,11 +43,12 @@ def use_kernels(use: bool) -> Iterator[None]:
 
     True needs a GPU or Triton's interpreter (`TRITON_INTERPRET=1`); results differ by rounding only, codes not at all.
     """
-    token = _FORCED.set(use)
+    global _forced
+    before, _forced = _forced, use
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _forced = before
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

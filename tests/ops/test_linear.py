@@ -149,7 +149,7 @@ def kept_for_backward(p: Problem) -> tuple[torch.Tensor, list[torch.Tensor]]:
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = ours(p)
-    return y, kept
+    return y, kept + [t for t in y.grad_fn.weight if t is not None]
 
 
 @pytest.mark.parametrize("group_size", [32, -1, 0])
@@ -161,6 +161,15 @@ def test_nothing_weight_sized_in_float_is_kept_for_backward(group_size):
     small = sum(t.numel() for t in (p.x, y, p.A, p.B, p.scale0, p.shift))
     assert floats <= small < 96 * 128
     assert sum(t.nbytes for t in kept if not t.is_floating_point()) == p.base.nbytes
+
+
+def test_a_step_between_forward_and_backward_is_refused():
+    p = problem()
+    y = ours(p)
+    with torch.no_grad():
+        p.A += 1.0
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        y.backward(p.dy)
 
 
 def test_frozen_layers_do_not_keep_their_input():

@@ -14,6 +14,8 @@ import torch
 
 from .tiles import INTERPRETED
 
+_Tensor = torch.Tensor
+
 
 class Launcher:
     """A kernel and its compiled versions.
@@ -31,17 +33,16 @@ class Launcher:
         if INTERPRETED.value:
             self.kernel[grid](*args, **constants)
             return
-        key = (
-            torch.cuda.current_device(),
-            warps,
-            *constants.values(),
-            *[(arg.dtype, arg.data_ptr() & 15 == 0) if isinstance(arg, torch.Tensor) else arg for arg in args],
-        )
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            self.compiled[key] = self.kernel[grid](*args, **constants, num_warps=warps)
+        device = torch.cuda.current_device()
+        types = [(arg.dtype, arg.data_ptr() & 15 == 0) if isinstance(arg, _Tensor) else arg for arg in args]
+        values = constants.values()
+        key = (device, grid, warps, *values, *types)
+        launch = self.compiled.get(key)
+        if launch is None:
+            compiled = self.kernel[grid](*args, **constants, num_warps=warps)
+            self.compiled[key] = compiled[(*grid, 1, 1)[:3]]
         else:
-            compiled[(*grid, 1, 1)](*args, *constants.values())
+            launch(*args, *values, stream=torch._C._cuda_getCurrentRawStream(device))
 
 
 def launched(kernel: Any) -> Launcher:
