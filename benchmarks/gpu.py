@@ -203,8 +203,8 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
                 "peak_gib": peak(device),
                 "loss": losses[-1].item(),
             }
-    if args.profile and device == "cuda":
-        profile(model, rows, amp, eager)
+        if args.profile and device == "cuda":
+            profile(model, rows, amp)
     del model, optimizer
     gc.collect()
     if device == "cuda":
@@ -240,10 +240,10 @@ def forward_backward(model: nn.Module, rows: torch.Tensor, amp: Any, graph: bool
     return replay
 
 
-def profile(model: nn.Module, rows: torch.Tensor, amp: Any, eager: Any) -> None:
+def profile(model: nn.Module, rows: torch.Tensor, amp: Any) -> None:
     """Where a step's GPU time goes, by kernel."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-        with eager, amp:
+        with amp:
             model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         torch.cuda.synchronize()
     model.zero_grad(set_to_none=True)
