@@ -34,10 +34,16 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         (group, index, parameter)
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
-        if isinstance(parameter, LowBitTensor)
+        if isinstance(parameter, LowBitTensor) and parameter.grad is not None
     ]
     if not found:
         return
+    if any(parameter.error_feedback for _, _, parameter in found):
+        raise ValueError(
+            f"`error_feedback=True` puts the rounding remainder into the optimizer's momentum, which "
+            f"{type(optimizer).__name__} knows nothing about. Use peft_lrqat.LowBitAdamW, or train with "
+            "`error_feedback=False`."
+        )
     if any(callable(value) for value in (*args[1:], *kwargs.values())):
         raise ValueError(
             f"{type(optimizer).__name__}.step() was given a closure, which evaluates the model in the middle of the "
@@ -58,8 +64,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for _, _, parameter, stand_in in getattr(optimizer, _SWAPPED, ()):
-        if stand_in.grad is not None:
-            parameter.round_from(stand_in.detach())
+        parameter.round_from(stand_in.detach())
     _put_back(optimizer)
 
 

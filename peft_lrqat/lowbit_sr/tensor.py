@@ -54,18 +54,26 @@ class LowBitTensor(torch.Tensor):
             it, see `layer.py`).
         stream: int64 (2,), the key of the random stream and how often this weight has been rounded, see `rounding.py`.
         grid: the `Grid`.
+        error_feedback: whether the optimizer shall keep the rounding remainder.
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
     stream: torch.Tensor
     grid: Grid
+    error_feedback: bool
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
 
     @staticmethod
     def __new__(
-        cls, packed: torch.Tensor, scale: torch.Tensor, stream: torch.Tensor, grid: Grid, in_features: int
+        cls,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        stream: torch.Tensor,
+        grid: Grid,
+        in_features: int,
+        error_feedback: bool = False,
     ) -> LowBitTensor:
         """
         Raises:
@@ -78,7 +86,8 @@ class LowBitTensor(torch.Tensor):
             )
         shape = (packed.shape[0], in_features)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
-        self.packed, self.scale, self.stream, self.grid = packed, scale, stream, grid
+        self.packed, self.scale, self.stream = packed, scale, stream
+        self.grid, self.error_feedback = grid, error_feedback
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -150,13 +159,17 @@ class LowBitTensor(torch.Tensor):
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LowBitTensor:
         inner = (change(tensor) for tensor in (self.packed, self.scale, self.stream))
-        return LowBitTensor(*inner, self.grid, self.shape[1])
+        return LowBitTensor(*inner, *self._meta)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int]]:
-        return ["packed", "scale", "stream"], (self.grid, self.shape[1])
+    @property
+    def _meta(self) -> tuple[Grid, int, bool]:
+        return self.grid, self.shape[1], self.error_feedback
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool]]:
+        return ["packed", "scale", "stream"], self._meta
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict, meta: tuple[Grid, int], size: Any, stride: Any) -> LowBitTensor:
+    def __tensor_unflatten__(inner: dict, meta: tuple[Grid, int, bool], size: Any, stride: Any) -> LowBitTensor:
         return LowBitTensor(inner["packed"], inner["scale"], inner["stream"], *meta)
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
@@ -174,7 +187,7 @@ class LowBitTensor(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        inner = (self.packed, self.scale, self.stream, self.grid, self.shape[1])
+        inner = (self.packed, self.scale, self.stream, *self._meta)
         return _rebuild, (inner, isinstance(self, nn.Parameter), self.requires_grad)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]

@@ -41,6 +41,10 @@ class LRQATModel(QuantizingModel):
         kind = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
         return kind(target, adapter_name, config=lora_config, **kwargs)
 
+    def _prepare_merge(self, layer: Any, config: LRQATConfig) -> None:
+        if isinstance(layer, LRQATLinear):
+            layer.container_bits = config.stored_bits
+
     # -- state dicts
 
     @classmethod

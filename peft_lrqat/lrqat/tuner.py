@@ -47,6 +47,7 @@ class QuantizingModel(LoraModel):
             targets = self._targets(model, config, kwargs.get("state_dict"))
             check_base(model, config)
             check_targets(model, targets, config)
+            self._check_targets(targets, config)
             fingerprint = check_fingerprint(targets, config)
             check_adapter_file(targets, config)
         except ValueError:
@@ -58,6 +59,9 @@ class QuantizingModel(LoraModel):
 
     def _before_checks(self, config: Any) -> None:
         """For subclasses: what a new adapter's configuration needs before it is looked at."""
+
+    def _check_targets(self, targets: dict[str, nn.Module], config: Any) -> None:
+        """For subclasses: raise ValueError if a targeted module cannot be converted."""
 
     def _targets(self, model: nn.Module, config: Any, state_dict: dict | None) -> dict[str, nn.Module]:
         """The modules that `config` names, found as PEFT will find them."""
@@ -116,6 +120,9 @@ class QuantizingModel(LoraModel):
 
     # -- the checkpoint
 
+    def _prepare_merge(self, layer: Any, config: Any) -> None:
+        """For subclasses: tell a layer with which configuration it will be merged."""
+
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
@@ -125,8 +132,8 @@ class QuantizingModel(LoraModel):
     ) -> nn.Module:  # PEFT's annotation is None, but it returns the model
         config = self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
         for layer in self.modules():
-            if isinstance(layer, self.tuner_layer_cls) and hasattr(layer, "container_bits"):
-                layer.container_bits = config.stored_bits
+            if isinstance(layer, self.tuner_layer_cls):
+                self._prepare_merge(layer, config)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge and getattr(model, "config", None) is not None:
             if any(isinstance(module, Conv1D) for module in model.modules()):

@@ -70,14 +70,16 @@ def _(packed, rows, groups, bits, in_features):
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear", mutates_args=())
-def _linear(x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int) -> Tensor:
+def _linear(
+    x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
     weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 @_linear.register_fake
-def _(x, packed, scale, ternary_scale, bits):
+def _(x, packed, scale, ternary_scale, bias, bits):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
@@ -131,17 +133,16 @@ class _LowBitLinear(torch.autograd.Function):
     """Ties the two ops to the parameter: `weight` has no float storage, and receives a dense gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, packed, scale, ternary_scale, learned, factor, bits):
-        ctx.bits = bits
-        needs_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.save_for_backward(x if needs_weights else None, packed, scale, ternary_scale, factor)
-        return _linear(x, packed, scale, ternary_scale, bits)
+    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits):
+        ctx.bits, ctx.x_shape, ctx.x_dtype = bits, x.shape, x.dtype
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor)
+        return _linear(x, packed, scale, ternary_scale, bias, bits)
 
     @staticmethod
     def backward(ctx, dy):
         x, packed, scale, ternary_scale, factor = ctx.saved_tensors
-        need_x, need_weight, need_scale = (ctx.needs_input_grad[i] for i in (0, 1, 5))
+        need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]
         if x is None:
             x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
         dx, dw, ds = _linear_backward(
@@ -149,7 +150,9 @@ class _LowBitLinear(torch.autograd.Function):
         )
         if need_weight and factor is not None:
             dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
-        return dx if need_x else None, dw if need_weight else None, None, None, None, ds if need_scale else None, None, None
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
+        nothing = (None,) * 5
+        return dx if need_x else None, dw if need_weight else None, ds if need_scale else None, db, *nothing
 
 
 def low_bit_linear(
@@ -159,9 +162,10 @@ def low_bit_linear(
     scale: Tensor,
     ternary_scale: Tensor | None,
     factor: Tensor | None,
+    bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """y = x W^T with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
+    """y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
     Args:
         x: (..., in), the compute dtype; W^ is built in it. Differentiable.
@@ -171,6 +175,7 @@ def low_bit_linear(
             given, which is differentiable then.
         ternary_scale: fp32 (rows, groups) or None.
         factor: fp32 (rows, groups) or None: what dL/dW^ is multiplied with to become the parameter's gradient.
+        bias: (out,), x's dtype, or None. Differentiable.
         bits: width of a packed code.
 
     Returns:
@@ -178,7 +183,7 @@ def low_bit_linear(
     """
     learned = scale if ternary_scale is None else ternary_scale
     detached = None if ternary_scale is None else ternary_scale.detach()
-    return _LowBitLinear.apply(x, weight, packed, scale.detach(), detached, learned, factor, bits)
+    return _LowBitLinear.apply(x, weight, learned, bias, packed, scale.detach(), detached, factor, bits)
 
 
 def quantize_activations(x: Tensor, levels: float) -> Tensor:

@@ -1,0 +1,153 @@
+"""`LowBitSRModel`: PEFT's tuner class for low-bit SR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..lrqat.tuner import QuantizingModel
+from .config import LowBitSRConfig
+from .layer import LowBitSRLayer, LowBitSRLinear
+from .tensor import LowBitTensor
+
+# what an adapter's file holds of a `LowBitTensor`, and its attributes
+_PARTS = {"lowbitsr_codes": "packed", "lowbitsr_scale": "scale", "lowbitsr_stream": "stream"}
+_WEIGHT = "lowbitsr_weight"
+
+
+class LowBitSRModel(QuantizingModel):
+    """Puts trainable integers into a model; made by `get_peft_model(model, LowBitSRConfig(...))`."""
+
+    prefix = "lowbitsr_"
+    tuner_layer_cls = LowBitSRLayer
+    config_cls = LowBitSRConfig
+    shared_options = ("bits", "group_size", "range_method", "range_p", "scale_dtype", "keep_base")
+
+    # -- before anything is changed
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1 and not config.keep_base:
+            added = next(name for name, other in self.peft_config.items() if other is config)
+            if len(self.peft_config) > 1:
+                del self.peft_config[added]
+            raise ValueError(
+                f"`keep_base=False` dropped the base codes, at which adapter {added!r} would start. Adapt the float "
+                "model with `keep_base=True` for several adapters."
+            )
+
+    def _check_targets(self, targets: dict[str, nn.Module], config: LowBitSRConfig) -> None:
+        for name, module in targets.items():
+            if isinstance(module, BaseTunerLayer):
+                continue
+            if isinstance(module, Conv1D) and config.act_bits is not None:
+                raise ValueError(
+                    f"`act_bits` is {config.act_bits}, but module {name!r} is a Conv1D (GPT-2), for which no "
+                    "checkpoint format quantizes activations. Leave `act_bits` out."
+                )
+            if config.export_format != "bitnet":
+                continue
+            bias: Any = module.bias
+            if bias is not None or module.weight.shape[0] % 4:  # type: ignore[union-attr]  # a parameter
+                what = "a bias, which transformers' BitNet layer would multiply with the weight's scale"
+                what = what if bias is not None else f"{module.weight.shape[0]} output features, no multiple of 4"
+                raise ValueError(
+                    f"`export_format='bitnet'` cannot hold module {name!r}: it has {what}. Use "
+                    "`export_format='compressed-tensors'`, or leave the module out with `exclude_modules`."
+                )
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """LoRA replicates layers here; there is nothing to do."""
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: LowBitSRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, LowBitSRLinear):
+            target.update_layer(adapter_name, config, current_key)
+            return
+        module = LowBitSRLinear(target, adapter_name, config, current_key)  # type: ignore[arg-type]  # checked before
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
+        self._replace_module(parent, target_name, module, target)
+
+    # -- adapters
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of integers is on no grid.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Adapters of low-bit SR are integers, whose weighted sum is on no grid, so it would have to be rounded a "
+            "second time. Use one of them, or LRQATConfig, whose adapters combine inside one rounding."
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several that share no layer.
+
+        Raises:
+            ValueError: two of them have a layer in common. Nothing was changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for layer in self.modules():
+            if isinstance(layer, LowBitSRLinear):
+                layer._the_one(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _prepare_merge(self, layer: Any, config: LowBitSRConfig) -> None:
+        layer.merge_options = config
+
+    # -- state dicts: a LowBitTensor is three plain tensors in a file
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # the base class's own: LoRA's looks for DoRA in the configuration
+        found = super(LoraModel, cls)._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        plain: dict[str, torch.Tensor] = {}
+        for key, value in found.items():
+            if isinstance(value, LowBitTensor):
+                for part, attribute in _PARTS.items():
+                    plain[key.replace(f".{_WEIGHT}.", f".{part}.")] = getattr(value, attribute).detach()
+            else:
+                plain[key] = value
+        return plain
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, LowBitSRLinear)}
+        whole = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] not in _PARTS}
+        for key in state_dict:
+            module, _, part = key.rpartition(".")
+            if part != "lowbitsr_codes":
+                continue
+            inner = [state_dict.get(f"{module}.{name}") for name in _PARTS]
+            layer = layers.get(module) or layers.get(module.removeprefix("base_model.model."))
+            if layer is None or any(tensor is None for tensor in inner):
+                continue  # PEFT warns about what is unexpected or missing
+            here: Any = layer.lowbitsr_weight[adapter_name]
+            for name, tensor in zip(_PARTS, inner, strict=True):
+                wanted = getattr(here, _PARTS[name])
+                if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:  # type: ignore[union-attr]
+                    raise ValueError(
+                        f"In the adapter file '{module}.{name}' is {tensor.dtype} {tuple(tensor.shape)}, but this "  # type: ignore[union-attr]
+                        f"model needs {wanted.dtype} {tuple(wanted.shape)}. The adapter was made for another grid or "
+                        "architecture: load it on the model it was trained on."
+                    )
+            whole[f"{module}.{_WEIGHT}"] = LowBitTensor(*inner, here.grid, here.shape[1], here.error_feedback)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
