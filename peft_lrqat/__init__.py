@@ -5,7 +5,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
 
 from ._version import __version__
 from .grid import Grid
-from .lowbit_sr import LowBitSRConfig, LowBitSRLayer, LowBitSRModel
+from .lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .registration import register
 from .training.optim import create_lrqat_optimizer
@@ -15,6 +15,7 @@ __all__ = [
     "LRQATConfig",
     "LRQATLayer",
     "LRQATModel",
+    "LowBitAdamW",
     "LowBitSRConfig",
     "LowBitSRLayer",
     "LowBitSRModel",

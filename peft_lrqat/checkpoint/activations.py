@@ -56,9 +56,7 @@ class _StoredWeight(nn.Linear):
 class Int8Linear(_StoredWeight):
     """compressed-tensors "int-quantized": 8-bit container, int8 activations per token (W8A8 to the engines)."""
 
-    def __init__(
-        self, codes: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         """
         Args:
             codes: int8 (out, in).
@@ -67,7 +65,7 @@ class Int8Linear(_StoredWeight):
         super().__init__(codes, scale.expand(codes.shape[0], 1).to(dtype).contiguous(), codes.shape, bias)
 
     @property
-    def codes(self) -> torch.Tensor:  # noqa: D102
+    def codes(self) -> torch.Tensor:
         return self.weight_codes
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -95,7 +93,7 @@ class BitNetLinear(_StoredWeight):
         super().__init__(stored, scale.view(1).to(dtype), codes.shape, None)
 
     @property
-    def codes(self) -> torch.Tensor:  # noqa: D102
+    def codes(self) -> torch.Tensor:
         blocks = [(self.weight_codes >> (2 * i)) & 3 for i in range(_PER_BYTE)]
         return torch.cat(blocks).to(torch.int8) - 1
 

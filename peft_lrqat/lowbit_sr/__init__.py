@@ -4,6 +4,7 @@ from . import bridge as _bridge  # noqa: F401  # registers the hooks by which ot
 from .config import LowBitSRConfig
 from .layer import LowBitSRLayer, LowBitSRLinear
 from .model import LowBitSRModel
+from .optim import LowBitAdamW
 from .tensor import LowBitTensor
 
-__all__ = ["LowBitSRConfig", "LowBitSRLayer", "LowBitSRLinear", "LowBitSRModel", "LowBitTensor"]
+__all__ = ["LowBitAdamW", "LowBitSRConfig", "LowBitSRLayer", "LowBitSRLinear", "LowBitSRModel", "LowBitTensor"]

@@ -128,14 +128,14 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         return None
 
     @property
-    def grid(self) -> Grid:  # noqa: D102
+    def grid(self) -> Grid:
         return Grid(self.bits, self.group_size)
 
     @property
-    def stored_grid(self) -> Grid:  # noqa: D102
+    def stored_grid(self) -> Grid:
         return Grid(self.forward_bits or self.bits, self.group_size)
 
-    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:  # noqa: D102
+    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
         scales = self.grid.scale_shape(out_features, in_features)
         shapes: dict[str, tuple] = {
             "lowbitsr_codes": (out_features, words_per_row(in_features, self.grid.code_bits)),
@@ -145,7 +145,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             shapes["lowbitsr_scale_shift"] = scales
         return shapes
 
-    def recipe(self) -> str:  # noqa: D102
+    def recipe(self) -> str:
         extras = [f"{self.bits}-bit codes, ranges by {self.range_method}"]
         extras += ["error feedback"] * self.error_feedback + ["learned scales"] * self.learn_scales
         extras += [f"{self.act_bits}-bit activations"] * (self.act_bits is not None)

@@ -188,17 +188,17 @@ class LRQATConfig(GridConfig, LoraConfig):
             self.downcast = "fx8" if self.bits <= 7 else "int"
 
     @property
-    def grid(self) -> Grid:  # noqa: D102
+    def grid(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric)
 
-    def recipe(self) -> str:  # noqa: D102
+    def recipe(self) -> str:
         ranges = f"lp (p = {self.range_p:g})" if self.range_method == "lp" else self.range_method
         return (
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
             f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, ranges by {ranges}"
         )
 
-    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:  # noqa: D102
+    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
         shapes: dict[str, tuple] = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
         if self.learn_scales:
             shapes["lora_scale_shift"] = self.grid.scale_shape(out_features, in_features)

@@ -6,7 +6,6 @@ import copy
 import warnings
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import nn
