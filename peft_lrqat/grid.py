@@ -16,6 +16,7 @@ Scales have shape (rows, groups): (out, in / group_size) per group, (out, 1) per
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ PER_CHANNEL = -1
 PER_TENSOR = 0
 
 #: `bits` of the ternary grid {-1, 0, 1}, as BitNet b1.58 writes it: log2(3).
-TERNARY = 1.58
+TERNARY: Any = 1.58  # the one `bits` that is no int; Any, so that `bits` may be annotated as what it else is
 
 #: What `scale_dtype` may be called; "auto" means: exact in both bf16 and fp16.
 SCALE_DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -42,7 +43,7 @@ class Grid:
         ValueError: a field is out of range.
     """
 
-    bits: int | float = 4
+    bits: int = 4
     group_size: int = 128
     symmetric: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from torch import nn
@@ -50,7 +50,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         default=True,
         metadata={"help": "True: an adapter starts at the rounded base. False: random moves of a step (tests)."},
     )
-    bits: int | float = field(default=8, metadata={"help": "1.58 (ternary: -1, 0, 1), 2, 3, 4 or 8."})
+    bits: int = field(default=8, metadata={"help": "1.58 (ternary: -1, 0, 1), 2, 3, 4 or 8."})
     group_size: int = field(
         default=PER_CHANNEL,
         metadata={
@@ -74,7 +74,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             "takes it as its default."
         },
     )
-    forward_bits: float | None = field(
+    forward_bits: Any = field(
         default=None,
         metadata={"help": "1.58: the forward, and the checkpoint, use the ternary projection of the trained codes."},
     )
@@ -159,7 +159,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     def _check_grid(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in BITS:
             raise ValueError(f"`bits` is {self.bits!r}; allowed are {', '.join(map(str, BITS))} (1.58 is ternary).")
-        self.bits = TERNARY if self.bits == TERNARY else int(self.bits)
+        if self.bits != TERNARY:
+            self.bits = int(self.bits)  # 4.0 is 4
         Grid(self.bits, self.group_size)
         if self.forward_bits not in (None, TERNARY):
             raise ValueError(f"`forward_bits` is {self.forward_bits!r}; allowed are None and 1.58 (ternary).")

@@ -40,7 +40,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.activations import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
 from ..checkpoint.linear import merged_layer
-from ..grid import Grid, dequantize
+from ..grid import dequantize
 from ..lrqat.base import FrozenWeight
 from ..ops import quantized_linear, snap_scale_ste
 from ..ops.low_bit import low_bit_levels, low_bit_linear, mean_code, quantize_activations
@@ -140,7 +140,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
     # -- adapters
 
     @skip_init_on_device  # PEFT would move a tensor subclass to the meta device in a way that it cannot be
-    def update_layer(self, adapter_name: str, config: LowBitSRConfig, name: str) -> None:  # type: ignore[override]
+    def update_layer(self, adapter_name: str, config: LowBitSRConfig, name: str) -> None:
         """Add an adapter, which starts at the base (PEFT's model calls this)."""
         frozen = self.frozen
         if isinstance(frozen, DroppedBase):
@@ -185,7 +185,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         frozen = self.frozen
         if isinstance(frozen, DroppedBase):
             return frozen(torch.empty(0))  # raises
-        levels, scale, _ = self._levels(adapter)
+        levels, scale = self._levels(adapter)
         here = dequantize(levels, scale, None, torch.float32)
         base = dequantize(unpack(frozen.base, frozen.fmt.bits, frozen.in_features), frozen.scale0, None, torch.float32)
         delta = here - base
@@ -281,15 +281,15 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
 
     # -- merging
 
-    def _levels(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, Grid]:
-        """int8 (out, in) integers of the forward, their fp32 scale, and their grid."""
+    @torch.no_grad()
+    def _levels(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 (out, in), the integers of the forward, and their fp32 scale."""
         weight: Any = self.lowbitsr_weight[adapter]
-        scale, ternary, _ = (t if t is None else t.detach() for t in self._scales(adapter))
-        grid = self.lowbitsr_options[adapter].stored_grid
+        scale, ternary, _ = self._scales(adapter)
         if ternary is None:
-            return weight.codes(), scale, grid
+            return weight.codes(), scale
         levels = low_bit_levels(weight.packed, scale, ternary, weight.grid.code_bits, weight.shape[1])
-        return levels.to(torch.int8), ternary, grid
+        return levels.to(torch.int8), ternary
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put an adapter's integers in place of the base: `base_layer` becomes what the checkpoint will hold.
@@ -314,7 +314,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
 
     @torch.no_grad()
     def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
-        levels, scale, _ = self._levels(adapter)
+        levels, scale = self._levels(adapter)
         frozen, options = self.frozen, self.lowbitsr_options[adapter]
         dtype = frozen.compute_dtype
         if safe_merge and not torch.isfinite(scale).all():

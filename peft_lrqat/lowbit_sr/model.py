@@ -52,10 +52,11 @@ class LowBitSRModel(QuantizingModel):
                 )
             if config.export_format != "bitnet":
                 continue
-            bias: Any = module.bias
-            if bias is not None or module.weight.shape[0] % 4:  # type: ignore[union-attr]  # a parameter
+            linear: Any = module
+            bias, rows = linear.bias, linear.weight.shape[0]
+            if bias is not None or rows % 4:
                 what = "a bias, which transformers' BitNet layer would multiply with the weight's scale"
-                what = what if bias is not None else f"{module.weight.shape[0]} output features, no multiple of 4"
+                what = what if bias is not None else f"{rows} output features, no multiple of 4"
                 raise ValueError(
                     f"`export_format='bitnet'` cannot hold module {name!r}: it has {what}. Use "
                     "`export_format='compressed-tensors'`, or leave the module out with `exclude_modules`."
@@ -78,7 +79,8 @@ class LowBitSRModel(QuantizingModel):
         if isinstance(target, LowBitSRLinear):
             target.update_layer(adapter_name, config, current_key)
             return
-        module = LowBitSRLinear(target, adapter_name, config, current_key)  # type: ignore[arg-type]  # checked before
+        linear: Any = target
+        module = LowBitSRLinear(linear, adapter_name, config, current_key)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
@@ -136,16 +138,16 @@ class LowBitSRModel(QuantizingModel):
             module, _, part = key.rpartition(".")
             if part != "lowbitsr_codes":
                 continue
-            inner = [state_dict.get(f"{module}.{name}") for name in _PARTS]
+            inner: Any = [state_dict.get(f"{module}.{name}") for name in _PARTS]
             layer = layers.get(module) or layers.get(module.removeprefix("base_model.model."))
             if layer is None or any(tensor is None for tensor in inner):
                 continue  # PEFT warns about what is unexpected or missing
             here: Any = layer.lowbitsr_weight[adapter_name]
             for name, tensor in zip(_PARTS, inner, strict=True):
                 wanted = getattr(here, _PARTS[name])
-                if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:  # type: ignore[union-attr]
+                if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
                     raise ValueError(
-                        f"In the adapter file '{module}.{name}' is {tensor.dtype} {tuple(tensor.shape)}, but this "  # type: ignore[union-attr]
+                        f"In the adapter file '{module}.{name}' is {tensor.dtype} {tuple(tensor.shape)}, but this "
                         f"model needs {wanted.dtype} {tuple(wanted.shape)}. The adapter was made for another grid or "
                         "architecture: load it on the model it was trained on."
                     )

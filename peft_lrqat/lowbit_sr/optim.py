@@ -24,6 +24,9 @@ from .update import Rule, new_state, update_factors, update_rows
 STATES = ("8bit", "factored", "fp32")
 LR_UNITS = ("weight", "grid")
 
+# torch decorates it in a way that hides its signature
+torch_adamw: Any = adamw
+
 _RELEASED_ERROR = (
     "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
     "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers need all gradients at once; a second backward "
@@ -42,7 +45,7 @@ class _Released(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
         if func is torch.ops.aten.detach.default:
             return cls(args[0])
         raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
@@ -123,7 +126,7 @@ class LowBitAdamW(Optimizer):
     # -- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update everything that has a gradient (and was not updated in backward)."""
         loss = None
         if closure is not None:
@@ -223,10 +226,11 @@ class LowBitAdamW(Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
         if parameters:
-            adamw(
+            torch_adamw(
                 parameters,
-                [parameter.grad.to(torch.float32) for parameter in parameters],  # type: ignore[union-attr]
-                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+                [grad.to(torch.float32) for grad in (parameter.grad for parameter in parameters) if grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
                 foreach=False,

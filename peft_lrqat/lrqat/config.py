@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -50,8 +50,10 @@ class GridConfig(PeftConfigMixin):
 
     method: ClassVar[str]
     quantizes: ClassVar[tuple[type, ...]]
-    bits: int | float
+    bits: int
     container_bits: int | None
+    scale_dtype: str
+    base_model_name_or_path: str | None
     export_format: str | None = "compressed-tensors"
     act_bits: int | None = None
 
@@ -95,7 +97,7 @@ class GridConfig(PeftConfigMixin):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's `save_pretrained`; the model card gets the import line without which PEFT cannot load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        add_import_note(save_directory, self.method, str(self.peft_type.value), self.grid.describe())
+        add_import_note(save_directory, self.method, PeftType(self.peft_type).value, self.grid.describe())
 
     # What the adapter's file holds (name -> shape), if this config was loaded from a folder; not saved.
     _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)  # without an annotation: it is no field
@@ -251,6 +253,7 @@ class LRQATConfig(GridConfig, LoraConfig):
 
 
 def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raise ValueError unless `value`, of the option `name`, is among `allowed`."""
     if value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(repr(a) for a in allowed if a is not None)}.")
 

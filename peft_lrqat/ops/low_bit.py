@@ -121,11 +121,10 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(dy, x, packed, scale, ternary_scale, bits, need_x, need_weight, need_scale):
-    nothing = scale.new_empty(0)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        scale.new_empty(packed.shape[0], x.shape[-1]) if need_weight else nothing,
-        torch.empty_like(scale) if need_scale else nothing,
+        scale.new_empty((packed.shape[0], x.shape[-1]) if need_weight else 0),
+        torch.empty_like(scale) if need_scale else scale.new_empty(0),
     )
 
 
