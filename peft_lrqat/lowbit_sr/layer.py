@@ -207,7 +207,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         scale, factor, ternary = weight.scale, None, None
         if adapter in self.lowbitsr_scale_shift:
             shift = self.lowbitsr_scale_shift[adapter].float()
-            scale = snap_scale_ste(weight.scale * (1 + shift), self.frozen.scale_dtype)
+            # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
+            scale = snap_scale_ste(weight.scale.clone() * (1 + shift), self.frozen.scale_dtype)
             factor = (scale / weight.scale).detach()
         if self.lowbitsr_options[adapter].forward_bits is not None:
             rows, groups = weight.scale.shape

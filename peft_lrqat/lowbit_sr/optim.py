@@ -63,7 +63,7 @@ class LowBitAdamW(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | torch.Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -77,7 +77,8 @@ class LowBitAdamW(Optimizer):
         """
         Args:
             lr: learning rate; a 0-dim tensor on the device keeps the host out of the step.
-            betas: decay of the moments. 8-bit state is noisy if betas[1] is much above 0.99.
+            betas: decay of the moments. The 8-bit second moment is noisy with betas[1] much above 0.99; with a small
+                one, error feedback is biased, because the remainder and the second moment move together. ECO used 0.98.
             state: of low-bit weights: "8bit" (2 bytes a weight), "factored" (1 byte), "fp32" (8 bytes).
             error_feedback: put the rounding remainder into the momentum (ECO, arXiv 2601.22101). None: as the weight's
                 configuration says.
