@@ -47,6 +47,7 @@ from ..ops.low_bit import low_bit_levels, low_bit_linear, mean_code, quantize_ac
 from ..packing import unpack
 from ..rounding import stream_key
 from .config import LowBitSRConfig
+from .containers import PARTS, PartView, WeightDict
 from .tensor import LowBitTensor
 
 
@@ -84,12 +85,12 @@ class LowBitSRLayer(LoraLayer):
     """What every layer of low-bit SR has.
 
     Attributes:
-        lowbitsr_weight: ParameterDict, adapter -> `LowBitTensor` (out, in), the trainable codes.
+        lowbitsr_weight: WeightDict, adapter -> `LowBitTensor` (out, in), the trainable codes.
         lowbitsr_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; entries
             exist with `learn_scales=True` only.
     """
 
-    lowbitsr_weight: nn.ParameterDict
+    lowbitsr_weight: WeightDict
     lowbitsr_scale_shift: nn.ParameterDict
 
     adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
@@ -122,7 +123,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         )
         LoraLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
-        self.lowbitsr_weight = nn.ParameterDict({})
+        self.lowbitsr_weight = WeightDict({})
+        for name_of_part, attribute in PARTS.items():
+            self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
         self.lowbitsr_scale_shift = nn.ParameterDict({})
         self.lowbitsr_options: dict[str, LowBitSRConfig] = {}
         self._before_merge: FrozenWeight | DroppedBase | None = None

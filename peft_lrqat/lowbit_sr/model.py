@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -13,11 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from ..lrqat.tuner import QuantizingModel
 from .config import LowBitSRConfig
 from .layer import LowBitSRLayer, LowBitSRLinear
-from .tensor import LowBitTensor
-
-# what an adapter's file holds of a `LowBitTensor`, and its attributes
-_PARTS = {"lowbitsr_codes": "packed", "lowbitsr_scale": "scale", "lowbitsr_stream": "stream"}
-_WEIGHT = "lowbitsr_weight"
 
 
 class LowBitSRModel(QuantizingModel):
@@ -113,43 +107,11 @@ class LowBitSRModel(QuantizingModel):
     def _prepare_merge(self, layer: Any, config: LowBitSRConfig) -> None:
         layer.merge_options = config
 
-    # -- state dicts: a LowBitTensor is three plain tensors in a file
+    # -- state dicts: `containers.py` has what is special
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # the base class's own: LoRA's looks for DoRA in the configuration
-        found = super(LoraModel, cls)._get_adapter_state_dict(
+        return super(LoraModel, cls)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        plain: dict[str, torch.Tensor] = {}
-        for key, value in found.items():
-            if isinstance(value, LowBitTensor):
-                for part, attribute in _PARTS.items():
-                    plain[key.replace(f".{_WEIGHT}.", f".{part}.")] = getattr(value, attribute).detach()
-            else:
-                plain[key] = value
-        return plain
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, LowBitSRLinear)}
-        whole = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] not in _PARTS}
-        for key in state_dict:
-            module, _, part = key.rpartition(".")
-            if part != "lowbitsr_codes":
-                continue
-            inner: Any = [state_dict.get(f"{module}.{name}") for name in _PARTS]
-            layer = layers.get(module) or layers.get(module.removeprefix("base_model.model."))
-            if layer is None or any(tensor is None for tensor in inner):
-                continue  # PEFT warns about what is unexpected or missing
-            here: Any = layer.lowbitsr_weight[adapter_name]
-            for name, tensor in zip(_PARTS, inner, strict=True):
-                wanted = getattr(here, _PARTS[name])
-                if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-                    raise ValueError(
-                        f"In the adapter file '{module}.{name}' is {tensor.dtype} {tuple(tensor.shape)}, but this "
-                        f"model needs {wanted.dtype} {tuple(wanted.shape)}. The adapter was made for another grid or "
-                        "architecture: load it on the model it was trained on."
-                    )
-            whole[f"{module}.{_WEIGHT}"] = LowBitTensor(*inner, here.grid, here.shape[1], here.error_feedback)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)

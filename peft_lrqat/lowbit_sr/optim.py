@@ -29,25 +29,34 @@ torch_adamw: Any = adamw
 
 _RELEASED_ERROR = (
     "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
-    "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers need all gradients at once; a second backward "
-    "before `step()` needs `gradient_accumulation_steps` told to LowBitAdamW; a weight that is used inside two "
+    "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
+    "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to LowBitAdamW; a weight that is used inside two "
     "checkpointed segments needs `use_reentrant=False`. Or use `fused_backward=False`."
 )
 
 
 class _Released(torch.Tensor):
-    """Stands where a gradient was: whoever would compute with it (or add to it) is told."""
+    """Stands where a gradient was. Its norm is known; whoever would change it (or add to it) is told."""
+
+    norm_: torch.Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor) -> _Released:
-        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, like: torch.Tensor, norm: torch.Tensor) -> _Released:
+        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        self.norm_ = norm
+        return self
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0])
+        aten = torch.ops.aten
+        if func is aten.detach.default:
+            return cls(args[0], args[0].norm_)
+        if func is aten.linalg_vector_norm.default and len(args) > 1 and args[1] == 2 and len(args) == 2:
+            return args[0].norm_.clone()  # Trainer logs it
+        if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
+            return args[0]  # clipping that does not clip
         raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
 
 
@@ -119,10 +128,7 @@ class LowBitAdamW(Optimizer):
                     self._rule(parameter, group)  # an early error
         if fused_backward:
             _refuse_data_parallel()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if isinstance(parameter, LowBitTensor):
-                        parameter.register_post_accumulate_grad_hook(self._hook(group))
+            self._register()
 
     # -- the step
 
@@ -146,7 +152,16 @@ class LowBitAdamW(Optimizer):
                     self._step_codes(parameter, parameter.grad, group)
             self._step_floats(plain, group)
         self._arrived.clear()
+        if self.fused_backward:
+            self._register()  # moving a model to another device leaves the hooks behind
         return loss
+
+    def _register(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
+                if isinstance(parameter, LowBitTensor) and not hooks:
+                    parameter.register_post_accumulate_grad_hook(self._hook(group))
 
     def _hook(self, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
         @torch.no_grad()
@@ -157,8 +172,9 @@ class LowBitAdamW(Optimizer):
                 return
             grad: Any = parameter.grad
             parameter.grad = None
+            norm = torch.linalg.vector_norm(grad)
             self._step_codes(parameter, grad, group)  # type: ignore[arg-type]
-            parameter.grad = _Released(grad)
+            parameter.grad = _Released(grad, norm)
 
         return update
 

@@ -17,12 +17,12 @@ from tests.models import low_bit, tiny, tokens
 BYTES = {1.58: 0.25, 2: 0.25, 3: 0.375, 4: 0.5, 8: 1.0}
 # scales per channel (4 bytes in 256 columns or more) and the random stream's position, which a layer has once
 SCALES = 4 / 256 + 16 / (256 * 256)
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 96}
 IDS = tokens()
 
 
-def wide(layers: int = 1, **options):
-    return low_bit(tiny(**{**WIDE, "num_hidden_layers": layers}), **options)
+def wide(layers: int = 1, hidden_size: int = 256, intermediate_size: int = 512, **options):
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
+    return low_bit(tiny(vocab_size=96, **sizes), **options)
 
 
 def tensors(model: nn.Module):
@@ -67,11 +67,11 @@ def test_saved_adapters_are_packed(bits: float, tmp_path: Path):
 
 
 def test_a_fused_step_holds_one_dense_gradient_at_a_time():
-    model = wide(layers=2, bits=4)
-    whole = 4 * weights(model)
+    narrow = {"layers": 2, "hidden_size": 128, "intermediate_size": 256}
+    whole = 4 * weights(wide(**narrow))
 
     def peak(fused: bool) -> int:
-        fresh = wide(layers=2, bits=4).train()
+        fresh = wide(**narrow).train()
         optimizer = LowBitAdamW([p for p in fresh.parameters() if p.requires_grad], fused_backward=fused)
         for _ in range(2):  # the second time, state exists
             with LiveBytes([*tensors(fresh), *(v for s in optimizer.state.values() for v in s.values())]) as live:

@@ -262,8 +262,16 @@ def test_what_needs_all_gradients_at_once_is_refused():
     model = low_bit(tiny()).train()
     optimizer = LowBitAdamW(trainable(model), fused_backward=True)
     model(input_ids=IDS, labels=IDS).loss.backward()
+    twin = low_bit(tiny()).train()
+    twin(input_ids=IDS, labels=IDS).loss.backward()
+    expected = nn.utils.get_total_norm([p.grad for p in trainable(twin)])
+    # the norm is known, so Trainer can log it; clipping that changes nothing is none
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), float("inf")), expected)
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e4), expected)
     with pytest.raises(RuntimeError, match=r"used and freed when it arrived.*max_grad_norm=0"):
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match=r"used and freed.*`linalg_vector_norm` asks for it"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e4, norm_type=1)
     with pytest.raises(RuntimeError, match=r"second backward.*`gradient_accumulation_steps`"):
         model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
