@@ -10,7 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..lrqat.tuner import QuantizingModel
+from ..packing import unpack
 from .config import LowBitSRConfig
+from .containers import PARTS
 from .layer import LowBitSRLayer, LowBitSRLinear
 
 
@@ -115,3 +117,26 @@ class LowBitSRModel(QuantizingModel):
         return super(LoraModel, cls)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LowBitSRLinear) or adapter_name not in layer.lowbitsr_weight:
+                continue
+            weight: Any = layer.lowbitsr_weight[adapter_name]
+            for part, attribute in PARTS.items():
+                found, here = remapped.get(f"{name}.{part}.{adapter_name}"), getattr(weight, attribute)
+                if found is not None and (found.shape, found.dtype) != (here.shape, here.dtype):
+                    raise ValueError(
+                        f"In the adapter file, '{part}' of module {name!r} is {found.dtype} {tuple(found.shape)}, but "
+                        f"this model needs {here.dtype} {tuple(here.shape)}: the adapter was made for another grid or "
+                        "architecture. Load it on the model, with the configuration, that it was trained with."
+                    )
+            codes = remapped.get(f"{name}.lowbitsr_codes.{adapter_name}")
+            if codes is not None and weight.grid.ternary and int(unpack(codes, 2, weight.shape[1]).min()) < -1:
+                raise ValueError(
+                    f"The adapter file holds two-bit codes for module {name!r}, but this model's grid is ternary: the "
+                    "adapter was made for another grid. Load it with the configuration that it was trained with."
+                )
+        return remapped

@@ -30,8 +30,9 @@ torch_adamw: Any = adamw
 _RELEASED_ERROR = (
     "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
     "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
-    "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to LowBitAdamW; a weight that is used inside two "
-    "checkpointed segments needs `use_reentrant=False`. Or use `fused_backward=False`."
+    "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
+    "LowBitAdamW; a weight that is used inside two checkpointed segments needs `use_reentrant=False`. Or use "
+    "`fused_backward=False`."
 )
 
 
@@ -250,7 +251,7 @@ class LowBitAdamW(Optimizer):
                 [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
-                foreach=False,
+                foreach=parameters[0].is_cuda,
                 capturable=parameters[0].is_cuda,
                 amsgrad=False,
                 beta1=beta1,

@@ -1,4 +1,4 @@
-"""Unmodified Trainer and SFTTrainer: the default optimizer trains, `LowBitAdamW` trains, and runs resume bit for bit."""
+"""Unmodified Trainer and SFTTrainer: the default optimizer trains, so does `LowBitAdamW`; runs resume bit for bit."""
 
 from __future__ import annotations
 
