@@ -243,7 +243,9 @@ def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argpars
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "linear_weights": sum(p.numel() for p in optimizer.param_groups[0]["params"]),
     }
-    print(f"{options['method']}: loss {result['loss']:.4f}, {1e3 * result['seconds_per_step']:.1f} ms a step", flush=True)
+    print(
+        f"{options['method']}: loss {result['loss']:.4f}, {1e3 * result['seconds_per_step']:.1f} ms a step", flush=True
+    )
     return result
 
 
@@ -280,7 +282,9 @@ def table(args: argparse.Namespace) -> None:
     def beside(loss: float, kind: str) -> str:
         return f"{100 * (loss / known[kind] - 1):+.1f} %" if kind in known else ""
 
-    print("| method | held-out loss | to float | to BitNet | other text | codes changed a step | peak GiB | ms a step |")
+    print(
+        "| method | held-out loss | to float | to BitNet | other text | codes changed a step | peak GiB | ms a step |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for one in runs:
         flips = [flip for _, _, flip in one["curve"] if flip is not None]
