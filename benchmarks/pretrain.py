@@ -196,6 +196,7 @@ def watched(model: nn.Module) -> Any:
 def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argparse.Namespace) -> dict[str, Any]:
     device = data["train"].device
     cuda = device.type == "cuda"
+    torch._dynamo.reset()  # or the kernels of many methods count as recompilations of one
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
