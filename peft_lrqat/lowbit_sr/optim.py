@@ -206,7 +206,9 @@ class LowBitAdamW(Optimizer):
         if not state:
             state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, parameter.device))
         state["step"] += 1
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=parameter.device)
+        lr = group["lr"]
+        if not isinstance(lr, torch.Tensor):
+            lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
         rows, columns = parameter.shape
         extra = {}
         if rule.state == "factored":
