@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tiny models: more threads only get in each other's way

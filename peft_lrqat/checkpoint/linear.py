@@ -102,7 +102,9 @@ class QuantizedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         bias = self.bias if self.bias is None else self.bias.to(input.dtype)
         scale = self.weight_scale.float()
-        return quantized_linear(input, self.weight_packed, scale, self.zero_point, None, None, bias, self.bits, "int")
+        return quantized_linear(
+            input, self.weight_packed, scale, None, self.zero_point, None, None, bias, 1.0, self.bits, "int", "fp32"
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"

@@ -18,7 +18,7 @@ kept for backward; W^ is built for each product and dropped.
 
 `forward_bits=1.58`: the n-bit codes are trained, but the forward, the served checkpoint and the loss use
 
-    t_s = snap(s mean|q|),   t = clip(round(s q / t_s), -1, 1),   W^ = t_s t
+    t_s = snap(s0 mean|q| (1 + shift)),   t = clip(round(s q / t_s), -1, 1),   W^ = t_s t
 
 (BitNet b1.58's absmean), and the gradient passes straight through from W^ to the codes (DQT's "ternary inference").
 
@@ -40,9 +40,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.activations import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
 from ..checkpoint.linear import merged_layer
-from ..grid import dequantize
+from ..grid import dequantize, snap_scale
 from ..lrqat.base import FrozenWeight
-from ..ops import quantized_linear, snap_scale_ste
+from ..ops import trained_scale
 from ..ops.low_bit import low_bit_levels, low_bit_linear, mean_code, quantize_activations
 from ..packing import unpack
 from ..rounding import stream_key
@@ -178,16 +178,17 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
         weight: Any = self.lowbitsr_weight[adapter]
-        scale, factor, ternary = weight.scale, None, None
+        kept = self.frozen.scale_dtype
+        scale, shift, factor, ternary = weight.scale, None, None, None
         if adapter in self.lowbitsr_scale_shift:
-            shift = self.lowbitsr_scale_shift[adapter].float()
+            shift = self.lowbitsr_scale_shift[adapter]
             # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
-            scale = snap_scale_ste(weight.scale.clone() * (1 + shift), self.frozen.scale_dtype)
+            scale = trained_scale(weight.scale.clone(), shift, kept)
             factor = (scale / weight.scale).detach()
         if self.lowbitsr_options[adapter].forward_bits is not None:
             rows, groups = weight.scale.shape
-            mean = mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
-            ternary = snap_scale_ste(scale * mean, self.frozen.scale_dtype)
+            start = weight.scale * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
+            ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
         return scale, ternary, factor
 
     # -- forward
@@ -213,8 +214,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             return base(x)  # raises
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        return quantized_linear(x, base.base, base.scale0, None, None, None, bias, base.fmt.bits, "int")
+        return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         weight: Any = self.lowbitsr_weight[adapter]

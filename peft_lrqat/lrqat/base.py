@@ -144,9 +144,7 @@ class FrozenWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base rounded to its grid, in the original dtype and orientation: the model at step 0. Built anew."""
-        weight = build_weight(
-            local(self.base), self.scale0, local(self.zero_point), None, None, self.fmt, self.compute_dtype
-        )
+        weight = build_weight(local(self.base), self.scale0, local(self.zero_point), None, self.fmt, self.compute_dtype)
         return weight.t() if self.transposed else weight
 
     def checksum(self) -> torch.Tensor:
@@ -165,11 +163,22 @@ class FrozenWeight(nn.Module):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
         return super()._apply(fn, recurse)
 
+    def product(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        shift: torch.Tensor | None = None,
+        A: torch.Tensor | None = None,
+        B: torch.Tensor | None = None,
+        c: float = 1.0,
+    ) -> torch.Tensor:
+        """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
+        bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
+        return quantized_linear(x, self.base, self.scale0, shift, self.zero_point, A, B, bias, c, bits, downcast, kept)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer at step 0: x (..., in) to (..., out)."""
-        return quantized_linear(
-            x, self.base, self.scale0, self.zero_point, None, None, self.bias, self.fmt.bits, self.downcast
-        )
+        return self.product(x, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -36,14 +36,15 @@ class LRQATEmbedding(LRQATLinear):
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
-        scale, A, B = self._operands(adapters)
+        shift, A, B, c = self._operands(adapters)
         y = quantized_embedding(
             x,
             local(frozen.base),
-            scale,
+            self._scale(shift),
             local(frozen.zero_point),
             A,
             B,
+            c,
             frozen.grid.bits,
             frozen.in_features,
             frozen.downcast,
@@ -59,8 +60,8 @@ class LRQATEmbedding(LRQATLinear):
     @torch.no_grad()
     def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
         frozen = self.frozen
-        scale, A, B = self._merge_operands(adapters, safe_merge)
-        integers = codes(local(frozen.base), A, B, frozen.fmt)
+        scale, A, B, c = self._merge_operands(adapters, safe_merge)
+        integers = codes(local(frozen.base), A, B, frozen.fmt, c)
         return self._around(dequantize(integers, scale, local(frozen.zero_point), frozen.compute_dtype))
 
     def _float_layer(self) -> nn.Module:

@@ -5,7 +5,7 @@ the update, far smaller than a grid step almost everywhere, rounds away. LR-QAT 
 the rounding, and trains through the rounding, so what is trained is what is stored:
 
     Phi = phi(W0 / s0)                       frozen, 1 byte or less a weight (`base.py`)
-    Z   = Phi + c lora_B lora_A              c = lora_alpha / r; in units of one grid step
+    Z   = Phi + c lora_B lora_A              c = lora_alpha / r; in units of one grid step (exact: `ops/factors.py`)
     Q   = clip(round(Z), qmin, qmax)         the integers of the final checkpoint
     W^  = s Q,    y = x W^T + bias           s starts at s0 and is trained
 
@@ -17,7 +17,7 @@ and M = [qmin <= round(Z) <= qmax]:
 ds sums over the entries that share s. It is not LSQ's formula: Phi does not depend on s, which scales integers only.
 
 What is kept for backward: X, and the layer's own small or packed tensors. W^ is built for the product and dropped, and
-built again for dX. Two identities spare the dense G where one scale serves a whole row (`ops/reference.py`):
+built again for dX. Two identities spare the dense G where one scale serves a whole row (`ops/backward.py`):
 ds_j = sum_t dY_tj Y_tj / s_j (so Y is kept, without bias), and, where nothing is clipped,
 d lora_B = c s (dY^T (X lora_A^T)) and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by
 one.
@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -49,7 +49,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.linear import merged_layer
-from ..ops import quantized_linear, snap_scale_ste
+from ..ops import trained_scale
 from ..ops.reference import codes
 from .base import FrozenWeight, local
 from .config import LRQATConfig
@@ -63,6 +63,15 @@ class _Checksums(BufferDict):
         with contextlib.suppress(NotImplementedError):  # torch: "Cannot copy out of meta tensor"
             super()._apply(fn, recurse)
         return self
+
+
+class Operands(NamedTuple):
+    """The trained part of a layer."""
+
+    shift: torch.Tensor | None  # (rows, groups): the relative change of the scales
+    A: torch.Tensor | None  # (R, in), grid steps
+    B: torch.Tensor | None  # (out, R)
+    c: float  # lora_alpha / r
 
 
 class LRQATLayer(LoraLayer):
@@ -189,23 +198,25 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def _operands(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Scale, A and B (with lora_alpha / r) that these adapters make together, whole even if FSDP2 shards them."""
-        frozen = self.frozen
-        scale = frozen.scale0
+    def _operands(self, adapters: list[str]) -> Operands:
+        """What these adapters make together, whole even if FSDP2 shards them."""
         shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
+        shift = None
         if shifts:
-            scale = snap_scale_ste(scale * (1 + sum(shift.float() for shift in shifts)), frozen.scale_dtype)
+            shift = shifts[0] if len(shifts) == 1 else torch.stack([shift.float() for shift in shifts]).sum(0)
         present = [name for name in adapters if name in self.lora_A]
         if not present:
-            return scale, None, None
+            return Operands(shift, None, None, 1.0)
         A = [local(self.lora_A[name].weight) for name in present]
-        B = [local(self.lora_B[name].weight).float() * self.scaling[name] for name in present]
-        return (
-            scale,
-            A[0] if len(A) == 1 else torch.cat([a.float() for a in A]),
-            B[0] if len(B) == 1 else torch.cat(B, 1),
-        )
+        B = [local(self.lora_B[name].weight) for name in present]
+        if len(present) == 1:
+            return Operands(shift, A[0], B[0], self.scaling[present[0]])
+        scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
+        return Operands(shift, torch.cat([a.float() for a in A]), torch.cat(scaled, 1), 1.0)
+
+    def _scale(self, shift: torch.Tensor | None) -> torch.Tensor:
+        """s: fp32 (rows, groups), as the checkpoint stores it."""
+        return trained_scale(self.frozen.scale0, shift, self.frozen.scale_dtype)
 
     # -- forward
 
@@ -230,8 +241,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        scale, A, B = self._operands(adapters)
-        return quantized_linear(x, frozen.base, scale, frozen.zero_point, A, B, bias, frozen.grid.bits, frozen.downcast)
+        return frozen.product(x, bias, *self._operands(adapters))
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -272,8 +282,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _merge_operands(
         self, adapters: list[str], safe_merge: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        scale, A, B = self._operands(adapters)
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]:
+        shift, A, B, c = self._operands(adapters)
+        scale = self._scale(shift)
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, A, B) if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters[-1]} seems to be broken")
         dtype = self.frozen.compute_dtype
@@ -282,14 +293,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
                 f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={self.frozen.scale_dtype!r}` "
                 "exactly. Cast the model back before merging, or train with `scale_dtype='auto'`."
             )
-        return scale, A, B
+        return scale, A, B, c
 
     @torch.no_grad()
     def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
         frozen = self.frozen
-        scale, A, B = self._merge_operands(adapters, safe_merge)
+        scale, A, B, c = self._merge_operands(adapters, safe_merge)
         return merged_layer(
-            codes(local(frozen.base), A, B, frozen.fmt),
+            codes(local(frozen.base), A, B, frozen.fmt, c),
             scale,
             local(frozen.zero_point),
             frozen.bias,

@@ -1,5 +1,6 @@
-"""The few operations that cost time: plain PyTorch references, registered with `torch.library`."""
+"""The few operations that cost time: plain PyTorch references, Triton kernels, and `torch.library` over both."""
 
-from .library import quantized_linear, snap_scale_ste
+from .library import quantized_linear, trained_scale
+from .select import use_kernels
 
-__all__ = ["quantized_linear", "snap_scale_ste"]
+__all__ = ["quantized_linear", "trained_scale", "use_kernels"]

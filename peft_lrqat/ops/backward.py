@@ -8,6 +8,7 @@ import torch
 
 from ..chunks import row_chunks
 from ..grid import grouped
+from .factors import Factors
 from .reference import BaseFormat, build_weight, rounded_levels, rows_of
 
 # Above this share of clipped entries, correcting them one by one costs more than the dense product.
@@ -15,15 +16,15 @@ _SPARSE_LIMIT = 0.02
 
 
 def keeps_output(scale: torch.Tensor, device: torch.device) -> bool:
-    """Whether the backward wants Y: where one scale serves a whole row, on a CPU (see `linear_backward`)."""
+    """Whether the backward goes without G, and then wants Y: where one scale serves a row, on a CPU."""
     return scale.shape[1] == 1 and device.type == "cpu"
 
 
 class Gradients(NamedTuple):
-    """Gradients of `quantized_linear`; None where not asked for."""
+    """Gradients of `quantized_linear`; None where not asked for. (In this module `shift` holds that of the scale s.)"""
 
     x: torch.Tensor | None
-    scale: torch.Tensor | None
+    shift: torch.Tensor | None
     A: torch.Tensor | None
     B: torch.Tensor | None
 
@@ -35,8 +36,7 @@ def linear_backward(
     base: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
+    factors: Factors | None,
     fmt: BaseFormat,
     need_x: bool,
     need_scale: bool,
@@ -49,32 +49,31 @@ def linear_backward(
         y: (T, out), the output without bias, or None; spares the dense product for the scale gradient.
 
     Returns:
-        dx in x's dtype; the others fp32.
+        dx in x's dtype; the others fp32. A's and B's are those of A~ and B~.
 
     On a CPU, with one scale per row or per tensor, G = dY^T X is never formed: A and B cost what they cost in LoRA and
     the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is formed a row chunk at a time.
     """
     if not (need_scale or need_AB):
-        weight = build_weight(base, scale, zero_point, A, B, fmt, dy.dtype)
+        weight = build_weight(base, scale, zero_point, factors, fmt, dy.dtype)
         return Gradients(torch.mm(dy, weight), None, None, None)
     if not keeps_output(scale, dy.device) or (need_scale and y is None):
-        return _dense_backward(dy, x, base, scale, zero_point, A, B, fmt, need_x, need_scale, need_AB)
+        return _dense_backward(dy, x, base, scale, zero_point, factors, fmt, need_x, need_scale, need_AB)
 
     clipped: list[tuple[torch.Tensor, torch.Tensor]] = []
-    weight = build_weight(base, scale, zero_point, A, B, fmt, dy.dtype, clipped if need_AB else None)
+    weight = build_weight(base, scale, zero_point, factors, fmt, dy.dtype, clipped if need_AB else None)
     dx = torch.mm(dy, weight) if need_x else None
     del weight
     if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
-        return _dense_backward(dy, x, base, scale, zero_point, A, B, fmt, False, need_scale, need_AB)._replace(x=dx)
+        return _dense_backward(dy, x, base, scale, zero_point, factors, fmt, False, need_scale, need_AB)._replace(x=dx)
     ds = dA = dB = None
     if need_scale:
         assert y is not None
         ds = _per_row(dy, y).unsqueeze(1)  # sum_t dY Y = s * sum_i G Q
         ds = (ds / scale).sum().view(1, 1) if scale.shape[0] == 1 else ds / scale
     if need_AB:
-        assert A is not None
-        assert B is not None
-        dA, dB = _low_rank_backward(dy, x, scale, A, B, clipped)
+        assert factors is not None
+        dA, dB = _low_rank_backward(dy, x, scale, factors, clipped)
     return Gradients(dx, ds, dA, dB)
 
 
@@ -90,14 +89,14 @@ def _low_rank_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     scale: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
+    factors: Factors,
     clipped: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA (R, in) and dB (out, R) from LoRA-sized products: dZ = s * G but for the clipped entries, where it is 0."""
+    A, B = factors
     xA = torch.mm(x, A.to(x.dtype).t())  # (T, R)
     dB = torch.mm(dy.t(), xA).float() * scale
-    sB = (B.float() * scale).to(dy.dtype)
+    sB = (B * scale).to(dy.dtype)
     dA = torch.mm(torch.mm(dy, sB).t(), x).float()
     row = torch.cat([r for r, _ in clipped])
     column = torch.cat([c for _, c in clipped])
@@ -107,8 +106,8 @@ def _low_rank_backward(
         for part in row_chunks(row.numel(), dy.shape[0], dy.device):
             j, i = row[part], column[part]
             g = (dy[:, j].float() * x[:, i].float()).sum(dim=0) * s[j]
-            dB.index_add_(0, j, A.float()[:, i].t() * g.unsqueeze(1), alpha=-1)
-            dA.index_add_(1, i, B.float()[j].t() * g, alpha=-1)
+            dB.index_add_(0, j, A[:, i].t() * g.unsqueeze(1), alpha=-1)
+            dA.index_add_(1, i, B[j].t() * g, alpha=-1)
     return dA, dB
 
 
@@ -118,8 +117,7 @@ def _dense_backward(
     base: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
+    factors: Factors | None,
     fmt: BaseFormat,
     need_x: bool,
     need_scale: bool,
@@ -128,12 +126,12 @@ def _dense_backward(
     """All gradients through G = dY^T X, a chunk of rows at a time. No host-device synchronisation."""
     qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
     ds = torch.zeros_like(scale) if need_scale else None
-    dB = torch.empty(B.shape, device=B.device) if need_AB and B is not None else None
-    dA = torch.zeros(A.shape, device=A.device) if need_AB and A is not None else None
+    dB = torch.empty_like(factors.B) if need_AB and factors else None
+    dA = torch.zeros_like(factors.A) if need_AB and factors else None
     weight = torch.empty(base.shape[0], fmt.in_features, dtype=dy.dtype, device=dy.device) if need_x else None
     for rows in row_chunks(base.shape[0], fmt.in_features, dy.device):
         s = rows_of(scale, rows).unsqueeze(-1)
-        levels = rounded_levels(base[rows], A, None if B is None else B[rows], fmt)
+        levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
         inner = levels.clamp(qmin, qmax)
         Q = grouped(inner, scale)
         if zero_point is not None:
@@ -147,8 +145,8 @@ def _dense_backward(
                 ds += per_scale.sum(dim=0, keepdim=True)  # per tensor; or one row of groups
             else:
                 ds[rows] = per_scale
-        if dA is not None and dB is not None and A is not None and B is not None:
+        if dA is not None and dB is not None and factors is not None:
             dZ = (grouped(G, scale) * s).view_as(G).mul_(levels == inner)
-            dB[rows] = torch.mm(dZ, A.float().t())
-            dA.addmm_(B[rows].float().t(), dZ)
+            dB[rows] = torch.mm(dZ, factors.A.t())
+            dA.addmm_(factors.B[rows].t(), dZ)
     return Gradients(None if weight is None else torch.mm(dy, weight), ds, dA, dB)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..chunks import row_chunks
 from ..grid import grouped
+from .factors import round_factors
 from .reference import BaseFormat, build_weight, rounded_levels
 
 
@@ -31,6 +32,7 @@ def _embedding(
     zero_point: Tensor | None,
     A: Tensor | None,
     B: Tensor | None,
+    c: float,
     bits: int,
     width: int,
     downcast: str,
@@ -42,17 +44,19 @@ def _embedding(
             f"token ids reach from {int(flat.min())} to {int(flat.max())}; the table has {len(base)} rows."
         )
     out = torch.empty(flat.shape[0], width, dtype=dtype, device=base.device)
+    factors = None if A is None or B is None else round_factors(A, B, c)
     for rows in row_chunks(base.shape[0], width, base.device):
         here = _tokens_in(flat, rows)
         if here.numel():
-            s, z, b = (_rows_of(t, rows) for t in (scale, zero_point, B))
+            s, z = (_rows_of(t, rows) for t in (scale, zero_point))
             assert s is not None
-            out[here] = build_weight(base[rows], s, z, A, b, fmt, dtype)[flat[here] - rows.start]
+            part = build_weight(base[rows], s, z, factors and factors.rows(rows), fmt, dtype)
+            out[here] = part[flat[here] - rows.start]
     return out.view(*ids.shape, width)
 
 
 @_embedding.register_fake
-def _(ids, base, scale, zero_point, A, B, bits, width, downcast, dtype):
+def _(ids, base, scale, zero_point, A, B, c, bits, width, downcast, dtype):
     return torch.empty(*ids.shape, width, dtype=dtype, device=base.device)
 
 
@@ -65,6 +69,7 @@ def _embedding_backward(
     zero_point: Tensor | None,
     A: Tensor | None,
     B: Tensor | None,
+    c: float,
     bits: int,
     downcast: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +77,7 @@ def _embedding_backward(
     width = dy.shape[-1]
     fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
     qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    factors = None if A is None or B is None else round_factors(A, B, c)
     ds = torch.zeros_like(scale)
     dA = torch.zeros(A.shape if A is not None else (0,), device=base.device)
     dB = torch.zeros(B.shape if B is not None else (0,), device=base.device)
@@ -79,9 +85,9 @@ def _embedding_backward(
         here = _tokens_in(flat, rows)
         if not here.numel():
             continue
-        s, z, b = (_rows_of(t, rows) for t in (scale, zero_point, B))
+        s, z = (_rows_of(t, rows) for t in (scale, zero_point))
         assert s is not None
-        levels = rounded_levels(base[rows], A, b, fmt)
+        levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
         G = torch.zeros_like(levels).index_add_(0, flat[here] - rows.start, dy[here])
         inside = (levels >= qmin) & (levels <= qmax)
         Q = grouped(levels.clamp_(qmin, qmax), s)
@@ -91,16 +97,16 @@ def _embedding_backward(
             ds += per_scale.sum(dim=0)
         else:
             ds[rows] = per_scale
-        if A is not None and b is not None:
+        if factors is not None:
             dZ = (grouped(G, s) * s.unsqueeze(-1)).view_as(G).mul_(inside)
             with torch.autocast(dy.device.type, enabled=False):
-                dB[rows] = torch.mm(dZ, A.float().t())
-                dA += torch.mm(b.float().t(), dZ)
-    return ds, dA, dB
+                dB[rows] = torch.mm(dZ, factors.A.t())
+                dA += torch.mm(factors.B[rows].t(), dZ)
+    return ds, dA, dB.mul_(c)
 
 
 @_embedding_backward.register_fake
-def _(dy, ids, base, scale, zero_point, A, B, bits, downcast):
+def _(dy, ids, base, scale, zero_point, A, B, c, bits, downcast):
     return (
         torch.empty_like(scale),
         torch.empty(A.shape if A is not None else (0,), device=base.device),
@@ -109,13 +115,13 @@ def _(dy, ids, base, scale, zero_point, A, B, bits, downcast):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ids, base, scale, zero_point, A, B, ctx.bits, _, ctx.downcast, _ = inputs
+    ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, _, ctx.downcast, _ = inputs
     ctx.save_for_backward(ids, base, scale, zero_point, A, B)
 
 
 def _backward(ctx, dy: Tensor):
     ids, base, scale, zero_point, A, B = ctx.saved_tensors
-    ds, dA, dB = _embedding_backward(dy, ids, base, scale, zero_point, A, B, ctx.bits, ctx.downcast)
+    ds, dA, dB = _embedding_backward(dy, ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, ctx.downcast)
     need_scale, need_A, need_B = (ctx.needs_input_grad[i] for i in (2, 4, 5))
     return (
         None,
@@ -124,7 +130,7 @@ def _backward(ctx, dy: Tensor):
         None,
         dA.to(A.dtype) if need_A else None,
         dB.to(B.dtype) if need_B else None,
-        *([None] * 4),
+        *([None] * 5),
     )
 
 
@@ -138,17 +144,18 @@ def quantized_embedding(
     zero_point: Tensor | None,
     A: Tensor | None,
     B: Tensor | None,
+    c: float,
     bits: int,
     width: int,
     downcast: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows `ids` of W^ = s * (clip(round(Phi + B A)) - z).
+    """Rows `ids` of W^ = s * (clip(round(Phi + c B A)) - z).
 
     Args:
         ids: integers (...), each in [0, rows of the table).
         base: (table rows, words), as `encode_base` stores it.
-        scale, zero_point, A, B: as for `quantized_linear`, with out = table rows and in = `width`. Differentiable.
+        scale, zero_point, A, B, c: as for `quantized_linear`, with out = table rows and in = `width`. Differentiable.
         dtype: of the result.
 
     Returns:
@@ -157,4 +164,4 @@ def quantized_embedding(
     Raises:
         IndexError: an id is not in the table.
     """
-    return _embedding(ids, base, scale, zero_point, A, B, bits, width, downcast, dtype)
+    return _embedding(ids, base, scale, zero_point, A, B, c, bits, width, downcast, dtype)

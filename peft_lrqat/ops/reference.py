@@ -1,7 +1,7 @@
 """References, in plain PyTorch with fp32 inside, of the operations in `library.py`.
 
-Names: `base` is the frozen weight in grid steps as `FrozenWeight` stores it (`peft_lrqat/lrqat/base.py`), `A` (R, in)
-and `B` (out, R) are the low-rank factors in grid steps with lora_alpha / r already inside B, T is the number of tokens.
+Names: `base` is the frozen weight in grid steps as `FrozenWeight` stores it (`peft_lrqat/lrqat/base.py`), `factors` are
+the low-rank factors A~ (R, in) and B~ (out, R) in grid steps as `factors.py` rounds them, T is the number of tokens.
 Everything weight-sized in fp32 lives for one row chunk only.
 """
 
@@ -15,6 +15,7 @@ import torch
 from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
+from .factors import Factors, round_factors
 
 #: What a frozen base can be stored as: fixed point, packed codes, or floats (kept as raw bits).
 DOWNCASTS = ("fx8", "int", "bf16", "fp16", "fp32")
@@ -69,8 +70,7 @@ def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
 def exact_fp32(device: torch.device):
     """Full-precision fp32 products whatever the caller allows elsewhere (TF32, bf16 passes, autocast).
 
-    Codes are rounded from Phi + A B: if merging computed A B in another precision than training did, codes would
-    differ.
+    Codes are rounded from Phi + B A: in another precision they would be others.
     """
     # torch's type stubs do not know mkldnn's switches
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore
@@ -85,23 +85,30 @@ def exact_fp32(device: torch.device):
             backend.fp32_precision = before
 
 
-def rounded_levels(base: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, fmt: BaseFormat) -> torch.Tensor:
-    """round(Phi + B A), before clipping: fp32 (rows, in), centred grid steps, ties to even.
+def rounded_levels(base: torch.Tensor, factors: Factors | None, fmt: BaseFormat) -> torch.Tensor:
+    """round(Phi + B~ A~), before clipping: fp32 (rows, in), centred grid steps, ties to even.
 
-    The one place where codes come from: forward, backward and merge all call it, with the same rows at a time.
+    The one place where codes come from: forward, backward and merge all call it. B~ A~ is exact (`factors.py`), the sum
+    is rounded once to fp32, so the result is the same on every device and for every choice of rows. (Not addmm, which
+    may start its sum from Phi and round after every term.)
     """
-    if A is None or B is None:
-        return decode_base(base, fmt).round_()
-    with exact_fp32(base.device):
-        return decode_base(base, fmt).addmm_(B.float(), A.float()).round_()
+    levels = decode_base(base, fmt)
+    if factors is not None:
+        with exact_fp32(base.device):
+            levels += torch.mm(factors.B, factors.A)
+    return levels.round_()
 
 
-def codes(base: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, fmt: BaseFormat) -> torch.Tensor:
-    """The trained codes: int8 (out, in) in [qmin, qmax]. What merging stores."""
+def codes(
+    base: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, fmt: BaseFormat, c: float = 1.0
+) -> torch.Tensor:
+    """The trained codes round(Phi + c B A), clipped: int8 (out, in) in [qmin, qmax]. What merging stores."""
+    factors = None if A is None or B is None else round_factors(A, B, c)
     qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
     out = torch.empty(base.shape[0], fmt.in_features, dtype=torch.int8, device=base.device)
     for rows in row_chunks(out.shape[0], out.shape[1], out.device):
-        out[rows] = rounded_levels(base[rows], A, None if B is None else B[rows], fmt).clamp_(qmin, qmax).to(torch.int8)
+        part = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
+        out[rows] = part.clamp_(qmin, qmax).to(torch.int8)
     return out
 
 
@@ -114,13 +121,12 @@ def build_weight(
     base: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
+    factors: Factors | None,
     fmt: BaseFormat,
     dtype: torch.dtype,
     clipped: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """W^ = s * (clip(round(Phi + B A)) - z), rounded once to `dtype`: (out, in), weight units (LR-QAT eq. 8).
+    """W^ = s * (clip(round(Phi + B~ A~)) - z), rounded once to `dtype`: (out, in), weight units (LR-QAT eq. 8).
 
     Args:
         clipped: if a list, receives the (row, column) indices of the clipped entries, a pair of tensors per chunk.
@@ -128,7 +134,7 @@ def build_weight(
     qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
     weight = torch.empty(base.shape[0], fmt.in_features, dtype=dtype, device=base.device)
     for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
-        levels = rounded_levels(base[rows], A, None if B is None else B[rows], fmt)
+        levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
         if clipped is not None:
             row, column = _outside(levels, qmin, qmax)
             clipped.append((row + rows.start, column))

@@ -13,6 +13,7 @@ from peft_lrqat import LRQATConfig
 from peft_lrqat.grid import grouped
 from peft_lrqat.lrqat.embedding import LRQATEmbedding
 from peft_lrqat.ops.embedding import quantized_embedding
+from peft_lrqat.ops.factors import round_factors
 from peft_lrqat.ops.reference import decode_base
 from tests.models import adapted, logits, tiny, tokens, train
 
@@ -26,9 +27,11 @@ def layer_of(rows: int = 23, width: int = 12, **config) -> LRQATEmbedding:
 
 
 def formula(layer: LRQATEmbedding, ids: torch.Tensor) -> torch.Tensor:
-    """The design's formula in plain autograd, straight through the rounding, in fp32."""
+    """The design's formula in plain autograd, straight through the rounding (of the factors too), in fp32."""
     frozen = layer.base_layer
-    Z = decode_base(frozen.base, frozen.fmt) + layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    near = round_factors(A.detach(), B.detach())
+    Z = decode_base(frozen.base, frozen.fmt) + (B + (near.B - B).detach()) @ (A + (near.A - A).detach())
     qmin, qmax = frozen.grid.qmin, frozen.grid.qmax
     Q = (Z + (Z.round() - Z).detach()).clamp(qmin, qmax)
     s = frozen.scale0 * (1 + layer.lora_scale_shift["default"])
@@ -59,10 +62,11 @@ def test_output_and_gradients(options: dict, chunk: int, monkeypatch: pytest.Mon
 
 def test_the_op_is_a_torch_library_op():
     layer = layer_of(symmetric=False)
-    scale, A, B = layer._operands(["default"])
+    shift, A, B, c = layer._operands(["default"])
+    scale = layer._scale(shift)
     frozen = layer.base_layer
     args = (torch.tensor([[1, 2]]), frozen.base.detach(), scale.detach().requires_grad_(), frozen.zero_point.detach())
-    args += (A.detach().requires_grad_(), B.detach().requires_grad_(), 3, 12, "fx8", torch.float32)
+    args += (A.detach().requires_grad_(), B.detach().requires_grad_(), c, 3, 12, "fx8", torch.float32)
     torch.library.opcheck(torch.ops.peft_lrqat.quantized_embedding.default, args)
     with pytest.raises(IndexError, match="reach from 1 to 23"):
         quantized_embedding(torch.tensor([1, 23]), *args[1:])

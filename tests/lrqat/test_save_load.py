@@ -36,8 +36,9 @@ def load(folder: Path) -> PreTrainedModel:
 def all_codes(model: torch.nn.Module) -> list[torch.Tensor]:
     found = []
     for layer in (m for m in model.modules() if hasattr(m, "lora_scale_shift")):
-        scale, A, B = layer._operands(layer.active_adapters)
-        found += [codes(layer.frozen.base, A, B, layer.frozen.fmt), scale]
+        shift, A, B, c = layer._operands(layer.active_adapters)
+        scale = layer._scale(shift)
+        found += [codes(layer.frozen.base, A, B, layer.frozen.fmt, c), scale]
     return found
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from peft_lrqat.grid import Grid, grouped
-from peft_lrqat.ops import quantized_linear
+from peft_lrqat.ops import quantized_linear, trained_scale
+from peft_lrqat.ops.factors import round_factors
 from peft_lrqat.ops.reference import BaseFormat, decode_base, encode_base
 from peft_lrqat.ranges import choose_range
 
@@ -20,7 +21,8 @@ class Problem:
 
     x: torch.Tensor
     base: torch.Tensor
-    scale: torch.Tensor
+    scale0: torch.Tensor
+    shift: torch.Tensor
     zero_point: torch.Tensor | None
     A: torch.Tensor | None
     B: torch.Tensor | None
@@ -28,10 +30,11 @@ class Problem:
     dy: torch.Tensor
     grid: Grid
     downcast: str
+    c: float = 1.0
 
     @property
     def leaves(self) -> dict[str, torch.Tensor]:
-        named = {"x": self.x, "A": self.A, "B": self.B, "scale": self.scale, "bias": self.bias}
+        named = {"x": self.x, "A": self.A, "B": self.B, "shift": self.shift, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -39,20 +42,29 @@ class Problem:
         return (
             self.x,
             self.base,
-            self.scale,
+            self.scale0,
+            self.shift,
             self.zero_point,
             self.A,
             self.B,
             self.bias,
+            self.c,
             self.grid.bits,
             self.downcast,
+            "auto",
         )
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """s, with a straight-through gradient to `shift`."""
+        return trained_scale(self.scale0, self.shift, "auto")
 
     def clipped(self) -> torch.Tensor:
         """bool (out, in): where the clip acts."""
         levels = decode_base(self.base, BaseFormat(self.grid.bits, self.x.shape[-1], self.downcast))
         if self.A is not None:
-            levels = levels + self.B.detach().float() @ self.A.detach().float()
+            A, B = round_factors(self.A.detach(), self.B.detach(), self.c)
+            levels = levels + B @ A
         return (levels.round() < self.grid.qmin) | (levels.round() > self.grid.qmax)
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -98,7 +110,8 @@ def problem(
             A[0], B[:, 0] = 0.0, 0.0
             A[0, 1], A[0, cols - 1], B[0, 0], B[rows - 1, 0] = 2.0, -2.0, 2.0**bits, -(2.0**bits)
     x, dy = torch.randn(*shape, cols), torch.randn(*shape, rows)
-    made = Problem(x, base, scale, zero, A, B, torch.randn(rows) if bias else None, dy, grid, downcast)
+    shift = torch.randn(scale.shape) * 0.1
+    made = Problem(x, base, scale, shift, zero, A, B, torch.randn(rows) if bias else None, dy, grid, downcast)
     share = made.clipped().float().mean().item()
     low, high = {"none": (0, 0), "few": (1e-9, 0.02), "many": (0.0201, 0.9)}[clip]
     assert low <= share <= high, f"{share:.3%} of the entries are clipped, which is not what {clip!r} asks for"
@@ -108,10 +121,12 @@ def problem(
 
 
 def plain(p: Problem, weight_dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The formula as the paper writes it: straight-through rounding, clip, scale, product."""
+    """The formula as the paper writes it: straight-through rounding (of the factors too), clip, scale, product."""
     z = decode_base(p.base, BaseFormat(p.grid.bits, p.x.shape[-1], p.downcast))
     if p.A is not None:
-        z = z + p.B.float() @ p.A.float()
+        A, B = p.A.float(), p.B.float() * p.c
+        near_A, near_B = round_factors(p.A.detach(), p.B.detach(), p.c)
+        z = z + (B + (near_B - B).detach()) @ (A + (near_A - A).detach())
     rounded = z + (z.round() - z).detach()
     levels = grouped(rounded.clamp(p.grid.qmin, p.grid.qmax), p.scale)
     if p.zero_point is not None:

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from peft_lrqat import chunks
-from peft_lrqat.grid import Grid
-from peft_lrqat.ops import backward, reference, snap_scale_ste
-from peft_lrqat.ops.reference import BaseFormat, build_weight, codes, decode_base, encode_base
+from peft_lrqat.grid import Grid, snap_scale
+from peft_lrqat.ops import backward, quantized_linear, reference, trained_scale
+from peft_lrqat.ops.factors import factor_bits, round_factors
+from peft_lrqat.ops.reference import BaseFormat, codes, decode_base, encode_base
 from tests.ops.problems import COLS, ROWS, Problem, gradients, ours, plain, problem
 
 GRANULARITY = (9, -1, 0)
@@ -96,7 +97,7 @@ def test_both_ways_through_backward_are_taken(monkeypatch, group_size, clip, den
     assert len(calls) == dense
 
 
-@pytest.mark.parametrize("wanted", [("x",), ("scale",), ("A", "B"), ("bias",), ("x", "bias"), ("A", "B", "scale")])
+@pytest.mark.parametrize("wanted", [("x",), ("shift",), ("A", "B"), ("bias",), ("x", "bias"), ("A", "B", "shift")])
 @pytest.mark.parametrize("group_size", GRANULARITY)
 def test_only_what_is_asked_for(wanted, group_size):
     p = problem(group_size=group_size, bias="bias" in wanted)
@@ -157,14 +158,14 @@ def test_nothing_weight_sized_in_float_is_kept_for_backward(group_size):
     y, kept = kept_for_backward(p)
     assert any(t.data_ptr() == p.base.data_ptr() for t in kept)
     floats = sum(t.numel() for t in kept if t.is_floating_point())
-    small = sum(t.numel() for t in (p.x, y, p.A, p.B, p.scale))
+    small = sum(t.numel() for t in (p.x, y, p.A, p.B, p.scale0, p.shift))
     assert floats <= small < 96 * 128
     assert sum(t.nbytes for t in kept if not t.is_floating_point()) == p.base.nbytes
 
 
 def test_frozen_layers_do_not_keep_their_input():
     p = problem(shape=(3,))
-    for name in ("A", "B", "scale"):
+    for name in ("A", "B", "shift"):
         p.leaves[name].requires_grad_(False)
     _, kept = kept_for_backward(p)
     assert kept
@@ -185,16 +186,21 @@ def test_opcheck(group_size, symmetric):
 def test_opcheck_backward(group_size, needs):
     p = problem(group_size=group_size)
     y = ours(p).detach()
-    tensors = [t if t is None else t.detach() for t in (p.dy, p.x, y, p.base, p.scale, p.zero_point, p.A, p.B)]
-    torch.library.opcheck(torch.ops.peft_lrqat.quantized_linear_backward.default, (*tensors, 4, "fx8", *needs))
+    operands = (p.dy, p.x, y, p.base, p.scale0, p.shift, p.zero_point, p.A, p.B)
+    tensors = [t if t is None else t.detach() for t in operands]
+    torch.library.opcheck(
+        torch.ops.peft_lrqat.quantized_linear_backward.default, (*tensors, 1.5, 4, "fx8", "auto", *needs)
+    )
 
 
 @pytest.mark.parametrize("scale_dtype", ["auto", "bf16", "fp16", "fp32"])
-def test_opcheck_snap(scale_dtype):
-    scale = (torch.rand(5, 3) + 0.01).requires_grad_()
-    torch.library.opcheck(torch.ops.peft_lrqat.snap_scale.default, (scale, scale_dtype))
-    (gradient,) = torch.autograd.grad(snap_scale_ste(scale, scale_dtype).sum(), scale)
-    assert torch.equal(gradient, torch.ones_like(scale))
+def test_trained_scale(scale_dtype):
+    scale0, shift = torch.rand(5, 3) + 0.01, torch.randn(5, 3).mul_(0.1).requires_grad_()
+    torch.library.opcheck(torch.ops.peft_lrqat.trained_scale.default, (scale0, shift, scale_dtype))
+    scale = trained_scale(scale0, shift, scale_dtype)
+    assert torch.equal(scale, snap_scale(scale0 * (1 + shift.detach()), scale_dtype))
+    (gradient,) = torch.autograd.grad(scale.sum(), shift)
+    assert torch.equal(gradient, scale0)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -202,12 +208,10 @@ def test_compile_without_graph_break(dynamic):
     p = problem(bias=True)
 
     def layer(x, shift, A, B, bias):
-        scale = snap_scale_ste(p.scale.detach() * (1 + shift), "auto")
-        y = torch.ops.peft_lrqat.quantized_linear(x, p.base, scale, None, A, B, bias, 4, "fx8")
+        y = quantized_linear(x, p.base, p.scale0, shift, None, A, B, bias, 2.0, 4, "fx8", "auto")
         return torch.nn.functional.silu(y)
 
-    shift = torch.full_like(p.scale, 0.02).requires_grad_()
-    leaves = [p.x, shift, p.A, p.B, p.bias]
+    leaves = [p.x, p.shift, p.A, p.B, p.bias]
     expected = layer(*leaves)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     found = compiled(*leaves)
@@ -236,7 +240,7 @@ def test_gradient_checkpointing(reentrant):
     expected = gradients(expected_y, p)
 
     def layer(x):
-        return torch.ops.peft_lrqat.quantized_linear(x, *p.operands[1:])
+        return quantized_linear(x, *p.operands[1:])
 
     y = torch.utils.checkpoint.checkpoint(layer, p.x, use_reentrant=reentrant)
     assert torch.equal(y, expected_y)
@@ -253,38 +257,48 @@ def medium_precision():
     torch.set_float32_matmul_precision(before)
 
 
-class _Products(torch.overrides.TorchFunctionMode):
-    """Records which precision the products of A and B are allowed to use."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.addmm_:
-            self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)
-        return func(*args, **(kwargs or {}))
-
-
 def test_codes_do_not_depend_on_the_matmul_precision(medium_precision):
     p = problem(rows=64, cols=128, clip="many")
     fmt = BaseFormat(4, 128, "fx8")
     A, B = p.A.detach(), p.B.detach()
-    with _Products() as products:
-        low = codes(p.base, A, B, fmt)
-        low_weight = build_weight(p.base, p.scale.detach(), None, A, B, fmt, torch.float32)
-    assert products.seen == ["ieee", "ieee"]
+    low = codes(p.base, A, B, fmt)
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # put back as it was
     torch.set_float32_matmul_precision("highest")
     assert torch.equal(low, codes(p.base, A, B, fmt))
-    assert torch.equal(low_weight, build_weight(p.base, p.scale.detach(), None, A, B, fmt, torch.float32))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 32, 33, 64, 256])
+def test_products_of_rounded_factors_are_exact_in_any_order(rank):
+    A, B = torch.randn(rank, 70) * torch.rand(70) * 10, torch.randn(50, rank) * torch.rand(50, 1) * 0.01
+    near = round_factors(A, B, 16.0)
+    exact = near.B.double() @ near.A.double()
+    order = torch.randperm(rank)
+    one_by_one = torch.zeros(50, 70)
+    for k in order.tolist():
+        one_by_one += near.B[:, k : k + 1] * near.A[k]
+    for product in (near.B @ near.A, near.B[:, order] @ near.A[order], one_by_one):
+        assert torch.equal(product.double(), exact)
+    step = 2.0 ** -factor_bits(rank)  # of the largest entry's power of two
+    assert ((near.A - A).abs() <= step * A.abs().amax(0)).all()
+    assert ((near.B - 16 * B).abs() <= step * 16 * B.abs().amax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-45, 1e30, float("inf"), float("nan")])
+def test_extreme_factors(value):
+    near = round_factors(torch.full((4, 3), value), torch.full((2, 4), value))
+    if value < 1e-30:
+        assert torch.equal(near.A, torch.zeros(4, 3))
+    elif value == 1e30:
+        assert (near.A / value - 1).abs().max() < 2.0**-10
+    else:
+        assert not torch.isfinite(near.B @ near.A).any()
 
 
 @pytest.mark.parametrize(("bits", "downcast"), KINDS)
 def test_merged_codes_are_those_of_forward(bits, downcast):
     p = problem(bits, -1, False, downcast, clip="many")
     fmt = BaseFormat(bits, COLS, downcast)
-    found = codes(p.base, p.A.detach(), p.B.detach(), fmt)
+    found = codes(p.base, p.A.detach(), p.B.detach(), fmt, p.c)
     assert found.dtype == torch.int8
     eye = torch.eye(COLS)
     p.x = eye

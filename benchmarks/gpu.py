@@ -1,0 +1,326 @@
+"""Memory and step time on one GPU: LR-QAT beside PEFT's LoRA, QLoRA and LR-QAT's own eager path.
+
+    python benchmarks/gpu.py run --out benchmarks/results/gpu.json            # all methods, 7B shapes
+    python benchmarks/gpu.py table benchmarks/results/gpu.json --plot docs/gpu.png
+
+Random weights in the shapes of Llama 2, rank 32 on all linear layers, AdamW (fused), block checkpointing, bf16, random
+tokens. One method after the other in one process, each on an empty GPU (asserted); per batch shape `--warm` steps, then
+`--steps` timed ones (host clock around a synchronised step, median); the peak is that of the timed steps, optimizer
+included, as torch counts allocated bytes. Peers come from their own packages: peft, bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import provenance, write_json
+from torch import nn
+
+GIB = 2**30
+SHAPES = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+# name -> (kind, LRQATConfig options)
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA bf16": ("lora", {}),
+    "QLoRA NF4": ("qlora", {}),
+    "LR-QAT fx8, eager": ("eager", {"group_size": -1}),
+    "LR-QAT fx8": ("lrqat", {"group_size": -1}),
+    "LR-QAT int4": ("lrqat", {"group_size": -1, "downcast": "int"}),
+    "LR-QAT fx8, groups of 128": ("lrqat", {"group_size": 128}),
+    "LR-QAT int4, groups of 128": ("lrqat", {"group_size": 128, "downcast": "int"}),
+    "LR-QAT int3": ("lrqat", {"bits": 3, "group_size": -1, "downcast": "int"}),
+    "LR-QAT int2, groups of 128": ("lrqat", {"bits": 2, "group_size": 128, "symmetric": False, "downcast": "int"}),
+}
+
+
+def skeleton(size: str, checkpointing: bool = True) -> nn.Module:
+    """A Llama of this size on the meta device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **SHAPES[size])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def fill(model: nn.Module, device: str, shared: bool = False) -> None:
+    """Random weights on `device`. `shared`: equal layers share their storage, so that a 70B model fits a host."""
+    seen: dict[tuple, torch.Tensor] = {}
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            key = (type(module), name, tuple(parameter.shape))
+            if shared and key in seen:
+                values = seen[key]
+            elif parameter.dim() == 1:
+                values = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+            else:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                values.normal_(std=0.02, generator=generator)
+            seen[key] = values
+            module.register_parameter(name, nn.Parameter(values))
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary frequencies
+            fresh = type(module)(config=model.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def nf4(model: nn.Module) -> None:
+    """Every linear layer but the head to bitsandbytes' NF4 with double quantization, as QLoRA does."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+            layer = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
+            layer.weight = bnb.nn.Params4bit(
+                module.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+            ).cuda()
+            model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], layer)
+            module.weight = None
+
+
+def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device: str) -> tuple[nn.Module, float]:
+    """The model to train, and the peak of its conversion in GiB."""
+    from peft import LoraConfig, get_peft_model
+
+    from peft_lrqat import LRQATConfig
+
+    model = skeleton(args.size)
+    on_cpu = args.size == "70B" or args.from_cpu
+    fill(model, "cpu" if on_cpu else device, shared=args.size == "70B")
+    common = {"r": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    reset_peak(device)
+    if kind == "qlora":
+        nf4(model)
+    if kind in ("lora", "qlora"):
+        model = get_peft_model(model, LoraConfig(**common))
+    else:
+        model = get_peft_model(model, LRQATConfig(**common, range_method=args.range_method, **options))
+    model = model.to(device)
+    gc.collect()
+    model.train()
+    return model, peak(device)
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / GIB if device == "cuda" else 0.0
+
+
+def held(device: str) -> float:
+    return torch.cuda.memory_allocated() / GIB if device == "cuda" else 0.0
+
+
+def optimizer_for(model: nn.Module, lean: bool) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if lean:
+        import bitsandbytes as bnb
+
+        return bnb.optim.AdamW8bit(trained, lr=1e-4, weight_decay=0.0)
+    return torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+
+def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Static memory, and peak and seconds a step for every batch shape."""
+    from peft_lrqat.ops import use_kernels
+
+    kind, options = METHODS[name]
+    assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
+    started = time.perf_counter()
+    model, conversion_peak = adapted(kind, options, args, device)
+    row: dict[str, Any] = {
+        "method": name,
+        "size": args.size,
+        "lean": args.lean,
+        "set_up_s": time.perf_counter() - started,
+        "set_up_peak_gib": conversion_peak,
+        "static_gib": held(device),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": {},
+    }
+    optimizer = optimizer_for(model, args.lean)
+    eager = use_kernels(False) if kind == "eager" else contextlib.nullcontext()
+    amp = torch.autocast(device, dtype=torch.bfloat16, enabled=args.autocast)
+    generator = torch.Generator().manual_seed(1)
+    with eager:
+        for shape in args.batches:
+            batch, length = (int(n) for n in shape.split("x"))
+            rows = torch.randint(0, 32000, (batch, length), generator=generator).to(device)
+            seconds, losses = [], []
+            for step in range(args.warm + args.steps):
+                if step == args.warm:
+                    reset_peak(device)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                begin = time.perf_counter()
+                with amp:
+                    loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - begin)
+                losses.append(loss.detach())
+                del loss
+            row["steps"][shape] = {
+                "seconds": statistics.median(seconds[args.warm :]),
+                "peak_gib": peak(device),
+                "loss": losses[-1].item(),
+            }
+    if args.profile and device == "cuda":
+        profile(model, rows, amp, eager)
+    del model, optimizer
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def profile(model: nn.Module, rows: torch.Tensor, amp: Any, eager: Any) -> None:
+    """Where a step's GPU time goes, by kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        with eager, amp:
+            model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        torch.cuda.synchronize()
+    model.zero_grad(set_to_none=True)
+    total: dict[str, list[float]] = {}
+    for event in record.key_averages():
+        total.setdefault(event.key[:90], []).append(event.self_device_time_total / 1000)
+    ranked = sorted(total.items(), key=lambda item: -sum(item[1]))
+    print(f"  GPU time {sum(sum(v) for v in total.values()):.0f} ms")
+    for key, times in ranked[:22]:
+        print(f"  {sum(times):8.1f} ms  {key}")
+
+
+def run(args: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(args.out)
+    chosen = [name for name in METHODS if not args.only or name in args.only]
+    result: dict[str, Any] = json.loads(out.read_text()) if args.append and out.exists() else {"runs": []}
+    command = {k: v for k, v in vars(args).items() if k not in ("do", "out")}
+    for name in chosen:
+        try:
+            row = measure(name, args, device)
+        except torch.OutOfMemoryError as error:
+            row = {"method": name, "size": args.size, "error": str(error)[:200], "steps": {}}
+        result["runs"].append({**row, "command": command, **provenance()})
+        write_json(out, result)
+        shown = "  ".join(f"{s}: {v['seconds']:.3f} s {v['peak_gib']:.2f} GiB" for s, v in row["steps"].items())
+        print(
+            f"{name:28} static {row.get('static_gib', 0):6.2f}  {shown}  set up {row.get('set_up_s', 0):.0f} s",
+            flush=True,
+        )
+
+
+def table(args: argparse.Namespace) -> None:
+    """Markdown, and a plot of peak memory and tokens per second."""
+    runs = [r for path in args.results for r in json.loads(Path(path).read_text())["runs"] if r["steps"]]
+    shapes = sorted({shape for r in runs for shape in r["steps"]}, key=lambda s: [int(n) for n in s.split("x")])
+    head = [f"peak {s}, GiB" for s in shapes] + [f"s/step {s}" for s in shapes]
+    print("| | | static, GiB | " + " | ".join(head) + " |\n|" + "---|" * (3 + len(head)))
+    for r in runs:
+        steps = [r["steps"].get(s) for s in shapes]
+        cells = [f"{s['peak_gib']:.2f}" if s else "" for s in steps] + [
+            f"{s['seconds']:.3f}" if s else "" for s in steps
+        ]
+        name = r["method"] + (", memory options" if r["lean"] else "")
+        print(f"| {r['size']} | {name} | {r['static_gib']:.2f} | " + " | ".join(cells) + " |")
+    if args.plot:
+        plot([r for r in runs if r["size"] == args.size], shapes[-1], args.plot)
+
+
+def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    batch, length = (int(n) for n in shape.split("x"))
+    runs = [r for r in runs if shape in r["steps"]][::-1]
+    names = [r["method"] + (", memory options" if r["lean"] else "") for r in runs]
+    colors = ["#4477aa" if name.startswith("LR-QAT") else "#999999" for name in names]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 + 0.42 * len(runs)), sharey=True)
+    left.barh(names, [r["steps"][shape]["peak_gib"] for r in runs], color=colors)
+    left.set_xlabel("peak memory of a step, GiB")
+    right.barh(names, [batch * length / r["steps"][shape]["seconds"] for r in runs], color=colors)
+    right.set_xlabel("tokens per second")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.bar_label(axis.containers[0], fmt="%.1f" if axis is left else "%.0f", padding=3, fontsize=8)
+        axis.margins(x=0.15)
+    fig.suptitle(f"{runs[0]['size']} shapes, {shape} tokens a step, {runs[0]['device']}", fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run")
+    one.set_defaults(do=run)
+    one.add_argument("--out", required=True)
+    one.add_argument("--size", choices=SHAPES, default="7B")
+    one.add_argument("--only", nargs="*", help=f"some of {list(METHODS)}")
+    one.add_argument("--batches", nargs="*", default=["1x1024", "4x1024"])
+    one.add_argument("--rank", type=int, default=32)
+    one.add_argument("--warm", type=int, default=3)
+    one.add_argument("--steps", type=int, default=5)
+    one.add_argument("--range-method", default="minmax", help="of the random weights; has no part in a step")
+    one.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True, help="as Trainer(bf16=True)")
+    one.add_argument(
+        "--lean", action="store_true", help="fused linear cross-entropy (Liger), 8-bit Adam (bitsandbytes)"
+    )
+    one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
+    one.add_argument("--profile", action="store_true")
+    one.add_argument("--append", action="store_true", help="to what --out holds already")
+    shown = commands.add_parser("table")
+    shown.set_defaults(do=table)
+    shown.add_argument("results", nargs="+")
+    shown.add_argument("--plot")
+    shown.add_argument("--size", default="7B")
+    args = parser.parse_args()
+    if getattr(args, "lean", False):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(rope=False, swiglu=False, rms_norm=False, fused_linear_cross_entropy=True)
+    do = args.do
+    del args.do
+    do(args)
+
+
+if __name__ == "__main__":
+    main()

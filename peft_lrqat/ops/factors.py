@@ -1,0 +1,56 @@
+"""A and B as fixed-point numbers, so that their product is the same number on every device.
+
+The codes are round(Phi + c B A). A sum of floats depends on the order of its terms, and the order differs between CPU,
+GPU, tile sizes and library versions; wherever the sum lies next to a rounding tie, so would the code, and an adapter
+that was trained here would give another integer there. So the forward rounds the factors first: every column of A, and
+every row of c B, to integers times one power of two,
+
+    A~[:, i] = 2^e_i n,   B~[j, :] = 2^f_j m,      |n|, |m| <= 2^k,   k = min(11, floor((24 - ceil(log2 R)) / 2))
+
+Every partial sum of (B~ A~)[j, i] is then an integer below 2^24 times 2^(e_i + f_j), which fp32 holds exactly: no order
+of summation, fused multiply-add or tensor core (k <= 11 bits fit in fp16) can change it. k is 9 at rank 32 and 64: an
+error of at most 2^-10 of a column's largest entry, 0.001 grid steps where A B moves weights by one. The gradient passes
+straight through to the fp32 masters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Slices whose largest entry is outside 2^[-40, 60] keep that exponent: no product of steps is then subnormal (a GPU may
+# flush those to zero) or infinite, and anything below 2^-40 grid steps is as good as zero.
+_MIN_EXPONENT, _MAX_EXPONENT = 127 - 40, 127 + 60
+
+
+class Factors(NamedTuple):
+    """A~ (R, in) and B~ (out, R), fp32, grid steps, with c = lora_alpha / r inside B~."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def rows(self, rows: slice) -> Factors:
+        """The factors of some output rows."""
+        return Factors(self.A, self.B[rows])
+
+
+def factor_bits(rank: int) -> int:
+    """k: magnitude bits of the rounded factors, such that every partial sum over `rank` products fits in 24 bits."""
+    return min(11, (24 - max(0, rank - 1).bit_length()) // 2)
+
+
+def round_factors(A: torch.Tensor, B: torch.Tensor, c: float = 1.0) -> Factors:
+    """A~ and B~ (see above) of lora_A (R, in), any float dtype, and lora_B (out, R); NaN and infinity stay."""
+    bits = factor_bits(A.shape[0])
+    return Factors(_fixed_point(A.float(), 0, bits), _fixed_point(B.float() * c, 1, bits))
+
+
+def _fixed_point(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+    """Round fp32 values, ties to even, to multiples of a power of two that is shared along `dim`."""
+    if values.numel() == 0:
+        return values
+    peak = values.abs().amax(dim, keepdim=True)
+    exponent = (peak.view(torch.int32) >> 23).clamp_(_MIN_EXPONENT, _MAX_EXPONENT)  # peak < 2^(exponent - 126)
+    step = ((exponent + (1 - bits)) << 23).view(torch.float32)
+    return (values / step).round_().mul_(step)

@@ -1,0 +1,13 @@
+"""Triton kernels of the operations in `ops/library.py`; the references beside them say what they compute.
+
+tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
+prepare.py    a layer's small operands: the stored scale, A and B as fixed point
+weight.py     W^ in one pass
+backward.py   masks, scales and sums of the backward, around the vendor library's products
+"""
+
+from .backward import keeps_output, linear_backward
+from .prepare import prepare
+from .weight import build_weight
+
+__all__ = ["build_weight", "keeps_output", "linear_backward", "prepare"]

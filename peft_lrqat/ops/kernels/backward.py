@@ -1,0 +1,394 @@
+"""The backward of `quantized_linear` on a GPU; formulas in `lrqat/layer.py`, reference in `ops/backward.py`.
+
+Products are the vendor library's, in the compute dtype, and kernels do what is between them. Nothing is read by the
+host. Two ways:
+
+*By rows*, where one scale serves a row and few entries are clipped (4 bits and more): A and B cost what they cost in
+LoRA, and G = dY^T X is formed only in tiles that hold a clipped entry, to take that entry's share out again
+(`_clipped_kernel`; tiles without one return at once). The shares are added atomically, in no fixed order.
+
+*Dense*, everywhere else and under `torch.use_deterministic_algorithms(True)`: G by one product; a kernel turns it into
+dZ = M s G in place and sums G Q over each scale; then two thin products for A and B.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..backward import Gradients
+from ..reference import BaseFormat
+from .launch import launched
+from .prepare import Prepared, prepare
+from .tiles import INTERPRETED, a_tile, b_tile, ceil_div, load, rounded_levels, store, tile_columns, tiling
+from .weight import build_weight
+
+#: Grids coarser than this hold so many weights at their ends that nearly every tile has a clipped entry.
+_BY_ROWS_FROM_BITS = 4
+
+
+def keeps_output(groups: int, bits: int) -> bool:
+    """Whether the backward goes by rows, and then wants Y for the scales."""
+    required = (
+        torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+    return groups == 1 and bits >= _BY_ROWS_FROM_BITS and not required
+
+
+def linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    base: torch.Tensor,
+    scale0: torch.Tensor,
+    shift: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    c: float,
+    fmt: BaseFormat,
+    scale_dtype: str,
+    need_x: bool,
+    need_shift: bool,
+    need_AB: bool,
+) -> Gradients:
+    """Gradients of y = x W^T, as `ops/library.py` wants them: of x, the shift, A and B; see there for the arguments."""
+    rows, groups = base.shape[0], scale0.shape[1]
+    by_rows = keeps_output(groups, fmt.bits) and (y is not None or not need_shift)
+    if need_AB and not (A is not None and B is not None and A.shape[0]):
+        need_AB = False  # rank 0: there is nothing to compute
+    dy, x = dy.contiguous(), x.contiguous()
+    low = dy.dtype if need_AB else None
+    prepared = prepare(scale0, shift, scale_dtype, A, B, c, rows, low, by_rows)
+    dshift = dA = dB = flags = None
+    if by_rows and need_AB:
+        tiles = tiling(rows, fmt.in_features, groups)
+        flags = torch.empty(tiles.grid[0] * tiles.grid[1], dtype=torch.int32, device=base.device)
+    elif not by_rows and (need_shift or need_AB):
+        dshift, dA, dB = _dense(dy, x, base, scale0, zero_point, prepared, c, fmt, need_shift, need_AB)
+    dx = None
+    if need_x or flags is not None:
+        weight = build_weight(base, groups, zero_point, prepared, fmt, dy.dtype, flags)
+        dx = torch.mm(dy, weight) if need_x else None
+        del weight
+    if by_rows and (need_shift or need_AB):
+        dshift, dA, dB = _by_rows(dy, x, y if need_shift else None, base, scale0, prepared, c, fmt, flags)
+    return Gradients(dx, dshift, dA, dB)
+
+
+def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32, from operands of one dtype, without rounding to that dtype on the way."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+# -- by rows
+
+_SPLITS = 32  # partial sums over the tokens
+_BLOCK = 128
+
+
+def _by_rows(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    base: torch.Tensor,
+    scale0: torch.Tensor,
+    prepared: Prepared,
+    c: float,
+    fmt: BaseFormat,
+    flags: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dshift (where y is given), dA (R, in) and dB (out, R) (where flags are), fp32; `prepared.b_low` holds s B~."""
+    tokens, rows = dy.shape
+    dshift = partial = dA = dB = None
+    splits = max(1, min(_SPLITS, tokens // 64))
+    if y is not None:
+        partial = torch.empty(splits, rows, device=dy.device)
+        dshift = torch.empty(rows, 1, device=dy.device)
+        _row_sums_kernel(
+            (ceil_div(rows, _BLOCK), splits),
+            partial,
+            dy,
+            y.contiguous(),
+            tokens,
+            rows,
+            ceil_div(tokens, splits),
+            BT=32,
+            BC=_BLOCK,
+        )
+    if flags is not None:
+        assert prepared.a_low is not None
+        assert prepared.b_low is not None
+        dB = _mm_fp32(dy.t(), torch.mm(x, prepared.a_low.t()))
+        dA = _mm_fp32(torch.mm(dy, prepared.b_low).t(), x)
+    _finish_kernel(
+        (ceil_div(rows, _BLOCK),),
+        dB,
+        c,
+        partial,
+        dshift,
+        scale0,
+        prepared.scale,
+        prepared.scale_stride,
+        rows,
+        RANK=prepared.rank,
+        PADDED=max(1, 1 << (prepared.rank - 1).bit_length()),
+        SPLITS=splits,
+        BLOCK=_BLOCK,
+    )
+    if flags is not None:
+        tiles = tiling(rows, fmt.in_features, 1)
+        _clipped_kernel(
+            tiles.grid,
+            dA,
+            dB,
+            c,
+            dy,
+            x,
+            flags,
+            base,
+            *prepared.operands,
+            base.shape[1],
+            tokens,
+            fmt.in_features,
+            rows,
+            GROUP=tiles.group,
+            RANK=prepared.rank,
+            BITS=fmt.bits,
+            DOWNCAST=fmt.downcast,
+            BM=tiles.BM,
+            BN=tiles.BN,
+            FULL=tiles.full,
+            BT=32,
+            warps=8,
+        )
+    if dshift is not None and scale0.shape[0] == 1 < rows:
+        dshift = dshift.sum(dim=0, keepdim=True)
+    return dshift, dA, dB
+
+
+@launched
+@triton.jit
+def _row_sums_kernel(partial, dy, y, tokens, cols, per_split, BT: tl.constexpr, BC: tl.constexpr):
+    """sum over some tokens of dY * Y, in an order that does not vary."""
+    col = tl.program_id(0) * BC + tl.arange(0, BC)
+    split = tl.program_id(1)
+    total = tl.zeros((BT, BC), dtype=tl.float32)
+    last = tl.minimum((split + 1) * per_split, tokens)
+    for start in range(split * per_split, last, BT):
+        t = start + tl.arange(0, BT)
+        at = t.to(tl.int64)[:, None] * cols + col[None, :]
+        ok = (t < last)[:, None] & (col < cols)[None, :]
+        a = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
+        total += a * tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(partial + split * cols + col, tl.sum(total, 0), mask=col < cols)
+
+
+@launched
+@triton.jit
+def _finish_kernel(
+    dB,
+    c,
+    partial,
+    dshift,
+    scale0,
+    scale,
+    scale_stride,
+    rows,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dB *= c s, and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q."""
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = j < rows
+    s = tl.load(scale + j * scale_stride, mask=ok, other=1.0)
+    if partial is not None:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(partial + split * rows + j, mask=ok, other=0.0)
+        s0 = tl.load(scale0 + j * scale_stride, mask=ok, other=1.0)
+        tl.store(dshift + j, total / s * s0, mask=ok)
+    if dB is not None:
+        k = tl.arange(0, PADDED)
+        at = j[:, None] * RANK + k[None, :]
+        both = ok[:, None] & (k < RANK)[None, :]
+        tl.store(dB + at, tl.load(dB + at, mask=both, other=0.0) * (s * c)[:, None], mask=both)
+
+
+@launched
+@triton.jit
+def _clipped_kernel(
+    dA,
+    dB,
+    c,
+    dy,
+    x,
+    flags,
+    base,
+    scale,
+    scale_stride,
+    factors,
+    a_step,
+    b_step,
+    a_int,
+    b_int,
+    words,
+    tokens,
+    in_features,
+    out_features,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    BITS: tl.constexpr,
+    DOWNCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FULL: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Take out of dA and dB what clipped entries put there: dZ is 0 where round(Z) lies outside of the grid."""
+    n, m = tl.program_id(0), tl.program_id(1)
+    if tl.load(flags + m * tl.num_programs(0) + n) != 0:
+        j = m * BM + tl.arange(0, BM)
+        row_ok = j < out_features
+        i, column_ok, _, first = tile_columns(n, GROUP, BN)
+        G = tl.zeros((BM, BN), dtype=tl.float32)
+        for begin in range(0, tokens, BT):
+            t = begin + tl.arange(0, BT)
+            row = t.to(tl.int64)[:, None]
+            t_ok = (t < tokens)[:, None]
+            d = tl.load(dy + row * out_features + j[None, :], mask=t_ok & row_ok[None, :], other=0.0)
+            v = tl.load(x + row * in_features + i[None, :], mask=t_ok & column_ok[None, :], other=0.0)
+            if INTERPRETED:
+                d, v = d.to(tl.float32), v.to(tl.float32)
+            G = tl.dot(tl.trans(d), v, G, input_precision="ieee")
+        z = rounded_levels(
+            base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features,
+            out_features, RANK, BITS, DOWNCAST, FULL,
+        )  # fmt: skip
+        clipped = ((z < -(1 << (BITS - 1))) | (z > (1 << (BITS - 1)) - 1)) & row_ok[:, None] & column_ok[None, :]
+        s = load(scale + j * scale_stride, row_ok, FULL)
+        dZ = tl.where(clipped, G * s[:, None], 0.0)
+        of_a = load(factors + a_step + i, column_ok, FULL)
+        of_b = load(factors + b_step + j, row_ok, FULL)
+        BR: tl.constexpr = 16 if RANK <= 16 else 32
+        for start in tl.static_range(0, RANK, BR):
+            k = start + tl.arange(0, BR)
+            k_ok = k < RANK
+            a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, False).to(tl.float32) * of_a[None, :]
+            share = tl.dot(dZ, tl.trans(a), input_precision="ieee")  # (BM, BR)
+            tl.atomic_add(dB + j[:, None] * RANK + k[None, :], -c * share, mask=row_ok[:, None] & k_ok[None, :])
+            b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, False).to(tl.float32) * of_b[:, None]
+            share = tl.dot(tl.trans(b), dZ, input_precision="ieee")  # (BR, BN)
+            tl.atomic_add(dA + k[:, None] * in_features + i[None, :], -share, mask=k_ok[:, None] & column_ok[None, :])
+
+
+# -- dense
+
+
+def _dense(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    base: torch.Tensor,
+    scale0: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    prepared: Prepared,
+    c: float,
+    fmt: BaseFormat,
+    need_shift: bool,
+    need_AB: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dshift (rows, groups), dA, dB, through G."""
+    G = torch.mm(dy.t(), x)
+    rows = base.shape[0]
+    tiles = tiling(rows, fmt.in_features, scale0.shape[1])
+    sums = torch.empty(rows, tiles.grid[0], device=base.device) if need_shift else None
+    _dense_kernel(
+        tiles.grid,
+        G,
+        sums,
+        base,
+        zero_point,
+        *prepared.operands,
+        base.shape[1],
+        fmt.in_features,
+        rows,
+        GROUP=tiles.group,
+        RANK=prepared.rank,
+        BITS=fmt.bits,
+        DOWNCAST=fmt.downcast,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+        WRITE=need_AB,
+        warps=8,
+    )
+    dshift = dA = dB = None
+    if sums is not None:
+        dshift = sums if tiles.tiles_a_group == 1 else sums.view(rows, tiles.groups, -1).sum(dim=-1)
+        if scale0.shape[0] == 1:
+            dshift = dshift.sum(dim=0, keepdim=True)
+        dshift = dshift * scale0
+    if need_AB:
+        assert prepared.a_low is not None
+        assert prepared.b_low is not None
+        dB = _mm_fp32(G, prepared.a_low.t())
+        dB = dB if c == 1 else dB.mul_(c)
+        dA = _mm_fp32(prepared.b_low.t(), G)
+    return dshift, dA, dB
+
+
+@launched
+@triton.jit
+def _dense_kernel(
+    G,
+    sums,
+    base,
+    zero_point,
+    scale,
+    scale_stride,
+    factors,
+    a_step,
+    b_step,
+    a_int,
+    b_int,
+    words,
+    in_features,
+    out_features,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    BITS: tl.constexpr,
+    DOWNCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FULL: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """G to M s G in place, and the sum of G Q over each row of the tile."""
+    n, m = tl.program_id(0), tl.program_id(1)
+    j = m * BM + tl.arange(0, BM)
+    row_ok = j < out_features
+    i, column_ok, group, first = tile_columns(n, GROUP, BN)
+    z = rounded_levels(
+        base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, out_features,
+        RANK, BITS, DOWNCAST, FULL,
+    )  # fmt: skip
+    q = tl.minimum(tl.maximum(z, -1.0 * (1 << (BITS - 1))), 1.0 * (1 << (BITS - 1)) - 1.0)
+    inside = row_ok[:, None] & column_ok[None, :]
+    at = G + j.to(tl.int64)[:, None] * in_features + i[None, :]
+    g = load(at, inside, FULL).to(tl.float32)
+    if sums is not None:
+        level = q
+        if zero_point is not None:
+            level = q - load(zero_point + j * scale_stride + group, row_ok, FULL).to(tl.float32)[:, None]
+        total = tl.sum(tl.where(inside, g * level, 0.0), 1)
+        tl.store(sums + j * tl.num_programs(0) + n, total, mask=row_ok)
+    if WRITE:
+        s = load(scale + j * scale_stride + group, row_ok, FULL)
+        store(at, tl.where(q == z, g * s[:, None], 0.0), inside, FULL)

@@ -1,0 +1,254 @@
+"""The small operands of a layer in one launch: the scale as it is stored, and A and B as fixed point.
+
+They go into one buffer, because on small batches a step waits for Python, and every tensor costs it some microseconds:
+
+    buffer (fp32):  | s (rows x groups) | a_step (in) | b_step (out) | a_int (R x in, fp16) | b_int (out x R, fp16) |
+
+A~ = a_int * a_step and B~ = b_int * b_step as `ops/factors.py` defines them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..factors import _MAX_EXPONENT, _MIN_EXPONENT, factor_bits
+from .launch import launched
+from .tiles import bf16_bits, ceil_div, power_of_2, round_half_even, store
+
+SCALE_BLOCK = 1024
+SNAPS = {"auto": 0, "bf16": 1, "fp16": 2, "fp32": 3}
+
+
+class Layout(NamedTuple):
+    """Offsets in the buffer: fp32 elements, for a_int and b_int too, and its size."""
+
+    a_step: int
+    b_step: int
+    a_int: int
+    b_int: int
+    size: int
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(scales: int, rows: int, cols: int, rank: int) -> Layout:
+    """Where things are; every part starts at a multiple of 64 bytes, so that loads can be wide."""
+    sizes = (scales, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2))
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + ceil_div(size, 16) * 16)
+    return Layout(*starts[1:])
+
+
+class Prepared(NamedTuple):
+    """What the kernels read beside the base."""
+
+    scale: torch.Tensor  # fp32; the first rows x groups elements are s, weight units per grid step
+    scale_stride: int  # from row to row; 0 where one scale serves all
+    buffer: torch.Tensor | None  # None without an adapter
+    at: Layout
+    rank: int
+    a_low: torch.Tensor | None = None  # A~ (R, in) in the compute dtype
+    b_low: torch.Tensor | None = None  # B~ (out, R), or s B~, in the compute dtype
+
+    @property
+    def operands(self) -> tuple:
+        """What every kernel takes, in the order of its arguments."""
+        return (
+            self.scale,
+            self.scale_stride,
+            self.buffer,
+            self.at.a_step,
+            self.at.b_step,
+            self.at.a_int,
+            self.at.b_int,
+        )
+
+
+@triton.jit
+def _snap(s, SNAP: tl.constexpr):
+    """`grid.snap_scale`, equal bit for bit; NaN stays NaN."""
+    if SNAP == 0:  # exact in bf16 and fp16
+        kept = tl.clamp(s, 5.9604644775390625e-08, 65280.0)
+        small = round_half_even(kept * 16777216.0) * 5.9604644775390625e-08
+        kept = tl.where(kept < 7.62939453125e-06, small, bf16_bits(kept))
+    elif SNAP == 1:
+        kept = bf16_bits(tl.maximum(s, 1.1754943508222875e-38))
+    elif SNAP == 2:
+        kept = tl.clamp(s, 5.9604644775390625e-08, 65504.0).to(tl.float16).to(tl.float32)
+    else:
+        kept = tl.maximum(s, 1.1754943508222875e-38)
+    return tl.where(s == s, kept, s)
+
+
+@triton.jit
+def trained_scale(scale0, shift, at, ok, SNAP: tl.constexpr):
+    """s = snap(s0 (1 + shift)) of some entries."""
+    s = tl.load(scale0 + at, mask=ok, other=1.0)
+    if shift is not None:
+        s = _snap(s * (1.0 + tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)), SNAP)
+    return s
+
+
+@triton.jit
+def _split(values, AXIS: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """Integers and their common power of two along AXIS."""
+    peak = tl.max(tl.abs(values), axis=AXIS)
+    exponent = peak.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST) + 1 - BITS
+    step = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return round_half_even(values * tl.expand_dims(inverse, AXIS)), step
+
+
+@triton.jit
+def _a_block(A, buffer, a_step, a_int, a_low, i, k, in_features, RANK, BITS, LOWEST, HIGHEST):
+    at = k[:, None] * in_features + i[None, :]
+    ok = (k < RANK)[:, None] & (i < in_features)[None, :]
+    n, step = _split(tl.load(A + at, mask=ok, other=0.0).to(tl.float32), 0, BITS, LOWEST, HIGHEST)
+    tl.store((buffer + a_int).to(tl.pointer_type(tl.float16)) + at, n.to(tl.float16), mask=ok)
+    tl.store(buffer + a_step + i, step, mask=i < in_features)
+    if a_low is not None:
+        store(a_low + at, n * step[None, :], ok, False)
+
+
+@triton.jit
+def _b_block(
+    B,
+    c,
+    scale0,
+    shift,
+    stride,
+    buffer,
+    b_step,
+    b_int,
+    b_low,
+    j,
+    k,
+    out_features,
+    RANK,
+    BITS,
+    LOWEST,
+    HIGHEST,
+    SNAP,
+    SCALED,
+):
+    at = j[:, None] * RANK + k[None, :]
+    row_ok = j < out_features
+    ok = row_ok[:, None] & (k < RANK)[None, :]
+    n, step = _split(tl.load(B + at, mask=ok, other=0.0).to(tl.float32) * c, 1, BITS, LOWEST, HIGHEST)
+    tl.store((buffer + b_int).to(tl.pointer_type(tl.float16)) + at, n.to(tl.float16), mask=ok)
+    tl.store(buffer + b_step + j, step, mask=row_ok)
+    if b_low is not None:
+        if SCALED:
+            step = step * trained_scale(scale0, shift, j * stride, row_ok, SNAP)
+        store(b_low + at, n * step[:, None], ok, False)
+
+
+@launched
+@triton.jit
+def _prepare_kernel(
+    A,
+    B,
+    c,
+    scale0,
+    shift,
+    stride,
+    buffer,
+    a_step,
+    b_step,
+    a_int,
+    b_int,
+    a_low,
+    b_low,
+    scales,
+    in_features,
+    out_features,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    BITS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    SNAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    first_a = tl.cdiv(scales, SCALES)
+    if program < first_a:
+        at = program * SCALES + tl.arange(0, SCALES)
+        ok = at < scales
+        tl.store(buffer + at, trained_scale(scale0, shift, at, ok, SNAP), mask=ok)
+    elif RANK > 0:
+        first_b = first_a + tl.cdiv(in_features, BLOCK)
+        k = tl.arange(0, PADDED)
+        if program < first_b:
+            i = (program - first_a) * BLOCK + tl.arange(0, BLOCK)
+            _a_block(A, buffer, a_step, a_int, a_low, i, k, in_features, RANK, BITS, LOWEST, HIGHEST)
+        else:
+            j = (program - first_b) * BLOCK + tl.arange(0, BLOCK)
+            _b_block(
+                B, c, scale0, shift, stride, buffer, b_step, b_int, b_low, j, k, out_features, RANK, BITS, LOWEST,
+                HIGHEST, SNAP, SCALED,
+            )  # fmt: skip
+
+
+def prepare(
+    scale0: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale_dtype: str,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    c: float,
+    rows: int,
+    low: torch.dtype | None = None,
+    scaled: bool = False,
+) -> Prepared:
+    """Operands of a layer with `rows` output rows; `low`: also A~ and B~ (s B~ if `scaled`) in this dtype."""
+    scale0 = scale0.contiguous()
+    stride = 0 if scale0.shape[0] == 1 and rows > 1 else scale0.shape[1]
+    rank = 0 if A is None or B is None else A.shape[0]
+    if not rank and shift is None:
+        return Prepared(scale0, stride, None, Layout(0, 0, 0, 0, 0), 0)
+    cols = 0 if A is None else A.shape[1]
+    scales = scale0.numel()
+    at = layout(scales, rows, cols, rank)
+    buffer = torch.empty(at.size, dtype=torch.float32, device=scale0.device)
+    a_low = b_low = None
+    if low is not None and rank:
+        a_low = torch.empty(rank, cols, dtype=low, device=scale0.device)
+        b_low = torch.empty(rows, rank, dtype=low, device=scale0.device)
+    padded = max(1, power_of_2(rank))
+    block = max(16, min(128, 4096 // padded))
+    programs = ceil_div(scales, SCALE_BLOCK) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
+    _prepare_kernel(
+        (programs,),
+        None if not rank or A is None else A.contiguous(),
+        None if not rank or B is None else B.contiguous(),
+        float(c),
+        scale0,
+        None if shift is None else shift.contiguous(),
+        stride,
+        buffer,
+        *at[:4],
+        a_low,
+        b_low,
+        scales,
+        cols,
+        rows,
+        RANK=rank,
+        PADDED=padded,
+        BITS=factor_bits(rank),
+        LOWEST=_MIN_EXPONENT,
+        HIGHEST=_MAX_EXPONENT,
+        SNAP=SNAPS[scale_dtype],
+        SCALED=scaled,
+        BLOCK=block,
+        SCALES=SCALE_BLOCK,
+    )
+    return Prepared(buffer, stride, buffer if rank else None, at, rank, a_low, b_low)

@@ -1,0 +1,187 @@
+"""What the kernels share. A program works on a tile of W: `BM` output rows by up to `BN` columns of *one* group, so one
+scale serves each row of the tile, whatever the granularity:
+
+    group g = columns [g L, (g + 1) L)      L = in (per channel, per tensor) or group_size
+    tile (m, n): rows [m BM, (m + 1) BM), columns [g L + t BN, ...), at most to the group's end
+                 g, t = divmod(n, tiles a group)
+
+All arithmetic is that of `ops/reference.py`, operation for operation, in fp32: codes and W^ are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+#: Whether Triton interprets kernels on the CPU. There, products of bf16 are wrong and conversion to it truncates.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def bf16_bits(values):
+    """fp32 rounded to bf16's 8 significant bits, ties to even: still fp32, and exact in bf16. NaN may change."""
+    bits = values.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store(pointer, values, ok, FULL: tl.constexpr):
+    """Store fp32 values where `ok`, rounded once to what `pointer` points to."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        values = tl.where(values == values, bf16_bits(values), values)
+    if FULL:
+        tl.store(pointer, values.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer, values.to(pointer.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def round_half_even(z):
+    """As torch.round, for |z| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Larger z keep their order."""
+    return (z + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def tile_columns(n, GROUP: tl.constexpr, BN: tl.constexpr):
+    """Column indices (BN,) of tile `n`, whether each belongs to it, its group, and its first column."""
+    tiles_a_group: tl.constexpr = (GROUP + BN - 1) // BN
+    group = n // tiles_a_group
+    within = (n % tiles_a_group) * BN + tl.arange(0, BN)
+    return group * GROUP + within, within < GROUP, group, group * GROUP + (n % tiles_a_group) * BN
+
+
+@triton.jit
+def load(pointer, ok, FULL: tl.constexpr):
+    """Load where `ok`, 0 elsewhere; FULL tiles need no mask."""
+    if FULL:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=ok, other=0)
+
+
+@triton.jit
+def stored_levels(
+    base, j, i, first, row_ok, column_ok, words, BITS: tl.constexpr, DOWNCAST: tl.constexpr, FULL: tl.constexpr
+):
+    """Phi (BM, BN): the stored base in centred grid steps, fp32."""
+    row = base + j.to(tl.int64)[:, None] * words
+    ok = row_ok[:, None] & column_ok[None, :]
+    if DOWNCAST == "fx8":
+        return (load(row + i[None, :], ok, FULL).to(tl.float32) + 0.5) * (1.0 / (1 << (8 - BITS)))
+    elif DOWNCAST == "int":
+        MASK: tl.constexpr = (1 << BITS) - 1
+        if FULL and 32 % BITS == 0:  # whole words: each is read once and opened in registers
+            CODES: tl.constexpr = 32 // BITS
+            WORDS: tl.constexpr = i.shape[0] // CODES
+            word = first // CODES + tl.arange(0, WORDS)
+            packed = tl.load(row + word[None, :])
+            opened = packed[:, :, None] >> (tl.arange(0, CODES) * BITS)[None, None, :]
+            code = tl.reshape(opened, (j.shape[0], i.shape[0])) & MASK
+        else:
+            bit = i * BITS
+            word, shift = bit >> 5, bit & 31
+            low = load(row + word[None, :], ok, FULL).to(tl.uint32, bitcast=True) >> shift[None, :].to(tl.uint32)
+            if 32 % BITS != 0:  # a code may reach into the next word
+                reaches = (shift + BITS) > 32
+                high = tl.load(row + word[None, :] + 1, mask=ok & reaches[None, :], other=0)
+                low = low | (high.to(tl.uint32, bitcast=True) << ((32 - shift) & 31)[None, :].to(tl.uint32))
+            code = (low & MASK).to(tl.int32)
+        return (code - (1 << (BITS - 1))).to(tl.float32)
+    else:
+        n = load(row + i[None, :], ok, FULL)
+        if DOWNCAST == "bf16":
+            return n.to(tl.bfloat16, bitcast=True).to(tl.float32)
+        elif DOWNCAST == "fp16":
+            return n.to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            return n.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, EVEN: tl.constexpr):
+    """a_int[k, i] (BR, BN), fp16."""
+    pointer = (factors + a_int).to(tl.pointer_type(tl.float16))
+    return load(pointer + k[:, None] * in_features + i[None, :], k_ok[:, None] & column_ok[None, :], EVEN)
+
+
+@triton.jit
+def b_tile(factors, b_int, j, k, row_ok, k_ok, RANK: tl.constexpr, EVEN: tl.constexpr):
+    """b_int[j, k] (BM, BR), fp16."""
+    pointer = (factors + b_int).to(tl.pointer_type(tl.float16))
+    return load(pointer + j[:, None] * RANK + k[None, :], row_ok[:, None] & k_ok[None, :], EVEN)
+
+
+@triton.jit
+def rounded_levels(
+    base,
+    factors,
+    a_step,
+    b_step,
+    a_int,
+    b_int,
+    j,
+    i,
+    first,
+    row_ok,
+    column_ok,
+    words,
+    in_features,
+    out_features,
+    RANK: tl.constexpr,
+    BITS: tl.constexpr,
+    DOWNCAST: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """round(Phi + B~ A~) (BM, BN) before clipping, fp32. RANK 0: no adapter. `factors` and offsets: `prepare.py`."""
+    z = stored_levels(base, j, i, first, row_ok, column_ok, words, BITS, DOWNCAST, FULL)
+    if RANK > 0:
+        BR: tl.constexpr = 16 if RANK <= 16 else 32
+        EVEN: tl.constexpr = FULL and RANK % BR == 0
+        product = tl.zeros((j.shape[0], i.shape[0]), dtype=tl.float32)
+        for start in tl.static_range(0, RANK, BR):
+            k = start + tl.arange(0, BR)
+            k_ok = k < RANK
+            b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, EVEN)
+            a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, EVEN)
+            product = tl.dot(b, a, product)  # integers below 2^24: exact in any order
+        steps = load(factors + b_step + j, row_ok, FULL)[:, None] * load(factors + a_step + i, column_ok, FULL)[None, :]
+        z = z + product * steps  # powers of two: one rounding, fused or not
+    return round_half_even(z)
+
+
+class Tiling(NamedTuple):
+    """How an (out, in) weight is cut into tiles."""
+
+    grid: tuple[int, int]  # (tiles along a row, tiles along a column): the faster first, so that neighbours share rows
+    group: int  # L
+    groups: int
+    tiles_a_group: int
+    BM: int
+    BN: int
+    full: bool  # whether every tile lies inside of the weight
+
+
+@functools.lru_cache(maxsize=1024)
+def tiling(rows: int, in_features: int, groups: int, BM: int = 64, BN: int = 128) -> Tiling:
+    """The tiles of a (rows, in) weight with `groups` scales a row."""
+    group = in_features // groups
+    BN = max(16, min(BN, power_of_2(group)))
+    tiles_a_group = ceil_div(group, BN)
+    grid = (groups * tiles_a_group, ceil_div(rows, BM))
+    return Tiling(grid, group, groups, tiles_a_group, BM, BN, rows % BM == 0 and group % BN == 0)
+
+
+# triton.cdiv and triton.next_power_of_2, which on the host cost as much as a launch
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not smaller than n."""
+    return 1 << (n - 1).bit_length()

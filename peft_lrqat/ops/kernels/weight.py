@@ -1,0 +1,97 @@
+"""W^ in one pass: unpack, add B~ A~, round, clip, scale."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import BaseFormat
+from .launch import launched
+from .prepare import Prepared
+from .tiles import load, rounded_levels, store, tile_columns, tiling
+
+
+@launched
+@triton.jit
+def _weight_kernel(
+    weight,
+    flags,
+    base,
+    zero_point,
+    scale,
+    scale_stride,
+    factors,
+    a_step,
+    b_step,
+    a_int,
+    b_int,
+    words,
+    in_features,
+    out_features,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    BITS: tl.constexpr,
+    DOWNCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    n, m = tl.program_id(0), tl.program_id(1)
+    j = m * BM + tl.arange(0, BM)
+    row_ok = j < out_features
+    i, column_ok, group, first = tile_columns(n, GROUP, BN)
+    z = rounded_levels(
+        base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, out_features,
+        RANK, BITS, DOWNCAST, FULL,
+    )  # fmt: skip
+    q = tl.clamp(z, -1.0 * (1 << (BITS - 1)), 1.0 * (1 << (BITS - 1)) - 1.0, propagate_nan=tl.PropagateNan.ALL)
+    inside = row_ok[:, None] & column_ok[None, :]
+    if flags is not None:
+        tl.store(flags + m * tl.num_programs(0) + n, tl.max(tl.max((inside & (q != z)).to(tl.int32), 1), 0))
+    if zero_point is not None:
+        q = q - load(zero_point + j * scale_stride + group, row_ok, FULL).to(tl.float32)[:, None]
+    s = load(scale + j * scale_stride + group, row_ok, FULL)
+    store(weight + j.to(tl.int64)[:, None] * in_features + i[None, :], q * s[:, None], inside, FULL)
+
+
+def build_weight(
+    base: torch.Tensor,
+    groups: int,
+    zero_point: torch.Tensor | None,
+    prepared: Prepared,
+    fmt: BaseFormat,
+    dtype: torch.dtype,
+    flags: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W^ = s * (clip(round(Phi + B~ A~)) - z), (out, in) in `dtype`; equal to the reference bit for bit.
+
+    Args:
+        groups: scales a row has.
+        flags: int32 (tiles,), receives 1 for each tile with a clipped entry.
+    """
+    rows = base.shape[0]
+    weight = torch.empty(rows, fmt.in_features, dtype=dtype, device=base.device)
+    if not weight.numel():
+        return weight
+    tiles = tiling(rows, fmt.in_features, groups)
+    _weight_kernel(
+        tiles.grid,
+        weight,
+        flags,
+        base,
+        zero_point,
+        *prepared.operands,
+        base.shape[1],
+        fmt.in_features,
+        rows,
+        GROUP=tiles.group,
+        RANK=prepared.rank,
+        BITS=fmt.bits,
+        DOWNCAST=fmt.downcast,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+        warps=8,
+    )
+    return weight
