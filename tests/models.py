@@ -92,6 +92,8 @@ def adapted(model: PreTrainedModel, **config) -> PeftModel:
 def low_bit(model: PreTrainedModel, **config) -> PeftModel:
     """`model` with trainable integers in all linear layers; per output channel, as tiny layers have odd widths."""
     settings = {"group_size": -1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if config.get("bits") in (2, 3, 4):
+        settings["range_method"] = "minmax"  # the search takes most of a tiny model's conversion
     return get_peft_model(model, LowBitSRConfig(**{**settings, **config}))
 
 

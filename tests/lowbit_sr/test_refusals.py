@@ -19,7 +19,9 @@ IDS = tokens()
 
 
 def config(**options: Any) -> LowBitSRConfig:
-    return LowBitSRConfig(**{"bits": 4, "group_size": 8, "target_modules": "all-linear", **options})
+    return LowBitSRConfig(
+        **{"bits": 4, "group_size": 8, "range_method": "minmax", "target_modules": "all-linear", **options}
+    )
 
 
 @pytest.mark.parametrize(
