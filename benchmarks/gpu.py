@@ -17,6 +17,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,20 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def skeleton(size: str, checkpointing: bool = True) -> nn.Module:
-    """A Llama of this size on the meta device."""
+def skeleton(size: str, keep_rng_state: bool) -> nn.Module:
+    """A Llama of this size on the meta device. (A CUDA graph cannot look at the random state; nothing here uses it.)"""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **SHAPES[size])
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options = {"use_reentrant": False, "preserve_rng_state": keep_rng_state}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
 
 
 def fill(model: nn.Module, device: str, shared: bool = False) -> None:
-    """Random weights on `device`. `shared`: equal layers share their storage, so that a 70B model fits a host."""
+    """Random weights on `device`. `shared`: layers share their storage; a 70B model then exists one layer at a time."""
     seen: dict[tuple, torch.Tensor] = {}
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
@@ -113,9 +114,8 @@ def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device
 
     from peft_lrqat import LRQATConfig
 
-    model = skeleton(args.size)
-    on_cpu = args.size == "70B" or args.from_cpu
-    fill(model, "cpu" if on_cpu else device, shared=args.size == "70B")
+    model = skeleton(args.size, keep_rng_state=not args.graph)
+    fill(model, "cpu" if args.from_cpu else device, shared=args.size == "70B")
     common = {"r": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     reset_peak(device)
     if kind == "qlora":
@@ -165,6 +165,8 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "method": name,
         "size": args.size,
         "lean": args.lean,
+        "graph": args.graph,
+        "autocast": args.autocast,
         "set_up_s": time.perf_counter() - started,
         "set_up_peak_gib": conversion_peak,
         "static_gib": held(device),
@@ -180,22 +182,22 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
             batch, length = (int(n) for n in shape.split("x"))
             rows = torch.randint(0, 32000, (batch, length), generator=generator).to(device)
             seconds, losses = [], []
+            half_step = forward_backward(model, rows, amp, args.graph and device == "cuda")
             for step in range(args.warm + args.steps):
                 if step == args.warm:
                     reset_peak(device)
                 if device == "cuda":
                     torch.cuda.synchronize()
                 begin = time.perf_counter()
-                with amp:
-                    loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-                loss.backward()
+                loss = half_step()
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                if not args.graph:
+                    optimizer.zero_grad(set_to_none=True)
                 if device == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - begin)
-                losses.append(loss.detach())
-                del loss
+                losses.append(loss)
+            del half_step
             row["steps"][shape] = {
                 "seconds": statistics.median(seconds[args.warm :]),
                 "peak_gib": peak(device),
@@ -208,6 +210,34 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def forward_backward(model: nn.Module, rows: torch.Tensor, amp: Any, graph: bool) -> Callable[[], torch.Tensor]:
+    """A function that leaves gradients and returns the loss; `graph`: as a CUDA graph, without Python's launches."""
+
+    def run() -> torch.Tensor:
+        with amp:
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    if not graph:
+        return run
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        loss = run()
+
+    def replay() -> torch.Tensor:
+        captured.replay()  # writes the gradients anew
+        return loss.clone()
+
+    return replay
 
 
 def profile(model: nn.Module, rows: torch.Tensor, amp: Any, eager: Any) -> None:
@@ -246,6 +276,11 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+def shown(run: dict[str, Any]) -> str:
+    marks = {"lean": "memory options", "graph": "CUDA graph", "autocast": "autocast"}
+    return ", ".join([run["method"], *(words for key, words in marks.items() if run.get(key))])
+
+
 def table(args: argparse.Namespace) -> None:
     """Markdown, and a plot of peak memory and tokens per second."""
     runs = [r for path in args.results for r in json.loads(Path(path).read_text())["runs"] if r["steps"]]
@@ -257,7 +292,7 @@ def table(args: argparse.Namespace) -> None:
         cells = [f"{s['peak_gib']:.2f}" if s else "" for s in steps] + [
             f"{s['seconds']:.3f}" if s else "" for s in steps
         ]
-        name = r["method"] + (", memory options" if r["lean"] else "")
+        name = shown(r)
         print(f"| {r['size']} | {name} | {r['static_gib']:.2f} | " + " | ".join(cells) + " |")
     if args.plot:
         plot([r for r in runs if r["size"] == args.size], shapes[-1], args.plot)
@@ -271,7 +306,7 @@ def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
 
     batch, length = (int(n) for n in shape.split("x"))
     runs = [r for r in runs if shape in r["steps"]][::-1]
-    names = [r["method"] + (", memory options" if r["lean"] else "") for r in runs]
+    names = [shown(r) for r in runs]
     colors = ["#4477aa" if name.startswith("LR-QAT") else "#999999" for name in names]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 + 0.42 * len(runs)), sharey=True)
     left.barh(names, [r["steps"][shape]["peak_gib"] for r in runs], color=colors)
@@ -300,18 +335,19 @@ def main() -> None:
     one.add_argument("--warm", type=int, default=3)
     one.add_argument("--steps", type=int, default=5)
     one.add_argument("--range-method", default="minmax", help="of the random weights; has no part in a step")
-    one.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True, help="as Trainer(bf16=True)")
+    one.add_argument("--autocast", action="store_true", help="to bf16, as Trainer(bf16=True) does")
+    one.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
     one.add_argument(
         "--lean", action="store_true", help="fused linear cross-entropy (Liger), 8-bit Adam (bitsandbytes)"
     )
     one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
     one.add_argument("--profile", action="store_true")
     one.add_argument("--append", action="store_true", help="to what --out holds already")
-    shown = commands.add_parser("table")
-    shown.set_defaults(do=table)
-    shown.add_argument("results", nargs="+")
-    shown.add_argument("--plot")
-    shown.add_argument("--size", default="7B")
+    printed = commands.add_parser("table")
+    printed.set_defaults(do=table)
+    printed.add_argument("results", nargs="+")
+    printed.add_argument("--plot")
+    printed.add_argument("--size", default="7B")
     args = parser.parse_args()
     if getattr(args, "lean", False):
         from liger_kernel.transformers import apply_liger_kernel_to_llama

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import bitnet, compressed_tensors
 from ..checkpoint.model_card import attach_card
+from ..training.loss import restore_loss, use_lean_loss
 from .base import packed_state_dict
 from .preflight import check_adapter_file, check_base, check_fingerprint, check_targets
 
@@ -55,6 +56,7 @@ class QuantizingModel(LoraModel):
             raise
         config.base_fingerprint = fingerprint
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        use_lean_loss(model)
 
     def _before_checks(self, config: Any) -> None:
         """For subclasses: what a new adapter's configuration needs before it is looked at."""
@@ -134,6 +136,7 @@ class QuantizingModel(LoraModel):
             if isinstance(layer, self.tuner_layer_cls):
                 self._prepare_merge(layer, config)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        restore_loss(model)
         if merge and getattr(model, "config", None) is not None:
             if any(isinstance(module, Conv1D) for module in model.modules()):
                 warnings.warn(

@@ -64,7 +64,7 @@ def linear_backward(
     dshift = dA = dB = flags = None
     if by_rows and need_AB:
         tiles = tiling(rows, fmt.in_features, groups)
-        flags = torch.empty(tiles.grid[0] * tiles.grid[1], dtype=torch.int32, device=base.device)
+        flags = torch.empty(tiles.columns * tiles.rows, dtype=torch.int32, device=base.device)
     elif not by_rows and (need_shift or need_AB):
         dshift, dA, dB = _dense(dy, x, base, scale0, zero_point, prepared, c, fmt, need_shift, need_AB)
     dx = None
@@ -90,6 +90,7 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 _SPLITS = 32  # partial sums over the tokens
 _BLOCK = 128
+_CLIPPED_PROGRAMS = 528  # four for each multiprocessor of an H100: where nothing is clipped, a program costs its start
 
 
 def _by_rows(
@@ -144,7 +145,7 @@ def _by_rows(
     if flags is not None:
         tiles = tiling(rows, fmt.in_features, 1)
         _clipped_kernel(
-            tiles.grid,
+            (min(tiles.columns * tiles.rows, _CLIPPED_PROGRAMS),),
             dA,
             dB,
             c,
@@ -165,7 +166,7 @@ def _by_rows(
             BN=tiles.BN,
             FULL=tiles.full,
             BT=32,
-            warps=8,
+            warps=4,
         )
     if dshift is not None and scale0.shape[0] == 1 < rows:
         dshift = dshift.sum(dim=0, keepdim=True)
@@ -253,40 +254,45 @@ def _clipped_kernel(
     BT: tl.constexpr,
 ):
     """Take out of dA and dB what clipped entries put there: dZ is 0 where round(Z) lies outside of the grid."""
-    n, m = tl.program_id(0), tl.program_id(1)
-    if tl.load(flags + m * tl.num_programs(0) + n) != 0:
-        j = m * BM + tl.arange(0, BM)
-        row_ok = j < out_features
-        i, column_ok, _, first = tile_columns(n, GROUP, BN)
-        G = tl.zeros((BM, BN), dtype=tl.float32)
-        for begin in range(0, tokens, BT):
-            t = begin + tl.arange(0, BT)
-            row = t.to(tl.int64)[:, None]
-            t_ok = (t < tokens)[:, None]
-            d = tl.load(dy + row * out_features + j[None, :], mask=t_ok & row_ok[None, :], other=0.0)
-            v = tl.load(x + row * in_features + i[None, :], mask=t_ok & column_ok[None, :], other=0.0)
-            if INTERPRETED:
-                d, v = d.to(tl.float32), v.to(tl.float32)
-            G = tl.dot(tl.trans(d), v, G, input_precision="ieee")
-        z = rounded_levels(
-            base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features,
-            out_features, RANK, BITS, DOWNCAST, FULL,
-        )  # fmt: skip
-        clipped = ((z < -(1 << (BITS - 1))) | (z > (1 << (BITS - 1)) - 1)) & row_ok[:, None] & column_ok[None, :]
-        s = load(scale + j * scale_stride, row_ok, FULL)
-        dZ = tl.where(clipped, G * s[:, None], 0.0)
-        of_a = load(factors + a_step + i, column_ok, FULL)
-        of_b = load(factors + b_step + j, row_ok, FULL)
-        BR: tl.constexpr = 16 if RANK <= 16 else 32
-        for start in tl.static_range(0, RANK, BR):
-            k = start + tl.arange(0, BR)
-            k_ok = k < RANK
-            a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, False).to(tl.float32) * of_a[None, :]
-            share = tl.dot(dZ, tl.trans(a), input_precision="ieee")  # (BM, BR)
-            tl.atomic_add(dB + j[:, None] * RANK + k[None, :], -c * share, mask=row_ok[:, None] & k_ok[None, :])
-            b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, False).to(tl.float32) * of_b[:, None]
-            share = tl.dot(tl.trans(b), dZ, input_precision="ieee")  # (BR, BN)
-            tl.atomic_add(dA + k[:, None] * in_features + i[None, :], -share, mask=k_ok[:, None] & column_ok[None, :])
+    columns = in_features // GROUP * ((GROUP + BN - 1) // BN)
+    tiles = columns * tl.cdiv(out_features, BM)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if tl.load(flags + tile) != 0:
+            n, m = tile % columns, tile // columns
+            j = m * BM + tl.arange(0, BM)
+            row_ok = j < out_features
+            i, column_ok, _, first = tile_columns(n, GROUP, BN)
+            G = tl.zeros((BM, BN), dtype=tl.float32)
+            for begin in range(0, tokens, BT):
+                t = begin + tl.arange(0, BT)
+                row = t.to(tl.int64)[:, None]
+                t_ok = (t < tokens)[:, None]
+                d = tl.load(dy + row * out_features + j[None, :], mask=t_ok & row_ok[None, :], other=0.0)
+                v = tl.load(x + row * in_features + i[None, :], mask=t_ok & column_ok[None, :], other=0.0)
+                if INTERPRETED:
+                    d, v = d.to(tl.float32), v.to(tl.float32)
+                G = tl.dot(tl.trans(d), v, G, input_precision="tf32x3")
+            z = rounded_levels(
+                base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK,
+                BITS, DOWNCAST, FULL,
+            )  # fmt: skip
+            clipped = ((z < -(1 << (BITS - 1))) | (z > (1 << (BITS - 1)) - 1)) & row_ok[:, None] & column_ok[None, :]
+            s = load(scale + j * scale_stride, row_ok, FULL)
+            dZ = tl.where(clipped, G * s[:, None], 0.0)
+            of_a = load(factors + a_step + i, column_ok, FULL)
+            of_b = load(factors + b_step + j, row_ok, FULL)
+            BR: tl.constexpr = 16 if RANK <= 16 else 32
+            for start in tl.static_range(0, RANK, BR):
+                k = start + tl.arange(0, BR)
+                k_ok = k < RANK
+                a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, False).to(tl.float32) * of_a[None, :]
+                share = tl.dot(dZ, tl.trans(a), input_precision="tf32x3")  # (BM, BR)
+                tl.atomic_add(dB + j[:, None] * RANK + k[None, :], -c * share, mask=row_ok[:, None] & k_ok[None, :])
+                b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, False).to(tl.float32) * of_b[:, None]
+                share = tl.dot(tl.trans(b), dZ, input_precision="tf32x3")  # (BR, BN)
+                tl.atomic_add(
+                    dA + k[:, None] * in_features + i[None, :], -share, mask=k_ok[:, None] & column_ok[None, :]
+                )
 
 
 # -- dense
@@ -307,8 +313,8 @@ def _dense(
     """dshift (rows, groups), dA, dB, through G."""
     G = torch.mm(dy.t(), x)
     rows = base.shape[0]
-    tiles = tiling(rows, fmt.in_features, scale0.shape[1])
-    sums = torch.empty(rows, tiles.grid[0], device=base.device) if need_shift else None
+    tiles = tiling(rows, fmt.in_features, scale0.shape[1], BM=64, loops=False)
+    sums = torch.empty(rows, tiles.columns, device=base.device) if need_shift else None
     _dense_kernel(
         tiles.grid,
         G,
@@ -331,7 +337,7 @@ def _dense(
     )
     dshift = dA = dB = None
     if sums is not None:
-        dshift = sums if tiles.tiles_a_group == 1 else sums.view(rows, tiles.groups, -1).sum(dim=-1)
+        dshift = sums if tiles.columns == scale0.shape[1] else sums.view(rows, scale0.shape[1], -1).sum(dim=-1)
         if scale0.shape[0] == 1:
             dshift = dshift.sum(dim=0, keepdim=True)
         dshift = dshift * scale0
@@ -376,8 +382,8 @@ def _dense_kernel(
     row_ok = j < out_features
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
     z = rounded_levels(
-        base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, out_features,
-        RANK, BITS, DOWNCAST, FULL,
+        base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK, BITS,
+        DOWNCAST, FULL,
     )  # fmt: skip
     q = tl.minimum(tl.maximum(z, -1.0 * (1 << (BITS - 1))), 1.0 * (1 << (BITS - 1)) - 1.0)
     inside = row_ok[:, None] & column_ok[None, :]

@@ -18,8 +18,8 @@ from .tiles import INTERPRETED
 class Launcher:
     """A kernel and its compiled versions.
 
-    What Triton specialises on is in the key: dtypes and 16-byte alignment of tensors, which arguments are None, which
-    integers are 1, divisible by 16, or wider than 32 bits, all constants, and the device.
+    What Triton specialises on is in the key: dtypes and 16-byte alignment of tensors, the values of everything else,
+    and the device.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -31,19 +31,15 @@ class Launcher:
         if INTERPRETED.value:
             self.kernel[grid](*args, **constants)
             return
-        key: list[Any] = [torch.cuda.current_device(), warps, *constants.values()]
-        for arg in args:
-            if arg is None:
-                key.append(None)
-            elif isinstance(arg, torch.Tensor):
-                key.append((arg.dtype, arg.data_ptr() % 16 == 0))
-            elif isinstance(arg, int):
-                key.append(1 if arg == 1 else (arg % 16 == 0, arg < 1 << 31))
-            else:
-                key.append(float)
-        compiled = self.compiled.get(tuple(key))
+        key = (
+            torch.cuda.current_device(),
+            warps,
+            *constants.values(),
+            *[(arg.dtype, arg.data_ptr() & 15 == 0) if isinstance(arg, torch.Tensor) else arg for arg in args],
+        )
+        compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[tuple(key)] = self.kernel[grid](*args, **constants, num_warps=warps)
+            self.compiled[key] = self.kernel[grid](*args, **constants, num_warps=warps)
         else:
             compiled[(*grid, 1, 1)](*args, *constants.values())
 

@@ -129,7 +129,6 @@ def rounded_levels(
     column_ok,
     words,
     in_features,
-    out_features,
     RANK: tl.constexpr,
     BITS: tl.constexpr,
     DOWNCAST: tl.constexpr,
@@ -155,23 +154,32 @@ def rounded_levels(
 class Tiling(NamedTuple):
     """How an (out, in) weight is cut into tiles."""
 
-    grid: tuple[int, int]  # (tiles along a row, tiles along a column): the faster first, so that neighbours share rows
+    columns: int  # tiles along a row
+    rows: int  # tiles along a column
     group: int  # L
-    groups: int
-    tiles_a_group: int
     BM: int
     BN: int
+    loop: int  # tiles, one below the other, that one program works on
     full: bool  # whether every tile lies inside of the weight
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs: the columns first, so that neighbours share rows of the base."""
+        return self.columns, ceil_div(self.rows, self.loop)
 
 
 @functools.lru_cache(maxsize=1024)
-def tiling(rows: int, in_features: int, groups: int, BM: int = 64, BN: int = 128) -> Tiling:
-    """The tiles of a (rows, in) weight with `groups` scales a row."""
+def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool = True) -> Tiling:
+    """The tiles of a (rows, in) weight with `groups` scales a row.
+
+    A program that works on several tiles loads the next while it computes one: measured on an H100, 4 bits, 4096 x
+    4096, W^ takes 24 us with 8 tiles of 32 x 128 and 31 us with one of 64 x 128. But there must be programs enough.
+    """
     group = in_features // groups
-    BN = max(16, min(BN, power_of_2(group)))
-    tiles_a_group = ceil_div(group, BN)
-    grid = (groups * tiles_a_group, ceil_div(rows, BM))
-    return Tiling(grid, group, groups, tiles_a_group, BM, BN, rows % BM == 0 and group % BN == 0)
+    BN = next((n for n in (128, 64, 32) if group % n == 0), max(16, min(128, power_of_2(group))))
+    columns, of_rows = groups * ceil_div(group, BN), ceil_div(rows, BM)
+    loop = next((n for n in (8, 4, 2) if loops and rows % (BM * n) == 0 and columns * of_rows // n >= 512), 1)
+    return Tiling(columns, of_rows, group, BM, BN, loop, rows % BM == 0 and group % BN == 0)
 
 
 # triton.cdiv and triton.next_power_of_2, which on the host cost as much as a launch

@@ -36,23 +36,26 @@ def _weight_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     FULL: tl.constexpr,
+    LOOP: tl.constexpr,
 ):
-    n, m = tl.program_id(0), tl.program_id(1)
-    j = m * BM + tl.arange(0, BM)
-    row_ok = j < out_features
+    n = tl.program_id(0)
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
-    z = rounded_levels(
-        base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, out_features,
-        RANK, BITS, DOWNCAST, FULL,
-    )  # fmt: skip
-    q = tl.clamp(z, -1.0 * (1 << (BITS - 1)), 1.0 * (1 << (BITS - 1)) - 1.0, propagate_nan=tl.PropagateNan.ALL)
-    inside = row_ok[:, None] & column_ok[None, :]
-    if flags is not None:
-        tl.store(flags + m * tl.num_programs(0) + n, tl.max(tl.max((inside & (q != z)).to(tl.int32), 1), 0))
-    if zero_point is not None:
-        q = q - load(zero_point + j * scale_stride + group, row_ok, FULL).to(tl.float32)[:, None]
-    s = load(scale + j * scale_stride + group, row_ok, FULL)
-    store(weight + j.to(tl.int64)[:, None] * in_features + i[None, :], q * s[:, None], inside, FULL)
+    for step in tl.range(0, LOOP, num_stages=3):
+        m = tl.program_id(1) * LOOP + step
+        j = m * BM + tl.arange(0, BM)
+        row_ok = j < out_features
+        z = rounded_levels(
+            base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK, BITS,
+            DOWNCAST, FULL,
+        )  # fmt: skip
+        q = tl.clamp(z, -1.0 * (1 << (BITS - 1)), 1.0 * (1 << (BITS - 1)) - 1.0, propagate_nan=tl.PropagateNan.ALL)
+        inside = row_ok[:, None] & column_ok[None, :]
+        if flags is not None:
+            tl.store(flags + m * tl.num_programs(0) + n, tl.max(tl.max((inside & (q != z)).to(tl.int32), 1), 0))
+        if zero_point is not None:
+            q = q - load(zero_point + j * scale_stride + group, row_ok, FULL).to(tl.float32)[:, None]
+        s = load(scale + j * scale_stride + group, row_ok, FULL)
+        store(weight + j.to(tl.int64)[:, None] * in_features + i[None, :], q * s[:, None], inside, FULL)
 
 
 def build_weight(
@@ -92,6 +95,7 @@ def build_weight(
         BM=tiles.BM,
         BN=tiles.BN,
         FULL=tiles.full,
-        warps=8,
+        LOOP=tiles.loop,
+        warps=4,
     )
     return weight
