@@ -12,6 +12,8 @@ linear warm-up over 10 % and cosine decay, and is evaluated in the same way: per
     lsq     full QAT: every weight of the quantized layers is trained through W^ = s clip(round(W / s)), with LSQ's
             scale gradient (arXiv 1902.08153, as LR-QAT's authors use it), fp32 masters; scales in relative units
     lora    PEFT LoRA in float (what the data alone gives), then merged and rounded to several grids
+    full    every weight of the same layers in float, then rounded
+    lowbit  LowBitSRConfig with LowBitAdamW: integers trained directly
 """
 
 from __future__ import annotations
@@ -215,6 +217,29 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list
         weights = [p for n, p in model.named_parameters() if p.requires_grad and "shift" not in n]
         shifts = [p for n, p in model.named_parameters() if n.endswith("shift")]
         return model, [{"params": weights, "lr": args.lr}, {"params": shifts, "lr": args.scale_lr}]
+    if args.method == "full":
+        weights = [linear.weight.requires_grad_(True) for _, _, linear in targets(model)]
+        return model, [{"params": weights, "lr": args.lr}]
+    if args.method == "lowbit":
+        from peft_lrqat import LowBitSRConfig
+
+        config = LowBitSRConfig(
+            bits=args.bits,
+            group_size=args.group_size,
+            range_p=args.p,
+            learn_scales=args.scale_lr > 0,
+            error_feedback=args.error_feedback,
+            keep_base=False,
+            seed=args.seed,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return model, [
+            {"params": [p for n, p in named if "lowbitsr_weight" in n], "lr": args.lr},
+            {"params": [p for n, p in named if "lowbitsr_weight" not in n], "lr": args.scale_lr},
+        ]
     common = {"r": args.rank, "lora_alpha": round(args.c * args.rank), "target_modules": "all-linear"}
     if args.method == "lora":
         model = get_peft_model(model, LoraConfig(**common, task_type="CAUSAL_LM"))
@@ -259,10 +284,17 @@ def run(args: argparse.Namespace) -> None:
         return
     model, groups = prepare(model, args)
     model.train()
-    if args.method == "lrqat":
+    if args.method in ("lrqat", "lowbit"):
         result["step0"] = perplexity(model, held_out, device)
     losses: list[torch.Tensor] = []
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+    groups = [g for g in groups if g["params"]]
+    optimizer: torch.optim.Optimizer
+    if args.method == "lowbit":
+        from peft_lrqat import LowBitAdamW
+
+        optimizer = LowBitAdamW(groups, betas=(0.9, 0.98), compile=device.type == "cuda")
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
     warm = max(1, args.steps // 10)
 
     def factor(step: int) -> float:
@@ -282,9 +314,11 @@ def run(args: argparse.Namespace) -> None:
     result["train_loss"] = torch.stack(losses)[-20:].mean().item()
     result["seconds"] = time.perf_counter() - started
     result["perplexity"] = perplexity(model, held_out, device)
+    if args.method == "full":
+        result["rounded"] = rounded_perplexities(model, held_out, device)
     if args.method == "lora":
         result["rounded"] = rounded_perplexities(model.merge_and_unload(), held_out, device)
-    if args.method == "lrqat":
+    if args.method in ("lrqat", "lowbit"):
         result["merged"] = perplexity(model.merge_and_unload(), held_out, device)
     finish(result, args.out)
 
@@ -323,8 +357,9 @@ def main() -> None:
     one.add_argument("--gguf-file")
     one.add_argument("--tokens", required=True)
     one.add_argument("--out", required=True)
-    one.add_argument("--method", choices=("rtn", "lrqat", "lsq", "lora"), required=True)
-    one.add_argument("--bits", type=int, default=4)
+    one.add_argument("--method", choices=("rtn", "lrqat", "lsq", "lora", "full", "lowbit"), required=True)
+    one.add_argument("--bits", type=lambda text: float(text) if "." in text else int(text), default=4)
+    one.add_argument("--error-feedback", action="store_true", help="lowbit: keep the rounding remainder")
     one.add_argument("--group-size", type=int, default=-1)
     one.add_argument("--asymmetric", action="store_true")
     one.add_argument("--downcast", default=None)

@@ -1,12 +1,13 @@
-"""LR-QAT end to end: a float model, an unmodified SFTTrainer, a quantized checkpoint, and what it costs and gains.
+"""A quantized model end to end: float model, unmodified SFTTrainer, quantized checkpoint; what it costs and gains.
 
     make demo                        SmolLM2-135M-Instruct on Python's own documentation, no hub needed
     python examples/demo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --steps 500 --seq-len 1024
+    python examples/demo.py --method lowbit-sr --bits 8          integers trained directly (docs/lowbit-sr.md)
 
 The table compares the model as it came (float), rounded to the nearest level of the same grid (with the ranges that
-suit rounding best), and trained inside the rounding. Perplexity is of held-out documents *of the same kind* as the
-training text, which the float model was not tuned on. The last row is the saved checkpoint, loaded by a new process
-that cannot import this package.
+suit rounding best), and trained on that grid: inside the rounding (LR-QAT), or as integers (low-bit SR). Perplexity is
+of held-out documents *of the same kind* as the training text, which the float model was not tuned on. The last row is
+the saved checkpoint, loaded by a new process that cannot import this package.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from smollm2 import smollm2_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_lrqat import LRQATConfig, LRQATLayer
+from peft_lrqat import LowBitSRConfig, LowBitSRLayer, LRQATConfig, LRQATLayer
 
 
 @dataclass
@@ -61,8 +62,25 @@ def lrqat_config(args: argparse.Namespace) -> PeftConfig:
     )
 
 
+def lowbit_sr_config(args: argparse.Namespace) -> PeftConfig:
+    return LowBitSRConfig(
+        bits=args.bits,
+        group_size=args.group_size,
+        range_p=args.range_p,
+        seed=args.seed,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
 #: Tuners of this package, by name.
-METHODS: dict[str, Callable[[argparse.Namespace], PeftConfig]] = {"lrqat": lrqat_config}
+METHODS: dict[str, Callable[[argparse.Namespace], PeftConfig]] = {
+    "lrqat": lrqat_config,
+    "lowbit-sr": lowbit_sr_config,
+}
+#: What the table calls them, and a learning rate for a short run: of an adapter in grid steps, and of whole weights.
+NAMES = {"lrqat": "LR-QAT", "lowbit-sr": "low-bit SR"}
+LEARNING_RATES = {"lrqat": 3e-3, "lowbit-sr": 3e-5}
 
 
 def round_to_nearest(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
@@ -83,7 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-split", help="held-out split; default: every twentieth document of --split")
     add("--text-column", help='column of --dataset; default: "messages" or "text"')
     add("--method", choices=sorted(METHODS), default="lrqat")
-    add("--bits", type=int, default=4, help="2 to 8")
+    add("--bits", type=float, default=4.0, help="2 to 8; low-bit SR: 1.58 (ternary), 2, 3, 4 or 8")
     add("--group-size", type=int, default=-1, help="weights that share a scale; -1: a channel, 0: the tensor")
     add("--asymmetric", action="store_true", help="integer zero points")
     add("--downcast", help="how the frozen base is kept: fx8, int, bf16, fp16, fp32")
@@ -92,7 +110,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rank", type=int, default=16)
     add("--alpha", type=int, help="lora_alpha; alpha / rank counts grid steps; default: 16 * rank")
-    add("--lr", type=float, default=3e-3)
+    add("--lr", type=float, help="default: 3e-3; low-bit SR: 3e-5, as in full fine-tuning")
     add("--steps", type=int, default=24)
     add("--batch-size", type=int, default=1)
     add("--seq-len", type=int, default=256)
@@ -107,13 +125,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.method == "lowbit-sr" and (args.asymmetric or args.downcast or args.alpha):
+        parser.error("--asymmetric, --downcast and --alpha are options of --method lrqat")
+    args.bits = int(args.bits) if args.bits.is_integer() else args.bits
+    args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
     if args.device == "auto":
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     args.model = args.model or str(smollm2_dir())
     name = Path(args.model).name
-    args.out = args.out or Path("out") / f"{name}-w{args.bits}-{args.method}"
+    args.out = args.out or Path("out") / f"{name}-w{args.bits:g}-{args.method}"
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -241,10 +263,10 @@ def run(args: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         console.print(f"converting the linear layers: {METHODS[args.method](args).grid.describe()}")
         trainer = sft_trainer(model, tokenizer, documents, METHODS[args.method](args), args.lr, args, scratch)
-        layers = [module for module in trainer.model.modules() if isinstance(module, LRQATLayer)]
+        layers = [module for module in trainer.model.modules() if isinstance(module, (LRQATLayer, LowBitSRLayer))]
         float_linear = sum(layer.in_features * layer.out_features for layer in layers) * model.dtype.itemsize
         trainer.train()
-    trained_perplexity = evaluate(trainer.model, "LR-QAT")
+    trained_perplexity = evaluate(trainer.model, NAMES[args.method])
 
     merged = trainer.model.merge_and_unload()
     merged.save_pretrained(args.out)
@@ -264,8 +286,8 @@ def run(args: argparse.Namespace) -> list[Row]:
         chat = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     served = serve(args, tokens, prompt)
-    rows.append(Row("LR-QAT, as trained", trained_perplexity, checkpoint, linear))
-    rows.append(Row("LR-QAT, checkpoint served", served["perplexity"], checkpoint, linear))
+    rows.append(Row(f"{NAMES[args.method]}, as trained", trained_perplexity, checkpoint, linear))
+    rows.append(Row(f"{NAMES[args.method]}, checkpoint served", served["perplexity"], checkpoint, linear))
     show(rows, args)
     console.print(f"{args.prompt!r} -> {served['text']!r}", markup=False)
     if args.push_to_hub:

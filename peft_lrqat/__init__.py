@@ -5,10 +5,23 @@ Importing this package registers its tuner types with PEFT; everything else is P
 
 from ._version import __version__
 from .grid import Grid
+from .lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .registration import register
 from .training.optim import create_lrqat_optimizer
 
-__all__ = ["Grid", "LRQATConfig", "LRQATLayer", "LRQATModel", "__version__", "create_lrqat_optimizer"]
+__all__ = [
+    "Grid",
+    "LRQATConfig",
+    "LRQATLayer",
+    "LRQATModel",
+    "LowBitAdamW",
+    "LowBitSRConfig",
+    "LowBitSRLayer",
+    "LowBitSRModel",
+    "__version__",
+    "create_lrqat_optimizer",
+]
 
 register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)
+register("lowbitsr", config_cls=LowBitSRConfig, model_cls=LowBitSRModel, prefix=LowBitSRModel.prefix)

@@ -16,11 +16,15 @@ Scales have shape (rows, groups): (out, in / group_size) per group, (out, 1) per
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 PER_CHANNEL = -1
 PER_TENSOR = 0
+
+#: `bits` of the ternary grid {-1, 0, 1}, as BitNet b1.58 writes it: log2(3).
+TERNARY: Any = 1.58  # the one `bits` that is no int; Any, so that `bits` may be annotated as what it else is
 
 #: What `scale_dtype` may be called; "auto" means: exact in both bf16 and fp16.
 SCALE_DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -31,7 +35,7 @@ class Grid:
     """A uniform integer grid.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8, or 1.58 for the ternary grid.
         group_size: how many consecutive input features share a scale; -1: a whole output channel; 0: the whole tensor.
         symmetric: if False, every scale comes with an integer zero point.
 
@@ -44,8 +48,11 @@ class Grid:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        whole = not isinstance(self.bits, bool) and isinstance(self.bits, int) and 2 <= self.bits <= 8
+        if not whole and not (isinstance(self.bits, float) and self.bits == TERNARY):
             raise ValueError(f"`bits` is {self.bits!r}; it must be an integer from 2 to 8.")
+        if self.ternary and not self.symmetric:
+            raise ValueError("`symmetric` is False, but the ternary grid (`bits=1.58`) is symmetric by definition.")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < PER_CHANNEL:
             raise ValueError(
                 f"`group_size` is {self.group_size!r}; it must be a positive integer that divides in_features, "
@@ -53,14 +60,24 @@ class Grid:
             )
 
     @property
+    def ternary(self) -> bool:
+        """Whether the codes are -1, 0 and 1."""
+        return self.bits == TERNARY
+
+    @property
+    def code_bits(self) -> int:
+        """Width of a packed code: `bits`, and 2 for the ternary grid."""
+        return 2 if self.ternary else int(self.bits)
+
+    @property
     def qmin(self) -> int:
         """Smallest code, in grid steps."""
-        return -(1 << (self.bits - 1))
+        return -1 if self.ternary else -(1 << (self.code_bits - 1))
 
     @property
     def qmax(self) -> int:
         """Largest code, in grid steps."""
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.code_bits - 1)) - 1
 
     def check_divides(self, in_features: int, where: str = "the weight") -> None:
         """Raise ValueError if `group_size` does not divide `in_features`, naming what would."""
@@ -85,7 +102,8 @@ class Grid:
         share = {PER_CHANNEL: "per channel", PER_TENSOR: "per tensor"}.get(
             self.group_size, f"groups of {self.group_size}"
         )
-        return f"{self.bits} bits, {'symmetric' if self.symmetric else 'asymmetric'}, {share}"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"ternary, {share}" if self.ternary else f"{self.bits} bits, {kind}, {share}"
 
 
 def grouped(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Where the first scale s0 (and zero point) of a weight comes from.
 
-Two methods: `minmax` covers every weight; `lp` searches the scale that minimises sum |w - W^|^p over the weights that
-share it (LR-QAT, arXiv 2406.06385, section 4: L_p norm range setting with a grid search).
+Three methods: `minmax` covers every weight; `lp` searches the scale that minimises sum |w - W^|^p over the weights that
+share it (LR-QAT, arXiv 2406.06385, section 4: L_p norm range setting with a grid search); `absmean`, for low-bit
+training, puts the mean magnitude on the highest level (DQT, arXiv 2412.04787, eq. 2, and BitNet b1.58 for ternary).
 
 The search is exact over its candidates: clipping at 1 %, 2 %, ..., 100 % of the largest magnitude, as in the paper, and
 besides, the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1). The latter make the search idempotent:
@@ -20,6 +21,7 @@ from .chunks import row_chunks
 from .grid import Grid, snap_scale
 
 RANGE_METHODS = ("lp", "minmax")
+LOW_BIT_RANGE_METHODS = ("absmean", "minmax", "lp")
 _CLIP_STEPS = 100
 # errors are summed in fp32 first: a candidate is left out only if it is worse by more than that can blur
 _MARGIN = 1 + 1e-4
@@ -33,7 +35,7 @@ def choose_range(
     Args:
         weight: (out, in) float tensor, weight units, finite.
         grid: the grid; its group size must divide `in`.
-        method: "lp" or "minmax".
+        method: "lp", "minmax", or "absmean" (symmetric grids only).
         p: exponent of the error norm, > 0 (only for "lp").
         scale_dtype: see `snap_scale`.
 
@@ -73,6 +75,11 @@ def _search(
     lo = torch.stack([part.float().amin(dim=1) for part in parts]).amin(dim=0).clamp_(max=0)
     hi = torch.stack([part.float().amax(dim=1) for part in parts]).amax(dim=0).clamp_(min=0)
 
+    if method == "absmean":
+        count = sum(part.shape[1] for part in parts)
+        total = torch.stack([_line_sum(part.float().abs()) for part in parts]).sum(dim=0)
+        scale = snap_scale((total / (count * grid.qmax)).float(), scale_dtype)
+        return scale, torch.zeros_like(scale)
     if method == "minmax":
         return _candidate(lo, hi, None, grid, scale_dtype)
 
@@ -146,16 +153,20 @@ def _error(
     else:
         shift = zero.unsqueeze(1)
         nearest.add_(shift).clamp_(grid.qmin, grid.qmax).sub_(shift)
-    power = _power(levels.sub_(nearest).abs_(), p, nearest)
+    return _line_sum(_power(levels.sub_(nearest).abs_(), p, nearest))
+
+
+def _line_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of each line, fp64 (lines,), equal on every device. Overwrites `values`."""
     # fold in halves a few times (elementwise, so equal on every device), then add up what is left in fp64
-    width = power.shape[1]
+    width = values.shape[1]
     while width > 32:
         half = width // 2
-        power[:, :half].add_(power[:, half : 2 * half])
+        values[:, :half].add_(values[:, half : 2 * half])
         if width % 2:
-            power[:, 0].add_(power[:, width - 1])
+            values[:, 0].add_(values[:, width - 1])
         width = half
-    return power[:, :width].sum(dim=1, dtype=torch.float64)
+    return values[:, :width].sum(dim=1, dtype=torch.float64)
 
 
 def _power(miss: torch.Tensor, p: float, out: torch.Tensor) -> torch.Tensor:

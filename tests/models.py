@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_lrqat import LRQATConfig
+from peft_lrqat import LowBitSRConfig, LRQATConfig
 
 VOCAB = 96
 
@@ -87,6 +87,14 @@ def adapted(model: PreTrainedModel, **config) -> PeftModel:
     """`model` with LR-QAT adapters on all linear layers; per output channel, as tiny layers have odd widths."""
     settings = {"r": 4, "lora_alpha": 32, "group_size": -1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return get_peft_model(model, LRQATConfig(**{**settings, **config}))
+
+
+def low_bit(model: PreTrainedModel, **config) -> PeftModel:
+    """`model` with trainable integers in all linear layers; per output channel, as tiny layers have odd widths."""
+    settings = {"group_size": -1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if config.get("bits") in (2, 3, 4):
+        settings["range_method"] = "minmax"  # the search takes most of a tiny model's conversion
+    return get_peft_model(model, LowBitSRConfig(**{**settings, **config}))
 
 
 def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 3, lr: float = 5e-2) -> list[float]:

@@ -47,12 +47,13 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_demo_serves_what_it_trained(example, model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["lrqat", "lowbit-sr"])
+def test_demo_serves_what_it_trained(example, model_dir, tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     demo = example("demo")
     data = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     command = f"--model {model_dir} --dataset {data} --device cpu --steps 2 --seq-len 32 --eval-tokens 128 --baselines"
-    args = demo.parse(command.split())
+    args = demo.parse([*command.split(), "--method", method])
     rows = {row.name: row for row in demo.run(args)}
 
     floating, rounded, lora, trained, served = rows.values()

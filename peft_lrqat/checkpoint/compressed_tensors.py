@@ -7,20 +7,21 @@ from typing import Any
 from torch import nn
 
 from ..grid import Grid
-from .linear import QuantizedLinear
+from .linear import MERGED
 
 
-def quantization_config(model: nn.Module, grid: Grid, bits: int) -> dict[str, Any] | None:
+def quantization_config(model: nn.Module, grid: Grid, bits: int, act_bits: int | None = None) -> dict[str, Any] | None:
     """`config.quantization_config` for a merged model, or None if it has no packed layer.
 
     Args:
         grid: the grid of the codes.
         bits: container width.
+        act_bits: 8 if activations are quantized, per token; the format is "int-quantized" then.
 
     Every nn.Linear that stayed float is listed by name under "ignore".
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not any(isinstance(module, QuantizedLinear) for module in linears.values()):
+    if not any(isinstance(module, MERGED) for module in linears.values()):
         return None
     weights = {
         "num_bits": bits,
@@ -31,18 +32,20 @@ def quantization_config(model: nn.Module, grid: Grid, bits: int) -> dict[str, An
         "group_size": grid.group_size if grid.group_size > 0 else None,
         "dynamic": False,
     }
+    form = "pack-quantized" if act_bits is None else "int-quantized"
+    activations = {"num_bits": act_bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        "ignore": [name for name, module in linears.items() if not isinstance(module, QuantizedLinear)],
+        "ignore": [name for name, module in linears.items() if not isinstance(module, MERGED)],
         "kv_cache_scheme": None,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "format": "pack-quantized",
+                "format": form,
                 "weights": weights,
-                "input_activations": None,
+                "input_activations": None if act_bits is None else activations,
                 "output_activations": None,
             }
         },

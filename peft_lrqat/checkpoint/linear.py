@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..grid import dequantize
 from ..ops import quantized_linear
 from ..packing import pack, unpack
+from .activations import BitNetLinear, Int8Linear
 
 
 class _ReadOnlyWeight(torch.Tensor):
@@ -131,3 +132,7 @@ def merged_layer(
     layer.nx = codes.shape[1]
     layer.register_parameter("bias", bias)
     return layer
+
+
+#: The layers that merging makes; a model that has one is quantized.
+MERGED: tuple[type[nn.Linear], ...] = (QuantizedLinear, Int8Linear, BitNetLinear)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from .linear import QuantizedLinear
+from .linear import MERGED
 
 if TYPE_CHECKING:
-    from ..lrqat.config import LRQATConfig
+    from ..lrqat.config import GridConfig
 
 _IMPORT_LINE = "import peft_lrqat"
 
@@ -28,17 +28,17 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     os.replace(file.name, path)
 
 
-def add_import_note(folder: str | os.PathLike, grid: str) -> None:
+def add_import_note(folder: str | os.PathLike, method: str, peft_type: str, grid: str) -> None:
     """Add to an adapter's README.md how to load it; without the import, PEFT raises a bare KeyError."""
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if _IMPORT_LINE in text:
         return
     note = f"""
-## Loading this LR-QAT adapter
+## Loading this {method} adapter
 
-This adapter lives inside the rounding of its base model ({grid}). PEFT knows the method once
-[peft-lrqat](https://pypi.org/project/peft-lrqat/) is imported; without the import it raises `KeyError: 'LRQAT'`.
+The weights of this adapter are integers ({grid}). PEFT knows the method once
+[peft-lrqat](https://pypi.org/project/peft-lrqat/) is imported; without the import it raises `KeyError: '{peft_type}'`.
 
 ```python
 {_IMPORT_LINE}  # pip install peft-lrqat
@@ -51,7 +51,7 @@ merged = model.merge_and_unload()  # a quantized model that needs neither PEFT n
     write_atomically(path, text.rstrip("\n") + "\n" + note)
 
 
-def attach_card(model: nn.Module, config: LRQATConfig) -> None:
+def attach_card(model: nn.Module, config: GridConfig) -> None:
     """Make `save_pretrained` write a README.md beside the checkpoint, if none exists, and `push_to_hub` push it."""
     if not hasattr(model, "save_pretrained"):
         return
@@ -79,41 +79,39 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
-def _card(model: nn.Module, config: LRQATConfig) -> str:
-    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+def _card(model: nn.Module, config: GridConfig) -> str:
+    quantized = [m for m in model.modules() if isinstance(m, MERGED)]
     weights = sum(m.in_features * m.out_features for m in quantized)
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
     total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     base = config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model"
     on_hub = "/" in base and not os.path.isabs(base) and not os.path.exists(base)
     base = base if on_hub else Path(base).name  # a folder's path means nothing to others
-    bits = config.container_bits or config.bits
+    described = getattr(model.config, "quantization_config", None) or {}
     data = ModelCardData(
         library_name="transformers",
-        tags=["compressed-tensors", "lr-qat", "qat", f"{config.bits}-bit"],
+        tags=[config.export_format or "", config.method.lower().replace(" ", "-"), "qat", f"{config.bits}-bit"],
         base_model=base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
     )
-    container = f"compressed-tensors pack-quantized, {bits} bits" if weights else "dense, values on the grid"
-    ranges = f"lp (p = {config.range_p:g})" if config.range_method == "lp" else config.range_method
+    form = described.get("format", "2 bits").replace("quantized", f"quantized, {config.stored_bits} bits")
+    container = f"{described.get('quant_method')} {form}" if weights else "dense, values on the grid"
     size = f"{packed * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
     return f"""---
 {data.to_yaml()}
 ---
 
-# {Path(base).name}, {config.bits} bits, trained with LR-QAT
+# {Path(base).name}, {config.bits} bits, trained with {config.method}
 
 | | |
 |---|---|
 | base model | {base} |
-| grid | {config.grid.describe()} |
+| grid | {config.stored_grid.describe()} |
 | container | {container} |
 | quantized layers | {len(quantized)} linear layers, {weights / 1e6:.1f} M weights |
 | size | {size}{total / 1e6:.1f} MB in all |
 | scales | {"exact in bf16 and fp16" if config.scale_dtype == "auto" else config.scale_dtype} |
-| recipe | LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {config.r}, \
-lora_alpha {config.lora_alpha}, \
-base kept as {config.downcast}, ranges by {ranges} |
+| recipe | {config.recipe()} |
 
 The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.
 

@@ -110,7 +110,7 @@ class FrozenWeight(nn.Module):
         self.range_method, self.range_p = range_method, range_p
         self.compute_dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        self.fmt = BaseFormat(grid.bits, self.in_features, downcast)
+        self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
         base, scale, zero_point, self.source_checksum = self._convert(weight)
         self.base = PackedParameter(base)
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
@@ -127,7 +127,9 @@ class FrozenWeight(nn.Module):
             levels = grouped(weight[rows].float().contiguous(), scale) / scale[per_row].unsqueeze(-1)
             if zero_point is not None:
                 levels += zero_point[per_row].unsqueeze(-1)
-            parts.append(encode_base(levels.view(-1, self.in_features), self.grid.bits, self.downcast))
+            if self.grid.ternary:  # two-bit codes, of which -2 is not used
+                levels.clamp_(self.grid.qmin, self.grid.qmax)
+            parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))
         return torch.cat(parts), scale, zero_point, float_checksum(weight)
 
     @property
@@ -171,7 +173,7 @@ class FrozenWeight(nn.Module):
         c: float = 1.0,
     ) -> torch.Tensor:
         """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
-        bits, downcast, kept = self.grid.bits, self.downcast, self.scale_dtype
+        bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         return quantized_linear(x, self.base, self.scale0, shift, self.zero_point, A, B, bias, c, bits, downcast, kept)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
+from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.model_card import add_import_note
 from ..grid import SCALE_DTYPES, Grid
@@ -37,8 +40,71 @@ _REFUSED = {
 }
 
 
+class GridConfig(PeftConfigMixin):
+    """What the configurations of this package share: a grid, and checks of the adapter's file before it is loaded.
+
+    Attributes:
+        method: the method's name, for messages.
+        quantizes: the classes of modules that can be adapted.
+    """
+
+    method: ClassVar[str]
+    quantizes: ClassVar[tuple[type, ...]]
+    bits: int
+    container_bits: int | None
+    scale_dtype: str
+    base_model_name_or_path: str | None
+    export_format: str | None = "compressed-tensors"
+    act_bits: int | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that the fields describe."""
+        raise NotImplementedError
+
+    @property
+    def stored_grid(self) -> Grid:
+        """The grid of the merged checkpoint."""
+        return self.grid
+
+    @property
+    def stored_bits(self) -> int:
+        """Width of the codes in the merged checkpoint."""
+        return self.container_bits or self.stored_grid.code_bits
+
+    def recipe(self) -> str:
+        """What a merged checkpoint's model card says about the training."""
+        raise NotImplementedError
+
+    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
+        """Tensor name -> shape (None: any) of what an adapter's file holds for a layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """PEFT's `from_pretrained`; a local adapter file is checked here, before any model is touched.
+
+        Raises:
+            ValueError: the adapter's weight file is truncated or not a safetensors file.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        shapes = _adapter_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, GridConfig):
+            config._adapter_shapes = shapes
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's `save_pretrained`; the model card gets the import line without which PEFT cannot load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_import_note(save_directory, self.method, PeftType(self.peft_type).value, self.grid.describe())
+
+    # What the adapter's file holds (name -> shape), if this config was loaded from a folder; not saved.
+    _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)  # without an annotation: it is no field
+
+
 @dataclass
-class LRQATConfig(LoraConfig):
+class LRQATConfig(GridConfig, LoraConfig):
     """Configuration of LR-QAT (arXiv 2406.06385).
 
     Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...),
@@ -48,6 +114,9 @@ class LRQATConfig(LoraConfig):
     Raises:
         ValueError: a field is out of range, or options contradict each other.
     """
+
+    method = "LR-QAT"
+    quantizes = (nn.Linear, Conv1D, nn.Embedding)
 
     r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
     lora_alpha: int = field(  # type: ignore[assignment]  # None exists only until __post_init__
@@ -122,14 +191,30 @@ class LRQATConfig(LoraConfig):
 
     @property
     def grid(self) -> Grid:
-        """The grid that the fields describe."""
         return Grid(self.bits, self.group_size, self.symmetric)
 
+    def recipe(self) -> str:
+        ranges = f"lp (p = {self.range_p:g})" if self.range_method == "lp" else self.range_method
+        return (
+            f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
+            f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, ranges by {ranges}"
+        )
+
+    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
+        shapes: dict[str, tuple] = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
+        if self.learn_scales:
+            shapes["lora_scale_shift"] = self.grid.scale_shape(out_features, in_features)
+        return shapes
+
     def _check_options(self) -> None:
-        Grid(self.bits, self.group_size, self.symmetric)
-        _check_choice("downcast", self.downcast, (None, *DOWNCASTS))
-        _check_choice("range_method", self.range_method, RANGE_METHODS)
-        _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if Grid(self.bits, self.group_size, self.symmetric).ternary:
+            raise ValueError(
+                "`bits` is 1.58; LR-QAT's grids have 2 to 8 bits (whole numbers). Ternary weights are trained by "
+                "LowBitSRConfig."
+            )
+        check_choice("downcast", self.downcast, (None, *DOWNCASTS))
+        check_choice("range_method", self.range_method, RANGE_METHODS)
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         if self.bits == 8 and self.downcast == "fx8":
             raise ValueError(
                 "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or "
@@ -166,30 +251,9 @@ class LRQATConfig(LoraConfig):
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise ValueError("LR-QAT does not support `ephemeral_gpu_offload`: its initialization needs no GPU.")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """PEFT's `from_pretrained`; a local adapter file is checked here, before any model is touched.
 
-        Raises:
-            ValueError: the adapter's weight file is truncated or not a safetensors file.
-        """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        shapes = _adapter_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, LRQATConfig):
-            config._adapter_shapes = shapes
-        return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's `save_pretrained`; the model card gets the import line without which PEFT cannot load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        add_import_note(save_directory, self.grid.describe())
-
-    # What the adapter's file holds (name -> shape), if this config was loaded from a folder; not saved.
-    _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)  # without an annotation: it is no field
-
-
-def _check_choice(name: str, value: Any, allowed: tuple) -> None:
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raise ValueError unless `value`, of the option `name`, is among `allowed`."""
     if value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(repr(a) for a in allowed if a is not None)}.")
 

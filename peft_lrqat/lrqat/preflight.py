@@ -9,10 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint.linear import QuantizedLinear
+from ..checkpoint.linear import MERGED
 from ..chunks import row_chunks
 from .base import float_checksum
-from .config import LRQATConfig
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,22 +23,22 @@ _STORABLE = {
 }
 
 
-def check_base(model: nn.Module) -> None:
+def check_base(model: nn.Module, config: Any) -> None:
     """Raise ValueError if the model is quantized already."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     quantized = getattr(model, "is_quantized", False)
-    packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    packed = any(isinstance(module, MERGED) for module in model.modules())
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     if (isinstance(method, str) and not adapted) or quantized is True or packed:
         raise ValueError(
-            f"The base model is already quantized ({method or 'packed layers'}), but LR-QAT starts from float weights. "
-            "Load the float model; for a model that was dequantized on loading (GGUF), delete "
+            f"The base model is already quantized ({method or 'packed layers'}), but {config.method} starts from float "
+            "weights. Load the float model; for a model that was dequantized on loading (GGUF), delete "
             "`model.config.quantization_config`."
         )
 
 
-def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:
     """Raise ValueError if a targeted module cannot be converted."""
     owners: dict[int, list[str]] = {}  # weight -> the slots that hold it; a slot of a shared parent counts once
     for parent_name, parent in model.named_modules():
@@ -52,10 +51,11 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
         if isinstance(module, BaseTunerLayer):
             continue
         where = f"module {name!r} ({type(module).__name__})"
-        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+        if not isinstance(module, config.quantizes):
+            *others, last = ("nn." * (kind is not Conv1D) + kind.__name__ for kind in config.quantizes)
             raise ValueError(
-                f"`target_modules` names {where}, but LR-QAT quantizes nn.Linear, Conv1D and nn.Embedding only. Use "
-                "'all-linear', or leave the module out with `exclude_modules`."
+                f"`target_modules` names {where}, but {config.method} quantizes {', '.join(others)} and {last} only. "
+                "Use 'all-linear', or leave the module out with `exclude_modules`."
             )
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
             raise ValueError(
@@ -68,7 +68,7 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
                 "no float weight (it seems to be quantized)" if weight is None else f"a weight of dtype {weight.dtype}"
             )
             raise ValueError(
-                f"{where} has {kind}; LR-QAT needs float32, bfloat16 or float16 weights. Load the float model."
+                f"{where} has {kind}; {config.method} needs float32, bfloat16 or float16 weights. Load the float model."
             )
         if hasattr(weight, "full_tensor"):
             raise ValueError(
@@ -107,12 +107,12 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: LRQAT
                 )
 
 
-def check_fingerprint(targets: dict[str, Any], config: LRQATConfig) -> str:
+def check_fingerprint(targets: dict[str, Any], config: Any) -> str:
     """The fingerprint of the targeted modules' float weights; ValueError if `config` comes with another one."""
     total = 0
     for index, module in enumerate(targets.values()):
         if isinstance(module, BaseTunerLayer):
-            checksum: int = module.frozen.source_checksum  # type: ignore[attr-defined]  # an LRQATLinear
+            checksum: int = module.frozen.source_checksum  # type: ignore[attr-defined]  # a layer of ours
         else:
             checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)
         total += checksum * (2 * index + 1)  # by order, not by name: PEFT and transformers prefix names differently
@@ -129,7 +129,7 @@ def check_fingerprint(targets: dict[str, Any], config: LRQATConfig) -> str:
     return fingerprint
 
 
-def check_adapter_file(targets: dict[str, Any], config: LRQATConfig) -> None:
+def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
     """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
     shapes = config._adapter_shapes
     if shapes is None:
@@ -142,10 +142,7 @@ def check_adapter_file(targets: dict[str, Any], config: LRQATConfig) -> None:
             out_features, in_features = module.weight.shape
             if isinstance(module, Conv1D):
                 out_features, in_features = in_features, out_features
-        expected: dict[str, tuple] = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
-        if config.learn_scales:
-            expected["lora_scale_shift"] = config.grid.scale_shape(out_features, in_features)
-        for part, shape in expected.items():
+        for part, shape in config.expected_shapes(out_features, in_features).items():
             key = f"base_model.model.{name}.{part}"
             saved = shapes.get(key)
             if saved is None:

@@ -1,0 +1,79 @@
+"""How any `torch.optim.Optimizer` trains packed codes.
+
+torch calls global hooks before and after the `step()` of every optimizer. Before it, each low-bit parameter in the
+optimizer's groups is replaced by a plain fp32 parameter with the same values and the same gradient (and the optimizer's
+state follows); after it, the values are rounded into the codes, once, and the groups are put back. So the rule itself
+does not matter, nor how it is implemented: in Python, `foreach`, fused, compiled, in 8 bits. The same hook steps aside
+for optimizers that know packed codes (`handles_low_bit`).
+
+The price is a transient fp32 copy of the low-bit weights during `step()`, beside the dense gradient and state that such
+an optimizer keeps anyway. `LowBitAdamW` pays none of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .tensor import LowBitTensor
+
+# attribute of an optimizer within `step()`: [(group, index, low-bit parameter, its float stand-in)]
+_SWAPPED = "_peft_lrqat_swapped"
+
+
+@torch.no_grad()
+def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if getattr(optimizer, "handles_low_bit", False):
+        return
+    _put_back(optimizer)  # if the last step raised in between
+    found = [
+        (group, index, parameter)
+        for group in optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+        if isinstance(parameter, LowBitTensor) and parameter.grad is not None
+    ]
+    if not found:
+        return
+    if any(parameter.error_feedback for _, _, parameter in found):
+        raise ValueError(
+            f"`error_feedback=True` puts the rounding remainder into the optimizer's momentum, which "
+            f"{type(optimizer).__name__} knows nothing about. Use peft_lrqat.LowBitAdamW, or train with "
+            "`error_feedback=False`."
+        )
+    if any(callable(value) for value in (*args[1:], *kwargs.values())):
+        raise ValueError(
+            f"{type(optimizer).__name__}.step() was given a closure, which evaluates the model in the middle of the "
+            "step, where low-bit weights have not been rounded yet. Call backward() first and step() without a "
+            "closure; LBFGS and other line searches cannot train them: use torch.optim.AdamW or "
+            "peft_lrqat.LowBitAdamW."
+        )
+    swapped: list[tuple[dict[str, Any], int, LowBitTensor, nn.Parameter]] = []
+    for group, index, parameter in found:
+        stand_in = nn.Parameter(parameter.to_float(), parameter.requires_grad)
+        stand_in.grad = parameter.grad
+        group["params"][index] = stand_in
+        if parameter in optimizer.state:
+            optimizer.state[stand_in] = optimizer.state.pop(parameter)
+        swapped.append((group, index, parameter, stand_in))
+    setattr(optimizer, _SWAPPED, swapped)
+
+
+def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for _, _, parameter, stand_in in getattr(optimizer, _SWAPPED, ()):
+        parameter.round_from(stand_in.detach())
+    _put_back(optimizer)
+
+
+def _put_back(optimizer: Optimizer) -> None:
+    for group, index, parameter, stand_in in optimizer.__dict__.pop(_SWAPPED, ()):
+        group["params"][index] = parameter
+        if stand_in in optimizer.state:
+            optimizer.state[parameter] = optimizer.state.pop(stand_in)
+
+
+register_optimizer_step_pre_hook(_before)
+register_optimizer_step_post_hook(_after)

@@ -1,0 +1,78 @@
+"""Where a layer keeps its adapters' weights, and how state dicts see them.
+
+A `LowBitTensor` is three plain tensors. Files, `load_state_dict` and transformers' own loader shall meet those, under
+names of their own, and never the wrapper, nor a float weight:
+
+    lowbitsr_weight.<adapter>     the parameter; in no state dict
+    lowbitsr_codes.<adapter>      its packed codes        int32 (out, words)
+    lowbitsr_scale.<adapter>      its scales              fp32  (rows, groups)
+    lowbitsr_stream.<adapter>     key and step of its random numbers    int64 (2,)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Name in a state dict -> attribute of `LowBitTensor`.
+PARTS = {"lowbitsr_codes": "packed", "lowbitsr_scale": "scale", "lowbitsr_stream": "stream"}
+
+
+class WeightDict(nn.ParameterDict):
+    """Adapter -> `LowBitTensor`; in no state dict."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WeightDict:
+        # torch swaps a moved subclass for a new one, which would leave gradient hooks behind: only where it must
+        for weight in self.values():
+            if weight.device != fn(torch.empty(0, device=weight.device)).device:
+                super()._apply(fn, recurse)
+                break
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+class PartView(nn.Module):
+    """One of `PARTS` of every adapter, as a state dict has it. Setting an entry writes to the weight."""
+
+    def __init__(self, weights: WeightDict, attribute: str) -> None:
+        super().__init__()
+        # not a submodule: it has the parameters already
+        object.__setattr__(self, "_weights", weights)
+        object.__setattr__(self, "_attribute", attribute)
+
+    def __getattr__(self, name: str) -> Any:
+        weights = self.__dict__.get("_weights", ())
+        return getattr(weights[name], self._attribute) if name in weights else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__.get("_weights", ()):
+            super().__setattr__(name, value)
+            return
+        with torch.no_grad():
+            getattr(self, name).copy_(value.detach())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for adapter in self._weights:
+            destination[prefix + adapter] = getattr(self, adapter).detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        for adapter in self._weights:
+            here, found = getattr(self, adapter), state_dict.get(prefix + adapter)
+            if found is None:
+                missing.append(prefix + adapter)
+            elif found.shape != here.shape or found.dtype != here.dtype:
+                errors.append(
+                    f"{prefix}{adapter} is {found.dtype} {tuple(found.shape)} in the file, but this model needs "
+                    f"{here.dtype} {tuple(here.shape)}: the adapter was made for another grid or architecture."
+                )
+            else:
+                setattr(self, adapter, found)
+        known = {prefix + adapter for adapter in self._weights}
+        unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in known)

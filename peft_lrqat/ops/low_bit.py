@@ -1,0 +1,213 @@
+"""The linear layer over packed, *trainable* codes: y = x W^T, with a dense gradient for W.
+
+Two differences from `quantized_linear`: the gradient of the whole weight is returned, because it is what the optimizer
+rounds from; and the weight may go through a ternary projection on its way (`ternary_scale`). The gradient is taken at
+the weight that the forward used; no straight-through estimator is involved, except through the projection.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..chunks import row_chunks
+from ..grid import grouped
+from ..packing import unpack
+from .reference import rows_of
+
+_NAMESPACE = "peft_lrqat"
+
+
+def low_bit_levels(packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int) -> Tensor:
+    """The integers that the forward multiplies with its scale: fp32 (rows, in).
+
+    Without a projection the codes q; with one, clip(round(q * scale / ternary_scale), -1, 1).
+
+    Args:
+        packed: int32 (rows, words).
+        scale, ternary_scale: fp32 (rows or 1, groups).
+    """
+    codes = unpack(packed, bits, in_features).float()
+    if ternary_scale is None:
+        return codes
+    ratio = (scale / ternary_scale).unsqueeze(-1)
+    return (grouped(codes, scale) * ratio).round_().clamp_(-1, 1).view_as(codes)
+
+
+def low_bit_weight(
+    packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """W^ = s * q (or ternary_scale * t), (out, in), rounded once to `dtype`; in row chunks."""
+    weight = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
+    for rows in row_chunks(packed.shape[0], in_features, packed.device):
+        s = rows_of(scale, rows)
+        t = None if ternary_scale is None else rows_of(ternary_scale, rows)
+        levels = low_bit_levels(packed[rows], s, t, bits, in_features)
+        weight[rows] = (grouped(levels, s) * (s if t is None else t).unsqueeze(-1)).view_as(levels)
+    return weight
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::mean_code", mutates_args=())
+def mean_code(packed: Tensor, rows: int, groups: int, bits: int, in_features: int) -> Tensor:
+    """mean |q| over the weights that share a scale, at least half a code: fp32 (rows, groups).
+
+    A sum of integers, so equal on every device and in every order.
+    """
+    sums = torch.empty(packed.shape[0], groups, dtype=torch.int64, device=packed.device)
+    for part in row_chunks(packed.shape[0], in_features, packed.device):
+        codes = unpack(packed[part], bits, in_features).to(torch.int32)
+        sums[part] = codes.abs_().view(codes.shape[0], groups, -1).sum(dim=-1)
+    if rows == 1:
+        sums = sums.sum(dim=0, keepdim=True)
+    count = packed.shape[0] * in_features // (rows * groups)
+    # all-zero codes stay zero with any positive scale
+    return (sums.double() / count).clamp_(min=0.5 / count).float()
+
+
+@mean_code.register_fake
+def _(packed, rows, groups, bits, in_features):
+    return packed.new_empty(rows, groups, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear", mutates_args=())
+def _linear(
+    x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
+) -> Tensor:
+    weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+@_linear.register_fake
+def _(x, packed, scale, ternary_scale, bias, bits):
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear_backward", mutates_args=())
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    ternary_scale: Tensor | None,
+    bits: int,
+    need_x: bool,
+    need_weight: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    in_features = x.shape[-1]
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, in_features)
+    dx, dw, ds = x.new_empty(0), scale.new_empty(0), scale.new_empty(0)
+    with torch.autocast(dy.device.type, enabled=False):
+        if need_x:
+            weight = low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
+            dx = (flat_dy @ weight).view(x.shape)
+            del weight
+        if need_weight or need_scale:
+            dw = (flat_dy.t() @ flat_x).float()
+    if need_scale:
+        ds = torch.zeros_like(scale)
+        for rows in row_chunks(packed.shape[0], in_features, packed.device):
+            s = rows_of(scale, rows)
+            t = None if ternary_scale is None else rows_of(ternary_scale, rows)
+            levels = low_bit_levels(packed[rows], s, t, bits, in_features)
+            part = grouped(levels.mul_(dw[rows]), scale).sum(dim=-1)
+            if scale.shape[0] == 1:
+                ds += part.sum(dim=0, keepdim=True)
+            else:
+                ds[rows] = part
+    return dx, dw if need_weight else scale.new_empty(0), ds
+
+
+@_linear_backward.register_fake
+def _(dy, x, packed, scale, ternary_scale, bits, need_x, need_weight, need_scale):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        scale.new_empty((packed.shape[0], x.shape[-1]) if need_weight else 0),
+        torch.empty_like(scale) if need_scale else scale.new_empty(0),
+    )
+
+
+class _LowBitLinear(torch.autograd.Function):
+    """Ties the two ops to the parameter: `weight` has no float storage, and receives a dense gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits):
+        ctx.bits, ctx.x_shape, ctx.x_dtype = bits, x.shape, x.dtype
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor)
+        return _linear(x, packed, scale, ternary_scale, bias, bits)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, packed, scale, ternary_scale, factor = ctx.saved_tensors
+        need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]
+        if x is None:
+            x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
+        dx, dw, ds = _linear_backward(
+            dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, need_x, need_weight, need_scale
+        )
+        if need_weight and factor is not None:
+            dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
+        nothing = (None,) * 5
+        return dx if need_x else None, dw if need_weight else None, ds if need_scale else None, db, *nothing
+
+
+def low_bit_linear(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    ternary_scale: Tensor | None,
+    factor: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
+
+    Args:
+        x: (..., in), the compute dtype; W^ is built in it. Differentiable.
+        weight: fp32 (out, in), the parameter that receives the gradient; its values are not read.
+        packed: int32 (out, words), its codes.
+        scale: fp32 (rows, groups), snapped, weight units per grid step. Differentiable, unless `ternary_scale` is
+            given, which is differentiable then.
+        ternary_scale: fp32 (rows, groups) or None.
+        factor: fp32 (rows, groups) or None: what dL/dW^ is multiplied with to become the parameter's gradient.
+        bias: (out,), x's dtype, or None. Differentiable.
+        bits: width of a packed code.
+
+    Returns:
+        (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
+    """
+    learned = scale if ternary_scale is None else ternary_scale
+    detached = None if ternary_scale is None else ternary_scale.detach()
+    return _LowBitLinear.apply(x, weight, learned, bias, packed, scale.detach(), detached, factor, bits)
+
+
+def quantize_activations(x: Tensor, levels: float) -> Tensor:
+    """Per-token absmax activations on an 8-bit grid, straight-through (BitNet b1.58, arXiv 2402.17764).
+
+    Args:
+        x: (..., in), a token per row.
+        levels: how many steps the largest magnitude of a token takes: 127 in BitNet, 127.5 in compressed-tensors.
+
+    Returns:
+        (..., in) in x's dtype: clip(round(x / a), -128, 127) * a with a = max |x| / levels.
+    """
+    with torch.no_grad():
+        wide = x.float()
+        largest = wide.abs().amax(dim=-1, keepdim=True)
+        if levels == 127:  # the operations, in the order, of transformers' `ActQuant`
+            scale = 127 / largest.clamp(min=1e-5)
+            rounded = ((wide * scale).round().clamp(-128, 127) / scale).to(x.dtype)
+        else:
+            rounded = _compressed_tensors_activations(x, largest, levels)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def _compressed_tensors_activations(x: Tensor, largest: Tensor, levels: float) -> Tensor:
+    # compressed-tensors keeps the scale in the activations' dtype, and computes in it
+    scale = (largest / levels).to(x.dtype)
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return (x / scale).round().clamp(-128, 127) * scale

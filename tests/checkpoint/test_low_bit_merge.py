@@ -1,0 +1,148 @@
+"""Trained integers, merged and reloaded by plain transformers: equal logits for every width, container and format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_lrqat.checkpoint.activations import BitNetLinear, Int8Linear
+from peft_lrqat.checkpoint.linear import MERGED, QuantizedLinear
+from peft_lrqat.lowbit_sr import LowBitSRLinear
+from tests.checkpoint.test_merge import read
+from tests.models import logits, low_bit, reload_clean, tiny, tokens, train
+
+# qwen2 has biases on q, k and v; 40 columns of 3 bits do not fill their last word
+MODEL = {"num_hidden_layers": 1, "intermediate_size": 40}
+ALL_EIGHT = {"act_bits": 8, "group_size": 0}
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: str
+    options: dict = field(hash=False)
+    family: str = "qwen2"
+
+    def __str__(self) -> str:
+        return "-".join([self.dtype, *(f"{key}={value}" for key, value in self.options.items())])
+
+    @property
+    def bits(self) -> float:
+        return self.options.get("forward_bits", self.options["bits"])
+
+
+CASES = [
+    *(Case("bfloat16", {"bits": bits, "group_size": g}) for bits in (1.58, 2, 3, 4, 8) for g in (-1, 8, 0)),
+    *(Case("bfloat16", {"bits": 1.58, "group_size": 0, "container_bits": width}) for width in (4, 8)),
+    *(Case("float32", {"bits": bits, "learn_scales": True}) for bits in (1.58, 3, 8)),
+    Case("float16", {"bits": 4, "learn_scales": True, "group_size": 8}),
+    Case("bfloat16", {"bits": 3, "container_bits": 4}),
+    Case("float32", {"bits": 8, "forward_bits": 1.58}),
+    Case("bfloat16", {"bits": 4, "forward_bits": 1.58, "learn_scales": True, "container_bits": 4}),
+    Case("float32", {"bits": 8, "act_bits": 8}),
+    Case("bfloat16", {"bits": 4, "act_bits": 8, "learn_scales": True}),
+    Case("bfloat16", {"bits": 1.58, "act_bits": 8, "group_size": 0, "export_format": "compressed-tensors"}),
+    Case("float32", {"bits": 1.58, **ALL_EIGHT}, "llama"),
+    Case("bfloat16", {"bits": 1.58, "learn_scales": True, **ALL_EIGHT}, "llama"),
+    Case("bfloat16", {"bits": 8, "forward_bits": 1.58, **ALL_EIGHT}, "llama"),
+]
+
+
+@dataclass
+class Result:
+    folder: Path
+    trained: torch.Tensor
+    merged: torch.Tensor
+    kinds: set[type]
+    ends: tuple[int, int]
+    start: torch.Tensor
+    reloaded: torch.Tensor | None = None
+
+
+def _run(case: Case, folder: Path) -> Result:
+    torch.manual_seed(0)
+    model = low_bit(tiny(case.family, dtype=getattr(torch, case.dtype), **MODEL), **case.options).eval()
+    start = logits(model, tokens())
+    train(model, tokens(), lr=2e-2)
+    trained = logits(model, tokens())
+    model.merge_adapter()
+    assert torch.equal(logits(model, tokens()), trained)
+    codes = [m.base_layer.codes.int() for m in model.modules() if isinstance(m, LowBitSRLinear)]
+    ends = min(int(c.min()) for c in codes), max(int(c.max()) for c in codes)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens()), trained)
+    merged_model = model.merge_and_unload()
+    merged = logits(merged_model, tokens())  # and saved after this forward
+    merged_model.save_pretrained(folder)
+    kinds = {type(m) for m in merged_model.modules() if isinstance(m, MERGED)}
+    return Result(folder, trained, merged, kinds, ends, start)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Result]:
+    """Every case trained, merged and saved, then all of them loaded in one process that has no plugin."""
+    work = tmp_path_factory.mktemp("checkpoints")
+    found = {str(case): _run(case, work / str(i)) for i, case in enumerate(CASES)}
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers compiles BitNet's unpacking, which takes most of a minute and computes the same
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        reloaded = reload_clean([result.folder for result in found.values()], tokens(), work)
+    for result, again in zip(found.values(), reloaded, strict=True):
+        result.reloaded = again
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_trained_merged_and_reloaded_are_equal(results, case: Case):
+    result = results[str(case)]
+    assert torch.isfinite(result.trained).all()
+    assert not torch.equal(result.start, result.trained)
+    assert torch.equal(result.merged, result.trained)
+    assert result.reloaded.dtype == getattr(torch, case.dtype)
+    assert torch.equal(result.reloaded, result.trained)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_file_holds_integers_of_the_grid_and_no_float_copy(results, case: Case):
+    result, options = results[str(case)], case.options
+    low, high = (-1, 1) if case.bits == 1.58 else (-(2 ** (case.bits - 1)), 2 ** (case.bits - 1) - 1)
+    assert low <= result.ends[0] < 0 < result.ends[1] <= high
+    tensors = read(result.folder)
+    described = json.loads((result.folder / "config.json").read_text())["quantization_config"]
+    names = [name for name in tensors if name.endswith("down_proj.weight_scale")]
+    down = names[0].removesuffix(".weight_scale")
+    if "export_format" not in options and options.get("act_bits") and options.get("group_size") == 0:
+        assert result.kinds == {BitNetLinear}
+        assert described["quant_method"] == "bitnet"
+        assert tensors[down + ".weight"].dtype == torch.uint8
+        assert tensors[down + ".weight"].shape == (32 // 4, 40)
+    elif options.get("act_bits"):
+        assert result.kinds == {Int8Linear}
+        assert described["format"] == "int-quantized"
+        assert tensors[down + ".weight"].dtype == torch.int8
+    else:
+        width = options.get("container_bits") or (2 if case.bits == 1.58 else case.bits)
+        assert result.kinds == {QuantizedLinear}
+        assert described["config_groups"]["group_0"]["weights"]["num_bits"] == width
+        assert tensors[down + ".weight_packed"].shape == (32, -(-40 * width // 32))
+    floats = {n for n, t in tensors.items() if t.is_floating_point() and t.ndim == 2 and "weight_scale" not in n}
+    assert floats == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_the_card_says_what_was_done(tmp_path: Path):
+    model = tiny()
+    model.name_or_path = "someone/tiny-model"
+    adapted = low_bit(model, bits=8, forward_bits=1.58, learn_scales=True)
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for said in (
+        "trained with Low-bit SR",
+        "ternary, per channel",
+        "pack-quantized, 2 bits",
+        "8-bit codes",
+        "2412.04787",
+    ):
+        assert said in card, card
