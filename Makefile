@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # passed on: make demo ARGS="--bits 3", make test ARGS="-k grid"
 ARGS ?=
+# processes that run tests
+JOBS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -21,7 +23,7 @@ demo: $(STAMP) ## Train SmolLM2-135M to 4 bits and compare it with rounding (5 m
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(STAMP) ## Run the tests that CI runs (ARGS="-k grid" for some of them)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 slow: $(STAMP) ## Run the tests that take longer than CI should
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -337,9 +337,7 @@ def main() -> None:
     one.add_argument("--range-method", default="minmax", help="of the random weights; has no part in a step")
     one.add_argument("--autocast", action="store_true", help="to bf16, as Trainer(bf16=True) does")
     one.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
-    one.add_argument(
-        "--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit"
-    )
+    one.add_argument("--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit")
     one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
     one.add_argument("--profile", action="store_true")
     one.add_argument("--append", action="store_true", help="to what --out holds already")

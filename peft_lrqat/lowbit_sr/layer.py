@@ -219,6 +219,11 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         weight: Any = self.lowbitsr_weight[adapter]
         options = self.lowbitsr_options[adapter]
+        if not hasattr(weight, "packed"):
+            raise ValueError(
+                "Something has replaced a low-bit weight by a float tensor, as FSDP does: sharding packed weights is not "
+                "supported. Use data parallelism (DDP), or LR-QAT (`LRQATConfig`), whose packed base FSDP2 shards."
+            )
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if dtype == torch.float16 and weight.requires_grad and torch.is_grad_enabled():

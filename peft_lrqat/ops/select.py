@@ -26,8 +26,8 @@ def _kernels() -> ModuleType | None:
 
 @functools.cache
 def _capable(device: torch.device) -> bool:
-    """Whether Triton compiles for this GPU: NVIDIA's from Ampere on (bf16), and AMD's."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether this is a GPU that the kernels were made for: NVIDIA's from Ampere on, which have bf16."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
@@ -39,7 +39,7 @@ def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
 
 @contextlib.contextmanager
 def use_kernels(use: bool) -> Iterator[None]:
-    """Inside, operations run with (True) or without (False) the Triton kernels, whatever the device.
+    """Inside, operations run with (True) or without (False) the Triton kernels, whatever the device. For all threads.
 
     True needs a GPU or Triton's interpreter (`TRITON_INTERPRET=1`); results differ by rounding only, codes not at all.
     """

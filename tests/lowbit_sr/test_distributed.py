@@ -71,3 +71,18 @@ def test_ranks_do_what_one_process_does_with_the_whole_batch(ranks: list[dict], 
     for name, expected in single.items():
         # gradients are summed in another order, so a code on the edge may fall to the other side
         assert (ranks[0][optimizer][name] != expected).float().mean() < 0.02, name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharding_is_refused(tmp_path: Path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = low_bit(tiny(), bits=4)
+        with pytest.raises((ValueError, RuntimeError), match=r"low-bit weight"):
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            model(input_ids=tokens())
+    finally:
+        dist.destroy_process_group()
