@@ -221,8 +221,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         options = self.lowbitsr_options[adapter]
         if not hasattr(weight, "packed"):
             raise ValueError(
-                "Something has replaced a low-bit weight by a float tensor, as FSDP does: sharding packed weights is not "
-                "supported. Use data parallelism (DDP), or LR-QAT (`LRQATConfig`), whose packed base FSDP2 shards."
+                "Something has replaced a low-bit weight by a float tensor, as FSDP does: sharding packed weights is "
+                "not supported. Use data parallelism (DDP), or LR-QAT (`LRQATConfig`), whose packed base FSDP2 shards."
             )
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -151,6 +151,10 @@ def rounded_levels(
     return round_half_even(z)
 
 
+#: Programs that keep a GPU busy; with fewer, no program works on several tiles.
+ENOUGH_PROGRAMS = 512
+
+
 class Tiling(NamedTuple):
     """How an (out, in) weight is cut into tiles."""
 
@@ -178,7 +182,9 @@ def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool =
     group = in_features // groups
     BN = next((n for n in (128, 64, 32) if group % n == 0), max(16, min(128, power_of_2(group))))
     columns, of_rows = groups * ceil_div(group, BN), ceil_div(rows, BM)
-    loop = next((n for n in (8, 4, 2) if loops and rows % (BM * n) == 0 and columns * of_rows // n >= 512), 1)
+    loop = next(
+        (n for n in (8, 4, 2) if loops and rows % (BM * n) == 0 and columns * of_rows // n >= ENOUGH_PROGRAMS), 1
+    )
     return Tiling(columns, of_rows, group, BM, BN, loop, rows % BM == 0 and group % BN == 0)
 
 
