@@ -39,6 +39,7 @@ def main() -> int:
     arguments = _arguments()
     specs = [spec for spec in SPECS if not arguments.names or spec.name in arguments.names]
     project, engine = arguments.python, ensure_vllm(ROOT / ".venv-vllm")
+    record = _record(project, engine)  # now: the commit that runs, whatever is committed meanwhile
     folders = {spec: arguments.folder / spec.name for spec in specs}
 
     wanted = [s.name for s, f in folders.items() if arguments.remake or not (f / "tokenizer.json").exists()]
@@ -63,7 +64,7 @@ def main() -> int:
             print(f"{row['checkpoint']}, {row['dtype']}: {json.dumps(split)}")
     if not arguments.names:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(_record(project, engine) | {"rows": rows}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
         print(f"\nwrote {RESULTS.relative_to(ROOT)}")
     failed = [row for row in rows if not row["ok"]]
     print(f"\n{len(rows) - len(failed)} passed, {len(failed)} failed")
