@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from ..chunks import row_chunks
 from ..grid import TERNARY
+from ..ops.select import kernels_for, on_device_of
 from .tensor import LowBitTensor
 from .update import Rule, new_state, update_factors, update_rows
 
@@ -214,6 +215,23 @@ class LowBitAdamW(Optimizer):
         if rule.state == "factored":
             chunks = list(row_chunks(rows, columns, parameter.device))
             extra["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
+        kernels = kernels_for(parameter.packed)
+        if kernels is not None:
+            step_lr = lr.to(parameter.device, torch.float32)
+            inner = {name: value for name, value in state.items() if name != "step"}
+            with on_device_of(parameter.packed):
+                kernels.low_bit_update(
+                    parameter.packed,
+                    parameter.scale,
+                    parameter.stream,
+                    grad,
+                    {**inner, **extra},
+                    step_lr,
+                    state["step"],
+                    rule,
+                )
+            parameter.stream[1] += 1
+            return
         numbers = torch.arange(rows, device=parameter.device)
         per_tensor = parameter.scale.shape[0] == 1
         for part in row_chunks(rows, columns, parameter.device):

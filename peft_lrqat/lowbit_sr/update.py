@@ -67,7 +67,7 @@ def _unblock(blocks: torch.Tensor, columns: int) -> torch.Tensor:
 def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 (rows, columns) and fp32 (rows, blocks); `dither` uniform in (0, 1)."""
     blocks = _blocks(m)
-    step = blocks.abs().amax(dim=-1) / 127
+    step = blocks.abs().amax(dim=-1) * (1 / 127)  # a GPU divides by a constant like this; so does every device
     safe = torch.where(step > 0, step, 1.0).unsqueeze(-1)
     codes = torch.floor(blocks / safe + _blocks(dither)).clamp(-127, 127)
     return _unblock(codes, m.shape[1]).to(torch.int8), step
