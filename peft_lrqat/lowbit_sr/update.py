@@ -55,6 +55,11 @@ class Rule(NamedTuple):
     state: str
 
 
+def _root(v: torch.Tensor) -> torch.Tensor:
+    # torch's fp32 root on a CPU is not always the nearest; a GPU's is, and so codes are equal on every device
+    return v.double().sqrt_().float() if v.device.type == "cpu" else v.sqrt()
+
+
 def _blocks(values: torch.Tensor) -> torch.Tensor:
     """(rows, columns) as (rows, blocks, BLOCK), padded with zeros."""
     return torch.nn.functional.pad(values, (0, -values.shape[1] % BLOCK)).view(values.shape[0], -1, BLOCK)
@@ -80,7 +85,7 @@ def decode_momentum(codes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 
 def encode_second_moment(v: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 (rows, columns) and int16 (rows, blocks); `dither` uniform in (0, 1)."""
-    low = v.sqrt().view(torch.int32) >> _V_SHIFT
+    low = _root(v).view(torch.int32) >> _V_SHIFT
     below = (low << _V_SHIFT).view(torch.float32).square()
     above = ((low + 1) << _V_SHIFT).view(torch.float32).square()
     k = low + (dither * (above - below) < v - below).to(torch.int32)
@@ -156,7 +161,7 @@ def update_rows(
     m = _read_momentum(state)
     m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
     v = _second_moment(state, grad, words, rule)
-    denominator = (v / correction2).sqrt() + rule.eps
+    denominator = _root(v / correction2) + rule.eps
 
     codes = unpack(packed, rule.grid.code_bits, rule.columns).float()
     step_size = scale.unsqueeze(-1)
