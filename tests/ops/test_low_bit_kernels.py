@@ -56,7 +56,9 @@ def check(start: LowBitTensor, grads: list[torch.Tensor], **options) -> dict[str
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
     return found
 
 
@@ -91,8 +93,7 @@ def test_gradients_in_bf16_and_of_any_strides(state):
     check(weight(4, -1, (5, 45)), [g.t() for g in gradients((45, 5), 1)], **options)
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "state"), zip(BITS, STATES * 2, strict=False))
 def test_a_learning_rate_of_zero_changes_no_code(bits, state):
     start = weight(bits, 9, (3, 45))
     found = check(start, gradients((3, 45), 2), lr=0.0, state=state, error_feedback=True, weight_decay=0.1)

@@ -6,8 +6,7 @@ array is updated in place.
 
 Codes, state and scales are the reference's bit for bit: the random words have its counters, the operations its order,
 every one of them is rounded on its own (a launch without contraction to fused multiply-adds), and quotients and roots
-are IEEE's, as torch's are. The one exception are GPUs' roots and quotients of denormal numbers, which are flushed to
-zero: second moments below 1e-38, beside which any usual `eps` is large.
+are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in the factored state, the means of g^2.
 """
 
 from __future__ import annotations
@@ -71,12 +70,15 @@ def _load_codes(row, block, i, row_ok, column_ok, words, BITS: tl.constexpr, BM:
 
 @triton.jit
 def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """Inverse of `_load_codes`; `unsigned`: int32 (BM, BLOCK), codes + 2^(BITS-1), 0 past the end of the row."""
+    """Inverse of `_load_codes`; `unsigned`: int32 (BM, BLOCK), codes + 2^(BITS-1), 0 past the end of the row.
+
+    Bits of a word do not overlap, so their sum is the word.
+    """
     if 32 % BITS == 0:
         CODES: tl.constexpr = 32 // BITS
         shifted = tl.reshape(unsigned, (BM, BLOCK // CODES, CODES)) << (tl.arange(0, CODES) * BITS)[None, None, :]
         word = block * (BLOCK // CODES) + tl.arange(0, BLOCK // CODES)
-        tl.store(row + word[None, :], tl.xor_sum(shifted, 2), mask=row_ok[:, None] & (word < words)[None, :])
+        tl.store(row + word[None, :], tl.sum(shifted, 2), mask=row_ok[:, None] & (word < words)[None, :])
     else:  # 32 codes make BITS words; a code on the edge gives its low bits to one and its high bits to the next
         chunks = tl.reshape(unsigned, (BM, BLOCK // 32, 32))
         first = (block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)) * BITS
@@ -85,7 +87,7 @@ def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl
             left = tl.where((shift >= 0) & (shift < 32), shift, 0)[None, None, :]
             right = tl.where((shift < 0) & (shift > -BITS), -shift, 0)[None, None, :]
             here = ((shift > -BITS) & (shift < 32))[None, None, :]
-            part = tl.xor_sum(tl.where(here, (chunks << left) >> right, 0), 2)
+            part = tl.sum(tl.where(here, (chunks << left) >> right, 0), 2)
             tl.store(row + (first + n)[None, :], part, mask=row_ok[:, None] & (first + n < words)[None, :])
 
 
@@ -259,7 +261,7 @@ def low_bit_update(
     if not rows or not blocks:
         return
     grid = rule.grid
-    # two scalars that torch has to compute: no power of a kernel's rounds as torch's does
+    # torch's powers: a kernel's would not round alike
     correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
     poison = torch.zeros((), device=packed.device)
     v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)

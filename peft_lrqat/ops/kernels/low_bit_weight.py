@@ -21,7 +21,7 @@ def _levels(
     packed, scale, ternary_scale, scale_stride, j, i, first, group, row_ok, column_ok, words, BITS: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """`low_bit.low_bit_levels` (BM, BN). Needs a launch without fused operations: q r is rounded before its ties are."""
+    """`low_bit.low_bit_levels` (BM, BN). For launches without fused operations: q r is rounded before its ties are."""
     q = stored_levels(packed, j, i, first, row_ok, column_ok, words, BITS, "int", FULL)
     if ternary_scale is not None:
         s = tl.load(scale + j * scale_stride + group, mask=row_ok, other=1.0)
