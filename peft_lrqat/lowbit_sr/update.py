@@ -1,5 +1,7 @@
 """One AdamW step on packed codes, a row chunk at a time: the reference of `LowBitAdamW`'s arithmetic.
 
+On a GPU `ops/kernels/low_bit_update.py` does the same, bit for bit, in one launch.
+
 Everything happens in fp32 on the rows at hand; in and out go packed codes and the compact state:
 
     g  dense gradient                      q  codes           w = s q
@@ -56,7 +58,7 @@ class Rule(NamedTuple):
 
 
 def _root(v: torch.Tensor) -> torch.Tensor:
-    # torch's fp32 root on a CPU is not always the nearest; a GPU's is, and so codes are equal on every device
+    # torch's fp32 root on a CPU is not always the nearest, as a GPU's and a kernel's are
     return v.double().sqrt_().float() if v.device.type == "cpu" else v.sqrt()
 
 
@@ -222,7 +224,7 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
     """
     columns = torch.zeros_like(state["exp_avg_sq_columns"])
     for rows in chunks:
-        square = grad[rows].float().square() + 1e-30
+        square = grad[rows].float().square().add_(1e-30)
         state["exp_avg_sq_rows"][rows].mul_(beta2).add_(square.mean(dim=1, keepdim=True), alpha=1 - beta2)
         columns += square.sum(dim=0, keepdim=True)
     state["exp_avg_sq_columns"].mul_(beta2).add_(columns, alpha=(1 - beta2) / grad.shape[0])
