@@ -93,7 +93,7 @@ def test_gradients_in_bf16_and_of_any_strides(state):
     check(weight(4, -1, (5, 45)), [g.t() for g in gradients((45, 5), 1)], **options)
 
 
-@pytest.mark.parametrize(("bits", "state"), zip(BITS, STATES * 2, strict=False))
+@pytest.mark.parametrize(("bits", "state"), list(zip(BITS, STATES * 2, strict=False)))
 def test_a_learning_rate_of_zero_changes_no_code(bits, state):
     start = weight(bits, 9, (3, 45))
     found = check(start, gradients((3, 45), 2), lr=0.0, state=state, error_feedback=True, weight_decay=0.1)
