@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def provenance() -> dict[str, Any]:
     """Device, versions and commit of a run."""
-    packages = ("torch", "transformers", "peft", "trl", "triton", "compressed-tensors")
+    packages = ("torch", "transformers", "peft", "trl", "triton", "compressed-tensors", "torchao")
     versions = {}
     for package in packages:
         try:

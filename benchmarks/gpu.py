@@ -1,6 +1,7 @@
 """Memory and step time on one GPU: LR-QAT beside PEFT's LoRA, QLoRA and LR-QAT's own eager path.
 
     python benchmarks/gpu.py run --out benchmarks/results/gpu.json            # all methods, 7B shapes
+    python benchmarks/gpu.py run --full --out benchmarks/results/gpu_full.json   # full-parameter training (full.py)
     python benchmarks/gpu.py table benchmarks/results/gpu.json --plot docs/gpu.png
 
 Random weights in the shapes of Llama 2, rank 32 on all linear layers, AdamW (fused), block checkpointing, bf16, random
@@ -23,10 +24,19 @@ from typing import Any
 
 import torch
 from common import provenance, write_json
+from full import KINDS, full_model, full_optimizer, missing
+from full import METHODS as FULL_METHODS
 from torch import nn
 
 GIB = 2**30
 SHAPES = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     "70B": {
@@ -118,11 +128,13 @@ def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device
     fill(model, "cpu" if args.from_cpu else device, shared=args.size == "70B")
     common = {"r": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     reset_peak(device)
-    if kind == "qlora":
+    if kind in KINDS:
+        model = full_model(kind, options, model, args.range_method)
+    elif kind == "qlora":
         nf4(model)
     if kind in ("lora", "qlora"):
         model = get_peft_model(model, LoraConfig(**common))
-    else:
+    elif kind not in KINDS:
         model = get_peft_model(model, LRQATConfig(**common, range_method=args.range_method, **options))
     model = model.to(device)
     gc.collect()
@@ -144,8 +156,10 @@ def held(device: str) -> float:
     return torch.cuda.memory_allocated() / GIB if device == "cuda" else 0.0
 
 
-def optimizer_for(model: nn.Module, lean: bool) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, kind: str, options: dict[str, Any], lean: bool) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
+    if kind in KINDS:
+        return full_optimizer(kind, options, trained)
     if lean:
         import bitsandbytes as bnb
 
@@ -157,7 +171,7 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Static memory, and peak and seconds a step for every batch shape."""
     from peft_lrqat.ops import use_kernels
 
-    kind, options = METHODS[name]
+    kind, options = {**METHODS, **FULL_METHODS}[name]
     assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
     started = time.perf_counter()
     model, conversion_peak = adapted(kind, options, args, device)
@@ -173,7 +187,7 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": {},
     }
-    optimizer = optimizer_for(model, args.lean)
+    optimizer = optimizer_for(model, kind, options, args.lean)
     eager = use_kernels(False) if kind == "eager" else contextlib.nullcontext()
     amp = torch.autocast(device, dtype=torch.bfloat16, enabled=args.autocast)
     generator = torch.Generator().manual_seed(1)
@@ -259,10 +273,14 @@ def profile(model: nn.Module, rows: torch.Tensor, amp: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(args.out)
-    chosen = [name for name in METHODS if not args.only or name in args.only]
+    methods = {**METHODS, **FULL_METHODS}
+    chosen = [name for name in methods if name in (args.only or (FULL_METHODS if args.full else METHODS))]
     result: dict[str, Any] = json.loads(out.read_text()) if args.append and out.exists() else {"runs": []}
     command = {k: v for k, v in vars(args).items() if k not in ("do", "out")}
     for name in chosen:
+        if package := missing(methods[name][0]):
+            print(f"{name:28} left out: {package} is not installed")
+            continue
         try:
             row = measure(name, args, device)
         except torch.OutOfMemoryError as error:
@@ -307,7 +325,7 @@ def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
     batch, length = (int(n) for n in shape.split("x"))
     runs = [r for r in runs if shape in r["steps"]][::-1]
     names = [shown(r) for r in runs]
-    colors = ["#4477aa" if name.startswith("LR-QAT") else "#999999" for name in names]
+    colors = ["#4477aa" if name.startswith(("LR-QAT", "low-bit SR")) else "#999999" for name in names]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 + 0.42 * len(runs)), sharey=True)
     left.barh(names, [r["steps"][shape]["peak_gib"] for r in runs], color=colors)
     left.set_xlabel("peak memory of a step, GiB")
@@ -329,7 +347,8 @@ def main() -> None:
     one.set_defaults(do=run)
     one.add_argument("--out", required=True)
     one.add_argument("--size", choices=SHAPES, default="7B")
-    one.add_argument("--only", nargs="*", help=f"some of {list(METHODS)}")
+    one.add_argument("--only", nargs="*", help=f"some of {[*METHODS, *FULL_METHODS]}")
+    one.add_argument("--full", action="store_true", help="full-parameter training instead of adapters")
     one.add_argument("--batches", nargs="*", default=["1x1024", "4x1024"])
     one.add_argument("--rank", type=int, default=32)
     one.add_argument("--warm", type=int, default=3)

@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from ..chunks import row_chunks
 from ..grid import TERNARY
+from ..ops.select import kernels_for, on_device_of
 from .tensor import LowBitTensor
 from .update import Rule, new_state, update_factors, update_rows
 
@@ -97,7 +98,7 @@ class LowBitAdamW(Optimizer):
             fused_backward: update a low-bit weight when its gradient arrives in backward, and free the gradient.
             gradient_accumulation_steps: with `fused_backward`: after how many backward passes to update. Before the
                 last one gradients have to be kept.
-            compile: `torch.compile` the update: one kernel on a GPU.
+            compile: `torch.compile` the update where Triton's kernel for it does not run (`ops/kernels`).
 
         Raises:
             ValueError: an argument is out of range; `fused_backward` under data parallelism.
@@ -214,6 +215,14 @@ class LowBitAdamW(Optimizer):
         if rule.state == "factored":
             chunks = list(row_chunks(rows, columns, parameter.device))
             extra["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
+        kernels = kernels_for(parameter.packed)
+        if kernels is not None and parameter.packed.is_contiguous() and parameter.scale.is_contiguous():
+            lr = lr.to(parameter.device, torch.float32)
+            codes = parameter.packed, parameter.scale, parameter.stream
+            with on_device_of(parameter.packed):
+                kernels.low_bit_update(*codes, grad, {**state, **extra}, lr, state["step"], rule)
+            parameter.stream[1] += 1
+            return
         numbers = torch.arange(rows, device=parameter.device)
         per_tensor = parameter.scale.shape[0] == 1
         for part in row_chunks(rows, columns, parameter.device):
@@ -268,12 +277,12 @@ class LowBitAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, which casts all state to the parameter's dtype; the codes become integers again."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict)  # leaves `step` where it was saved
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
                 kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
                 for name, value in state.items():
-                    state[name] = value.to(kinds[name].dtype) if name in kinds else value
+                    state[name] = value.to(parameter.device, kinds[name].dtype) if name in kinds else value
 
     def __repr__(self) -> str:
         kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}

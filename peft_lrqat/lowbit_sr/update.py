@@ -1,5 +1,7 @@
 """One AdamW step on packed codes, a row chunk at a time: the reference of `LowBitAdamW`'s arithmetic.
 
+On a GPU `ops/kernels/low_bit_update.py` does the same, bit for bit, in one launch.
+
 Everything happens in fp32 on the rows at hand; in and out go packed codes and the compact state:
 
     g  dense gradient                      q  codes           w = s q
@@ -55,6 +57,11 @@ class Rule(NamedTuple):
     state: str
 
 
+def _root(v: torch.Tensor) -> torch.Tensor:
+    # torch's fp32 root on a CPU is not always the nearest, as a GPU's and a kernel's are
+    return v.double().sqrt_().float() if v.device.type == "cpu" else v.sqrt()
+
+
 def _blocks(values: torch.Tensor) -> torch.Tensor:
     """(rows, columns) as (rows, blocks, BLOCK), padded with zeros."""
     return torch.nn.functional.pad(values, (0, -values.shape[1] % BLOCK)).view(values.shape[0], -1, BLOCK)
@@ -67,7 +74,7 @@ def _unblock(blocks: torch.Tensor, columns: int) -> torch.Tensor:
 def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 (rows, columns) and fp32 (rows, blocks); `dither` uniform in (0, 1)."""
     blocks = _blocks(m)
-    step = blocks.abs().amax(dim=-1) / 127
+    step = blocks.abs().amax(dim=-1) * (1 / 127)  # a GPU divides by a constant like this; so does every device
     safe = torch.where(step > 0, step, 1.0).unsqueeze(-1)
     codes = torch.floor(blocks / safe + _blocks(dither)).clamp(-127, 127)
     return _unblock(codes, m.shape[1]).to(torch.int8), step
@@ -80,7 +87,7 @@ def decode_momentum(codes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 
 def encode_second_moment(v: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 (rows, columns) and int16 (rows, blocks); `dither` uniform in (0, 1)."""
-    low = v.sqrt().view(torch.int32) >> _V_SHIFT
+    low = _root(v).view(torch.int32) >> _V_SHIFT
     below = (low << _V_SHIFT).view(torch.float32).square()
     above = ((low + 1) << _V_SHIFT).view(torch.float32).square()
     k = low + (dither * (above - below) < v - below).to(torch.int32)
@@ -156,7 +163,7 @@ def update_rows(
     m = _read_momentum(state)
     m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
     v = _second_moment(state, grad, words, rule)
-    denominator = (v / correction2).sqrt() + rule.eps
+    denominator = _root(v / correction2) + rule.eps
 
     codes = unpack(packed, rule.grid.code_bits, rule.columns).float()
     step_size = scale.unsqueeze(-1)
@@ -217,7 +224,7 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
     """
     columns = torch.zeros_like(state["exp_avg_sq_columns"])
     for rows in chunks:
-        square = grad[rows].float().square() + 1e-30
+        square = grad[rows].float().square().add_(1e-30)
         state["exp_avg_sq_rows"][rows].mul_(beta2).add_(square.mean(dim=1, keepdim=True), alpha=1 - beta2)
         columns += square.sum(dim=0, keepdim=True)
     state["exp_avg_sq_columns"].mul_(beta2).add_(columns, alpha=(1 - beta2) / grad.shape[0])

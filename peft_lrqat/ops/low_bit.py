@@ -3,6 +3,9 @@
 Two differences from `quantized_linear`: the gradient of the whole weight is returned, because it is what the optimizer
 rounds from; and the weight may go through a ternary projection on its way (`ternary_scale`). The gradient is taken at
 the weight that the forward used; no straight-through estimator is involved, except through the projection.
+
+W^ and the gradient of a learned scale come from Triton's kernels where those run, W^ equal bit for bit. `mean_code`,
+which a projection needs once a forward, stays with torch: it is a sum of integers, not of the cost of a product.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
 from .reference import rows_of
+from .select import kernels_for, on_device_of
 
 _NAMESPACE = "peft_lrqat"
 
@@ -38,6 +42,10 @@ def low_bit_weight(
     packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """W^ = s * q (or ternary_scale * t), (out, in), rounded once to `dtype`; in row chunks."""
+    kernels = kernels_for(packed)
+    if kernels is not None:
+        with on_device_of(packed):
+            return kernels.low_bit_weight(packed, scale, ternary_scale, bits, in_features, dtype)
     weight = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     for rows in row_chunks(packed.shape[0], in_features, packed.device):
         s = rows_of(scale, rows)
@@ -105,7 +113,11 @@ def _linear_backward(
             del weight
         if need_weight or need_scale:
             dw = (flat_dy.t() @ flat_x).float()
-    if need_scale:
+    kernels = kernels_for(packed) if need_scale else None
+    if kernels is not None:
+        with on_device_of(packed):
+            ds = kernels.scale_gradient(dw, packed, scale, ternary_scale, bits)
+    elif need_scale:
         ds = torch.zeros_like(scale)
         for rows in row_chunks(packed.shape[0], in_features, packed.device):
             s = rows_of(scale, rows)

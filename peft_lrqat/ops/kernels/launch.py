@@ -20,26 +20,33 @@ _Tensor = torch.Tensor
 class Launcher:
     """A kernel and its compiled versions.
 
-    What Triton specialises on is in the key: dtypes and 16-byte alignment of tensors, the values of everything else,
-    and the device.
+    What Triton specialises on is in the key: dtypes and 16-byte alignment of tensors, the values of everything else
+    but floats (which may change from step to step), and the device.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.compiled: dict[tuple, Any] = {}
 
-    def __call__(self, grid: tuple[int, ...], *args: Any, warps: int = 4, **constants: Any) -> None:
-        """Launch on the current device and stream; `constants` in the order of the kernel's signature."""
+    def __call__(self, grid: tuple[int, ...], *args: Any, warps: int = 4, fused: bool = True, **constants: Any) -> None:
+        """Launch on the current device and stream; `constants` in the order of the kernel's signature.
+
+        Args:
+            fused: whether a product and a sum may be contracted to one operation with one rounding.
+        """
         if INTERPRETED.value:
             self.kernel[grid](*args, **constants)
             return
         device = torch.cuda.current_device()
-        types = [(arg.dtype, arg.data_ptr() & 15 == 0) if isinstance(arg, _Tensor) else arg for arg in args]
+        types = [
+            (arg.dtype, arg.data_ptr() & 15 == 0) if isinstance(arg, _Tensor) else float if type(arg) is float else arg
+            for arg in args
+        ]
         values = constants.values()
-        key = (device, grid, warps, *values, *types)
+        key = (device, grid, warps, fused, *values, *types)
         launch = self.compiled.get(key)
         if launch is None:
-            compiled = self.kernel[grid](*args, **constants, num_warps=warps)
+            compiled = self.kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=fused)
             self.compiled[key] = compiled[(*grid, 1, 1)[:3]]
         else:
             launch(*args, *values, stream=torch._C._cuda_getCurrentRawStream(device))

@@ -1,0 +1,140 @@
+"""Low-bit SR's weight: W^ with or without its ternary projection, and the gradient of a learned scale.
+
+Without a projection W^ is that of LR-QAT without an adapter, and the kernel is the same (`weight.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import BaseFormat
+from .launch import launched
+from .prepare import prepare
+from .tiles import load, round_half_even, store, stored_levels, tile_columns, tiling
+from .weight import build_weight
+
+
+@triton.jit
+def _levels(
+    packed, scale, ternary_scale, scale_stride, j, i, first, group, row_ok, column_ok, words, BITS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """`low_bit.low_bit_levels` (BM, BN). For launches without fused operations: q r is rounded before its ties are."""
+    q = stored_levels(packed, j, i, first, row_ok, column_ok, words, BITS, "int", FULL)
+    if ternary_scale is not None:
+        s = tl.load(scale + j * scale_stride + group, mask=row_ok, other=1.0)
+        t = tl.load(ternary_scale + j * scale_stride + group, mask=row_ok, other=1.0)
+        z = round_half_even(q * tl.div_rn(s, t)[:, None])
+        q = tl.clamp(z, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return q
+
+
+@launched
+@triton.jit
+def _ternary_kernel(
+    weight, packed, scale, ternary_scale, scale_stride, words, in_features, out_features, GROUP: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    i, column_ok, group, first = tile_columns(tl.program_id(0), GROUP, BN)
+    j = tl.program_id(1) * BM + tl.arange(0, BM)
+    row_ok = j < out_features
+    t = _levels(packed, scale, ternary_scale, scale_stride, j, i, first, group, row_ok, column_ok, words, BITS, FULL)
+    s = load(ternary_scale + j * scale_stride + group, row_ok, FULL)
+    at = weight + j.to(tl.int64)[:, None] * in_features + i[None, :]
+    store(at, t * s[:, None], row_ok[:, None] & column_ok[None, :], FULL)
+
+
+@launched
+@triton.jit
+def _scale_sums_kernel(
+    sums, grad, packed, scale, ternary_scale, scale_stride, words, in_features, out_features, GROUP: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    i, column_ok, group, first = tile_columns(tl.program_id(0), GROUP, BN)
+    j = tl.program_id(1) * BM + tl.arange(0, BM)
+    row_ok = j < out_features
+    q = _levels(packed, scale, ternary_scale, scale_stride, j, i, first, group, row_ok, column_ok, words, BITS, FULL)
+    g = load(grad + j.to(tl.int64)[:, None] * in_features + i[None, :], row_ok[:, None] & column_ok[None, :], FULL)
+    total = tl.sum(tl.where(column_ok[None, :], g.to(tl.float32) * q, 0.0), 1)
+    tl.store(sums + j * tl.num_programs(0) + tl.program_id(0), total, mask=row_ok)
+
+
+def low_bit_weight(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    ternary_scale: torch.Tensor | None,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """W^ = s * q, or t_s * clip(round(q * s / t_s), -1, 1): (out, in) in `dtype`; the reference's, bit for bit.
+
+    Args:
+        packed: int32 (out, words).
+        scale, ternary_scale: fp32 (out or 1, groups).
+        bits: width of a packed code.
+    """
+    rows, groups = packed.shape[0], scale.shape[1]
+    packed, scale = packed.contiguous(), scale.contiguous()
+    if ternary_scale is None:
+        prepared = prepare(scale, None, "auto", None, None, 1.0, rows)  # launches nothing
+        return build_weight(packed, groups, None, prepared, BaseFormat(bits, in_features, "int"), dtype)
+    weight = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
+    if weight.numel():
+        tiles = tiling(rows, in_features, groups, loops=False)
+        _ternary_kernel(
+            tiles.grid,
+            weight,
+            packed,
+            scale,
+            ternary_scale.contiguous(),
+            0 if scale.shape[0] == 1 else groups,
+            packed.shape[1],
+            in_features,
+            rows,
+            fused=False,
+            GROUP=tiles.group,
+            BITS=bits,
+            BM=tiles.BM,
+            BN=tiles.BN,
+            FULL=tiles.full,
+        )
+    return weight
+
+
+def scale_gradient(
+    grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, ternary_scale: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """The sum of G q (or of G t) over the weights that share a scale: fp32, `scale`'s shape.
+
+    Args:
+        grad: fp32 (out, in), contiguous: G = dL/dW^.
+        packed, scale, ternary_scale, bits: as for `low_bit_weight`.
+    """
+    (rows, in_features), groups = grad.shape, scale.shape[1]
+    if not grad.numel():
+        return torch.zeros_like(scale)
+    tiles = tiling(rows, in_features, groups, loops=False)
+    sums = torch.empty(rows, tiles.columns, device=grad.device)
+    _scale_sums_kernel(
+        tiles.grid,
+        sums,
+        grad,
+        packed.contiguous(),
+        scale.contiguous(),
+        None if ternary_scale is None else ternary_scale.contiguous(),
+        0 if scale.shape[0] == 1 else groups,
+        packed.shape[1],
+        in_features,
+        rows,
+        fused=False,
+        GROUP=tiles.group,
+        BITS=bits,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+    )
+    sums = sums if tiles.columns == groups else sums.view(rows, groups, -1).sum(dim=-1)
+    return sums.sum(dim=0, keepdim=True) if scale.shape[0] == 1 else sums

@@ -1,0 +1,170 @@
+"""Low-bit SR's Triton kernels against the references: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from peft_lrqat import LowBitAdamW
+from peft_lrqat.grid import Grid
+from peft_lrqat.lowbit_sr import LowBitTensor
+from peft_lrqat.ops import use_kernels
+from peft_lrqat.ops.low_bit import low_bit_linear, low_bit_weight, mean_code
+from peft_lrqat.packing import pack
+from peft_lrqat.rounding import random_words
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BITS = (1.58, 2, 3, 4, 8)
+STATES = ("8bit", "factored", "fp32")
+
+
+def weight(bits: float, group_size: int, shape: tuple[int, int]) -> LowBitTensor:
+    """Random codes, from end to end of the grid."""
+    grid = Grid(bits, group_size)
+    codes = torch.randint(grid.qmin, grid.qmax + 1, shape, dtype=torch.int8)
+    scale = torch.rand(grid.scale_shape(*shape)) * 0.02 + 0.01
+    return LowBitTensor.from_codes(codes, scale, grid, -(2**62) - 12345678987654321).to(DEVICE)
+
+
+def gradients(shape: tuple[int, int], steps: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Of many magnitudes, with zeros."""
+    size = torch.logspace(-6, 1, shape[0]).unsqueeze(1) * torch.rand(1, shape[1])
+    return [(torch.randn(shape) * size * (torch.rand(shape) > 0.1)).to(DEVICE, dtype) for _ in range(steps)]
+
+
+def trained(kernels: bool, start: LowBitTensor, grads: list[torch.Tensor], **options) -> dict[str, torch.Tensor]:
+    """Everything that steps change, at the end."""
+    p = nn.Parameter(start.clone())
+    optimizer = LowBitAdamW([p], **options)
+    with use_kernels(kernels):
+        for grad in grads:
+            p.grad = grad.float()
+            if grad.dtype != torch.float32:  # no parameter has such a gradient, but the step takes it
+                optimizer._step_codes(p, grad, optimizer.param_groups[0])
+            else:
+                optimizer.step()
+    weight = p.detach()
+    return {"packed": weight.packed, "scale": weight.scale, "stream": weight.stream, **optimizer.state[p]}
+
+
+def check(start: LowBitTensor, grads: list[torch.Tensor], **options) -> dict[str, torch.Tensor]:
+    """Equal bit for bit; returns what it came to."""
+    found, expected = (trained(kernels, start, grads, **options) for kernels in (True, False))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return found
+
+
+# a block and a bit; less than a word; whole blocks, one row less than a program has; groups across words and blocks
+SHAPES = {-1: (5, 300), 0: (2, 45), 128: (3, 256), 25: (1, 275)}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("bits", BITS)
+def test_steps_are_the_references_bit_for_bit(bits, state):
+    for number, (group_size, shape) in enumerate(SHAPES.items()):
+        start = weight(bits, group_size, shape)
+        unit = "grid" if group_size == 128 else "weight"
+        options = {"lr": 0.3 if unit == "grid" else 0.01, "lr_unit": unit, "error_feedback": number % 2 == 0}
+        found = check(start, gradients(shape, 2), state=state, weight_decay=0.1, betas=(0.9, 0.98), **options)
+        after = LowBitTensor(found["packed"], start.scale, start.stream, start.grid, shape[1])
+        assert 0.01 < (after.codes() != start.codes()).float().mean() < 0.99
+        padding = pack(after.codes(), after.grid.code_bits)
+        assert torch.equal(padding, found["packed"])  # zeros past the end of a row
+        assert found["stream"][1] == 2
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_without_momentum(state):
+    check(weight(3, 9, (3, 45)), gradients((3, 45), 2), lr=0.01, state=state, betas=(0.0, 0.98), error_feedback=False)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_gradients_in_bf16_and_of_any_strides(state):
+    options = {"lr": torch.tensor(0.01, device=DEVICE), "state": state, "error_feedback": True}
+    check(weight(4, -1, (5, 45)), gradients((5, 45), 2, torch.bfloat16), **options)
+    check(weight(4, -1, (5, 45)), [g.t() for g in gradients((45, 5), 1)], **options)
+
+
+@pytest.mark.parametrize(("bits", "state"), list(zip(BITS, STATES * 2, strict=False)))
+def test_a_learning_rate_of_zero_changes_no_code(bits, state):
+    start = weight(bits, 9, (3, 45))
+    found = check(start, gradients((3, 45), 2), lr=0.0, state=state, error_feedback=True, weight_decay=0.1)
+    assert torch.equal(found["packed"], start.packed)
+    assert torch.equal(found["scale"], start.scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("group_size", [-1, 0, 9])
+@pytest.mark.parametrize("state", ["8bit", "fp32"])
+def test_a_gradient_that_is_not_finite_poisons_the_scale(state, group_size, bad):
+    start = weight(3, group_size, (6, 45))
+    (grad,) = gradients((6, 45), 1)
+    grad[4, 30] = bad
+    found, expected = (
+        trained(kernels, start, [grad], lr=0.01, state=state, error_feedback=False) for kernels in (True, False)
+    )
+    assert found["scale"].isnan().all()
+    assert torch.equal(found["packed"], expected["packed"])
+    kept = torch.arange(6) != 4
+    for name in found.keys() - {"step", "stream", "packed", "scale"}:
+        assert torch.equal(found[name][kept], expected[name][kept]), name
+
+
+def test_random_words_are_those_of_the_reference():
+    """Codes that only u decides: moves of half a grid step, from far down a row and far along the stream."""
+    shape = (2, 1030)
+    start = LowBitTensor.from_codes(torch.zeros(shape, dtype=torch.int8), torch.ones(2, 1), Grid(8, -1), 2**63 - 25)
+    start = start.to(DEVICE)
+    start.stream[1] = 2**31 + 7
+    found = trained(True, start, [torch.full(shape, -1.0, device=DEVICE)], lr=0.5, state="fp32", eps=0.0)
+    after = LowBitTensor(found["packed"], start.scale, start.stream, start.grid, shape[1]).codes()
+    words = random_words(torch.arange(2, device=DEVICE), shape[1], start.stream[1], start.stream[0])
+    # the corrections of the first step leave the move within a rounding of 0.5; no word lies so close to the edge
+    assert torch.equal(after == 1, words >= 2**31)
+    assert 0.4 < after.float().mean() < 0.6
+
+
+# -- the forward
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_weight_is_the_references_bit_for_bit(bits, dtype, projection):
+    for group_size, shape in {-1: (35, 130), 0: (3, 45), 32: (32, 64), 9: (1, 45)}.items():
+        w = weight(bits, group_size, shape)
+        ternary = None
+        if projection:  # 0.25: exact ties
+            mean = mean_code(w.packed, *w.scale.shape, bits, shape[1])
+            ternary = torch.where(torch.rand_like(w.scale) < 0.5, w.scale * 2, w.scale * mean)
+        operands = (w.packed, w.scale, ternary, bits, shape[1], dtype)
+        with use_kernels(True):
+            found = low_bit_weight(*operands)
+        with use_kernels(False):
+            assert torch.equal(found, low_bit_weight(*operands))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 0, 9])
+def test_every_gradient(group_size, projection):
+    w = weight(4, group_size, (35, 45))
+    scale = w.scale.clone().requires_grad_()
+    ternary = (w.scale * 3.3).requires_grad_() if projection else None
+    x = torch.randn(7, 45, device=DEVICE, requires_grad=True)
+    leaf, dy = torch.zeros(35, 45, device=DEVICE, requires_grad=True), torch.randn(7, 35, device=DEVICE)
+    results = []
+    for kernels in (True, False):
+        with use_kernels(kernels):
+            y = low_bit_linear(x, leaf, w.packed, scale, ternary, None, None, 4)
+            results.append((y, *torch.autograd.grad(y, [x, leaf, scale if ternary is None else ternary], dy)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert all(torch.equal(found, expected) for found, expected in list(zip(*results, strict=True))[:3])
