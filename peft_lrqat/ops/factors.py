@@ -9,7 +9,8 @@ every row of c B, to integers times one power of two,
 
 Every partial sum of (B~ A~)[j, i] is then an integer below 2^24 times 2^(e_i + f_j), which fp32 holds exactly: no order
 of summation, fused multiply-add or tensor core (k <= 11 bits fit in fp16) can change it. k is 9 at rank 32 and 64: an
-error of at most 2^-10 of a column's largest entry, 0.001 grid steps where A B moves weights by one. The gradient passes
+error of at most 2^-9 of a column's largest entry; with random factors, A B is off by 0.3 % of its own size (root mean
+square), 0.003 grid steps where it moves weights by one (a test holds it below 0.5 %). The gradient passes
 straight through to the fp32 masters.
 """
 

@@ -292,6 +292,12 @@ def test_products_of_rounded_factors_are_exact_in_any_order(rank):
     assert ((near.B - 16 * B).abs() <= step * 16 * B.abs().amax(1, keepdim=True)).all()
 
 
+def test_rounding_the_factors_hardly_changes_their_product():
+    A, B = torch.randn(32, 500), torch.randn(700, 32) * 0.01
+    near, exact = round_factors(A, B, 16.0), 16 * B.double() @ A.double()
+    assert 0 < (near.B.double() @ near.A.double() - exact).norm() < 0.005 * exact.norm()
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-38, 1e-45, 1e30, float("inf"), float("nan")])
 def test_extreme_factors(value):
     near = round_factors(torch.full((4, 3), value), torch.full((2, 4), value))
