@@ -208,8 +208,8 @@ def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argpars
     curve: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
     losses: list[torch.Tensor] = []
     weight = watched(model)
-    started = time.perf_counter()
-    evaluating = 0.0
+    started = evaluating = 0.0
+    untimed = min(5, args.steps - 1)  # they compile kernels and capture the graph
     stream = batches(data["train"], args.steps, args.batch, args.length, args.seed)
     for number, rows in enumerate(stream, start=1):
         part = number / warm if number <= warm else None
@@ -217,6 +217,10 @@ def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argpars
             part = 0.5 * (1 + math.cos(math.pi * (number - warm) / max(1, args.steps - warm)))
         for tensor, peak in rates:
             tensor.fill_(peak * part)
+        if number == untimed + 1:
+            if cuda:
+                torch.cuda.synchronize()
+            started, evaluating = time.perf_counter(), 0.0
         losses.append(step(rows))
         nn.utils.clip_grad_norm_(trained, 1.0)
         look = number % every == 0 or number == args.steps
@@ -240,7 +244,7 @@ def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argpars
         "loss": curve[-1][1].item(),
         "train_loss": torch.stack(losses)[-max(1, args.steps // 50) :].mean().item(),
         "other_loss": held_out_loss(model, data["other"], args.batch).item() if "other" in data else None,
-        "seconds_per_step": seconds / args.steps,
+        "seconds_per_step": seconds / (args.steps - untimed),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "linear_weights": sum(p.numel() for p in optimizer.param_groups[0]["params"]),
     }
