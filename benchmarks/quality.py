@@ -184,7 +184,9 @@ def targets(model: nn.Module):
             yield model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
 
 
-def rounded_perplexities(model: nn.Module, held_out: np.ndarray, device: torch.device) -> dict[str, float]:
+def rounded_perplexities(
+    model: nn.Module, held_out: np.ndarray, device: torch.device, norms: list[float]
+) -> dict[str, float]:
     """Perplexity after rounding the float weights to nearest, for several grids and range norms: "bits/group/p"."""
     from peft_lrqat import Grid
     from peft_lrqat.grid import dequantize, quantize
@@ -194,7 +196,7 @@ def rounded_perplexities(model: nn.Module, held_out: np.ndarray, device: torch.d
     found = {}
     for bits, group_size in ((4, -1), (4, 64), (3, -1), (3, 64)):
         grid = Grid(bits, group_size)
-        for p in (2.4, 4.0):
+        for p in norms:
             for (_, _, linear), weight in zip(targets(model), floats, strict=True):
                 scale, zero = choose_range(weight, grid, "lp", p)
                 linear.weight.data = dequantize(quantize(weight, scale, zero, grid), scale, zero, weight.dtype)
@@ -279,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
     result.pop("run", None)
     if args.method == "rtn":
         result["perplexity"] = perplexity(model, held_out, device)
-        result["rounded"] = rounded_perplexities(model, held_out, device)
+        result["rounded"] = rounded_perplexities(model, held_out, device, args.norms)
         finish(result, args.out)
         return
     model, groups = prepare(model, args)
@@ -314,10 +316,11 @@ def run(args: argparse.Namespace) -> None:
     result["train_loss"] = torch.stack(losses)[-20:].mean().item()
     result["seconds"] = time.perf_counter() - started
     result["perplexity"] = perplexity(model, held_out, device)
+    write_json(Path(args.out), result)  # choosing ranges takes its time
     if args.method == "full":
-        result["rounded"] = rounded_perplexities(model, held_out, device)
+        result["rounded"] = rounded_perplexities(model, held_out, device, args.norms)
     if args.method == "lora":
-        result["rounded"] = rounded_perplexities(model.merge_and_unload(), held_out, device)
+        result["rounded"] = rounded_perplexities(model.merge_and_unload(), held_out, device, args.norms)
     if args.method in ("lrqat", "lowbit"):
         result["merged"] = perplexity(model.merge_and_unload(), held_out, device)
     finish(result, args.out)
@@ -367,6 +370,9 @@ def main() -> None:
     one.add_argument("--rank", type=int, default=32)
     one.add_argument("--c", type=float, default=1.0, help="lora_alpha / r")
     one.add_argument("--p", type=float, default=4.0)
+    one.add_argument(
+        "--norms", type=float, nargs="+", default=[2.4, 4.0], help="rtn, lora, full: range norms to round with"
+    )
     one.add_argument("--lr", type=float, default=1e-3)
     one.add_argument("--scale-lr", type=float, default=1e-3)
     one.add_argument("--steps", type=int, default=300)
