@@ -181,6 +181,7 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "lean": args.lean,
         "graph": args.graph,
         "autocast": args.autocast,
+        "compile": args.compile,
         "set_up_s": time.perf_counter() - started,
         "set_up_peak_gib": conversion_peak,
         "static_gib": held(device),
@@ -188,6 +189,9 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "steps": {},
     }
     optimizer = optimizer_for(model, kind, options, args.lean)
+    if args.compile:
+        torch._dynamo.reset()
+        model.compile()
     eager = use_kernels(False) if kind == "eager" else contextlib.nullcontext()
     amp = torch.autocast(device, dtype=torch.bfloat16, enabled=args.autocast)
     generator = torch.Generator().manual_seed(1)
@@ -295,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def shown(run: dict[str, Any]) -> str:
-    marks = {"lean": "memory options", "graph": "CUDA graph", "autocast": "autocast"}
+    marks = {"lean": "memory options", "graph": "CUDA graph", "autocast": "autocast", "compile": "torch.compile"}
     return ", ".join([run["method"], *(words for key, words in marks.items() if run.get(key))])
 
 
@@ -356,6 +360,7 @@ def main() -> None:
     one.add_argument("--range-method", default="minmax", help="of the random weights; has no part in a step")
     one.add_argument("--autocast", action="store_true", help="to bf16, as Trainer(bf16=True) does")
     one.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
+    one.add_argument("--compile", action="store_true", help="torch.compile, as Trainer(torch_compile=True) does")
     one.add_argument("--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit")
     one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
     one.add_argument("--profile", action="store_true")
