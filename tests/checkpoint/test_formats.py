@@ -181,6 +181,22 @@ def test_every_other_tensor_is_unchanged(results, case: Case):
     assert {name for name in stored if not name.startswith(modules)} == set(floats)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_folder_can_be_opened_again(results, case: Case):
+    source = open_source(results[case].folder)
+    assert source.grids().keys() == results[case].tensors.keys()
+    for name, trained in results[case].tensors.items():
+        again = source.layer(name)
+        assert again.grid == case.grid
+        assert torch.equal(again.codes, trained.codes)
+        assert torch.equal(again.scale, trained.scale)
+        assert case.grid.symmetric or torch.equal(again.zero_point, trained.zero_point)
+        assert (source.grids()[name].dtype, source.grids()[name].container_bits) == (case.dtype, case.width)
+    floats = dict(source.floats(source.grids()))
+    assert floats.keys() == results[case].floats.keys()
+    assert "lm_head" in source.float_linears
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.reload], ids=str)
 def test_plain_transformers_computes_the_same(results, case: Case):
     result = results[case]
