@@ -198,9 +198,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Serve merged checkpoints with {VLLM} ({TORCH}) and compare tokens.")
     parser.add_argument("names", nargs="*", help="checkpoints: " + ", ".join(spec.name for spec in SPECS))
     parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="the project's python")
-    parser.add_argument(
-        "--engine", type=Path, help="python of vLLM's environment, if it is not .venv-vllm"
-    )
+    parser.add_argument("--engine", type=Path, help="python of vLLM's environment, if it is not .venv-vllm")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "engines", help="where checkpoints are kept")
     parser.add_argument("--remake", action="store_true", help="train the checkpoints again")
     arguments = parser.parse_args()
