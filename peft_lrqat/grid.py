@@ -106,6 +106,27 @@ class Grid:
         return f"ternary, {share}" if self.ternary else f"{self.bits} bits, {kind}, {share}"
 
 
+@dataclass(frozen=True)
+class GridTensor:
+    """A quantized weight: the one form from which every checkpoint is written.
+
+    Attributes:
+        codes: int8 (out, in), in [grid.qmin, grid.qmax].
+        scale: fp32 (rows, groups), weight units per grid step, exactly as trained; rows is out, or 1 per tensor.
+        zero_point: int8 (rows, groups) in grid steps, None if the grid is symmetric.
+        grid: what they lie on.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    grid: Grid
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """(out, in) weights in `dtype`, rounded once."""
+        return dequantize(self.codes, self.scale, self.zero_point, dtype)
+
+
 def grouped(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """View an (out, in) matrix as (out, groups, in / groups), so that `scale[:, :, None]` broadcasts against it."""
     return matrix.view(matrix.shape[0], scale.shape[1], -1)

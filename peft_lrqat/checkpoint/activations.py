@@ -7,12 +7,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..grid import PER_TENSOR, Grid, GridTensor
 from ..ops.low_bit import quantize_activations
+from . import bitnet
+from .source import LayerInfo
 
 #: How many steps the largest magnitude of a token takes, by checkpoint format; see `quantize_activations`.
 ACTIVATION_LEVELS = {"compressed-tensors": 127.5, "bitnet": 127.0}
 
-_PER_BYTE = 4
+
+def merged_info(layer: Any, container_bits: int) -> LayerInfo:
+    """What a merged layer is."""
+    return LayerInfo(
+        layer.out_features,
+        layer.in_features,
+        layer.grid,
+        kind="linear",
+        bias=layer.bias is not None,
+        dtype=layer.weight_scale.dtype,
+        container_bits=container_bits,
+    )
 
 
 class _StoredWeight(nn.Linear):
@@ -25,10 +39,14 @@ class _StoredWeight(nn.Linear):
 
     weight_codes: torch.Tensor
     weight_scale: torch.Tensor
+    container_bits: int
 
-    def __init__(self, stored: torch.Tensor, scale: torch.Tensor, shape: torch.Size, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, stored: torch.Tensor, scale: torch.Tensor, shape: torch.Size, bias: nn.Parameter | None, grid: Grid
+    ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
+        self.grid = grid
         self.register_buffer("weight_codes", stored)
         self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", bias)
@@ -43,6 +61,16 @@ class _StoredWeight(nn.Linear):
         """The weight that codes and scales stand for, (out, in) in the model's dtype. Built anew."""
         return (self.codes.float() * self.weight_scale.float()).to(self.weight_scale.dtype)
 
+    @property
+    def info(self) -> LayerInfo:
+        """What the layer is."""
+        return merged_info(self, self.container_bits)
+
+    def grid_tensor(self) -> GridTensor:
+        """What the layer holds."""
+        scale = self.weight_scale.float().view(-1, 1)
+        return GridTensor(self.codes, scale[:1] if self.grid.group_size == PER_TENSOR else scale, None, self.grid)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = destination.pop(prefix + "weight_codes")
@@ -56,13 +84,16 @@ class _StoredWeight(nn.Linear):
 class Int8Linear(_StoredWeight):
     """compressed-tensors "int-quantized": 8-bit container, int8 activations per token (W8A8 to the engines)."""
 
-    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    container_bits = 8
+
+    def __init__(self, weight: GridTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         """
         Args:
-            codes: int8 (out, in).
-            scale: fp32 (out, 1) or (1, 1), exactly representable in `dtype`.
+            weight: (out, in), symmetric; scales (out, 1) or (1, 1), exactly representable in `dtype`.
         """
-        super().__init__(codes, scale.expand(codes.shape[0], 1).to(dtype).contiguous(), codes.shape, bias)
+        codes = weight.codes
+        scale = weight.scale.expand(codes.shape[0], 1).to(dtype).contiguous()
+        super().__init__(codes, scale, codes.shape, bias, weight.grid)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -80,22 +111,19 @@ class BitNetLinear(_StoredWeight):
     The file holds four codes a byte, code + 1 in two bits, from four blocks of rows; the scale multiplies the output.
     """
 
-    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+    container_bits = 2
+
+    def __init__(self, weight: GridTensor, dtype: torch.dtype) -> None:
         """
         Args:
-            codes: int8 (out, in) in {-1, 0, 1}; `out` a multiple of 4.
-            scale: fp32 (1, 1), exactly representable in `dtype`.
+            weight: (out, in), ternary; `out` a multiple of 4; one scale, exactly representable in `dtype`.
         """
-        blocks = (codes + 1).to(torch.uint8).view(_PER_BYTE, -1, codes.shape[1])
-        stored = blocks[0].clone()
-        for i in range(1, _PER_BYTE):
-            stored |= blocks[i] << (2 * i)
-        super().__init__(stored, scale.view(1).to(dtype), codes.shape, None)
+        scale = weight.scale.view(1).to(dtype)
+        super().__init__(bitnet.pack(weight.codes), scale, weight.codes.shape, None, weight.grid)
 
     @property
     def codes(self) -> torch.Tensor:
-        blocks = [(self.weight_codes >> (2 * i)) & 3 for i in range(_PER_BYTE)]
-        return torch.cat(blocks).to(torch.int8) - 1
+        return bitnet.unpack(self.weight_codes)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""

@@ -1,26 +1,47 @@
-"""config.json's side of a checkpoint in transformers' own BitNet format."""
+"""transformers' own BitNet format: packing of the codes, and config.json's side."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
 
-from .linear import MERGED
+_PER_BYTE = 4
 
 
-def quantization_config(model: nn.Module) -> dict[str, Any] | None:
-    """`config.quantization_config` for a merged model, or None if it has no quantized layer.
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Four codes a byte, code + 1 in two bits, from four blocks of rows.
+
+    Args:
+        codes: int8 (out, in) in {-1, 0, 1}; `out` a multiple of 4.
+
+    Returns:
+        uint8 (out / 4, in).
+    """
+    blocks = (codes + 1).to(torch.uint8).view(_PER_BYTE, -1, codes.shape[1])
+    stored = blocks[0].clone()
+    for i in range(1, _PER_BYTE):
+        stored |= blocks[i] << (2 * i)
+    return stored
+
+
+def unpack(stored: torch.Tensor) -> torch.Tensor:
+    """Inverse of `pack`: int8 (out, in)."""
+    return torch.cat([(stored >> (2 * i)) & 3 for i in range(_PER_BYTE)]).to(torch.int8) - 1
+
+
+def quantization_config(float_linears: list[str]) -> dict[str, Any]:
+    """config.json's `quantization_config`.
+
+    Args:
+        float_linears: names of the nn.Linear modules that are not quantized.
 
     "autobitlinear" in mode "offline" multiplies the output with `weight_scale`; transformers' other class, "bitlinear",
     divides by it.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not any(isinstance(module, MERGED) for module in linears.values()):
-        return None
     return {
         "quant_method": "bitnet",
         "linear_class": "autobitlinear",
         "quantization_mode": "offline",
-        "modules_to_not_convert": [name for name, module in linears.items() if not isinstance(module, MERGED)],
+        "modules_to_not_convert": list(float_linears),
     }

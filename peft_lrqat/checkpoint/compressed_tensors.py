@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..grid import Grid
-from .linear import MERGED
 
 
-def quantization_config(model: nn.Module, grid: Grid, bits: int, act_bits: int | None = None) -> dict[str, Any] | None:
-    """`config.quantization_config` for a merged model, or None if it has no packed layer.
+def quantization_config(float_linears: list[str], grid: Grid, bits: int, act_bits: int | None = None) -> dict[str, Any]:
+    """config.json's `quantization_config`.
 
     Args:
+        float_linears: names of the nn.Linear modules that are not quantized; they are listed under "ignore".
         grid: the grid of the codes.
         bits: container width.
         act_bits: 8 if activations are quantized, per token; the format is "int-quantized" then.
-
-    Every nn.Linear that stayed float is listed by name under "ignore".
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not any(isinstance(module, MERGED) for module in linears.values()):
-        return None
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -38,7 +31,7 @@ def quantization_config(model: nn.Module, grid: Grid, bits: int, act_bits: int |
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "ignore": [name for name, module in linears.items() if not isinstance(module, MERGED)],
+        "ignore": list(float_linears),
         "kv_cache_scheme": None,
         "config_groups": {
             "group_0": {

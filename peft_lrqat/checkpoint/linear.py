@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..grid import dequantize
+from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
 from ..packing import pack, unpack
-from .activations import BitNetLinear, Int8Linear
+from .activations import BitNetLinear, Int8Linear, merged_info
+from .source import LayerInfo
 
 
 class _ReadOnlyWeight(torch.Tensor):
@@ -51,29 +52,25 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(
         self,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None,
+        weight: GridTensor,
         bias: nn.Parameter | None,
         bits: int,
         dtype: torch.dtype,
     ) -> None:
         """
         Args:
-            codes: int8 (out, in).
-            scale: fp32 (rows, groups), exactly representable in `dtype`.
-            zero_point: int8 (rows, groups) or None.
+            weight: (out, in); its scales are exactly representable in `dtype`.
             bits: container width.
         """
         nn.Module.__init__(self)
-        self.out_features, self.in_features = codes.shape
-        self.bits = bits
+        self.out_features, self.in_features = weight.codes.shape
+        self.bits, self.grid = bits, weight.grid
         rows = self.out_features
-        self.register_buffer("weight_packed", pack(codes, bits))
-        self.register_buffer("weight_scale", scale.expand(rows, -1).to(dtype).contiguous())
-        self.register_buffer("weight_shape", torch.tensor([rows, self.in_features], device=codes.device))
-        if zero_point is not None:
-            per_row = zero_point.expand(rows, -1)
+        self.register_buffer("weight_packed", pack(weight.codes, bits))
+        self.register_buffer("weight_scale", weight.scale.expand(rows, -1).to(dtype).contiguous())
+        self.register_buffer("weight_shape", torch.tensor([rows, self.in_features], device=weight.codes.device))
+        if weight.zero_point is not None:
+            per_row = weight.zero_point.expand(rows, -1)
             self.register_buffer("weight_zero_point", pack(per_row.t().contiguous(), bits).t().contiguous())
         else:
             self.weight_zero_point = None
@@ -96,6 +93,18 @@ class QuantizedLinear(nn.Linear):
         weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.weight_scale.dtype)
         return torch.Tensor._make_subclass(_ReadOnlyWeight, weight)
 
+    @property
+    def info(self) -> LayerInfo:
+        """What the layer is."""
+        return merged_info(self, self.bits)
+
+    def grid_tensor(self) -> GridTensor:
+        """What the layer holds."""
+        scale, zero_point = self.weight_scale.float(), self.zero_point
+        if self.grid.group_size == PER_TENSOR:
+            scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
+        return GridTensor(self.codes, scale, zero_point, self.grid)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         if torch.is_autocast_enabled(input.device.type):
@@ -111,13 +120,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def merged_layer(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: nn.Parameter | None,
-    bits: int,
-    dtype: torch.dtype,
-    transposed: bool,
+    quantized: GridTensor, bias: nn.Parameter | None, bits: int, dtype: torch.dtype, transposed: bool
 ) -> nn.Module:
     """The module that merging puts in place.
 
@@ -125,11 +128,11 @@ def merged_layer(
     grid's exact values.
     """
     if not transposed:
-        return QuantizedLinear(codes, scale, zero_point, bias, bits, dtype)
-    layer = Conv1D(codes.shape[0], 0)
-    weight = dequantize(codes, scale, zero_point, dtype).t().contiguous()
+        return QuantizedLinear(quantized, bias, bits, dtype)
+    layer = Conv1D(quantized.codes.shape[0], 0)
+    weight = quantized.dequantize(dtype).t().contiguous()
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.nx = codes.shape[1]
+    layer.nx = quantized.codes.shape[1]
     layer.register_parameter("bias", bias)
     return layer
 

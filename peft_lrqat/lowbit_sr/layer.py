@@ -40,7 +40,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.activations import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
 from ..checkpoint.linear import merged_layer
-from ..grid import dequantize, snap_scale
+from ..checkpoint.source import LayerInfo
+from ..grid import GridTensor, dequantize, snap_scale
 from ..lrqat.base import FrozenWeight
 from ..ops import trained_scale
 from ..ops.low_bit import low_bit_levels, low_bit_linear, mean_code, quantize_activations
@@ -292,8 +293,23 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         self.base_layer = merged  # type: ignore[assignment]  # a base only while nothing is merged
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
-    def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
+    @property
+    def info(self) -> LayerInfo:
+        """What merging makes of the layer."""
+        frozen, options = self.frozen, self.merge_options
+        kind: Any = "conv1d" if frozen.transposed else "linear"
+        shape, bias = (frozen.out_features, frozen.in_features), frozen.bias is not None
+        return LayerInfo(*shape, options.stored_grid, kind, bias, frozen.compute_dtype, options.stored_bits)
+
+    def grid_tensor(self, adapter: str | None = None, safe_merge: bool = False) -> GridTensor:
+        """The integers that merging stores, without merging.
+
+        Args:
+            adapter: None: the merged one, or else the active one; the base's integers if the layer has neither.
+        """
+        adapter = adapter or self._the_one(self.merged_adapters or self.active_adapters)
+        if adapter is None:
+            return self._base_tensor()
         levels, scale = self._levels(adapter)
         frozen, options = self.frozen, self.lowbitsr_options[adapter]
         dtype = frozen.compute_dtype
@@ -304,13 +320,17 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
                 f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={frozen.scale_dtype!r}` "
                 "exactly. Cast the model back before merging, or train with `scale_dtype='auto'`."
             )
-        if frozen.transposed:
-            return merged_layer(levels, scale, None, frozen.bias, 8, dtype, transposed=True)
-        if options.export_format == "bitnet":
-            return BitNetLinear(levels, scale, dtype)
-        if options.act_bits is not None:
-            return Int8Linear(levels, scale, frozen.bias, dtype)
-        return merged_layer(levels, scale, None, frozen.bias, options.stored_bits, dtype, transposed=False)
+        return GridTensor(levels, scale, None, options.stored_grid)
+
+    def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
+        quantized = self.grid_tensor(adapter, safe_merge)
+        frozen, options = self.frozen, self.lowbitsr_options[adapter]
+        if not frozen.transposed:
+            if options.export_format == "bitnet":
+                return BitNetLinear(quantized, frozen.compute_dtype)
+            if options.act_bits is not None:
+                return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
+        return merged_layer(quantized, frozen.bias, options.stored_bits, frozen.compute_dtype, frozen.transposed)
 
     def unmerge(self) -> None:
         """Put the base back; nothing was lost."""
@@ -331,10 +351,11 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             if self.merged:
                 return self.base_layer
-            return self._merged_base()
+            frozen, bits = self.frozen, self.merge_options.stored_bits
+            return merged_layer(self._base_tensor(), frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
         return self._float_layer()
 
-    def _merged_base(self) -> nn.Module:
+    def _base_tensor(self) -> GridTensor:
         """A layer that the merged adapter does not have is quantized all the same: its base."""
         frozen, options = self.frozen, self.merge_options
         if isinstance(frozen, DroppedBase):
@@ -346,8 +367,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
                 "model with the adapter to merge."
             )
         codes = unpack(frozen.base, frozen.fmt.bits, frozen.in_features)
-        bits, dtype = options.stored_bits, frozen.compute_dtype
-        return merged_layer(codes, frozen.scale0, None, frozen.bias, bits, dtype, frozen.transposed)
+        return GridTensor(codes, frozen.scale0, None, frozen.grid)
 
     def _float_layer(self) -> nn.Module:
         frozen = self.frozen

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..grid import dequantize
 from ..ops.embedding import quantized_embedding
-from ..ops.reference import codes
 from .base import local
 from .config import LRQATConfig
 from .layer import LRQATLinear
@@ -57,12 +55,12 @@ class LRQATEmbedding(LRQATLinear):
         layer.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
         return layer.to(weight.device)
 
-    @torch.no_grad()
+    @property
+    def kind(self) -> Any:
+        return "embedding"
+
     def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
-        frozen = self.frozen
-        scale, A, B, c = self._merge_operands(adapters, safe_merge)
-        integers = codes(local(frozen.base), A, B, frozen.fmt, c)
-        return self._around(dequantize(integers, scale, local(frozen.zero_point), frozen.compute_dtype))
+        return self._around(self.grid_tensor(adapters, safe_merge).dequantize(self.frozen.compute_dtype))
 
     def _float_layer(self) -> nn.Module:
         return self._around(self.frozen.weight)

@@ -49,6 +49,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.linear import merged_layer
+from ..checkpoint.source import LayerInfo
+from ..grid import GridTensor
 from ..ops import trained_scale
 from ..ops.reference import codes
 from .base import FrozenWeight, local
@@ -295,19 +297,38 @@ class LRQATLinear(nn.Module, LRQATLayer):
             )
         return scale, A, B, c
 
-    @torch.no_grad()
-    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
-        frozen = self.frozen
-        scale, A, B, c = self._merge_operands(adapters, safe_merge)
-        return merged_layer(
-            codes(local(frozen.base), A, B, frozen.fmt, c),
-            scale,
-            local(frozen.zero_point),
-            frozen.bias,
-            bits=self.container_bits or frozen.grid.bits,
-            dtype=frozen.compute_dtype,
-            transposed=frozen.transposed,
+    @property
+    def info(self) -> LayerInfo:
+        """What merging makes of the layer."""
+        frozen, kind = self.frozen, self.kind
+        dtype, bits = frozen.compute_dtype, self.container_bits or frozen.grid.bits
+        return LayerInfo(
+            frozen.out_features, frozen.in_features, frozen.grid, kind, frozen.bias is not None, dtype, bits
         )
+
+    @property
+    def kind(self) -> Any:
+        """What the layer was before: "linear" or "conv1d"."""
+        return "conv1d" if self.frozen.transposed else "linear"
+
+    @torch.no_grad()
+    def grid_tensor(self, adapters: list[str] | None = None, safe_merge: bool = False) -> GridTensor:
+        """The integers that merging stores, without merging.
+
+        Args:
+            adapters: None: the merged ones, or else the active ones.
+        """
+        frozen = self.frozen
+        if adapters is None:
+            adapters = [name for name in self.merged_adapters or self.active_adapters if name in self.lora_A]
+        scale, A, B, c = self._merge_operands(adapters, safe_merge)
+        integers = codes(local(frozen.base), A, B, frozen.fmt, c)
+        return GridTensor(integers, scale, local(frozen.zero_point), frozen.grid)
+
+    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
+        frozen, quantized = self.frozen, self.grid_tensor(adapters, safe_merge)
+        bits = self.container_bits or frozen.grid.bits
+        return merged_layer(quantized, frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
 
     def unmerge(self) -> None:
         """Take the adapters out of the integers again; nothing was lost."""

@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_inc
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint import bitnet, compressed_tensors
+from ..checkpoint import bitnet, compressed_tensors, trained
+from ..checkpoint.linear import MERGED
 from ..checkpoint.model_card import attach_card
 from ..training.loss import restore_loss, use_lean_loss
 from .base import packed_state_dict
@@ -144,13 +145,15 @@ class QuantizingModel(LoraModel):
                     "grid, but are saved as dense floats.",
                     stacklevel=2,
                 )
-            if config.export_format == "bitnet":
-                described = bitnet.quantization_config(model)
-            else:
-                described = compressed_tensors.quantization_config(
-                    model, config.stored_grid, config.stored_bits, config.act_bits
+            linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            floats = [name for name, module in linears.items() if not isinstance(module, MERGED)]
+            if len(floats) < len(linears):
+                grid, bits, act_bits = config.stored_grid, config.stored_bits, config.act_bits
+                model.config.quantization_config = (
+                    bitnet.quantization_config(floats)
+                    if config.export_format == "bitnet"
+                    else compressed_tensors.quantization_config(floats, grid, bits, act_bits)
                 )
-            if described is not None:
-                model.config.quantization_config = described
+                setattr(model.config, trained.KEY, trained.describe(config))
             attach_card(model, config)
         return model
