@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...chunks import row_chunks
-from ...grid import Grid
+from ...grid import Grid, GridTensor
 from .blocks import BLOCK_TYPES, BlockType, Contents, NotExact
 
 
@@ -53,55 +53,42 @@ def candidates(grid: Grid, in_features: int) -> list[BlockType]:
     return sorted(fitting, key=lambda kind: kind.bits_per_weight)  # stable: of two alike, the one listed first
 
 
-def contents(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid, kind: BlockType
-) -> Contents:
-    """What the blocks of some rows of a layer hold.
-
-    Args:
-        codes: int8 (rows, in).
-        scale: fp32 (rows or 1, groups).
-        zero_point: integers (rows or 1, groups), or None.
-    """
+def contents(tensor: GridTensor, kind: BlockType) -> Contents:
+    """What the blocks of a layer, or of some of its rows, hold."""
+    codes, scale, zero_point, grid = tensor.codes, tensor.scale, tensor.zero_point, tensor.grid
     rows, cols = codes.shape
     repeats = cols // scale.shape[1] // kind.part
 
     def by_part(values: torch.Tensor) -> torch.Tensor:
         return values.expand(rows, -1).repeat_interleave(repeats, 1).reshape(-1, kind.size // kind.part)
 
-    zero = torch.zeros(1, scale.shape[1], dtype=torch.int16) if zero_point is None else zero_point.to(torch.int16)
-    zeros = by_part(zero)
+    zero = codes.new_zeros(1, scale.shape[1]) if zero_point is None else zero_point
+    zeros = by_part(zero.to(torch.int16))
     levels = codes.to(torch.int16).reshape(-1, kind.size) - zeros.repeat_interleave(kind.part, 1)
     unit = -grid.qmin if grid.symmetric and not grid.ternary else 1
     return Contents(levels, by_part(scale.float()), grid.qmin - zeros, unit)
 
 
-def to_blocks(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid, kind: BlockType
-) -> torch.Tensor:
-    """A layer as GGUF stores it.
+def rows_of(tensor: GridTensor, rows: slice | torch.Tensor) -> GridTensor:
+    """Some rows of a layer, or all of them in another order."""
+    own = rows if tensor.scale.shape[0] > 1 else slice(None)
+    zero_point = None if tensor.zero_point is None else tensor.zero_point[own]
+    return GridTensor(tensor.codes[rows], tensor.scale[own], zero_point, tensor.grid)
 
-    Args:
-        codes: int8 (out, in).
-        scale: fp32 (out or 1, groups), weight units per step.
-        zero_point: integers (out or 1, groups), grid steps, or None.
 
-    Returns:
-        uint8 (out, in / kind.size * kind.bytes).
+def to_blocks(tensor: GridTensor, kind: BlockType) -> torch.Tensor:
+    """A layer as GGUF stores it: uint8 (out, in / kind.size * kind.bytes).
 
     Raises:
         NotExact: the type cannot hold it without changing a weight.
     """
-    rows, cols = codes.shape
-    problem = fit(kind, grid, cols).problem
+    rows, cols = tensor.codes.shape
+    problem = fit(kind, tensor.grid, cols).problem
     if problem:
         raise NotExact(problem)
     stored = torch.empty(rows, cols // kind.size * kind.bytes, dtype=torch.uint8)
-    for part in row_chunks(rows, cols, codes.device):
-        own = part if scale.shape[0] > 1 else slice(None)
-        zeros = None if zero_point is None else zero_point[own]
-        blocks = kind.pack(contents(codes[part], scale[own], zeros, grid, kind))
-        stored[part] = blocks.view(-1, stored.shape[1])
+    for part in row_chunks(rows, cols, tensor.codes.device):
+        stored[part] = kind.pack(contents(rows_of(tensor, part), kind)).view(-1, stored.shape[1])
     return stored
 
 
@@ -119,18 +106,29 @@ def from_blocks(stored: torch.Tensor, kind: BlockType) -> tuple[torch.Tensor, to
     return levels.view(rows, -1), scale.reshape(rows, -1)
 
 
-def smallest(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid
-) -> tuple[BlockType, torch.Tensor]:
-    """The smallest type that holds a layer exactly, and the bytes; arguments as `to_blocks`.
+def holds(stored: torch.Tensor, kind: BlockType, tensor: GridTensor) -> bool:
+    """Whether a GGUF tensor holds exactly the integers and scales of a layer."""
+    for part in row_chunks(*tensor.codes.shape, tensor.codes.device):
+        levels, scale = from_blocks(stored[part], kind)
+        wanted = contents(rows_of(tensor, part), kind)
+        if not torch.equal(levels.view_as(wanted.levels), wanted.levels):
+            return False
+        if not torch.equal(scale.view_as(wanted.scale), wanted.scale):
+            return False
+    return True
+
+
+def smallest(tensor: GridTensor) -> tuple[BlockType, torch.Tensor]:
+    """The smallest type that holds a layer exactly, and its bytes, see `to_blocks`.
 
     Raises:
         NotExact: no type does.
     """
     reasons = []
-    for kind in candidates(grid, codes.shape[1]):
+    for kind in candidates(tensor.grid, tensor.codes.shape[1]):
         try:
-            return kind, to_blocks(codes, scale, zero_point, grid, kind)
+            return kind, to_blocks(tensor, kind)
         except NotExact as reason:
             reasons.append(f"{kind.name}: {reason}")
-    raise NotExact("; ".join(reasons) or f"no GGUF type holds {grid.describe()} with {codes.shape[1]} input features")
+    none = f"no GGUF type holds {tensor.grid.describe()} with {tensor.codes.shape[1]} input features"
+    raise NotExact("; ".join(reasons) or none)

@@ -41,7 +41,9 @@ class UnsupportedTokenizer(ValueError):
     """llama.cpp would split text differently; the message says what was found."""
 
 
-def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, eos: list[int], pre: str | None = None) -> None:
+def write_tokenizer(
+    writer: Any, tokenizer: Any, vocab_size: int, eos: list[int], pre: str | None = None
+) -> list[str]:
     """Put a tokenizer into a `gguf.GGUFWriter`.
 
     Args:
@@ -49,6 +51,9 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, eos: list[int]
         vocab_size: rows of the model's embedding; rows without a token get an unused one.
         eos: the tokens at which generation stops, from the generation configuration.
         pre: llama.cpp's name of the pre-tokenizer, where it is not recognised.
+
+    Returns:
+        Where llama.cpp splits text otherwise, in words for the user.
 
     Raises:
         UnsupportedTokenizer: it is of no known kind, or has more tokens than the model.
@@ -64,6 +69,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, eos: list[int]
         raise UnsupportedTokenizer(f"the tokenizer is of type {model['type']}; BPE tokenizers can be written")
     bytewise = any(step["type"] == "ByteLevel" for step in _steps(described["pre_tokenizer"]))
     tokens, kinds = _vocabulary(tokenizer, model, described["added_tokens"], vocab_size)
+    notes = []
     merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ", 1)) for pair in model["merges"]]
     if bytewise:
         writer.add_tokenizer_model("gpt2")
@@ -73,7 +79,8 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, eos: list[int]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(tokens, kinds, merges))
-        writer.add_add_space_prefix(_adds_space(tokenizer))
+        writer.add_add_space_prefix(_adds_space(tokenizer, "x"))
+        notes = _notes(tokenizer)
         tokens = [
             text.replace(_SPACE, " ") if kind == _USER_DEFINED else text
             for text, kind in zip(tokens, kinds, strict=True)
@@ -83,6 +90,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, eos: list[int]
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     _write_special(writer, tokenizer, eos)
+    return notes
 
 
 def pre_tokenizer(described: dict[str, Any]) -> str:
@@ -134,7 +142,8 @@ def _vocabulary(
     for token in added:
         kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
         texts[token["id"]] = token["content"]
-    kinds |= {i: _UNKNOWN for i, text in texts.items() if text == model.get("unk_token")}
+    if model["byte_fallback"] and tokenizer.unk_token_id is not None:
+        kinds[tokenizer.unk_token_id] = _UNKNOWN
     every = range(vocab_size)
     return [texts.get(i, f"[PAD{i}]") for i in every], [kinds.get(i, _UNUSED) for i in every]
 
@@ -151,9 +160,24 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
     ]
 
 
-def _adds_space(tokenizer: Any) -> bool:
-    """Whether text starts with a space that was not there, as in Llama 2."""
-    return tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])[0].startswith(_SPACE)
+def _adds_space(tokenizer: Any, text: str) -> bool:
+    """Whether the last token of `text`, one letter, has got a space that was not there, as in Llama 2."""
+    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])[-1].startswith(_SPACE)
+
+
+def _notes(tokenizer: Any) -> list[str]:
+    if not _adds_space(tokenizer, "x"):
+        return []
+    plain, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("x", " x"))
+    where = ["that begin with a space"] if plain == spaced else []
+    if tokenizer.bos_token and not _adds_space(tokenizer, tokenizer.bos_token + "x"):
+        where.append("that follow a special token")
+    if not where:
+        return []
+    return [
+        f"The tokenizer puts a space before a text, but not before texts {' or '.join(where)}; llama.cpp does so always, "
+        "and splits those a little differently."
+    ]
 
 
 def _write_special(writer: Any, tokenizer: Any, eos: list[int]) -> None:

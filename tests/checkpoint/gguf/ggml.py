@@ -8,12 +8,18 @@ from importlib.metadata import files
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("xllamacpp", reason="ggml comes with xllamacpp")
 
 _VOID, _INT = ctypes.c_void_p, ctypes.c_int32
+
+
+@ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _VOID)
+def _silence(level: int, text: bytes, data: int) -> None:
+    """A log callback that drops everything."""
 
 
 class _Parameters(ctypes.Structure):
@@ -51,6 +57,7 @@ def library() -> Any:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     lib.llama_backend_init()
+    lib.llama_log_set(_silence, None)
     return lib
 
 
@@ -72,8 +79,13 @@ class Llama:
         self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         assert self.model, f"llama.cpp cannot load {path}"
         parameters = lib.llama_context_default_params()
-        sizes = ctypes.cast(ctypes.pointer(parameters), ctypes.POINTER(ctypes.c_uint32))
-        sizes[0] = sizes[1] = sizes[2] = context  # n_ctx, n_batch, n_ubatch
+        words = ctypes.cast(ctypes.pointer(parameters), ctypes.POINTER(ctypes.c_uint32))
+        words[0] = words[1] = words[2] = context  # n_ctx, n_batch, n_ubatch
+        words[7] = words[8] = 1  # threads: ggml's wait for each other busily, badly where other processes run
+        words[13] = 0  # flash_attn_type
+        # type_k and type_v, F16 by default, follow two null pointers: a cache in F32 rounds nothing
+        cache = next(i for i in range(16, 64) if list(words[i : i + 6]) == [0, 0, 0, 0, 1, 1]) + 4
+        words[cache] = words[cache + 1] = 0
         self.context = lib.llama_init_from_model(self.model, parameters)
         assert self.context, f"llama.cpp cannot run {path}"
         self.vocab = lib.llama_model_get_vocab(self.model)
@@ -88,8 +100,9 @@ class Llama:
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special`: add what the model's tokenizer adds, and read special tokens in the text."""
         raw = text.encode()
-        ids = (ctypes.c_int32 * (len(raw) + 8))()
+        ids = (ctypes.c_int32 * (4 * len(raw) + 8))()
         count = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(ids), special, special)
+        assert count >= 0
         return list(ids[:count])
 
     def pieces(self, ids: list[int]) -> str:
@@ -113,5 +126,5 @@ class Llama:
         ):
             setattr(batch, name, ctypes.addressof(array))
         assert self.lib.llama_decode(self.context, batch) == 0
-        rows = [self.lib.llama_get_logits_ith(self.context, i)[:words] for i in range(count)]
-        return torch.tensor(rows)
+        rows = [np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (words,)) for i in range(count)]
+        return torch.from_numpy(np.stack(rows))
