@@ -4,6 +4,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
 """
 
 from ._version import __version__
+from .checkpoint.export import can_export, export
 from .grid import Grid
 from .lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .lrqat import LRQATConfig, LRQATLayer, LRQATModel
@@ -20,7 +21,9 @@ __all__ = [
     "LowBitSRLayer",
     "LowBitSRModel",
     "__version__",
+    "can_export",
     "create_lrqat_optimizer",
+    "export",
 ]
 
 register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)

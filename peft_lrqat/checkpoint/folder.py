@@ -139,6 +139,17 @@ class FolderSource(Source):
     def grids(self) -> dict[str, LayerInfo]:
         return dict(self._infos)
 
+    def scale(self, name: str) -> torch.Tensor:
+        info, scale = self._infos[name], self._read(name + ".weight_scale").float()
+        if info.grid.group_size > 0:
+            return scale.view(info.out_features, -1)
+        scale = scale.reshape(-1, 1)
+        if info.grid.group_size != PER_TENSOR:
+            return scale
+        if not torch.equal(scale, scale[:1].expand_as(scale)):
+            raise ValueError(f"{name}: config.json records one scale per tensor, but the rows' scales differ.")
+        return scale[:1]
+
     def layer(self, name: str) -> GridTensor:
         info = self._infos[name]
         if name + ".weight_packed" in self._files:
@@ -146,16 +157,12 @@ class FolderSource(Source):
         else:
             stored = self._read(name + ".weight")
             codes = bitnet.unpack(stored) if self._bitnet else stored
-        scale, zero_point = self._read(name + ".weight_scale").float().reshape(-1, 1), None
-        if info.grid.group_size > 0:
-            scale = scale.view(info.out_features, -1)
+        scale, zero_point = self.scale(name), None
         if not info.grid.symmetric:
             packed = self._read(name + ".weight_zero_point")
             zero_point = unpack(packed.t().contiguous(), self._bits, info.out_features).t().contiguous()
         if info.grid.group_size == PER_TENSOR:
-            if not torch.equal(scale, scale[:1].expand_as(scale)):
-                raise ValueError(f"{name}: config.json records one scale per tensor, but the rows' scales differ.")
-            scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
+            zero_point = None if zero_point is None else zero_point[:1]
         if codes.min() < info.grid.qmin or codes.max() > info.grid.qmax:
             raise ValueError(
                 f"{name} holds codes from {int(codes.min())} to {int(codes.max())}, outside of the grid that "

@@ -87,6 +87,10 @@ class Source(ABC):
     def layer(self, name: str) -> GridTensor:
         """The codes, scale and zero point of one of `grids()`. Built or read anew; owned by the caller."""
 
+    def scale(self, name: str) -> torch.Tensor:
+        """The scale of `layer(name)`, fp32 (rows, groups), without its codes."""
+        return self.layer(name).scale
+
     @abstractmethod
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(state-dict name, tensor) of everything else, in the model's dtype, one at a time.
