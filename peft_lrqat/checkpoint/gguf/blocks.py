@@ -9,8 +9,8 @@ a row, and what makes weights of them:
               w = d c_j u - e m_j       Q2_K, Q4_K, Q5_K                          c_j, m_j: for each 16 or 32; e: fp16
 
 ggml evaluates these in float32, where all of them are exact as long as the stored numbers are: a level has at most 8
-bits, fp16 has 11, c_j at most 7. So a block is exact or it cannot be written; `pack` raises `NotExact` in that case, and
-never rounds.
+bits, fp16 has 11, c_j at most 7. So a block is exact or cannot be written: `pack` raises `NotExact` then; it never
+rounds.
 
 Bits of several weights share a byte in *planes*: with `shape` (outer, count, inner), the `count` weights
 (o, 0, i), (o, 1, i), ... share the byte (o, i), the first in its lowest bits.
@@ -60,7 +60,6 @@ class BlockType:
         lowest, highest: the levels; for types with an offset, of u.
         offset: whether a block stores where its levels begin.
         mirrored: whether a negative d may turn the range around.
-        free_scales: how many different scales a block has: 1, or `size / part` if they are multiples of one number.
     """
 
     name: str
@@ -217,7 +216,7 @@ def _unpack_tq2_0(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # TQ1_0: five ternary digits a byte (four in the last four bytes), most significant digit first. The byte is not the
-# number t in 0..242 itself but ceil(t * 256 / 243): multiplying it by 3 modulo 256 then carries out one digit at a time.
+# number t in 0..242 itself but ceil(t * 256 / 243): multiplied by 3, modulo 256, it gives one digit after the other.
 _TERNARY_RUNS: tuple[tuple[int, int], ...] = ((5, 32), (5, 16), (4, 4))  # digits a byte, bytes
 
 

@@ -108,7 +108,8 @@ def from_blocks(stored: torch.Tensor, kind: BlockType) -> tuple[torch.Tensor, to
 
 def holds(stored: torch.Tensor, kind: BlockType, tensor: GridTensor) -> bool:
     """Whether a GGUF tensor holds exactly the integers and scales of a layer."""
-    for part in row_chunks(*tensor.codes.shape, tensor.codes.device):
+    rows, cols = tensor.codes.shape
+    for part in row_chunks(rows, cols, tensor.codes.device):
         levels, scale = from_blocks(stored[part], kind)
         wanted = contents(rows_of(tensor, part), kind)
         if not torch.equal(levels.view_as(wanted.levels), wanted.levels):

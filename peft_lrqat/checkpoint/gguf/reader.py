@@ -87,7 +87,9 @@ class GGUFFile:
         start = -(-file.tell() // alignment) * alignment
         for name, shape, number, offset in infos:
             if number not in TYPES:
-                raise ValueError(f"{self.path.name}: tensor {name!r} is of ggml's type {number}, which is not known here.")
+                raise ValueError(
+                    f"{self.path.name}: tensor {name!r} is of ggml's type {number}, which is not known here."
+                )
             kind, size, width = TYPES[number]
             self.tensors[name] = StoredTensor(kind, shape, start + offset, math.prod(shape) // size * width)
 

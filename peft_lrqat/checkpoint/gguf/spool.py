@@ -25,7 +25,7 @@ class Spool:
 
     def __init__(self, writer: Any, folder: Path) -> None:
         self._writer = writer
-        self._file: Any = tempfile.TemporaryFile(dir=folder)
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - this is a context manager itself
 
     def __enter__(self) -> Spool:
         return self

@@ -5,8 +5,8 @@ llama.cpp has its own implementation of each kind of tokenizer. Two kinds matter
 * "gpt2": byte-level BPE with a list of merges. How text is cut into words first is chosen by a *name*, for which
   llama.cpp has the code. It is found by what the tokenizer does (its pre-tokenizer), so that a tokenizer with added
   tokens, or a new one of a known kind, is recognised.
-* "llama": SentencePiece's BPE, in which the token with the highest score is merged first. transformers keeps the merges in
-  that order, so minus a token's place among them serves as its score.
+* "llama": SentencePiece's BPE, in which the token with the highest score is merged first. transformers keeps the merges
+  in that order, so minus a token's place among them serves as its score.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class UnsupportedTokenizer(ValueError):
     """llama.cpp would split text differently; the message says what was found."""
 
 
-def write_tokenizer(
-    writer: Any, tokenizer: Any, vocab_size: int, eos: list[int], pre: str | None = None
-) -> list[str]:
+def write_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, eos: list[int], pre: str | None = None) -> list[str]:
     """Put a tokenizer into a `gguf.GGUFWriter`.
 
     Args:
@@ -137,11 +135,11 @@ def _vocabulary(
             "to another model, or tokens were added without resize_token_embeddings"
         )
     kinds = dict.fromkeys(texts, _NORMAL)
-    if model["byte_fallback"]:
-        kinds |= {i: _BYTE for i, text in texts.items() if len(text) == 6 and text.startswith("<0x")}
     for token in added:
         kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
         texts[token["id"]] = token["content"]
+    if model["byte_fallback"]:
+        kinds |= {i: _BYTE for i, text in texts.items() if len(text) == 6 and text.startswith("<0x")}
     if model["byte_fallback"] and tokenizer.unk_token_id is not None:
         kinds[tokenizer.unk_token_id] = _UNKNOWN
     every = range(vocab_size)
@@ -161,8 +159,9 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
 
 def _adds_space(tokenizer: Any, text: str) -> bool:
-    """Whether the last token of `text`, one letter, has got a space that was not there, as in Llama 2."""
-    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])[-1].startswith(_SPACE)
+    """Whether the letter in `text`, which may follow a special token, gets a space that was not there."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return next(piece for piece in pieces if piece not in tokenizer.all_special_tokens).startswith(_SPACE)
 
 
 def _notes(tokenizer: Any) -> list[str]:
@@ -175,8 +174,8 @@ def _notes(tokenizer: Any) -> list[str]:
     if not where:
         return []
     return [
-        f"The tokenizer puts a space before a text, but not before texts {' or '.join(where)}; llama.cpp does so always, "
-        "and splits those a little differently."
+        f"The tokenizer puts a space before a text, but not before texts {' or '.join(where)}; llama.cpp does so "
+        "always, and splits those a little differently."
     ]
 
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ...grid import GridTensor, snap_scale
+from ...grid import Grid, GridTensor, snap_scale
 from ..formats import Loss, Problem, Settings, Writer, Written
 from ..source import LayerInfo, Source
 from . import architectures, choice, floats, tensors
@@ -27,14 +27,14 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Writer.Options):
     """How a GGUF file is written."""
 
     type: str = field(
         default="auto",
         metadata={
-            "help": "ggml's type of the quantized layers; auto: the smallest that holds each exactly; f32: float weights, "
-            "for tools that pack them themselves."
+            "help": "ggml's type of the quantized layers; auto: the smallest that holds each exactly; f32: float "
+            "weights, for tools that pack them themselves."
         },
     )
     embedding_type: str = field(
@@ -61,7 +61,7 @@ class GGUFWriter(Writer):
     """llama.cpp's format."""
 
     name = "gguf"
-    needs = {"gguf": "gguf"}
+    needs: ClassVar[dict[str, str]] = {"gguf": "gguf"}
     tokenizer_files = False
     Options = Options
     usage = """```bash
@@ -151,6 +151,7 @@ def _write_layers(
     rename = tensors.file_names(source.config)
     types: Counter[str] = Counter()
     infos = source.grids()
+    remarks: dict[str, None] = {}
     if settings.options.type == "f32":
         written.dense = list(infos)
     for name in infos:
@@ -161,10 +162,27 @@ def _write_layers(
             kind, data = _blocks(tensor, name, settings, written)
             written.layer_bytes += data.numel()
             written.weights += tensor.codes.numel()
+            remarks[_remark(infos[name], kind)] = None
         spool.add(rename(name + ".weight"), kind, tuple(tensor.codes.shape), data)
         types[kind] += 1
         progress(name)
+    written.notes += filter(None, remarks)
     return types
+
+
+def _remark(info: LayerInfo, kind: str) -> str:
+    """Why a narrow grid takes a wide type, if it does; else nothing."""
+    grid, used = info.grid, BLOCK_TYPES[kind]
+    anywhere = Grid(grid.bits, -1, grid.symmetric)
+    smaller = [k for k in choice.candidates(anywhere, 256) if k.bits_per_weight < used.bits_per_weight]
+    reasons = [(k, choice.fit(k, grid, info.in_features).problem) for k in smaller]
+    reason = next(((k, problem) for k, problem in reasons if problem), None)
+    if used.bits_per_weight < grid.code_bits + 1.5 or reason is None:
+        return ""
+    return (
+        f"The grid {grid.describe()} takes {used.bits_per_weight:.4g} bits a weight as {kind.upper()}; "
+        f"{reason[0].name.upper()} would take {reason[0].bits_per_weight:.4g}, but {reason[1]}."
+    )
 
 
 def _blocks(tensor: GridTensor, name: str, settings: Settings, written: Written) -> tuple[str, torch.Tensor]:
@@ -183,8 +201,10 @@ def _blocks(tensor: GridTensor, name: str, settings: Settings, written: Written)
             return kind.name, data
         return wanted, choice.to_blocks(tensor, BLOCK_TYPES[wanted])
     except NotExact as reason:
-        raise NotExact(f"{name} cannot be written exactly as {wanted!r}: {reason}. Leave the choice to `type='auto'`, or "
-                       "write floats with `type='f32'`.") from reason  # fmt: skip
+        raise NotExact(
+            f"{name} cannot be written exactly as {wanted!r}: {reason}. Leave the choice to `type='auto'`, or write "
+            "floats with `type='f32'`."
+        ) from reason
 
 
 def _write_floats(spool: Spool, source: Source, options: Options, written: Written) -> None:
@@ -196,8 +216,8 @@ def _write_floats(spool: Spool, source: Source, options: Options, written: Writt
         spool.add(rename(name), stored.type, tuple(weight.shape), stored.data)
         if stored.error:
             written.notes.append(
-                f"{name} was never on a grid and is rounded to {stored.type.upper()}, as `embedding_type` asks: relative "
-                f"error of its weights {stored.error:.2e}"
+                f"{name} was never on a grid and is rounded to {stored.type.upper()}, as `embedding_type` asks: "
+                f"relative error of its weights {stored.error:.2e}"
             )
     divisors = architectures.rope_divisors(config)
     if divisors is not None:
@@ -230,11 +250,16 @@ def _write_vocabulary(writer: Any, source: Source, settings: Settings) -> list[s
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     config = source.config
-    stops = next(
-        (ids for c in (source.generation_config, config) if (ids := getattr(c, "eos_token_id", None)) is not None), []
-    )
-    stops = [stops] if isinstance(stops, int) else list(stops)
-    return write_tokenizer(writer, tokenizer, config.vocab_size, stops, settings.options.tokenizer_pre)
+    return write_tokenizer(writer, tokenizer, config.vocab_size, _stops(source), settings.options.tokenizer_pre)
+
+
+def _stops(source: Source) -> list[int]:
+    """The tokens at which generation stops."""
+    for config in (source.generation_config, source.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
 
 
 def _name(source: Source) -> str:

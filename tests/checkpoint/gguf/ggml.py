@@ -31,7 +31,10 @@ class _Parameters(ctypes.Structure):
 class _Batch(ctypes.Structure):
     """llama_batch."""
 
-    _fields_ = [("n_tokens", _INT), *((name, _VOID) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits"))]
+    _fields_ = [
+        ("n_tokens", _INT),
+        *((name, _VOID) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
+    ]
 
 
 @cache
@@ -110,7 +113,8 @@ class Llama:
         out = b""
         for token in ids:
             buffer = ctypes.create_string_buffer(256)
-            out += buffer.raw[: self.lib.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)]
+            length = self.lib.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
+            out += buffer.raw[:length]
         return out.decode(errors="replace")
 
     def logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
@@ -121,9 +125,8 @@ class Llama:
         lengths, flags = (ctypes.c_int32 * count)(*[1] * count), (ctypes.c_int8 * count)(*[1] * count)
         zero = (ctypes.c_int32 * 1)(0)
         sequences = (_VOID * count)(*[ctypes.addressof(zero)] * count)
-        for name, array in zip(
-            ("token", "pos", "n_seq_id", "seq_id", "logits"), (tokens, positions, lengths, sequences, flags), strict=True
-        ):
+        arrays = {"token": tokens, "pos": positions, "n_seq_id": lengths, "seq_id": sequences, "logits": flags}
+        for name, array in arrays.items():
             setattr(batch, name, ctypes.addressof(array))
         assert self.lib.llama_decode(self.context, batch) == 0
         rows = [np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (words,)) for i in range(count)]

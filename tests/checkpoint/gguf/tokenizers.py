@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pydoc_data.topics import topics
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,15 +17,15 @@ CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>
 
 #: Text that tells tokenizers apart.
 HARD = [
-    "Hello world", " two  spaces   and\ttabs\n\n\nlines \n  indented", "1 22 333 4444 55555.6 7,8", "I've we'LL don't 'tis",
-    "naïve café déjà-vu Ångström", "日本語 текст עברית 🙂🙃", "camelCase HTTPServer xY Zz", "a</s>b <s>c", "x=[1,2];y(){}//..!!??",
-    "a<tool>b", "", "\u00a0nbsp\u2009thin",
+    "Hello world", "", " two  spaces   and\ttabs\n\n\nlines \n  indented", "1 22 333 4444 55555.6 7,8",
+    "I've we'LL don't 'tis", "naïve café déjà-vu Ångström", "日本語 текст עברית 🙂🙃", "camelCase HTTPServer xY Zz",
+    "a</s>b <s>c", "a<tool>b", "x=[1,2];y(){}//..!!??", "\u00a0nbsp\u2009thin",
 ]  # fmt: skip
 
 
 def bytewise(name: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE that cuts text as llama.cpp's pre-tokenizer `name` does."""
-    (cut, whole_words), = (key for key, value in PRE_TOKENIZERS.items() if value == name)
+    ((cut, whole_words),) = (key for key, value in PRE_TOKENIZERS.items() if value == name)
     steps: list = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.endswith("ByteLevel"))]
     if cut.startswith("Digits"):
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
@@ -49,11 +50,13 @@ def sentencepiece(prefix: bool) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1)] * prefix)]
     )
-    special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=special, show_progress=False)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=[*SPECIAL, *bytes_], show_progress=False)
     space = "" if prefix else " "
     backend.train_from_iterator((space + word for line in TEXT for word in line.split(" ")), trainer)
-    return _finish(backend, adds_bos=True)
+    described = json.loads(backend.to_str())
+    described["added_tokens"] = described["added_tokens"][: len(SPECIAL)]  # the bytes are ordinary tokens
+    return _finish(Tokenizer.from_str(json.dumps(described)), adds_bos=True)
 
 
 def _finish(backend: Tokenizer, adds_bos: bool) -> PreTrainedTokenizerFast:
