@@ -3,9 +3,9 @@
 An exporter reads a `Source` and nothing else, so that no format is ever written from dequantized floats. `open_source`
 makes one from
 
-* a model that `merge_and_unload()` gave                              (`memory.py`)
+* a model that `merge_and_unload()` gave                                (`memory.py`)
 * a PeftModel with LR-QAT or low-bit SR adapters; a layer is merged when it is read, and the model stays as it is
-* a folder with a merged checkpoint, read tensor by tensor            (`folder.py`)
+* a folder with a merged or exported checkpoint, read tensor by tensor  (`folder.py`, `layouts.py`)
 * a folder with an adapter: the base model is loaded, and it is a PeftModel again
 """
 
@@ -129,6 +129,6 @@ def _open_folder(folder: Path) -> Source:
             f"The folder {str(folder)!r} holds neither config.json nor adapter_config.json, so it is neither a merged "
             "checkpoint nor an adapter."
         )
-    from .folder import FolderSource
+    from .layouts import open_checkpoint
 
-    return FolderSource(folder)
+    return open_checkpoint(folder)
