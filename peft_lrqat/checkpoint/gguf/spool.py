@@ -24,7 +24,7 @@ class Spool:
     """Collects tensors for a `gguf.GGUFWriter`; a context manager, which deletes what it collected."""
 
     def __init__(self, writer: Any, folder: Path) -> None:
-        self._writer = writer
+        self.writer = writer
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - this is a context manager itself
 
     def __enter__(self) -> Spool:
@@ -42,13 +42,13 @@ class Spool:
             data: uint8, all the tensor's bytes.
         """
         # int8, not uint8: for that the writer would look the type up, and it does not know Q2_0
-        self._writer.add_tensor_info(name, shape, np.dtype(np.int8), data.numel(), raw_dtype=_NUMBERS[type_name])
+        self.writer.add_tensor_info(name, shape, np.dtype(np.int8), data.numel(), raw_dtype=_NUMBERS[type_name])
         data.contiguous().numpy().tofile(self._file)
-        self._writer.write_padding(self._file, data.numel())
+        self.writer.write_padding(self._file, data.numel())
 
     def write(self, path: Path) -> None:
         """Write the file: header, metadata, tensors."""
-        writer = self._writer
+        writer = self.writer
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -15,6 +15,7 @@ from ..formats import Loss, Problem, Settings, Writer, Written
 from ..source import LayerInfo, Source
 from . import architectures, choice, floats, tensors
 from .blocks import BLOCK_TYPES, NotExact
+from .inspect import GRID_KEY, LAYERS_KEY, grid_metadata
 from .spool import Spool
 from .tokenizer import write_tokenizer
 
@@ -100,6 +101,8 @@ llama-server -m path/to/file.gguf
         with Spool(writer, folder) as spool:
             types = _write_layers(spool, source, settings, written, progress)
             _write_floats(spool, source, options, written)
+            grids = Counter(info.grid for info in source.grids().values())
+            writer.add_array(GRID_KEY, grid_metadata(grids.most_common(1)[0][0]))
             most = types.most_common(1)[0][0]
             writer.add_file_type(_FILE_TYPES[most])
             spool.write(folder / f"{_name(source)}-{most.upper()}.gguf")
@@ -154,6 +157,7 @@ def _write_layers(
     remarks: dict[str, None] = {}
     if settings.options.type == "f32":
         written.dense = list(infos)
+    spool.writer.add_array(LAYERS_KEY, [rename(name + ".weight") for name in infos])
     for name in infos:
         tensor = tensors.in_file_order(source.layer(name), source.config, name)
         if name in written.dense:

@@ -126,7 +126,7 @@ def test_each_type_runs_in_llama_cpp_with_the_trained_weights(bits, group_size, 
     assert stored.type == type
     weight = source.layer("model.layers.0.mlp.down_proj").dequantize(torch.float32)
     assert torch.equal(dequantize(file.read("blk.0.ffn_down.weight"), type, 256), weight)
-    assert differences(path, source) == {}
+    assert differences(GGUFFile(path), source) == {}
     merged = model.merge_and_unload()
     for name, info in open_source(merged).grids().items():  # float32, to have no other rounding than llama.cpp's
         dense = torch.nn.Linear(info.in_features, info.out_features, bias=False)
@@ -166,7 +166,7 @@ def test_an_embedding_trained_on_a_grid_is_stored_on_it(tmp_path):
     model = quantized(made("llama"), group_size=32, target_modules=targets)
     path = written(model, tmp_path / "out")
     assert GGUFFile(path).tensors["token_embd.weight"].type == "q4_0"
-    assert differences(path, open_source(model)) == {}
+    assert differences(GGUFFile(path), open_source(model)) == {}
     wanted = logits(model.merge_and_unload(), IDS)[0]
     assert (in_llama_cpp(path) - wanted).norm() < 0.03 * wanted.norm()
 
@@ -175,7 +175,7 @@ def test_a_file_of_another_model_is_told_apart(tmp_path):
     model = quantized(made("llama"), group_size=32)
     path = written(model, tmp_path / "out")
     other = open_source(quantized(made("llama"), group_size=32))
-    assert set(differences(path, other)) == set(other.grids())
+    assert set(differences(GGUFFile(path), other)) == set(other.grids())
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -217,7 +217,7 @@ def test_scales_are_rounded_only_if_allowed_and_the_loss_is_measured(tmp_path):
     model = quantized(made("llama"), group_size=32, scale_dtype="fp32")
     report = export(model, tmp_path / "out", format="gguf", vocabulary=False, allow_inexact=True, progress=False)
     assert 1e-5 < report.loss.relative < 2**-11
-    assert differences(next((tmp_path / "out").glob("*.gguf")), open_source(model))
+    assert differences(GGUFFile(next((tmp_path / "out").glob("*.gguf"))), open_source(model))
 
 
 @pytest.mark.parametrize(
