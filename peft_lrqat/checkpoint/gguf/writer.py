@@ -97,6 +97,11 @@ llama-server -m path/to/file.gguf
         _write_general(writer, source)
         architectures.write_hyperparameters(writer, config)
         written = Written(notes=architectures.notes(config))
+        if source.act_bits is not None:
+            written.notes.append(
+                "The model was trained with 8-bit activations, one scale a token. llama.cpp rounds activations to 8 bits "
+                "too, with a scale for every 32 or 256 of them."
+            )
         written.notes += _write_vocabulary(writer, source, settings)
         with Spool(writer, folder) as spool:
             types = _write_layers(spool, source, settings, written, progress)
