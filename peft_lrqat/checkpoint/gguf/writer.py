@@ -99,8 +99,8 @@ llama-server -m path/to/file.gguf
         written = Written(notes=architectures.notes(config))
         if source.act_bits is not None:
             written.notes.append(
-                "The model was trained with 8-bit activations, one scale a token. llama.cpp rounds activations to 8 bits "
-                "too, with a scale for every 32 or 256 of them."
+                "The model was trained with 8-bit activations, one scale a token. llama.cpp rounds activations to 8 "
+                "bits too, with a scale for every 32 or 256 of them."
             )
         written.notes += _write_vocabulary(writer, source, settings)
         with Spool(writer, folder) as spool:
@@ -183,7 +183,8 @@ def _remark(info: LayerInfo, kind: str) -> str:
     """Why a narrow grid takes a wide type, if it does; else nothing."""
     grid, used = info.grid, BLOCK_TYPES[kind]
     anywhere = Grid(grid.bits, -1, grid.symmetric)
-    smaller = [k for k in choice.candidates(anywhere, 256) if k.bits_per_weight < used.bits_per_weight]
+    holding = [k for k in choice.candidates(anywhere, 256) if choice.fit(k, anywhere, 256).certain]
+    smaller = [k for k in holding if k.bits_per_weight < used.bits_per_weight]
     reasons = [(k, choice.fit(k, grid, info.in_features).problem) for k in smaller]
     reason = next(((k, problem) for k, problem in reasons if problem), None)
     if used.bits_per_weight < grid.code_bits + 1.5 or reason is None:

@@ -161,6 +161,18 @@ def test_bits_per_weight_count_scales(tmp_path):
     assert report.total_bytes >= next((tmp_path / "out").glob("*.gguf")).stat().st_size
 
 
+@pytest.mark.parametrize(("bits", "symmetric", "smaller"), [(3, True, "Q3_K"), (2, False, "Q2_K"), (4, True, None)])
+def test_the_report_says_why_a_narrow_grid_takes_a_wide_type(bits, symmetric, smaller, tmp_path):
+    model = quantized(made("llama"), bits=bits, symmetric=symmetric, group_size=32)
+    report = export(model, tmp_path / "out", format="gguf", vocabulary=False, progress=False)
+    said = [note for note in report.notes if "bits a weight as Q4_0" in note]
+    if smaller is None:
+        assert not said
+    else:
+        assert f"{smaller} would take" in said[0]
+        assert "do not divide into" in said[0]
+
+
 def test_an_embedding_trained_on_a_grid_is_stored_on_it(tmp_path):
     targets = ["embed_tokens", "q_proj", "down_proj"]
     model = quantized(made("llama"), group_size=32, target_modules=targets)
