@@ -8,7 +8,8 @@ import torch
 
 from ...chunks import row_chunks
 from ...grid import Grid, GridTensor
-from .blocks import BLOCK_TYPES, BlockType, Contents, NotExact
+from .blocks import BLOCK_TYPES, BlockType
+from .contents import Contents, NotExact
 
 
 @dataclass(frozen=True)

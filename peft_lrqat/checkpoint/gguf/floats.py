@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .blocks import BLOCK_TYPES, Contents
+from .blocks import BLOCK_TYPES
+from .contents import Contents
 
 #: What embeddings and the head may be stored as; "auto" is the dtype they have.
 FLOAT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")

@@ -14,7 +14,8 @@ from ...grid import Grid, GridTensor, snap_scale
 from ..formats import Loss, Problem, Settings, Writer, Written
 from ..source import LayerInfo, Source
 from . import architectures, choice, floats, tensors
-from .blocks import BLOCK_TYPES, NotExact
+from .blocks import BLOCK_TYPES
+from .contents import NotExact
 from .inspect import GRID_KEY, LAYERS_KEY, grid_metadata
 from .spool import Spool
 from .tokenizer import write_tokenizer

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from peft_lrqat.checkpoint.gguf.blocks import BLOCK_TYPES, NotExact
+from peft_lrqat.checkpoint.gguf.blocks import BLOCK_TYPES
 from peft_lrqat.checkpoint.gguf.choice import candidates, fit, from_blocks, holds, rows_of, smallest, to_blocks
+from peft_lrqat.checkpoint.gguf.contents import NotExact
 from peft_lrqat.grid import TERNARY, Grid, GridTensor
 
 from .ggml import dequantize
