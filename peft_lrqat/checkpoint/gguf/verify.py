@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -107,9 +108,14 @@ def _transformers_reads(path: Path, source: Source) -> Any:
     from ..verification import Finding
 
     what = "the engine's weights"
+    # With the source's configuration, because transformers reads no head_dim from the file for some architectures; but
+    # a Mistral is a Llama in GGUF, and must be to transformers.
+    config = None if source.config.model_type == "mistral" else copy.deepcopy(source.config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (NotImplementedError, ValueError, KeyError) as error:  # a type or an architecture that it does not know
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+        )
+    except (NotImplementedError, ValueError, KeyError, RuntimeError) as error:  # what it does not know
         return Finding(what, True, f"not compared: this version cannot load the file ({error})")
     names, different = list(source.grids()), []
     for name in names:

@@ -160,7 +160,7 @@ def _write_layers(
     rename = tensors.file_names(source.config)
     types: Counter[str] = Counter()
     infos = source.grids()
-    remarks: dict[str, None] = {}
+    remarks: dict[str, str] = {}
     if settings.options.type == "f32":
         written.dense = list(infos)
     spool.writer.add_array(LAYERS_KEY, [rename(name + ".weight") for name in infos])
@@ -172,11 +172,11 @@ def _write_layers(
             kind, data = _blocks(tensor, name, settings, written)
             written.layer_bytes += data.numel()
             written.weights += tensor.codes.numel()
-            remarks[_remark(infos[name], kind)] = None
+            remarks.setdefault(kind, _remark(infos[name], kind))
         spool.add(rename(name + ".weight"), kind, tuple(tensor.codes.shape), data)
         types[kind] += 1
         progress(name)
-    written.notes += filter(None, remarks)
+    written.notes += filter(None, remarks.values())
     return types
 
 

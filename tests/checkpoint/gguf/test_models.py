@@ -82,11 +82,12 @@ def test_llama_cpp_computes_what_transformers_does(name, tmp_path):
     assert (found - wanted).abs().max() < (5e-3 if "gemma" in name else 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.split(",")[0] not in ("qwen3", "gemma")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma"])  # which its GGUF loader does not know
 def test_transformers_reads_the_same_weights(name, tmp_path):
     merged = quantized(made(name), group_size=32).merge_and_unload()
     path = written(merged, tmp_path / "out")
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = None if name == "mistral" else open_source(merged).config
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
     for layer in open_source(merged).grids():
         assert torch.equal(read.get_submodule(layer).weight, merged.get_submodule(layer).weight), layer
     others = merged.state_dict()
