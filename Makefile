@@ -30,6 +30,7 @@ slow: $(STAMP) ## Run the tests that take longer than CI should
 
 engines: $(STAMP) ## Serve a merged checkpoint with vLLM on the CPU (makes .venv-vllm, 3.4 GB, on the first call)
 	$(PYTHON) tests/engines/run.py $(ARGS)
+	$(BIN)/python tests/engines/llama_cpp.py $(filter-out --%,$(ARGS))
 
 quality: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ _FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3", {**_DECODER, "head_dim": 8}),
     "gemma": ("Gemma", {**_DECODER, "head_dim": 8}),
     "gemma2": ("Gemma2", {**_DECODER, "head_dim": 8}),
+    "gemma3": ("Gemma3Text", {**_DECODER, "head_dim": 8}),
     "gpt2": (
         "GPT2",
         {

@@ -25,6 +25,7 @@ FORMATS = {
     "gptq": ".writers.gptq:GPTQWriter",
     "bitnet": ".writers.bitnet:BitNetWriter",
     "torchao": ".writers.torchao:TorchAOWriter",
+    "gguf": ".gguf.writer:GGUFWriter",
 }
 
 

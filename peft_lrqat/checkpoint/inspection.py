@@ -12,6 +12,8 @@ import torch
 
 from .engines import Engine, engines
 from .folder import FolderSource
+from .gguf.inspect import inspect_file
+from .gguf.verify import gguf_file
 from .source import Source, open_source
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -75,6 +77,9 @@ def inspect(folder: str | os.PathLike) -> Inspection:
     Raises:
         ValueError, FileNotFoundError: as for `open_source`.
     """
+    file = gguf_file(Path(folder))
+    if file is not None:
+        return inspect_file(file)
     source = open_source(Path(folder))
     infos = source.grids()
     first = next(iter(infos.values()))

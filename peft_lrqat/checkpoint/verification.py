@@ -16,6 +16,7 @@ from torch import nn
 
 from .activations import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
 from .folder import FolderSource
+from .gguf.verify import gguf_file, verify_file
 from .linear import QuantizedLinear
 from .source import GridTensor, Source, open_source
 
@@ -74,6 +75,11 @@ def verify(
     Raises:
         ValueError, FileNotFoundError: as for `open_source`.
     """
+    file = gguf_file(Path(folder))
+    if file is not None:
+        if against is None:
+            raise ValueError(f"A GGUF file is compared with what it was made from: say what {file.name} is `against`.")
+        return verify_file(file, open_source(against), engine, progress)
     found = Verification()
     checkpoint = open_source(Path(folder))
     if not isinstance(checkpoint, FolderSource):
