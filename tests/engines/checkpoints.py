@@ -12,12 +12,13 @@ import shutil
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from peft_lrqat import LRQATConfig, create_lrqat_optimizer
+from peft_lrqat import LowBitAdamW, LowBitSRConfig, LRQATConfig, create_lrqat_optimizer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from smollm2 import load_smollm2
@@ -33,19 +34,30 @@ def batches(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return ids.view(STEPS, 1, LENGTH)
 
 
+def held_out(tokenizer: PreTrainedTokenizerBase, length: int = 480) -> list[int]:
+    """Token ids of text after that of `batches`."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    start = STEPS * LENGTH * 8  # in characters: more than any token has
+    return tokenizer(text[start : start + 8 * length])["input_ids"][:length]
+
+
 def make(spec: Spec, folder: Path) -> None:
     torch.manual_seed(0)
     base, tokenizer = load_smollm2(torch.bfloat16)
-    config = LRQATConfig(
-        bits=spec.bits,
-        group_size=spec.group_size,
-        symmetric=spec.symmetric,
-        container_bits=spec.container_bits,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
-    optimizer = create_lrqat_optimizer(model, lr=4e-3)
+    common: dict[str, Any] = {
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    optimizer: torch.optim.Optimizer
+    if spec.bits == 1.58:
+        model = get_peft_model(base, LowBitSRConfig(**common, act_bits=8))
+        optimizer = LowBitAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    else:
+        config = LRQATConfig(**common, symmetric=spec.symmetric, container_bits=spec.container_bits)
+        model = get_peft_model(base, config)
+        optimizer = create_lrqat_optimizer(model, lr=4e-3)
     model.train()
     losses = []
     for ids in batches(tokenizer):

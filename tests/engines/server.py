@@ -87,11 +87,17 @@ class Server:
     def _log_end(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
-    def complete(self, prompt: str, max_tokens: int) -> dict[str, Any]:
-        """Greedy /v1/completions: {"prompt": ids, "tokens": ids, "text", "seconds"}."""
+    def complete(self, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
+        """Greedy /v1/completions of a text or of token ids: {"prompt": ids, "tokens": ids, "text", "seconds"}."""
         answer, seconds = self._post("/v1/completions", {"prompt": prompt, "max_tokens": max_tokens})
         choice = answer["choices"][0]
         return _result(choice["prompt_token_ids"], choice["token_ids"], choice["text"], seconds)
+
+    def nll(self, ids: list[int]) -> float:
+        """Mean negative log-likelihood of ids[1:], nats."""
+        answer, _ = self._post("/v1/completions", {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0})
+        given = answer["choices"][0]["prompt_logprobs"][1:]
+        return -sum(entry[str(token)]["logprob"] for entry, token in zip(given, ids[1:], strict=True)) / len(given)
 
     def chat(self, content: str, max_tokens: int) -> dict[str, Any]:
         """Greedy /v1/chat/completions of one user message; as `complete`."""

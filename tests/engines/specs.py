@@ -10,7 +10,7 @@ class Spec:
     """One checkpoint: a grid and the width of the codes in its file."""
 
     name: str
-    bits: int
+    bits: float
     group_size: int
     symmetric: bool = True
     container_bits: int = 4
@@ -20,7 +20,7 @@ class Spec:
     @property
     def grid(self) -> str:
         share = "per channel" if self.group_size < 0 else f"groups of {self.group_size}"
-        return f"{self.bits} bits, {share}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        return f"{self.bits:g} bits, {share}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 # vLLM's CPU kernel reads 4-bit containers only; narrower grids fit into them exactly. Training is in bf16; the scales
@@ -33,6 +33,10 @@ SPECS = (
     Spec("w4-g64-asym", 4, 64, symmetric=False, stored="float16"),
     Spec("w2-g64-asym-in-4", 2, 64, symmetric=False, stored="float16"),
 )
+
+# For formats other than compressed-tensors only (matrix.py); "ternary" is a low-bit SR model, its first rounding with a
+# few steps on top: it says nothing, but says it in every engine alike.
+EXPORTED = (Spec("w2-g64", 2, 64, container_bits=2), Spec("ternary", 1.58, 0, container_bits=2))
 
 NEW_TOKENS = 32
 
