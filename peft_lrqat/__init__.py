@@ -4,6 +4,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
 """
 
 from ._version import __version__
+from .checkpoint.export import can_export, export
 from .gptq import preprocess_gptq
 from .grid import Grid
 from .lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
@@ -22,7 +23,9 @@ __all__ = [
     "LowBitSRLayer",
     "LowBitSRModel",
     "__version__",
+    "can_export",
     "create_lrqat_optimizer",
+    "export",
     "load_quantized",
     "preprocess_gptq",
 ]

@@ -30,7 +30,7 @@ def unpack(stored: torch.Tensor) -> torch.Tensor:
     return torch.cat([(stored >> (2 * i)) & 3 for i in range(_PER_BYTE)]).to(torch.int8) - 1
 
 
-def quantization_config(float_linears: list[str]) -> dict[str, Any]:
+def quantization_config(float_linears: list[str], linear_class: str = "autobitlinear") -> dict[str, Any]:
     """config.json's `quantization_config`.
 
     Args:
@@ -41,7 +41,7 @@ def quantization_config(float_linears: list[str]) -> dict[str, Any]:
     """
     return {
         "quant_method": "bitnet",
-        "linear_class": "autobitlinear",
+        "linear_class": linear_class,
         "quantization_mode": "offline",
         "modules_to_not_convert": list(float_linears),
     }

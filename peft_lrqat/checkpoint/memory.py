@@ -75,7 +75,7 @@ class ModelSource(Source):
         self.config.dtype = base.dtype
         if base.can_generate():
             self.generation_config = copy.deepcopy(getattr(base, "generation_config", None))
-        self.origin = getattr(base.config, "_name_or_path", "") or type(base).__name__
+        self.origin = getattr(base, "name_or_path", "") or type(base).__name__
         if adapter is not None:
             self.origin = adapter.base_model_name_or_path or self.origin
             self.recipe, self.scale_dtype = adapter.recipe(), adapter.scale_dtype

@@ -79,50 +79,91 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
-def _card(model: nn.Module, config: GridConfig) -> str:
-    quantized = [m for m in model.modules() if isinstance(m, MERGED)]
-    weights = sum(m.in_features * m.out_features for m in quantized)
-    packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
-    total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    base = config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model"
-    on_hub = "/" in base and not os.path.isabs(base) and not os.path.exists(base)
-    base = base if on_hub else Path(base).name  # a folder's path means nothing to others
-    described = getattr(model.config, "quantization_config", None) or {}
-    data = ModelCardData(
-        library_name="transformers",
-        tags=[config.export_format or "", config.method.lower().replace(" ", "-"), "qat", f"{config.bits}-bit"],
-        base_model=base if on_hub else None,
-        base_model_relation="quantized" if on_hub else None,
-    )
-    form = described.get("format", "2 bits").replace("quantized", f"quantized, {config.stored_bits} bits")
-    container = f"{described.get('quant_method')} {form}" if weights else "dense, values on the grid"
-    size = f"{packed * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
-    return f"""---
-{data.to_yaml()}
----
-
-# {Path(base).name}, {config.bits} bits, trained with {config.method}
-
-| | |
-|---|---|
-| base model | {base} |
-| grid | {config.stored_grid.describe()} |
-| container | {container} |
-| quantized layers | {len(quantized)} linear layers, {weights / 1e6:.1f} M weights |
-| size | {size}{total / 1e6:.1f} MB in all |
-| scales | {"exact in bf16 and fp16" if config.scale_dtype == "auto" else config.scale_dtype} |
-| recipe | {config.recipe()} |
-
-The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.
-
-```python
+_USAGE = """```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/or/repo")
 ```
 
 ```bash
 vllm serve path/or/repo
-```
+```"""
+
+
+def _card(model: nn.Module, config: GridConfig) -> str:
+    quantized = [m for m in model.modules() if isinstance(m, MERGED)]
+    weights = sum(m.in_features * m.out_features for m in quantized)
+    packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
+    described = getattr(model.config, "quantization_config", None) or {}
+    form = described.get("format", "2 bits").replace("quantized", f"quantized, {config.stored_bits} bits")
+    return card_text(
+        origin=config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model",
+        title=f"{config.bits} bits, trained with {config.method}",
+        tags=[config.export_format or "", config.method.lower().replace(" ", "-"), "qat", f"{config.bits}-bit"],
+        grid=config.stored_grid.describe(),
+        container=f"{described.get('quant_method')} {form}" if weights else "dense, values on the grid",
+        layers=len(quantized),
+        weights=weights,
+        packed_bytes=packed,
+        total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        scale_dtype=config.scale_dtype,
+        recipe=config.recipe(),
+        usage=_USAGE,
+    )
+
+
+def card_text(
+    *,
+    origin: str,
+    title: str,
+    tags: list[str],
+    grid: str,
+    container: str,
+    layers: int,
+    weights: int,
+    packed_bytes: int,
+    total_bytes: int,
+    scale_dtype: str | None,
+    recipe: str | None,
+    usage: str,
+    exact: str = "The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.",
+) -> str:
+    """README.md of a checkpoint on a grid.
+
+    Args:
+        origin: the base model: a repository of the Hub, or a folder, of which only the name is said.
+        packed_bytes: of the quantized layers.
+        usage: Markdown: how to load it.
+        exact: what happened to the trained values.
+    """
+    on_hub = "/" in origin and not os.path.isabs(origin) and not os.path.exists(origin)
+    base = origin if on_hub else Path(origin).name  # a folder's path means nothing to others
+    data = ModelCardData(
+        library_name="transformers",
+        tags=tags,
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+    )
+    size = f"{packed_bytes * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
+    scales = "exact in bf16 and fp16" if scale_dtype == "auto" else scale_dtype or "as found"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {Path(base).name}, {title}
+
+| | |
+|---|---|
+| base model | {base} |
+| grid | {grid} |
+| container | {container} |
+| quantized layers | {layers} linear layers, {weights / 1e6:.1f} M weights |
+| size | {size}{total_bytes / 1e6:.1f} MB in all |
+| scales | {scales} |
+| recipe | {recipe or "unknown"} |
+
+{exact}
+
+{usage}
 
 Made with [peft-lrqat](https://pypi.org/project/peft-lrqat/).
 """

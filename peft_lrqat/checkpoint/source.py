@@ -3,9 +3,9 @@
 An exporter reads a `Source` and nothing else, so that no format is ever written from dequantized floats. `open_source`
 makes one from
 
-* a model that `merge_and_unload()` gave                              (`memory.py`)
+* a model that `merge_and_unload()` gave                                (`memory.py`)
 * a PeftModel with LR-QAT or low-bit SR adapters; a layer is merged when it is read, and the model stays as it is
-* a folder with a merged checkpoint, read tensor by tensor            (`folder.py`)
+* a folder with a merged or exported checkpoint, read tensor by tensor  (`folder.py`, `layouts.py`)
 * a folder with an adapter: the base model is loaded, and it is a PeftModel again
 """
 
@@ -87,6 +87,10 @@ class Source(ABC):
     def layer(self, name: str) -> GridTensor:
         """The codes, scale and zero point of one of `grids()`. Built or read anew; owned by the caller."""
 
+    def scale(self, name: str) -> torch.Tensor:
+        """The scale of `layer(name)`, fp32 (rows, groups), without its codes."""
+        return self.layer(name).scale
+
     @abstractmethod
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(state-dict name, tensor) of everything else, in the model's dtype, one at a time.
@@ -125,6 +129,6 @@ def _open_folder(folder: Path) -> Source:
             f"The folder {str(folder)!r} holds neither config.json nor adapter_config.json, so it is neither a merged "
             "checkpoint nor an adapter."
         )
-    from .folder import FolderSource
+    from .layouts import open_checkpoint
 
-    return FolderSource(folder)
+    return open_checkpoint(folder)

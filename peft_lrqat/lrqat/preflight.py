@@ -127,8 +127,8 @@ def _check_quantized(layer: QuantizedLinear, config: Any, where: str) -> None:
     if config.scale_dtype not in _STORABLE[layer.compute_dtype]:
         warnings.warn(
             f"`scale_dtype` is {config.scale_dtype!r}, that of the quantized base, but the model is "
-            f"{layer.compute_dtype}, in which a checkpoint cannot store such scales. Training uses them exactly; before "
-            "merging, call `model.float()`.",
+            f"{layer.compute_dtype}, in which a checkpoint cannot store such scales. Training uses them exactly; "
+            "before merging, call `model.float()`.",
             stacklevel=2,
         )
 
@@ -161,8 +161,8 @@ def check_fingerprint(targets: dict[str, Any], config: Any) -> str:
         raise ValueError(
             f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
             f"targeted modules of this model have {here} with {fingerprint}. On other weights it means something else, "
-            f"so it was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new adapter, "
-            "make a new LRQATConfig, or set `base_fingerprint=None`."
+            f"so it was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new "
+            "adapter, make a new LRQATConfig, or set `base_fingerprint=None`."
         )
     return fingerprint
 

@@ -1,8 +1,8 @@
 """Starting from a model that is quantized already: its grid becomes the configuration's, or the two contradict.
 
-At step 0 the adapted model is the loaded one, so nothing of it may be rounded anew: bits, groups and zero points are the
-checkpoint's, the scales' dtype is the first that holds them exactly, and layers that the checkpoint left float are not to
-be quantized on the way.
+At step 0 the adapted model is the loaded one, so nothing of it may be rounded anew: bits, groups and zero points are
+the checkpoint's, the scales' dtype is the first that holds them exactly, and layers that the checkpoint left float are
+not quantized on the way.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
     if other and not (other == ["bits"] and config.bits < grid.bits and _all_on(packed, config.grid)):
         wanted, found = (", ".join(f"{n}={getattr(it, n)!r}" for n in other) for it in (config, grid))
         raise ValueError(
-            f"The configuration asks for {wanted}, but the base model is quantized with {found}. Leave these options out "
-            "of the configuration, which then takes the base's grid; for another grid, start from the float model."
+            f"The configuration asks for {wanted}, but the base model is quantized with {found}. Leave these options "
+            "out of the configuration, which then takes the base's grid; for another grid, start from the float model."
         )
     container = next(iter(packed.values())).bits
     if config.container_bits is None and container > config.bits:
@@ -68,7 +68,7 @@ def _refuse_float(targets: dict[str, nn.Module], packed: dict[str, QuantizedLine
         shown = ", ".join(repr(name) for name in floats[:3])
         ends = sorted({name.rpartition(".")[2] for name in floats})
         raise ValueError(
-            f"{len(floats)} of the targeted modules are float in this quantized model ({shown}{', ...' * (len(floats) > 3)}). "
+            f"{len(floats)} of the targeted modules are float in this quantized model, e.g. {shown}. "
             "Rounding them would change the model that was loaded. Leave them out, for instance with "
             f"`exclude_modules={(ends if len(ends) < 6 and _only(ends, packed) else floats)!r}`."
         )
@@ -102,8 +102,8 @@ def _adopt_scale_dtype(packed: dict[str, QuantizedLinear], config: LRQATConfig) 
         return
     change = ((snap_scale(scales, config.scale_dtype) - scales).abs() / scales).max().item()
     warnings.warn(
-        f"`scale_dtype={config.scale_dtype!r}` does not hold the scales of the quantized base: they are rounded, by up to "
-        f"{change:.1g} of their size, so the model at step 0 is not exactly the one that was loaded. "
+        f"`scale_dtype={config.scale_dtype!r}` does not hold the scales of the quantized base: they are rounded, by up "
+        f"to {change:.1g} of their size, so the model at step 0 is not exactly the one that was loaded. "
         f"`scale_dtype={holds[0]!r}` (what None chooses) keeps them.",
         stacklevel=2,
     )

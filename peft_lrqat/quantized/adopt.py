@@ -1,8 +1,8 @@
 """A compressed-tensors model that transformers loaded, made into what `load_quantized` gives.
 
 transformers keeps such a model packed until its first forward, which replaces the integers by floats. Both states are
-read: the packed one directly; in the other, scales and zero points are still there, and the codes follow from the floats
-(they are checked: the floats must be exactly those that codes and scales stand for).
+read: the packed one directly; in the other, scales and zero points are still there, and the codes follow from the
+floats (they are checked: the floats must be exactly those that codes and scales stand for).
 """
 
 from __future__ import annotations

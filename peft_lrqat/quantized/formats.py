@@ -1,12 +1,12 @@
-"""Codes, scales and zero points out of the tensors that other tools store for one linear layer. No float weight is made.
+"""Codes, scales and zero points out of the tensors that other tools store for one linear layer; no float weight.
 
     compressed-tensors, packed     weight_packed (out, words) int32, along inputs; weight_zero_point (words, groups)
     compressed-tensors, integers   weight (out, in) int8; weight_zero_point (out, groups) int8
     GPTQ                           qweight (in * bits / 32, out) int32, along inputs; qzeros (groups, out * bits / 32)
     AWQ (GEMM)                     qweight (in, out / 8) int32, along outputs, columns 0 2 4 6 1 3 5 7; qzeros likewise
 
-all with scales that multiply `code - zero point`: (out, groups) in compressed-tensors, (groups, out) in the others. GPTQ
-and AWQ count codes and zero points from 0; ours are centred (`grid.py`), which is 2^(bits-1) less.
+all with scales that multiply `code - zero point`: (out, groups) in compressed-tensors, (groups, out) in the others.
+GPTQ and AWQ count codes and zero points from 0; ours are centred (`grid.py`), which is 2^(bits-1) less.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class StoredLayer:
         except (KeyError, RuntimeError) as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ValueError(
-                f"Layer {where!r} ({out_features} x {in_features}, {self.method}, {self.bits} bits) cannot be read from "
-                f"{shapes}: {error}"
+                f"Layer {where!r} ({out_features} x {in_features}, {self.method}, {self.bits} bits) cannot be read "
+                f"from {shapes}: {error}"
             ) from error
         if tuple(codes.shape) != (out_features, in_features):
             raise ValueError(

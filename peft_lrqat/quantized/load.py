@@ -1,8 +1,8 @@
 """`load_quantized`: a checkpoint of compressed-tensors, GPTQ or AWQ as a model that holds its integers, and no floats.
 
-transformers can load the same files, but keeps of them what its kernels want: GPTQ and AWQ need gptqmodel, whose kernels
-repack the codes; asymmetric compressed-tensors files become floats on the way. Here, transformers loads the tensors as
-they are stored (it finds files, shards, devices and dtypes), into placeholders that `_Stored` is; then each becomes a
+transformers can load the same files, but keeps of them what its kernels want: GPTQ and AWQ need gptqmodel, whose
+kernels repack the codes; asymmetric compressed-tensors files become floats on the way. Here, transformers loads the
+tensors as they are stored (it finds files, shards and devices), into placeholders (`_Stored`); then each becomes a
 `QuantizedLinear`, the very layer that merging makes. Nothing but safetensors is read.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import trained
 from ..checkpoint.linear import QuantizedLinear, describe_packed
-from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor
+from ..grid import Grid, GridTensor
 from .describe import describe
 from .formats import StoredLayer
 
@@ -198,23 +197,30 @@ def packed_layer(
 
 
 def narrowed(weight: GridTensor, grid: Grid | None) -> GridTensor:
-    """The same codes as those of a grid that is narrower than their container, if they lie on it."""
+    """The same weight on the grid that config.json records, where the file is wider: in bits, or by repeated scales."""
     if grid is None or weight.grid.symmetric != grid.symmetric:
         return weight
     values = [weight.codes] if weight.zero_point is None else [weight.codes, weight.zero_point]
     if any(bool((v < grid.qmin).any() or (v > grid.qmax).any()) for v in values):
         return weight
-    if grid.group_size == weight.grid.group_size:
-        return replace(weight, grid=grid)
-    one = weight.grid.group_size == PER_CHANNEL and grid.group_size == PER_TENSOR
-    if one and all(v is None or bool((v == v[:1]).all()) for v in (weight.scale, weight.zero_point)):
-        zero_point = None if weight.zero_point is None else weight.zero_point[:1]
-        return GridTensor(weight.codes, weight.scale[:1], zero_point, grid)
-    return weight
+    rows, groups = grid.scale_shape(*weight.codes.shape)
+    if weight.scale.shape[1] % groups:
+        return weight
+
+    def shared(stored: torch.Tensor) -> torch.Tensor | None:
+        """(rows, groups), if the file holds the same value wherever the grid has a single one."""
+        per_row = stored.view(stored.shape[0], groups, -1)
+        first = per_row[:rows, :, :1]
+        return first[..., 0].contiguous() if torch.equal(first.expand_as(per_row), per_row) else None
+
+    scale, zero_point = shared(weight.scale), None if weight.zero_point is None else shared(weight.zero_point)
+    if scale is None or (zero_point is None) != grid.symmetric:
+        return weight
+    return GridTensor(weight.codes, scale, zero_point, grid)
 
 
 def _quantized_modules(files: list[str]) -> dict[str, dict[str, tuple[list[int], torch.dtype]]]:
-    """Module name -> tensor name -> shape and dtype of what the files hold, for the modules whose weight is integers."""
+    """Module name -> tensor name -> shape and dtype in the files, for the modules whose weight is integers."""
     found: dict[str, dict[str, tuple[list[int], torch.dtype]]] = defaultdict(dict)
     for path in files:
         with safe_open(path, framework="pt") as file:

@@ -1,0 +1,282 @@
+"""`export`: write a trained model in a format that an engine reads, exactly; `can_export`: whether that is possible."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils.logging import tqdm
+
+from .formats import Loss, Problem, Settings, Writer, Written, make_options, writer
+from .model_card import card_text, write_atomically
+from .shards import parse_size
+from .source import Source, open_source
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `can_export` found. True if the export would be exact (or lossy, where that is allowed).
+
+    Attributes:
+        format: the format that was asked about.
+        problems: everything in the way; those with `inexact` are not if inexactness is allowed.
+        allow_inexact: as given.
+    """
+
+    format: str
+    problems: tuple[Problem, ...]
+    allow_inexact: bool = False
+
+    @property
+    def blocking(self) -> tuple[Problem, ...]:
+        """The problems that stop the export."""
+        return tuple(p for p in self.problems if not (p.inexact and self.allow_inexact))
+
+    def __bool__(self) -> bool:
+        return not self.blocking
+
+    def __str__(self) -> str:
+        if not self.problems:
+            return f"{self.format}: exact."
+        alike: dict[tuple[str, str], list[str]] = {}
+        for problem in self.problems:
+            alike.setdefault((problem.reason, problem.suggestion), []).extend([problem.layer] if problem.layer else [])
+        lines = [f"{self.format}: " + ("not possible." if self.blocking else "possible with a loss.")]
+        for (reason, suggestion), layers in alike.items():
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            where = f"{layers[0]}{more}: " if layers else ""
+            lines.append(f"  {where}{reason}. What helps: {suggestion}.")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `export` wrote.
+
+    Attributes:
+        format, folder: where and as what.
+        container: a few words: "pack-quantized, 4 bits".
+        grid: a few words on the trained grid.
+        layers, weights: number of quantized layers and of their weights.
+        layer_bytes: of those, scales included.
+        total_bytes: of all files.
+        dense: modules on a grid whose weights the format holds as floats.
+        loss: None: every value is as trained.
+        notes: what else to know.
+    """
+
+    format: str
+    folder: Path
+    container: str
+    grid: str
+    layers: int
+    weights: int
+    layer_bytes: int
+    total_bytes: int
+    dense: tuple[str, ...] = ()
+    loss: Loss | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized weights, scales included."""
+        return 8 * self.layer_bytes / self.weights if self.weights else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.format} ({self.container}), {self.layers} layers on the grid {self.grid}, "
+            f"{self.bits_per_weight:.2f} bits a weight, {self.total_bytes / 1e6:.1f} MB",
+            f"NOT exact: {self.loss}" if self.loss else "exact: codes and scales are the trained ones",
+        ]
+        if self.dense:
+            lines.append(f"as floats on the grid: {', '.join(self.dense[:3])}" + " ..." * (len(self.dense) > 3))
+        return "\n".join([*lines, *self.notes])
+
+
+def can_export(
+    model_or_dir: Any,
+    format: str = "compressed-tensors",
+    *,
+    container_bits: int | None = None,
+    allow_inexact: bool = False,
+    **options: Any,
+) -> Check:
+    """Whether `export` would succeed, found from shapes, grids and scales: no code is read and nothing is written.
+
+    Args: as for `export`.
+
+    Returns:
+        A `Check`: true or false, with the problems by layer; printing it gives reasons and what to do.
+
+    Raises:
+        ValueError: the format or an option does not exist, or the source cannot be read.
+    """
+    source, chosen, settings = _prepare(model_or_dir, format, container_bits, allow_inexact, options)
+    return Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
+
+
+def export(
+    model_or_dir: Any,
+    out: str | os.PathLike,
+    format: str = "compressed-tensors",
+    *,
+    tokenizer: Any = None,
+    container_bits: int | None = None,
+    overwrite: bool = False,
+    allow_inexact: bool = False,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+    **options: Any,
+) -> Report:
+    """Write a trained model in another format, from its codes and scales; no weight is rounded a second time.
+
+    Layers are merged, packed and written one at a time. The folder appears when it is complete, or not at all.
+
+    Args:
+        model_or_dir: a merged model; a PeftModel with LR-QAT or low-bit SR adapters, which stays as it is; the folder
+            of either, as `save_pretrained` wrote it. An adapter's folder loads the base model.
+        out: the folder to write.
+        format: "compressed-tensors", "gptq", "bitnet", "torchao", ... (`peft_lrqat.checkpoint.formats.FORMATS`).
+        tokenizer: a tokenizer or the folder of one, which is saved too, with its chat template. None: the one in the
+            source's folder, if there is one.
+        container_bits: width of the stored codes, at least the grid's; None: what training chose.
+        overwrite: replace a non-empty `out`.
+        allow_inexact: write even if values change; the report then has the measured loss.
+        max_shard_size: bytes, or "5GB", "200MB".
+        progress: show a bar (which `transformers.utils.logging.disable_progress_bar` hides, too).
+        options: the format's own.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ValueError: the model cannot be written exactly in this format (see `can_export`), or an option is wrong.
+            Nothing was written then.
+        FileExistsError: `out` is not empty and `overwrite` is False.
+    """
+    out = Path(out)
+    size = parse_size(max_shard_size)
+    _check_free(out, model_or_dir, overwrite)
+    source, chosen, settings = _prepare(model_or_dir, format, container_bits, allow_inexact, options)
+    check = Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
+    if not check:
+        raise ValueError(str(check))
+    settings = Settings(container_bits, allow_inexact, size, tokenizer or source.tokenizer, settings.options)
+    with _temporary_folder(out) as folder:
+        with tqdm(total=len(source.grids()), desc=f"Writing {format}", unit="layer", disable=not progress) as bar:
+            written = chosen.write(source, folder, settings, lambda name: bar.update())
+        if chosen.tokenizer_files:
+            _save_tokenizer(settings.tokenizer, folder)
+        report = _report(chosen, source, written, folder, out, check)
+        write_atomically(folder / "README.md", _card(chosen, source, report))
+    return report
+
+
+def _prepare(
+    model_or_dir: Any, format: str, container_bits: Any, allow_inexact: bool, options: dict[str, Any]
+) -> tuple[Source, Writer, Settings]:
+    chosen = writer(format)
+    made = make_options(chosen, options)
+    whole = isinstance(container_bits, int) and not isinstance(container_bits, bool) and 2 <= container_bits <= 8
+    if container_bits is not None and not whole:
+        raise ValueError(f"`container_bits` is {container_bits!r}; it must be an integer from 2 to 8, or None.")
+    return open_source(model_or_dir), chosen, Settings(container_bits, allow_inexact, options=made)
+
+
+def _check_free(out: Path, model_or_dir: Any, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{str(out)!r} is a file. Name a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"The folder {str(out)!r} is not empty. Name another, or pass overwrite=True.")
+        if isinstance(model_or_dir, str | os.PathLike) and out.resolve() == Path(model_or_dir).resolve():
+            raise FileExistsError(f"{str(out)!r} is the source itself; it cannot be replaced while it is read.")
+
+
+@contextmanager
+def _temporary_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends, and is removed if it fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if out.exists():  # a folder with content cannot be replaced in one step
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            os.replace(out, old)
+            os.replace(folder, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    elif Path(tokenizer).is_dir():
+        found = [Path(tokenizer) / name for name in _TOKENIZER_FILES if (Path(tokenizer) / name).exists()]
+        if not found:
+            raise ValueError(f"`tokenizer` is {str(tokenizer)!r}, a folder without a tokenizer's files.")
+        for path in found:
+            shutil.copyfile(path, folder / path.name)
+    else:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def _report(chosen: Writer, source: Source, written: Written, folder: Path, out: Path, check: Check) -> Report:
+    infos = source.grids()
+    packed = [info for name, info in infos.items() if name not in written.dense]
+    return Report(
+        chosen.name,
+        out,
+        written.container,
+        ", ".join(dict.fromkeys(info.grid.describe() for info in packed)),
+        len(packed),
+        written.weights,
+        written.layer_bytes,
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        tuple(written.dense),
+        written.loss,
+        (*written.notes, *dict.fromkeys(p.reason for p in check.problems if p.layer is None)),
+    )
+
+
+def _card(chosen: Writer, source: Source, report: Report) -> str:
+    infos = list(source.grids().values())
+    bits = infos[0].grid.bits
+    exact = {} if report.loss is None else {"exact": f"This file is *not* exact: {report.loss}."}
+    return card_text(
+        origin=source.origin,
+        title=f"{bits} bits, {chosen.name}",
+        tags=[chosen.name, "qat", f"{bits}-bit"],
+        grid=report.grid,
+        container=f"{chosen.name} {report.container}".strip(),
+        layers=report.layers,
+        weights=report.weights,
+        packed_bytes=report.layer_bytes,
+        total_bytes=report.total_bytes,
+        scale_dtype=source.scale_dtype,
+        recipe=source.recipe,
+        usage=chosen.usage,
+        **exact,
+    )

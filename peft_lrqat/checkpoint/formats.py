@@ -1,0 +1,178 @@
+"""The formats that a trained grid can be written in, and what a writer of one has to offer.
+
+A format is a subclass of `Writer`, named in `FORMATS` and imported when it is asked for, so that what it needs beyond
+the core (`gguf`, `torchao`) is needed by its users only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..grid import GridTensor
+from .source import Source
+
+#: Format -> "module:class", relative to this package.
+FORMATS = {
+    "compressed-tensors": ".writers.compressed_tensors:CompressedTensorsWriter",
+    "gptq": ".writers.gptq:GPTQWriter",
+    "bitnet": ".writers.bitnet:BitNetWriter",
+    "torchao": ".writers.torchao:TorchAOWriter",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why something cannot be written (exactly).
+
+    Attributes:
+        layer: module name, or None if it is about the model.
+        reason: what does not fit, with the numbers.
+        suggestion: what to do: another format, or another choice at training time.
+        inexact: whether `allow_inexact=True` writes it all the same, with a loss.
+    """
+
+    layer: str | None
+    reason: str
+    suggestion: str
+    inexact: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every writer is told.
+
+    Attributes:
+        container_bits: width of the stored codes; None: what training chose, or the narrowest that the format has.
+        allow_inexact: write even where a value changes, and measure the loss.
+        max_shard_size: bytes of a file, where a format has several.
+        tokenizer: a tokenizer, the folder of one, or None.
+        options: the format's own, an instance of the writer's `Options`.
+    """
+
+    container_bits: int | None = None
+    allow_inexact: bool = False
+    max_shard_size: int = 5 * 10**9
+    tokenizer: Any = None
+    options: Any = None
+
+
+@dataclass
+class Written:
+    """What a writer did, for the report.
+
+    Attributes:
+        layer_bytes: size of everything that belongs to quantized weights, scales included.
+        weights: number of quantized weights in it.
+        dense: modules on a grid that the format has no packed form of; their weights are floats on the grid.
+        container: a few words: "pack-quantized, 4 bits".
+        loss: how far stored weights are from trained ones.
+        notes: what else a user should know.
+    """
+
+    layer_bytes: int = 0
+    weights: int = 0
+    dense: list[str] = field(default_factory=list)
+    container: str = ""
+    loss: Loss | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Loss:
+    """Sums over the weights of layers that could not be stored exactly."""
+
+    layers: int = 0
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+    largest: float = 0.0  # relative to the scale: in grid steps
+
+    @property
+    def relative(self) -> float:
+        """|W_stored - W| / |W|, Frobenius norms, over those layers."""
+        return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
+
+    def add(self, trained: GridTensor, stored: GridTensor) -> None:
+        """Count a layer whose scales (or codes) changed."""
+        W, stored_W = trained.dequantize(torch.float32), stored.dequantize(torch.float32)
+        self.layers += 1
+        self.squared_error += float((stored_W.double() - W.double()).square().sum())
+        self.squared_weight += float(W.double().square().sum())
+        self.largest = max(self.largest, float((stored_W - W).abs().max() / trained.scale.abs().min()))
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, relative error of their weights {self.relative:.2e}"
+
+
+class Writer(ABC):
+    """One format.
+
+    Attributes:
+        name: as in `FORMATS`.
+        needs: import name -> extra of this package that installs it.
+        Options: a dataclass of the format's own options; its fields' metadata have "help".
+        tokenizer_files: whether `export` puts the tokenizer's files beside the checkpoint (else the writer does).
+        usage: Markdown for the model card: how to load the result.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[dict[str, str]] = {}
+    tokenizer_files: ClassVar[bool] = True
+    usage: ClassVar[str] = ""
+
+    @dataclass(frozen=True)
+    class Options:
+        """No options."""
+
+    @abstractmethod
+    def problems(self, source: Source, settings: Settings) -> list[Problem]:
+        """Everything that stands in the way, found from shapes, grids and scales; empty if the export is exact."""
+
+    @abstractmethod
+    def write(self, source: Source, folder: Path, settings: Settings, progress: Callable[[str], None]) -> Written:
+        """Write the checkpoint into an existing, empty folder.
+
+        Args:
+            progress: called with a module's name when that layer is done.
+
+        Raises:
+            ValueError: a value cannot be stored exactly, and `settings.allow_inexact` is False.
+        """
+
+
+def writer(format: str) -> Writer:
+    """The writer of a format.
+
+    Raises:
+        ValueError: there is no such format.
+        ImportError: it needs a package that is not installed; the message names the extra.
+    """
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ValueError(f"`format` is {format!r}; the formats are {', '.join(FORMATS)}.")
+    module, _, name = FORMATS[format].partition(":")
+    found: type[Writer] = getattr(importlib.import_module(module, __package__), name)
+    for package, extra in found.needs.items():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"`format={format!r}` needs the package {package!r}: pip install 'peft-lrqat[{extra}]'.")
+    return found()
+
+
+def make_options(writer: Writer, options: dict[str, Any]) -> Any:
+    """The format's options from keywords.
+
+    Raises:
+        ValueError: the format has no such option, or refuses its value.
+    """
+    known = [f.name for f in dataclasses.fields(writer.Options)]
+    for name in options:
+        if name not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has no options of its own"
+            raise ValueError(f"The format {writer.name!r} has no option {name!r}; {has}.")
+    return writer.Options(**options)

@@ -1,0 +1,133 @@
+"""Writing safetensors files as the tensors come, so that a checkpoint never stands in memory as a whole.
+
+A safetensors file is
+
+    8 bytes: length of the header | header (JSON: name -> dtype, shape, byte range) | the tensors' bytes, without gaps
+
+The header comes first but is known last, so a shard's bytes are collected in temporary files beside it. There is one
+for each element size, written out from the largest to the smallest: every tensor is aligned to its element then, as
+safetensors' own writer does it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class ShardWriter:
+    """Writes `model.safetensors`, or numbered shards and their index, into a folder.
+
+    Attributes:
+        total_bytes: of the tensors written.
+        metadata: strings for the files' headers; may be added to until `close`.
+    """
+
+    def __init__(self, folder: Path, max_shard_size: int) -> None:
+        """
+        Args:
+            max_shard_size: bytes; a shard is closed before it would grow beyond (one larger tensor is a shard of its
+                own).
+        """
+        self.folder, self.max_shard_size = folder, max_shard_size
+        self.total_bytes = 0
+        self.metadata = {"format": "pt"}
+        self._shards: list[dict[str, dict]] = []  # per shard: name -> dtype, shape, element size, position in its part
+        self._seen: set[str] = set()
+        self._sizes: dict[int, int] = {}  # element size -> bytes in the current shard
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors added."""
+        return [name for shard in self._shards for name in shard]
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor (from any device).
+
+        Raises:
+            ValueError: a name comes twice, or the dtype has no place in safetensors.
+        """
+        if name in self._seen:
+            raise ValueError(f"Two tensors of the checkpoint would be called {name!r}.")
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name!r} is {tensor.dtype}, which safetensors files cannot hold.")
+        self._seen.add(name)
+        tensor = tensor.detach().cpu().contiguous()
+        if not self._shards or sum(self._sizes.values()) + tensor.nbytes > self.max_shard_size:
+            self._shards.append({})
+            self._sizes = {}
+        size = tensor.element_size()
+        start = self._sizes.get(size, 0)
+        self._shards[-1][name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "size": size, "start": start}
+        self._sizes[size] = start + tensor.nbytes
+        self.total_bytes += tensor.nbytes
+        with open(self._part(len(self._shards) - 1, size), "ab") as file:
+            tensor.reshape(-1).view(torch.uint8).numpy().tofile(file)
+
+    def _part(self, shard: int, size: int) -> Path:
+        return self.folder / f".shard-{shard}.{size}"
+
+    def close(self) -> None:
+        """Write the shards, and the index if there are several."""
+        count = len(self._shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = names if count > 1 else ["model.safetensors"]
+        for i, (file, entries) in enumerate(zip(names, self._shards, strict=True)):
+            self._assemble(i, self.folder / file, entries)
+        if count > 1:
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": {name: file for file, shard in zip(names, self._shards, strict=True) for name in shard},
+            }
+            path = self.folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _assemble(self, shard: int, path: Path, entries: dict[str, dict]) -> None:
+        parts = [(size, self._part(shard, size)) for size in (8, 4, 2, 1) if self._part(shard, size).exists()]
+        starts, offset = {}, 0
+        for size, part in parts:
+            starts[size] = offset
+            offset += part.stat().st_size
+        header: dict = {"__metadata__": self.metadata}
+        for name, entry in entries.items():
+            begin = starts[entry["size"]] + entry["start"]
+            nbytes = entry["size"]
+            for length in entry["shape"]:
+                nbytes *= length
+            header[name] = {
+                "dtype": _NAMES[entry["dtype"]], "shape": entry["shape"], "data_offsets": [begin, begin + nbytes]
+            }  # fmt: skip
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, part in parts:
+                with open(part, "rb") as data:
+                    shutil.copyfileobj(data, file, 1 << 22)
+                part.unlink()
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "200MB", "8KB" (powers of 1000) or of a number.
+
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = str(size).strip().upper()
+    number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        parsed = int(float(number) * unit)
+    except ValueError:
+        parsed = 0
+    if parsed <= 0 or isinstance(size, bool):
+        raise ValueError(f"`max_shard_size` is {size!r}; allowed: a number of bytes, or one such as '200MB'.")
+    return parsed

@@ -1,0 +1,255 @@
+"""`export` and `can_export`: what they refuse, and what a folder looks like afterwards, or does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from peft_lrqat import can_export, export
+from peft_lrqat.checkpoint import formats
+from peft_lrqat.checkpoint.shards import ShardWriter, parse_size
+from peft_lrqat.checkpoint.source import open_source
+from peft_lrqat.grid import Grid
+from tests.checkpoint.grids import on_grid
+from tests.checkpoint.test_merge import read
+from tests.lrqat.memory import LiveBytes
+from tests.models import adapted, logits, tiny, tokens, train
+
+GRID = Grid(4, 32)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0, "a": 1, "b": 2}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")), unk_token="<unk>")
+    made.chat_template = "{{ messages }}"
+    return made
+
+
+def reloaded(folder: Path) -> torch.Tensor:
+    return logits(AutoModelForCausalLM.from_pretrained(folder).eval(), tokens())
+
+
+class TestFolder:
+    def test_a_peft_model_is_exported_and_stays_as_it_is(self, tmp_path: Path):
+        model = adapted(tiny("qwen2"), bits=4, group_size=8)
+        train(model, tokens())
+        expected, before = logits(model, tokens()), {n: t.clone() for n, t in model.state_dict().items()}
+        report = export(model, tmp_path / "out", progress=False)
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert torch.equal(logits(model, tokens()), expected)
+        assert torch.equal(reloaded(tmp_path / "out"), expected)
+        assert (report.layers, report.loss, report.container) == (14, None, "pack-quantized, 4 bits")
+        assert report.grid == "4 bits, symmetric, groups of 8"
+        sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+        assert report.total_bytes == sum(sizes.values()) - sizes["README.md"]
+        packed = [t for name, t in read(tmp_path / "out").items() if ".weight_" in name]
+        assert report.layer_bytes == sum(t.nbytes for t in packed)
+        assert f"{report.bits_per_weight:.2f} bits a weight" in str(report)
+
+    def test_everything_else_is_written_too(self, tmp_path: Path):
+        model = on_grid(GRID)
+        model.generation_config = GenerationConfig(max_new_tokens=7)
+        model.name_or_path = "someone/tiny"
+        export(model, tmp_path / "out", "gptq", tokenizer=tokenizer(), progress=False)
+        files = {path.name for path in (tmp_path / "out").iterdir()}
+        assert files >= {"model.safetensors", "config.json", "generation_config.json", "quantize_config.json"}
+        assert files >= {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        assert json.loads((tmp_path / "out/generation_config.json").read_text())["max_new_tokens"] == 7
+        card = (tmp_path / "out" / "README.md").read_text()
+        for said in ("someone/tiny", "4 bits, symmetric, groups of 32", "gptq", "GPTQModel.load", "were trained"):
+            assert said in card
+        assert json.loads((tmp_path / "out/config.json").read_text())["peft_lrqat"]["bits"] == 4
+
+    def test_the_tokenizer_of_the_source_folder_comes_along(self, tmp_path: Path):
+        on_grid(GRID).save_pretrained(tmp_path / "merged")
+        tokenizer().save_pretrained(tmp_path / "merged")
+        export(tmp_path / "merged", tmp_path / "out", "gptq", progress=False)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+    def test_shards(self, tmp_path: Path):
+        model = on_grid(GRID)
+        export(model, tmp_path / "whole", progress=False)
+        export(model, tmp_path / "shards", max_shard_size="10KB", progress=False)
+        files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+        assert len(files) > 3
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        whole, shards = read(tmp_path / "whole"), read(tmp_path / "shards")
+        assert whole.keys() == shards.keys()
+        assert all(torch.equal(whole[name], shards[name]) for name in whole)
+        index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+        for name, file in index["weight_map"].items():
+            with safe_open(tmp_path / "shards" / file, framework="pt") as opened:
+                assert name in opened.keys()  # noqa: SIM118
+        assert torch.equal(reloaded(tmp_path / "shards"), logits(model, tokens()))
+
+    def test_a_failure_leaves_nothing(self, tmp_path: Path, monkeypatch):
+        model = on_grid(GRID)
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "mine.txt").write_text("kept")
+        layer = model.model.layers[0].mlp.down_proj
+        monkeypatch.setattr(layer, "grid_tensor", lambda: 1 / 0)
+        for out, options in (("new", {}), ("old", {"overwrite": True})):
+            with pytest.raises(ZeroDivisionError):
+                export(model, tmp_path / out, progress=False, **options)
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
+        assert (tmp_path / "old" / "mine.txt").read_text() == "kept"
+
+    def test_a_full_folder_is_replaced_only_if_told(self, tmp_path: Path):
+        model, out = on_grid(GRID), tmp_path / "out"
+        out.mkdir()
+        export(model, out, progress=False)  # an empty one is taken
+        (out / "old.txt").write_text("")
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            export(model, out, progress=False)
+        export(model, out, overwrite=True, progress=False)
+        assert not (out / "old.txt").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        with pytest.raises(FileExistsError, match="source itself"):
+            export(out, out, overwrite=True, progress=False)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FileExistsError, match="is a file"):
+            export(model, tmp_path / "file", overwrite=True, progress=False)
+
+    def test_a_bar_counts_layers(self, tmp_path: Path, capsys):
+        export(on_grid(GRID), tmp_path / "a")
+        shown = capsys.readouterr().err
+        assert "Writing compressed-tensors" in shown
+        assert "7/7" in shown
+        export(on_grid(GRID), tmp_path / "b", progress=False)
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_memory_does_not_grow_with_the_model(format: str, tmp_path: Path):
+    def above(layers: int) -> tuple[int, int]:
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers}
+        model = adapted(tiny("llama", **sizes), bits=4, group_size=32, range_method="minmax")
+        held = [*model.parameters(), *model.buffers()]
+        with LiveBytes(held) as live:
+            export(model, tmp_path / f"{format}-{layers}", format, progress=False)
+        return live.peak - live.start, sum(t.nbytes for t in held)
+
+    (few, _), (many, held) = above(1), above(6)
+    assert many <= 1.1 * few
+    assert many < held / 2
+
+
+class TestRefusals:
+    def test_unknown_formats_list_those_that_exist(self, tmp_path):
+        for call in (lambda: export({}, tmp_path / "out", "awq"), lambda: can_export({}, "awq")):
+            with pytest.raises(ValueError, match=r"'awq'; the formats are compressed-tensors, gptq, .*bitnet"):
+                call()
+
+    def test_unknown_options(self, tmp_path):
+        model = on_grid(GRID)
+        with pytest.raises(ValueError, match="no option 'group_size'; its options are checkpoint_format"):
+            export(model, tmp_path / "out", "gptq", group_size=64)
+        with pytest.raises(ValueError, match="no option 'linear_class'; it has no options"):
+            can_export(model, "compressed-tensors", linear_class="bitlinear")
+        with pytest.raises(ValueError, match=r"`checkpoint_format` is 'v3'; allowed are 'gptq', 'gptq_v2'"):
+            can_export(model, "gptq", checkpoint_format="v3")
+        with pytest.raises(ValueError, match="`linear_class` is 'x'"):
+            can_export(model, "bitnet", linear_class="x")
+
+    @pytest.mark.parametrize("bits", [1, 9, 4.0, True, "4"])
+    def test_containers_that_do_not_exist(self, bits):
+        with pytest.raises(ValueError, match="`container_bits` is"):
+            can_export(on_grid(GRID), container_bits=bits)
+
+    @pytest.mark.parametrize("size", ["5 apples", 0, -1, True, "GB"])
+    def test_shard_sizes(self, size, tmp_path):
+        with pytest.raises(ValueError, match="`max_shard_size` is"):
+            export(on_grid(GRID), tmp_path / "out", max_shard_size=size)
+
+    def test_shard_sizes_are_read(self):
+        assert [parse_size(size) for size in (1000, "1000", "2KB", "1.5 GB")] == [1000, 1000, 2000, 1_500_000_000]
+
+    @pytest.mark.parametrize(("format", "grid", "settings", "said"), [
+        ("compressed-tensors", Grid(4, 32), {"container_bits": 3}, "container_bits=3, but compressed-tensors holds"),
+        ("gptq", Grid(5, 32), {"container_bits": 5}, r"holds codes of 5 bits in [8]"),
+        ("gptq", Grid(4, 8), {}, "groups of 8; GPTQ's kernels take multiples of 16"),
+        ("torchao", Grid(8, 32), {"container_bits": 4}, "codes of 8 bits in [8]"),
+        ("bitnet", Grid(1.58, 0), {"container_bits": 4}, "BitNet stores 2 bits a code"),
+    ])  # fmt: skip
+    def test_reasons(self, format, grid, settings, said, tmp_path):
+        model = on_grid(grid)
+        check = can_export(model, format, **settings)
+        assert not check
+        assert said in str(check)
+        assert "What helps: " in str(check)
+        with pytest.raises(ValueError, match="not possible"):
+            export(model, tmp_path / "out", format, progress=False, **settings)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_channel_that_cannot_be_repeated(self):
+        model = on_grid(Grid(4, -1), hidden_size=64, intermediate_size=100)
+        assert "does not divide by 32" in str(can_export(model, "gptq"))
+        check = can_export(on_grid(Grid(3, -1)), "gptq")
+        assert check
+        assert str(check) == "gptq: exact."
+
+    def test_layers_alike_share_a_line(self):
+        check = can_export(on_grid(Grid(4, 8), num_hidden_layers=3), "gptq")
+        assert len(check.problems) == 21
+        assert str(check).count("\n") == 1
+        assert "model.layers.0.self_attn.q_proj and 20 more: groups of 8" in str(check)
+
+    def test_gpt2_has_no_linear_layer_to_pack(self):
+        model = adapted(tiny("gpt2"), group_size=8)
+        for format in ("compressed-tensors", "gptq", "torchao", "bitnet"):
+            assert "nn.Linear layers only" in str(can_export(model, format))
+
+    def test_a_head_outside_of_the_blocks(self):
+        model = adapted(tiny(hidden_size=64, intermediate_size=96), group_size=32, target_modules=["lm_head", "q_proj"])
+        assert "outside of the model's blocks" in str(can_export(model, "gptq"))
+        assert can_export(model, "compressed-tensors")
+
+    def test_an_extra_that_is_missing(self, monkeypatch):
+        monkeypatch.setattr(formats.writer("torchao").__class__, "needs", {"no_such_package": "torchao"})
+        with pytest.raises(ImportError, match=r"pip install 'peft-lrqat\[torchao\]'"):
+            can_export(on_grid(GRID), "torchao")
+
+
+def test_embeddings_on_a_grid_become_dense(tmp_path: Path):
+    model = adapted(tiny("llama"), group_size=8, target_modules=["embed_tokens", "q_proj"])
+    train(model, tokens())
+    expected = logits(model, tokens())
+    report = export(model, tmp_path / "out", progress=False)
+    assert report.dense == ("model.embed_tokens",)
+    assert "as floats on the grid: model.embed_tokens" in str(report)
+    table = open_source(model).layer("model.embed_tokens").dequantize(torch.float32)
+    assert torch.equal(read(tmp_path / "out")["model.embed_tokens.weight"], table)
+    assert torch.equal(reloaded(tmp_path / "out"), expected)
+
+
+class TestShardWriter:
+    def test_every_dtype_is_read_back(self, tmp_path):
+        dtypes = (torch.uint8, torch.bool, torch.float16, torch.int64, torch.bfloat16, torch.int32, torch.float64)
+        tensors = {str(dtype): torch.randn(3, 5).mul(9).to(dtype) for dtype in dtypes}
+        tensors |= {"empty": torch.empty(0, 4), "scalar": torch.tensor(1.5), "turned": torch.randn(4, 3).t()}
+        shards = ShardWriter(tmp_path, 10**9)
+        for name, tensor in tensors.items():
+            shards.add(name, tensor)
+        shards.close()
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        found = read(tmp_path)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[n], tensors[n]) and found[n].dtype == tensors[n].dtype for n in tensors)
+
+    def test_names_come_once(self, tmp_path):
+        shards = ShardWriter(tmp_path, 10**9)
+        shards.add("a", torch.zeros(1))
+        with pytest.raises(ValueError, match="'a'"):
+            shards.add("a", torch.zeros(1))
+        with pytest.raises(ValueError, match="complex64"):
+            shards.add("b", torch.zeros(1, dtype=torch.complex64))
