@@ -389,8 +389,7 @@ def main() -> None:
     shown.set_defaults(do=table)
     shown.add_argument("runs", nargs="+")
     args = parser.parse_args()
-    global SEQ
-    SEQ = getattr(args, "seq", SEQ)
+    globals()["SEQ"] = getattr(args, "seq", SEQ)
     do = args.do
     del args.do
     do(args)
