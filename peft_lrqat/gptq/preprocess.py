@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..checkpoint import trained
-from ..checkpoint.linear import QuantizedLinear, describe_packed
+from ..checkpoint.linear import MERGED, QuantizedLinear, describe_packed
 from ..lrqat import LRQATConfig, LRQATModel
 from .calibrate import BlockInputs, collect_hessians
 from .solve import gptq_round
@@ -53,6 +53,8 @@ def preprocess_gptq(
     Memory: above the float model, the hidden states of the calibration tokens, and, for a block at a time, an fp32
     (in, in) matrix for each distinct layer input.
     """
+    if any(isinstance(module, MERGED) for module in model.modules()):
+        raise ValueError("`model` is quantized already; GPTQ starts from the float model.")
     targets = LRQATModel.find_targets(model, config)
     name, blocks, layers = _blocks(model, targets)
     batches = list(_batches(model, calibration, tokenizer, length))

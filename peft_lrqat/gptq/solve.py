@@ -6,7 +6,7 @@ columns that are still float so that the layer's *output* on the calibration inp
     H = X^T X + damping,    U = upper Cholesky factor of H^-1
     for column j:   q_j = round(w_j / s) + z,     e = (w_j - s (q_j - z)) / U_jj,     w_k -= e U_jk   for k > j
 
-Columns with the largest H_jj come first (`act_order`): what they lose can be made up for by all others. The order is
+Columns with the largest H_jj come first: what they lose can be made up for by all others. The order is
 that of the arithmetic alone; codes and scales keep their places, so every engine reads the result.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ..grid import PER_CHANNEL, Grid, GridTensor
+from ..grid import Grid, GridTensor
 from ..ranges import choose_range
 
 _BLOCK = 128  # columns whose updates are gathered before they reach the rest of the matrix
@@ -30,17 +30,15 @@ def gptq_round(
     range_p: float = 2.5,
     scale_dtype: str = "auto",
     damping: float = 0.01,
-    act_order: bool = True,
 ) -> GridTensor:
     """Codes and scales of a weight, chosen for its inputs.
 
     Args:
         weight: (out, in), weight units, any float dtype.
         hessian: fp32 (in, in), the sum of x^T x over the layer's inputs, any positive factor.
-        range_method, range_p, scale_dtype: where scales come from, see `choose_range`. They are those of the weight
-            as it is; without `act_order`, a group's are chosen when its first column is reached.
+        range_method, range_p, scale_dtype: where scales come from, see `choose_range`; they are those of the weight
+            before any column was moved.
         damping: what is added to the diagonal of `hessian`, as a fraction of its mean.
-        act_order: round the columns with the largest inputs first.
 
     Raises:
         ValueError: the Hessian is not finite, or cannot be factored even with a hundred times the damping.
@@ -51,30 +49,19 @@ def gptq_round(
     out_features, in_features = work.shape
     scale, zero_point = choose_range(work, grid, range_method, range_p, scale_dtype)
     per_scale = in_features // scale.shape[1]
-    refresh = grid.group_size > 0 and not act_order
-    order = torch.arange(in_features, device=work.device)
-    if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damping)
     group_of = (order // per_scale).tolist()
     work = work[:, order]
     codes = torch.empty(out_features, in_features, dtype=torch.int8, device=work.device)
-    size = max(1, _BLOCK // per_scale) * per_scale if refresh else _BLOCK
 
-    for start in range(0, in_features, size):
-        stop = min(start + size, in_features)
+    for start in range(0, in_features, _BLOCK):
+        stop = min(start + _BLOCK, in_features)
         block = work[:, start:stop].t().contiguous()  # (columns, out): a column is one stretch of memory
         local = factor[start:stop, start:stop].contiguous()
         errors = torch.empty_like(block)
         rounded = torch.empty(block.shape, dtype=torch.int8, device=block.device)
         for i, group in enumerate(group_of[start:stop]):
-            if refresh and i % per_scale == 0:
-                lines = block[i : i + per_scale].t().contiguous()
-                whole = Grid(grid.bits, PER_CHANNEL, grid.symmetric)
-                chosen, zeros = choose_range(lines, whole, range_method, range_p, scale_dtype)
-                scale[:, group] = chosen[:, 0]
-                if zero_point is not None and zeros is not None:
-                    zero_point[:, group] = zeros[:, 0]
             step = scale[:, group]
             zero = 0.0 if zero_point is None else zero_point[:, group].float()
             code = (block[i] / step).round_().add_(zero).clamp_(grid.qmin, grid.qmax)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the formats of other tools, written by packers of their own, and the float model they stand for."""
+"""Tiny checkpoints in the formats of other tools, by packers of their own, and the float models they stand for."""
 
 from __future__ import annotations
 
@@ -41,23 +41,28 @@ class Spec:
         return f"{self.method}-w{self.bits}-g{self.group_size}{kind}-{str(self.dtype)[6:]}"
 
 
-def write(folder: Path, spec: Spec, **config: Any) -> PreTrainedModel:
-    """Write a checkpoint of random codes that use both ends of the grid; returns the float model of the same values."""
-    model = tiny(dtype=spec.dtype, **SIZES)
+def write(folder: Path, spec: Spec, other: dict[str, Spec] | None = None, **config: Any) -> PreTrainedModel:
+    """Write a checkpoint of random codes that use both ends of the grid; returns the float model of the same values.
+
+    Args:
+        other: layers with this in their name are stored so instead.
+        config: entries of `quantization_config` to add or change.
+    """
+    by_default, model = spec, tiny(dtype=spec.dtype, **SIZES)
     model.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and name != "lm_head":
+            spec = next((s for part, s in (other or {}).items() if part in name), by_default)
             codes, scale, zero = random_layer(linear.weight, spec)
             del state[name + ".weight"]
             state |= {f"{name}.{key}": value for key, value in pack(codes, scale, zero, spec).items()}
             per_weight = torch.Size(codes.shape).numel() // scale.numel() if spec.group_size else codes.numel()
-            wide = (t.repeat_interleave(per_weight).view(codes.shape).float() for t in (scale, zero))
-            s, z = wide
+            s, z = (t.repeat_interleave(per_weight).view(codes.shape).float() for t in (scale, zero))
             linear.weight.data = ((codes - z) * s).to(spec.dtype)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     described = json.loads((folder / "config.json").read_text())
-    described["quantization_config"] = {**quantization_config(spec), **config}
+    described["quantization_config"] = {**quantization_config(by_default), **config}
     (folder / "config.json").write_text(json.dumps(described))
     return model
 

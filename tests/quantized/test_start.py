@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from peft_lrqat import Grid, LRQATConfig, export, load_quantized
 from peft_lrqat.checkpoint.linear import QuantizedLinear
 from tests.models import logits, tokens, train
-from tests.quantized.files import Spec, write
+from tests.quantized.files import Spec, quantization_config, write
 
 IDS = tokens()
 SPECS = [
@@ -48,11 +48,9 @@ def test_the_codes_of_the_file_are_the_base_and_the_adapter_trains_on_them(spec:
 
     adapted = adapt(model)
     config = adapted.peft_config["default"]
-    symmetric = spec.symmetric or spec.method == "awq" and spec.group_size == 32
-    assert config.bits == spec.bits and config.group_size == spec.group_size
+    symmetric = spec.symmetric and spec.method != "awq"  # whose files always hold zero points
+    assert (config.bits, config.group_size, config.symmetric) == (spec.bits, spec.group_size, symmetric)
     assert config.downcast == "int"
-    if spec.method != "awq":
-        assert config.symmetric == symmetric
     assert torch.equal(logits(adapted, IDS), expected)
 
     losses = train(adapted, IDS)
@@ -158,6 +156,29 @@ def test_layers_that_are_not_targeted_stay_quantized(tmp_path: Path):
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(load_quantized(tmp_path / "out"), IDS), trained)
+
+
+MIXED = {
+    "config_groups": {
+        "group_0": quantization_config(Spec("packed", 4, 32))["config_groups"]["group_0"],
+        "group_1": quantization_config(Spec("packed", 8, -1))["config_groups"]["group_0"],
+    }
+}
+MIXED["config_groups"]["group_0"]["targets"] = ["re:.*self_attn"]
+
+
+def test_of_several_grids_one_is_trained_and_the_others_are_kept(tmp_path: Path):
+    float_model = write(tmp_path / "base", Spec("packed", 8, -1), {"self_attn": Spec("packed", 4, 32)}, **MIXED)
+    expected = logits(float_model, IDS)
+    with pytest.raises(ValueError, match=r"2 different grids \(4 bits.*self_attn.*8 bits.*mlp.*target_modules"):
+        adapt(load_quantized(tmp_path / "base"))
+    adapted = adapt(load_quantized(tmp_path / "base"), target_modules=["up_proj", "down_proj"])
+    assert torch.equal(logits(adapted, IDS), expected)
+    train(adapted, IDS)
+    trained = logits(adapted, IDS)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "out")
+    for load in (load_quantized, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(logits(load(tmp_path / "out"), IDS), trained)
 
 
 def test_a_second_adapter_takes_the_grid_as_well(tmp_path: Path):
