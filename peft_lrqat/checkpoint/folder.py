@@ -30,6 +30,7 @@ class FolderSource(Source):
     Attributes:
         format: as in `formats.FORMATS`.
         bits: width of the stored codes.
+        file_group: inputs that share a stored scale; -1: all. (The grid's may be larger, with the scale repeated.)
         parts: last parts of the names of tensors that belong to a quantized layer's weight.
     """
 
@@ -48,6 +49,7 @@ class FolderSource(Source):
         entry = described.get(trained.KEY) or {}
         self.recipe, self.scale_dtype = entry.get("recipe"), entry.get("scale_dtype")
         self._read_config(described["quantization_config"])
+        self.file_group = self._grid.group_size or -1
         self._grid = trained.recorded_grid(entry) or self._grid
         self.config = AutoConfig.from_pretrained(folder)
         for known in ("quantization_config", trained.KEY):

@@ -1,0 +1,92 @@
+"""Which engines load a checkpoint, and why others do not.
+
+The rules are what was run, or read in the engine's source where no hardware was at hand; docs/export.md has the table
+and the commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from .source import LayerInfo
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, and whether it loads a checkpoint.
+
+    Attributes:
+        name: with the packages it needs.
+        loads: whether it does.
+        why: the reason why not, or what to know.
+        run: False where this was read in the engine's source, not run.
+    """
+
+    name: str
+    loads: bool
+    why: str = ""
+    run: bool = True
+
+
+def engines(
+    format: str, infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None = None
+) -> list[Engine]:
+    """The engines for a format, with their verdict on these layers.
+
+    Args:
+        bits: width of the stored codes.
+        file_group: inputs that share a stored scale; -1: all.
+    """
+    if format == "compressed-tensors":
+        return _compressed_tensors(infos, bits, file_group, act_bits)
+    if format == "gptq":
+        return _gptq(bits, file_group)
+    if format == "torchao":
+        return [
+            Engine("transformers + torchao", True),
+            Engine(
+                "vLLM on a CPU + torchao", bits in (2, 3, 4, 8), "" if bits in (2, 3, 4, 8) else f"{bits} bits: not run"
+            ),
+        ]
+    if format == "bitnet":
+        return [
+            Engine("transformers", True),
+            Engine("vLLM", False, "it does not list the format; use compressed-tensors", run=False),
+        ]
+    return []
+
+
+def _compressed_tensors(infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None) -> list[Engine]:
+    dense = bits in (3, 5, 6, 7)
+    needs = "compressed-tensors 0.18 or later, which packs these widths densely" if dense else ""
+    found = [Engine("transformers + compressed-tensors", True, needs)]
+    if act_bits is not None:
+        return [*found, Engine("vLLM on a CPU", True), Engine("vLLM on a GPU", True, run=False)]
+    odd = [info for info in infos if info.kind == "linear" and (info.in_features % 32 or info.out_features % 32)]
+    why = ""
+    if bits != 4:
+        why = f"no kernel for {bits}-bit weights with float activations; write them with container_bits=4"
+        why = why if bits < 4 else f"no kernel for {bits}-bit weights with float activations"
+    elif odd:
+        why = f"a layer is {odd[0].out_features} x {odd[0].in_features}; both must divide by 32"
+    elif file_group > 0 and file_group % 2:
+        why = f"groups of {file_group}; an even number is needed"
+    found.append(Engine("vLLM on a CPU", not why, why))
+    gpu = bits in (4, 8)
+    why = "" if gpu else f"{bits}-bit weights need an optional kernel package, or container_bits=4"
+    return [*found, Engine("vLLM on a GPU", gpu, why, run=False)]
+
+
+def _gptq(bits: int, file_group: int) -> list[Engine]:
+    cpu = "" if bits == 4 else f"no kernel for {bits} bits; the CPU kernel takes 4"
+    gpu = "" if bits in (4, 8) else f"no kernel for {bits} bits"
+    genai = "" if bits in (2, 4, 8) else f"no operator for {bits} bits"
+    genai = genai or ("" if 16 <= file_group <= 256 else "its blocks have 16 to 256 inputs")
+    return [
+        Engine("gptqmodel", True),
+        Engine("transformers + optimum + gptqmodel", True),
+        Engine("vLLM on a CPU", not cpu, cpu),
+        Engine("vLLM on a GPU", not gpu, gpu, run=False),
+        Engine("onnxruntime-genai, by its model builder", not genai, genai),
+    ]

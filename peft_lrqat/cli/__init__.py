@@ -1,0 +1,16 @@
+"""The command `peft-lrqat`: export, inspect, verify."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+
+def main() -> None:
+    """Entry point."""
+    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"peft-lrqat's commands need {' and '.join(missing)}: pip install 'peft-lrqat[cli]'")
+    from .app import app
+
+    app()

@@ -1,0 +1,102 @@
+"""How the commands' findings look in a terminal, and as a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..checkpoint.inspection import Inspection
+from ..checkpoint.verification import Verification
+
+_BAR = 40  # characters
+_ROWS = 24  # a grid with more codes is drawn in bins
+
+
+def inspection(found: Inspection, console: Console) -> None:
+    """Print what `inspect` found."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _facts(found):
+        table.add_row(f"[bold]{name}[/]", escape(value))
+    console.print(table)
+    console.print("\n[bold]codes[/]")
+    bins = _bins(found.histogram)
+    largest = max(count for _, count in bins) or 1
+    for label, count in bins:
+        bar = "\u2588" * round(_BAR * count / largest)
+        console.print(f"{label:>10} {bar:<{_BAR}} {count / found.weights:7.2%}", highlight=False)
+    console.print("\n[bold]engines[/]")
+    for engine in found.engines:
+        mark = "[green]yes[/]" if engine.loads else "[red]no [/]"
+        source = "" if engine.run else " (read in its source, not run)"
+        console.print(
+            f"  {mark} {engine.name}{': ' + escape(engine.why) if engine.why else ''}{source}", highlight=False
+        )
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    size = "not merged yet"
+    if found.layer_bytes is not None and found.total_bytes is not None:
+        size = (
+            f"{found.bits_per_weight:.2f} bits a weight with scales ({found.layer_bytes / 1e6:.1f} MB), "
+            f"{found.total_bytes / 1e6:.1f} MB in all"
+        )
+    exact = [dtype for dtype, count in found.inexact_scales.items() if not count]
+    scales = f"{found.scales:,}, exact in {' and '.join(exact) or 'neither float16 nor bfloat16'}"
+    for dtype, count in found.inexact_scales.items():
+        scales += f"; {count:,} change in {dtype}" if count else ""
+    activations = f", {found.act_bits}-bit activations" if found.act_bits else ""
+    facts = [
+        ("format", f"{found.format}, {found.container_bits}-bit container{activations}"),
+        ("grid", found.grid),
+        ("layers", f"{found.layers}, {found.weights:,} weights"),
+        ("size", size),
+        ("scales", scales),
+        ("entropy", f"{found.entropy:.2f} bits a code"),
+    ]
+    return [*facts, ("recipe", found.recipe)] if found.recipe else facts
+
+
+def _bins(histogram: dict[int, int]) -> list[tuple[str, int]]:
+    codes = sorted(histogram)
+    width = -(-len(codes) // _ROWS)
+    bins = []
+    for i in range(0, len(codes), width):
+        part = codes[i : i + width]
+        label = str(part[0]) if width == 1 else f"{part[0]}..{part[-1]}"
+        bins.append((label, sum(histogram[code] for code in part)))
+    return bins
+
+
+def plot(found: Inspection, path: Path) -> None:
+    """Draw the histogram of codes into a file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib knows no such kind of file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'peft-lrqat[plot]'") from error
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    shares = [100 * count / found.weights for count in found.histogram.values()]
+    axes.bar(list(found.histogram), shares, width=0.9, color="tab:blue")
+    axes.set_xlabel("code")
+    axes.set_ylabel("% of the weights")
+    axes.set_title(f"{Path(found.folder).resolve().name}: {found.grid}", fontsize=10)
+    figure.savefig(os.fspath(path), dpi=150)
+
+
+def verification(found: Verification, console: Console) -> None:
+    """Print what `verify` found."""
+    console.print(f"engine: {found.engine or 'none'}", highlight=False)
+    if found.missing:
+        console.print(f"not installed: {', '.join(found.missing)}", highlight=False)
+    for finding in found.findings:
+        mark = "[green]equal    [/]" if finding.equal else "[red]NOT EQUAL[/]"
+        console.print(f"{mark} {finding.what}: {escape(finding.detail)}", highlight=False)
