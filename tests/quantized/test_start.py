@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ SPECS = [
     Spec("packed", 4, group_size=32, symmetric=False, dtype=torch.float32),
     Spec("integers", 8, group_size=-1),
     Spec("integers", 8, group_size=-1, symmetric=False),
+    Spec("integers", 8, group_size=32),
     Spec("integers", 8, group_size=0, dtype=torch.bfloat16),
     *(Spec("gptq", bits, group_size=32) for bits in (2, 3, 4, 8)),
     *(Spec("gptq", bits, group_size=32, symmetric=False) for bits in (2, 4)),
@@ -116,6 +118,33 @@ def test_a_merged_model_goes_on_training_in_memory_and_keeps_its_grid_in_a_wider
     assert torch.equal(logits(again, IDS), trained)
     layer = again.model.layers[0].mlp.up_proj
     assert (layer.grid, layer.bits) == (Grid(3, 0), 4)
+
+
+def test_a_narrower_grid_in_a_wider_file_that_does_not_say_so(tmp_path: Path):
+    write(tmp_path / "base", Spec("packed", 3, 16))
+    export(load_quantized(tmp_path / "base"), tmp_path / "wide", container_bits=4)
+    described = json.loads((tmp_path / "wide" / "config.json").read_text())
+    del described["peft_lrqat"]
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(described))
+    expected = logits(load_quantized(tmp_path / "base"), IDS)
+    for options, bits in (({}, 4), ({"bits": 3}, 3)):
+        adapted = adapt(load_quantized(tmp_path / "wide"), **options)
+        assert torch.equal(logits(adapted, IDS), expected)
+        merged = adapted.merge_and_unload().model.layers[0].mlp.up_proj
+        assert (merged.grid.bits, merged.bits) == (bits, 4)
+    with pytest.raises(ValueError, match="asks for bits=2"):
+        adapt(load_quantized(tmp_path / "wide"), bits=2)
+
+
+@pytest.mark.parametrize("method", ["packed", "gptq"])
+def test_an_adapters_folder_is_exported_on_its_quantized_base(method: str, tmp_path: Path):
+    write(tmp_path / "base", Spec(method, 4, 32))
+    adapted = adapt(load_quantized(tmp_path / "base"))
+    train(adapted, IDS)
+    trained = logits(adapted, IDS)
+    adapted.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out")
+    assert torch.equal(logits(load_quantized(tmp_path / "out"), IDS), trained)
 
 
 def test_scales_that_bf16_does_not_hold_are_kept(tmp_path: Path):
