@@ -191,10 +191,9 @@ class LRQATConfig(GridConfig, LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        # what the user left open: a base that is quantized already decides it (`adopt`)
-        self._open = {name for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
-        for name in self._open - {"downcast"}:
-            setattr(self, name, _GRID_DEFAULTS[name])
+        # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
+        self._open = {name: None for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
+        self.adopt_defaults()
         self._check_options()
         if self.lora_alpha is None:
             self.lora_alpha = 16 * self.r
@@ -206,12 +205,16 @@ class LRQATConfig(GridConfig, LoraConfig):
         super().__post_init__()
         self.init_lora_weights, self.loftq_config = init, loftq_config
         self.peft_type = ensure_peft_type("LRQAT")
-        if self.downcast is None:
-            self.downcast = "fx8" if self.bits <= 7 else "int"
 
     @property
     def grid(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric)
+
+    def adopt_defaults(self) -> None:
+        """Give what was left open its value on a float base."""
+        self.adopt(**_GRID_DEFAULTS)
+        wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
+        self.adopt(downcast="int" if wide else "fx8")
 
     def adopt(self, **found: Any) -> list[str]:
         """Take a quantized base's values for the options that were left open.
@@ -219,8 +222,10 @@ class LRQATConfig(GridConfig, LoraConfig):
         Returns:
             The options among `found` that were set to something else.
         """
-        for name in self._open & found.keys():
-            setattr(self, name, found[name])
+        for name in self._open.keys() & found.keys():
+            if getattr(self, name) == self._open[name]:  # else the user has set the attribute since
+                setattr(self, name, found[name])
+                self._open[name] = found[name]
         return [name for name, value in found.items() if getattr(self, name) != value]
 
     def recipe(self) -> str:

@@ -29,8 +29,11 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
     """
     packed = {name: module for name, module in targets.items() if isinstance(module, QuantizedLinear)}
     adapted: list[Any] = [module for module in targets.values() if isinstance(module, BaseTunerLayer)]
+    if not packed and not adapted:
+        config.adopt_defaults()
+        return
     if not packed:
-        if adapted and adapted[0].frozen.from_codes:  # a second adapter
+        if adapted[0].frozen.from_codes:  # a second adapter
             frozen = adapted[0].frozen
             theirs = {name: getattr(frozen.grid, name) for name in _FIELDS}
             config.adopt(**theirs, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)

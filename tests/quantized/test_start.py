@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import Grid, LRQATConfig, export, load_quantized
 from peft_lrqat.checkpoint.linear import QuantizedLinear
-from tests.models import logits, tokens, train
+from tests.models import logits, tiny, tokens, train
 from tests.quantized.files import Spec, quantization_config, write
 
 IDS = tokens()
@@ -231,3 +231,15 @@ def test_a_group_of_zeros_whose_scale_is_zero(tmp_path: Path):
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     float_model.get_submodule(name).weight.data[3, 16:32] = 0
     assert torch.equal(logits(adapt(load_quantized(tmp_path)), IDS), logits(float_model, IDS))
+
+
+def test_options_left_open_are_those_of_each_base(tmp_path: Path):
+    write(tmp_path, Spec("gptq_v2", 3, 32, symmetric=False))
+    options = LRQATConfig(r=4, target_modules="all-linear")
+    for model, expected in (
+        (load_quantized(tmp_path), (3, 32, False, "fp16", "int")),
+        (tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=1), (4, 128, True, "auto", "fx8")),
+    ):
+        get_peft_model(model, options)
+        found = (options.bits, options.group_size, options.symmetric, options.scale_dtype, options.downcast)
+        assert found == expected
