@@ -88,5 +88,5 @@ def _gptq(bits: int, file_group: int) -> list[Engine]:
         Engine("transformers + optimum + gptqmodel", True),
         Engine("vLLM on a CPU", not cpu, cpu),
         Engine("vLLM on a GPU", not gpu, gpu, run=False),
-        Engine("onnxruntime-genai, by its model builder", not genai, genai),
+        Engine("onnxruntime-genai, by its model builder", not genai, genai or "it may round a tied output layer"),
     ]

@@ -12,6 +12,8 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from . import trained
 from .activations import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
@@ -64,6 +66,7 @@ class ModelSource(Source):
         ]
         self.tied = self._aliases()
         self._untie(base)
+        self._check_names(base)
 
     def _describe(self, base: Any, adapter: Any) -> None:
         self.config = copy.deepcopy(base.config)
@@ -133,6 +136,24 @@ class ModelSource(Source):
                     aliases[key] = first[place]
                 first.setdefault(place, key)
         return aliases
+
+    def _check_names(self, base: Any) -> None:
+        """Raise ValueError if files of this architecture name or cut tensors in another way than the model."""
+        if not isinstance(base, PreTrainedModel):
+            return
+        here: dict[str, torch.Tensor] = {}
+        for name, module in self._modules.items():
+            if name in self._quantized:
+                info: LayerInfo = self._quantized[name].info
+                here[name + ".weight"] = torch.empty(info.out_features, info.in_features, device="meta")
+            else:
+                here |= {key: t.to("meta") for key, t in module.named_parameters(name, recurse=False)}
+        in_files = revert_weight_conversion(base, dict(here))
+        if changed := sorted(here.keys() - in_files.keys()):
+            raise ValueError(
+                f"Files of {type(base).__name__} hold some tensors otherwise than the model does ({changed[0]!r}), of "
+                "which transformers' save_pretrained takes care. Merge, save_pretrained, and export that folder."
+            )
 
     def _untie(self, base: Any) -> None:
         """A head that was trained apart from the embeddings is not tied to them in the checkpoint either."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from peft_lrqat.checkpoint.source import GridTensor, Source, open_source
 from tests.checkpoint.test_merge import read
@@ -119,6 +120,21 @@ def test_a_head_trained_apart_is_not_tied(tmp_path: Path):
 
 
 class TestRefusals:
+    def test_models_whose_files_are_cut_otherwise(self, tmp_path):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 96}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads), dtype=torch.bfloat16)
+        model = adapted(model, target_modules=["q_proj"])
+        with pytest.raises(ValueError, match="save_pretrained, and export that folder"):
+            open_source(model)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        source = open_source(tmp_path)
+        assert list(source.grids()) == ["model.layers.0.self_attn.q_proj"]
+        floats = dict(source.floats(source.grids()))
+        saved = read(tmp_path)
+        assert floats.keys() == {name for name in saved if ".weight_" not in name}
+
     def test_float_models(self):
         with pytest.raises(ValueError, match="no layer of this package"):
             open_source(tiny())

@@ -1,4 +1,4 @@
-"""Make the checkpoints that are served: adapt SmolLM2, train a few steps, merge, save; or export one of those.
+"""Make the checkpoints that are served: adapt SmolLM2, train a few steps, merge, save.
 
     python checkpoints.py FOLDER [name ...]
 
@@ -17,7 +17,7 @@ import torch
 from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from peft_lrqat import LRQATConfig, create_lrqat_optimizer, export
+from peft_lrqat import LRQATConfig, create_lrqat_optimizer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from smollm2 import load_smollm2
@@ -34,12 +34,6 @@ def batches(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 def make(spec: Spec, folder: Path) -> None:
-    if spec.exported_from:
-        source = folder.with_name(spec.exported_from)
-        if not (source / "tokenizer.json").exists():
-            make(next(other for other in SPECS if other.name == spec.exported_from), source)
-        print(export(source, folder, spec.format, container_bits=spec.container_bits, overwrite=True), flush=True)
-        return
     torch.manual_seed(0)
     base, tokenizer = load_smollm2(torch.bfloat16)
     config = LRQATConfig(

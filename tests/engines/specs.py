@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spec:
-    """One checkpoint: a grid, the width of the codes in its file, and the file's format."""
+    """One checkpoint: a grid and the width of the codes in its file."""
 
     name: str
     bits: int
@@ -16,8 +16,6 @@ class Spec:
     container_bits: int = 4
     stored: str = "bfloat16"  # dtype of the scales and of what is not quantized
     dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
-    format: str = "compressed-tensors"
-    exported_from: str = ""  # name of the checkpoint that it is another format of; transformers' tokens are that one's
 
     @property
     def grid(self) -> str:
@@ -34,13 +32,7 @@ SPECS = (
     Spec("w3-g64-in-4", 3, 64),
     Spec("w4-g64-asym", 4, 64, symmetric=False, stored="float16"),
     Spec("w2-g64-asym-in-4", 2, 64, symmetric=False, stored="float16"),
-    # the same integers in the other formats that vLLM reads; what is below 4 bits is not widened there
-    Spec("w4-channel-gptq", 4, -1, format="gptq", exported_from="w4-channel"),
-    Spec("w4-g64-asym-gptq", 4, 64, symmetric=False, stored="float16", format="gptq", exported_from="w4-g64-asym"),
-    Spec("w3-g64-torchao", 3, 64, container_bits=3, format="torchao", exported_from="w3-g64-in-4"),
-    Spec("w2-g64-asym-torchao", 2, 64, symmetric=False, container_bits=2, stored="float16", format="torchao",
-         exported_from="w2-g64-asym-in-4"),
-)  # fmt: skip
+)
 
 NEW_TOKENS = 32
 
