@@ -8,7 +8,7 @@ Every method sees the same batches (same seed), trains for the same number of st
 linear warm-up over 10 % and cosine decay, and is evaluated in the same way: perplexity on windows of 1024 tokens.
 
     rtn     the float model, and rounded to nearest on several grids
-    lrqat   LRQATConfig, adapters and scales
+    lrqat   LRQATConfig, adapters and scales; with --gptq N, from integers that GPTQ chose on N training windows
     lsq     full QAT: every weight of the quantized layers is trained through W^ = s clip(round(W / s)), with LSQ's
             scale gradient (arXiv 1902.08153, as LR-QAT's authors use it), fp32 masters; scales in relative units
     lora    PEFT LoRA in float (what the data alone gives), then merged and rounded to several grids
@@ -31,7 +31,7 @@ import torch
 from common import provenance, write_json
 from torch import nn
 
-SEQ = 1024
+SEQ = 1024  # --seq
 
 
 # -- text
@@ -257,6 +257,11 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list
         learn_scales=args.scale_lr > 0,
         task_type="CAUSAL_LM",
     )
+    if args.gptq:
+        from peft_lrqat import preprocess_gptq
+
+        windows = batches(np.load(Path(args.tokens) / "train.npy"), args.gptq, 1, args.seed + 1)
+        preprocess_gptq(model.eval(), config, windows, progressbar=False)
     model = get_peft_model(model, config)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return model, [
@@ -276,6 +281,8 @@ def run(args: argparse.Namespace) -> None:
         del model.config.quantization_config  # GGUF: it is float now
     folder = Path(args.tokens)
     train, held_out = np.load(folder / "train.npy"), np.load(folder / "eval.npy")
+    if args.eval_windows:
+        held_out = held_out[: args.eval_windows * SEQ]
 
     result: dict[str, Any] = {**vars(args), **provenance()}
     result.pop("run", None)
@@ -284,7 +291,9 @@ def run(args: argparse.Namespace) -> None:
         result["rounded"] = rounded_perplexities(model, held_out, device, args.norms)
         finish(result, args.out)
         return
+    started = time.perf_counter()
     model, groups = prepare(model, args)
+    result["start_seconds"] = time.perf_counter() - started
     model.train()
     if args.method in ("lrqat", "lowbit"):
         result["step0"] = perplexity(model, held_out, device)
@@ -328,7 +337,7 @@ def run(args: argparse.Namespace) -> None:
 
 def finish(result: dict[str, Any], out: str) -> None:
     write_json(Path(out), result)
-    shown = ("perplexity", "step0", "merged", "rounded", "seconds")
+    shown = ("perplexity", "step0", "start_seconds", "merged", "rounded", "seconds")
     print(Path(out).stem, {k: result[k] for k in shown if k in result}, flush=True)
 
 
@@ -377,12 +386,16 @@ def main() -> None:
     one.add_argument("--scale-lr", type=float, default=1e-3)
     one.add_argument("--steps", type=int, default=300)
     one.add_argument("--batch", type=int, default=8)
+    one.add_argument("--gptq", type=int, default=0, help="lrqat: windows of text for GPTQ; 0: the ranges of --p")
+    one.add_argument("--seq", type=int, default=SEQ, help="tokens a window")
+    one.add_argument("--eval-windows", type=int, help="only the first of the held-out text")
     one.add_argument("--no-graph", action="store_true", help="on a GPU: run every step eagerly")
     one.add_argument("--seed", type=int, default=0)
     shown = commands.add_parser("table")
     shown.set_defaults(do=table)
     shown.add_argument("runs", nargs="+")
     args = parser.parse_args()
+    globals()["SEQ"] = getattr(args, "seq", SEQ)
     do = args.do
     del args.do
     do(args)

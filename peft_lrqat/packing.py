@@ -87,7 +87,8 @@ def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
 
 def _unpack_rows(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
     rows = packed.shape[0]
-    stream = packed.contiguous().view(torch.uint8)
+    # flat first: a single column may be contiguous with any stride, and bytes cannot be seen through one
+    stream = packed.contiguous().view(-1).view(torch.uint8).view(rows, packed.shape[1] * 4)
     if bits == 8:
         unsigned = stream
     elif bits in (2, 4):

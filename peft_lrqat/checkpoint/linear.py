@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -9,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
 from ..packing import pack, unpack
+from . import compressed_tensors
 from .activations import BitNetLinear, Int8Linear, merged_info
 from .source import LayerInfo
 
@@ -56,15 +59,18 @@ class QuantizedLinear(nn.Linear):
         bias: nn.Parameter | None,
         bits: int,
         dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
             weight: (out, in); its scales are exactly representable in `dtype`.
             bits: container width.
+            compute_dtype: of the weight, where the model's dtype does not hold the scales; None: `dtype`.
         """
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.grid = bits, weight.grid
+        self.compute_dtype = compute_dtype or dtype
         rows = self.out_features
         self.register_buffer("weight_packed", pack(weight.codes, bits))
         self.register_buffer("weight_scale", weight.scale.expand(rows, -1).to(dtype).contiguous())
@@ -90,7 +96,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
         """The weight that the codes and scales stand for, (out, in) in the model's dtype. Built anew; read-only."""
-        weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.weight_scale.dtype)
+        weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.compute_dtype)
         return torch.Tensor._make_subclass(_ReadOnlyWeight, weight)
 
     @property
@@ -104,6 +110,11 @@ class QuantizedLinear(nn.Linear):
         if self.grid.group_size == PER_TENSOR:
             scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
         return GridTensor(self.codes, scale, zero_point, self.grid)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        # the dtype of the weight follows `model.to(dtype)`, as that of a float weight would
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight_packed.device)).dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
@@ -139,3 +150,11 @@ def merged_layer(
 
 #: The layers that merging makes; a model that has one is quantized.
 MERGED: tuple[type[nn.Linear], ...] = (QuantizedLinear, Int8Linear, BitNetLinear)
+
+
+def describe_packed(model: Any) -> None:
+    """Set `config.quantization_config` to what `save_pretrained` would write of a model with `QuantizedLinear`s."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    packed = {n: (m.grid, m.bits) for n, m in linears.items() if isinstance(m, QuantizedLinear)}
+    floats = [name for name in linears if name not in packed]
+    model.config.quantization_config = compressed_tensors.mixed_config(floats, packed)

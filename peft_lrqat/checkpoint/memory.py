@@ -193,6 +193,9 @@ def adapter_source(folder: Path) -> ModelSource:
     """
     from peft import auto
 
+    from ..lrqat.config import QUANTIZED_BASE
+    from ..quantized import load_quantized
+
     config = PeftConfig.from_pretrained(str(folder))
     if not hasattr(config, "stored_grid"):
         raise ValueError(
@@ -206,7 +209,11 @@ def adapter_source(folder: Path) -> ModelSource:
              "FEATURE_EXTRACTION": "FeatureExtraction"}  # fmt: skip
     loader = by_task.get(names.get(str(getattr(config.task_type, "value", config.task_type)), ""), auto.AutoPeftModel)
     try:
-        model = loader.from_pretrained(str(folder), dtype="auto")
+        if str(config.base_fingerprint).startswith(QUANTIZED_BASE):
+            base = load_quantized(config.base_model_name_or_path or "", model_class=loader._target_class)
+            model = loader._target_peft_class.from_pretrained(base, str(folder))
+        else:
+            model = loader.from_pretrained(str(folder), dtype="auto")
     except OSError as error:
         raise ValueError(
             f"The base model {config.base_model_name_or_path!r} of the adapter in {str(folder)!r} cannot be loaded "

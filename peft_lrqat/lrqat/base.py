@@ -12,8 +12,9 @@ from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.linear import QuantizedLinear
 from ..chunks import row_chunks
-from ..grid import Grid, grouped
+from ..grid import Grid, GridTensor, grouped, snap_scale
 from ..ops import quantized_linear
 from ..ops.reference import BaseFormat, build_weight, encode_base
 from ..ranges import choose_range
@@ -55,6 +56,12 @@ def float_checksum(weight: torch.Tensor) -> int:
     return int(_position_weighted_sum(weight.detach(), 1))
 
 
+def codes_checksum(weight: GridTensor) -> int:
+    """A number that tells two quantized (out, in) weights apart."""
+    total = _position_weighted_sum(weight.codes, 1) + _position_weighted_sum(weight.scale, 2)
+    return int(total if weight.zero_point is None else total + _position_weighted_sum(weight.zero_point, 3))
+
+
 class PackedParameter(nn.Parameter):
     """A frozen integer parameter. FSDP2 shards it; FSDP1, which flattens floats only, keeps it whole on every rank."""
 
@@ -70,6 +77,9 @@ class PackedParameter(nn.Parameter):
 
 class FrozenWeight(nn.Module):
     """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
+
+    A layer that is quantized already gives its own codes, scales and zero points (`from_codes`), which every downcast
+    holds exactly.
 
     Everything is stored in *integer* parameters: they are frozen by nature, FSDP2 shards them, and no `.to(dtype)`,
     `.half()` or mixed-precision policy can change a bit of them.
@@ -91,7 +101,7 @@ class FrozenWeight(nn.Module):
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
     def __init__(
         self,
-        linear: nn.Linear | Conv1D | nn.Embedding,
+        linear: nn.Linear | QuantizedLinear | Conv1D | nn.Embedding,
         grid: Grid,
         downcast: str,
         range_method: str = "lp",
@@ -101,17 +111,26 @@ class FrozenWeight(nn.Module):
     ) -> None:
         """
         Args:
-            linear: a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
+            linear: a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D); or a
+                `QuantizedLinear` whose codes lie on `grid`.
         """
         super().__init__()
-        weight = linear.weight.detach()
-        weight = weight.t() if transposed else weight
+        self.from_codes = isinstance(linear, QuantizedLinear)
         self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
         self.range_method, self.range_p = range_method, range_p
-        self.compute_dtype = weight.dtype
-        self.out_features, self.in_features = weight.shape
+        if isinstance(linear, QuantizedLinear):
+            self.compute_dtype = linear.compute_dtype
+            self.out_features, self.in_features = linear.out_features, linear.in_features
+        else:
+            weight = linear.weight.detach()
+            weight = weight.t() if transposed else weight
+            self.compute_dtype = weight.dtype
+            self.out_features, self.in_features = weight.shape
         self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
-        base, scale, zero_point, self.source_checksum = self._convert(weight)
+        if isinstance(linear, QuantizedLinear):
+            base, scale, zero_point, self.source_checksum = self._take(linear.grid_tensor())
+        else:
+            base, scale, zero_point, self.source_checksum = self._convert(weight)
         self.base = PackedParameter(base)
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
@@ -131,6 +150,15 @@ class FrozenWeight(nn.Module):
                 levels.clamp_(self.grid.qmin, self.grid.qmax)
             parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))
         return torch.cat(parts), scale, zero_point, float_checksum(weight)
+
+    @torch.no_grad()
+    def _take(self, weight: GridTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+        """(base, s0, zero point, `codes_checksum`) of a quantized weight, as it is."""
+        parts = [
+            encode_base(weight.codes[rows].float(), self.fmt.bits, self.downcast)
+            for rows in row_chunks(self.out_features, self.in_features, weight.codes.device)
+        ]
+        return torch.cat(parts), snap_scale(weight.scale, self.scale_dtype), weight.zero_point, codes_checksum(weight)
 
     @property
     def scale0(self) -> torch.Tensor:
@@ -205,6 +233,10 @@ class FrozenWeight(nn.Module):
         weight = weight.t() if self.transposed else weight
         if tuple(weight.shape) != (self.out_features, self.in_features):
             errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
+            return
+        if self.from_codes:
+            if not torch.equal(weight.to(self.device, self.compute_dtype), self.weight):
+                errors.append(f"{prefix}weight is another than the quantized one that {self!r} was made from.")
             return
         base, scale, zero_point, self.source_checksum = self._convert(weight.to(self.device, self.compute_dtype))
         self.base.data.copy_(base)

@@ -40,16 +40,25 @@ _REFUSED = {
 }
 
 
+# Grid options that may be left open, and what they are on a float base.
+_GRID_DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": True, "scale_dtype": "auto"}
+
+#: How the fingerprint of a base that was quantized already begins.
+QUANTIZED_BASE = "int:"
+
+
 class GridConfig(PeftConfigMixin):
     """What the configurations of this package share: a grid, and checks of the adapter's file before it is loaded.
 
     Attributes:
         method: the method's name, for messages.
         quantizes: the classes of modules that can be adapted.
+        takes_quantized: whether training may start from a base that is quantized already.
     """
 
     method: ClassVar[str]
     quantizes: ClassVar[tuple[type, ...]]
+    takes_quantized: ClassVar[bool] = False
     bits: int
     container_bits: int | None
     scale_dtype: str
@@ -117,6 +126,7 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     method = "LR-QAT"
     quantizes = (nn.Linear, Conv1D, nn.Embedding)
+    takes_quantized = True
 
     r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
     lora_alpha: int = field(  # type: ignore[assignment]  # None exists only until __post_init__
@@ -126,17 +136,22 @@ class LRQATConfig(GridConfig, LoraConfig):
             "r / lora_alpha move a weight one level. Default: 16 * r, see docs/quality.md."
         },
     )
-    bits: int = field(default=4, metadata={"help": "Bits of the weight grid, 2 to 8."})
-    group_size: int = field(
-        default=128,
+    bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
+        default=None, metadata={"help": "Bits of the weight grid, 2 to 8. None: the quantized base's, or else 4."}
+    )
+    group_size: int = field(  # type: ignore[assignment]
+        default=None,
         metadata={
             "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
-            "output channel, 0 for the whole tensor."
+            "output channel, 0 for the whole tensor. None: the quantized base's, or else 128."
         },
     )
-    symmetric: bool = field(
-        default=True,
-        metadata={"help": "False adds a frozen integer zero point to every scale, which 2-bit grids want."},
+    symmetric: bool = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "False adds a frozen integer zero point to every scale, which 2-bit grids want. None: the "
+            "quantized base's, or else True."
+        },
     )
     downcast: Literal["fx8", "int", "bf16", "fp16", "fp32"] | None = field(
         default=None,
@@ -152,10 +167,11 @@ class LRQATConfig(GridConfig, LoraConfig):
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
     learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
-        default="auto",
+        default=None,  # type: ignore[arg-type]
         metadata={
             "help": "What the checkpoint will store for a scale; training sees exactly that. 'auto': numbers that are "
-            "exact in bf16 and fp16, so that one checkpoint is exact in every engine."
+            "exact in bf16 and fp16, so that one checkpoint is exact in every engine. None: 'auto', or else the first "
+            "of these that holds the scales of the quantized base."
         },
     )
     container_bits: int | None = field(
@@ -175,6 +191,9 @@ class LRQATConfig(GridConfig, LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
+        self._open = {name: None for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
+        self.adopt_defaults()
         self._check_options()
         if self.lora_alpha is None:
             self.lora_alpha = 16 * self.r
@@ -186,18 +205,38 @@ class LRQATConfig(GridConfig, LoraConfig):
         super().__post_init__()
         self.init_lora_weights, self.loftq_config = init, loftq_config
         self.peft_type = ensure_peft_type("LRQAT")
-        if self.downcast is None:
-            self.downcast = "fx8" if self.bits <= 7 else "int"
 
     @property
     def grid(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric)
 
+    def adopt_defaults(self) -> None:
+        """Give what was left open its value on a float base."""
+        self.adopt(**_GRID_DEFAULTS)
+        wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
+        self.adopt(downcast="int" if wide else "fx8")
+
+    def adopt(self, **found: Any) -> list[str]:
+        """Take a quantized base's values for the options that were left open.
+
+        Returns:
+            The options among `found` that were set to something else.
+        """
+        for name in self._open.keys() & found.keys():
+            if getattr(self, name) == self._open[name]:  # else the user has set the attribute since
+                setattr(self, name, found[name])
+                self._open[name] = found[name]
+        return [name for name, value in found.items() if getattr(self, name) != value]
+
     def recipe(self) -> str:
-        ranges = f"lp (p = {self.range_p:g})" if self.range_method == "lp" else self.range_method
+        ranges = (
+            f"ranges by lp (p = {self.range_p:g})" if self.range_method == "lp" else f"ranges by {self.range_method}"
+        )
+        if str(self.base_fingerprint).startswith(QUANTIZED_BASE):
+            ranges = "integers and scales of a quantized base"
         return (
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
-            f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, ranges by {ranges}"
+            f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, {ranges}"
         )
 
     def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:

@@ -109,7 +109,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         lora_alpha: int = 1,
         **kwargs: Any,
     ) -> None:
-        """Convert `base_layer` (nn.Linear, Conv1D) and add the first adapter. Its float weight is not kept."""
+        """Convert `base_layer` (nn.Linear, Conv1D, QuantizedLinear) and add the first adapter. Its weight is not
+        kept."""
         super().__init__()
         transposed = isinstance(base_layer, Conv1D)
         frozen = FrozenWeight(
@@ -129,7 +130,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.container_bits = config.container_bits
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
-        self._float_weight = base_layer.weight.detach()
+        self._float_weight = None if frozen.from_codes else base_layer.weight.detach()
         try:
             self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         finally:
@@ -293,7 +294,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if not torch.equal(scale.to(dtype).float().nan_to_num(), scale.nan_to_num()):
             raise ValueError(
                 f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={self.frozen.scale_dtype!r}` "
-                "exactly. Cast the model back before merging, or train with `scale_dtype='auto'`."
+                "exactly. Call `model.float()` before merging (or cast the model back to what it was), or train with "
+                "`scale_dtype='auto'`."
             )
         return scale, A, B, c
 
@@ -344,12 +346,12 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The layer that replaces this one: the quantized layer, or the base at step 0 as a float layer."""
+        """The layer that replaces this one: the quantized layer, or the base at step 0 as the kind of layer it was."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             # a layer that none of the adapters has is quantized all the same: at step 0
             return self.base_layer if self.merged else self._merged([])
-        return self._float_layer()
+        return self._merged([]) if self.frozen.from_codes else self._float_layer()
 
     def _float_layer(self) -> nn.Module:
         """The base at step 0 as the kind of layer that it was."""

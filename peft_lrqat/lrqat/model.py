@@ -8,9 +8,11 @@ import torch
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import nn
 
+from ..quantized.adopt import adopt_compressed_tensors
 from .config import LRQATConfig
 from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
+from .quantized_base import adopt_base
 from .tuner import QuantizingModel
 
 
@@ -22,9 +24,11 @@ class LRQATModel(QuantizingModel):
     shared_options = ("bits", "group_size", "symmetric", "downcast", "range_method", "range_p", "scale_dtype")
     _combining = False  # within add_weighted_adapter
 
-    def _before_checks(self, config: LRQATConfig) -> None:
+    def _before_checks(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> None:
         if self._combining:  # PEFT made this config from another adapter's, which may have other targets
             config._required_fingerprint = None
+        adopt_compressed_tensors(model)
+        adopt_base(self._targets(model, config, state_dict), config)
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)

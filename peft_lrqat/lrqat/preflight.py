@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint.linear import MERGED
+from ..checkpoint.linear import MERGED, QuantizedLinear
 from ..chunks import row_chunks
-from .base import float_checksum
+from ..quantized.describe import METHODS
+from .base import codes_checksum, float_checksum
+from .config import QUANTIZED_BASE
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,17 +27,25 @@ _STORABLE = {
 
 
 def check_base(model: nn.Module, config: Any) -> None:
-    """Raise ValueError if the model is quantized already."""
+    """Raise ValueError if the model is quantized already, in a way that training cannot start from."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = getattr(method, "value", method)  # transformers' enum
     quantized = getattr(model, "is_quantized", False)
     packed = any(isinstance(module, MERGED) for module in model.modules())
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if packed and config.takes_quantized:
+        return
     if (isinstance(method, str) and not adapted) or quantized is True or packed:
+        how = (
+            f"Load it with `peft_lrqat.load_quantized(...)`, which keeps its integers for {config.method} to start from"
+            if config.takes_quantized and method in METHODS
+            else "Load the float model"
+        )
         raise ValueError(
             f"The base model is already quantized ({method or 'packed layers'}), but {config.method} starts from float "
-            "weights. Load the float model; for a model that was dequantized on loading (GGUF), delete "
-            "`model.config.quantization_config`."
+            f"weights{' or from integers' if config.takes_quantized else ''}. {how}; for a model that was "
+            "dequantized on loading (GGUF), delete `model.config.quantization_config`."
         )
 
 
@@ -62,6 +73,9 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
                 f"`target_modules` names {where}, whose `max_norm` or `sparse` needs a float table. Leave it out, or "
                 "train it in float with `modules_to_save` or `trainable_token_indices`."
             )
+        if isinstance(module, QuantizedLinear) and config.takes_quantized:
+            _check_quantized(module, config, where)
+            continue
         weight = module._parameters.get("weight")
         if weight is None or not weight.is_floating_point() or weight.dtype not in _FLOATS:
             kind = (
@@ -107,24 +121,48 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
                 )
 
 
+def _check_quantized(layer: QuantizedLinear, config: Any, where: str) -> None:
+    if layer.weight_packed.is_meta:
+        raise ValueError(f"The integers of {where} are on the meta device. Load the model with its weights.")
+    if config.scale_dtype not in _STORABLE[layer.compute_dtype]:
+        warnings.warn(
+            f"`scale_dtype` is {config.scale_dtype!r}, that of the quantized base, but the model is "
+            f"{layer.compute_dtype}, in which a checkpoint cannot store such scales. Training uses them exactly; "
+            "before merging, call `model.float()`.",
+            stacklevel=2,
+        )
+
+
 def check_fingerprint(targets: dict[str, Any], config: Any) -> str:
-    """The fingerprint of the targeted modules' float weights; ValueError if `config` comes with another one."""
-    total = 0
+    """The fingerprint of the targeted modules' weights, floats or integers; ValueError if `config` comes with another.
+
+    That of integers starts with `QUANTIZED_BASE`.
+    """
+    total, integers = 0, False
     for index, module in enumerate(targets.values()):
         if isinstance(module, BaseTunerLayer):
             checksum: int = module.frozen.source_checksum  # type: ignore[attr-defined]  # a layer of ours
+            integers |= module.frozen.from_codes  # type: ignore[attr-defined]
+        elif isinstance(module, QuantizedLinear):
+            checksum, integers = codes_checksum(module.grid_tensor()), True
         else:
             checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)
         total += checksum * (2 * index + 1)  # by order, not by name: PEFT and transformers prefix names differently
-    fingerprint = f"{total % 2**64:016x}"
+    fingerprint = f"{QUANTIZED_BASE * integers}{total % 2**64:016x}"
     required = config._required_fingerprint
     if required is not None and required != fingerprint:
+        kinds = ["float weights", "integers"]
+        wanted, here = (kinds[str(print_).startswith(QUANTIZED_BASE)] for print_ in (required, fingerprint))
+        how = (
+            "Load it on the quantized model that it was trained on, with `peft_lrqat.load_quantized(...)`"
+            if wanted == "integers"
+            else "Load it on the float model, in the dtype, that it was trained on"
+        )
         raise ValueError(
-            f"This adapter was trained on another base model: its float weights had the fingerprint {required}, but "
-            f"the targeted modules of this model have {fingerprint}. On other weights it means something else, so it "
-            "was not loaded. Load it on the float model, in the dtype, that it was trained on (see "
-            "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig, or set "
-            "`base_fingerprint=None`."
+            f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
+            f"targeted modules of this model have {here} with {fingerprint}. On other weights it means something else, "
+            f"so it was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new "
+            "adapter, make a new LRQATConfig, or set `base_fingerprint=None`."
         )
     return fingerprint
 
@@ -138,6 +176,8 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
         if isinstance(module, BaseTunerLayer):
             layer: Any = module  # LoraLayer has these; its base class does not declare them
             in_features, out_features = layer.in_features, layer.out_features
+        elif isinstance(module, QuantizedLinear):
+            in_features, out_features = module.in_features, module.out_features
         else:
             out_features, in_features = module.weight.shape
             if isinstance(module, Conv1D):

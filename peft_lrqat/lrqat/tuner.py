@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import bitnet, compressed_tensors, trained
-from ..checkpoint.linear import MERGED
+from ..checkpoint.linear import MERGED, QuantizedLinear, describe_packed
 from ..checkpoint.model_card import attach_card
 from ..training.loss import restore_loss, use_lean_loss
 from .base import packed_state_dict
@@ -42,9 +42,9 @@ class QuantizingModel(LoraModel):
             ValueError: the model or one of its targeted modules cannot be quantized as asked. Nothing was changed then.
         """
         config = self.peft_config[adapter_name]
-        self._before_checks(config)
-        self._check_new_adapter_config(config)
         try:
+            self._before_checks(model, config, kwargs.get("state_dict"))
+            self._check_new_adapter_config(config)
             targets = self._targets(model, config, kwargs.get("state_dict"))
             check_base(model, config)
             check_targets(model, targets, config)
@@ -59,11 +59,21 @@ class QuantizingModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         use_lean_loss(model)
 
-    def _before_checks(self, config: Any) -> None:
+    def _before_checks(self, model: nn.Module, config: Any, state_dict: dict | None) -> None:
         """For subclasses: what a new adapter's configuration needs before it is looked at."""
 
     def _check_targets(self, targets: dict[str, nn.Module], config: Any) -> None:
         """For subclasses: raise ValueError if a targeted module cannot be converted."""
+
+    @classmethod
+    def find_targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
+        """Name -> module of what `config` names in a model; raises ValueError if they cannot be quantized."""
+        finder = cls.__new__(cls)  # PEFT's methods for this read nothing that __init__ sets
+        nn.Module.__init__(finder)
+        targets = finder._targets(model, config, None)
+        check_base(model, config)
+        check_targets(model, targets, config)
+        return targets
 
     def _targets(self, model: nn.Module, config: Any, state_dict: dict | None) -> dict[str, nn.Module]:
         """The modules that `config` names, found as PEFT will find them."""
@@ -99,8 +109,14 @@ class QuantizingModel(LoraModel):
                     )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        packed = isinstance(child, QuantizedLinear)
+        if packed:  # PEFT asks the first of `qweight` and `weight` for its device, and `weight` would be built for that
+            child.qweight = child.weight_packed
         super()._replace_module(parent, child_name, new_module, child)
-        if isinstance(new_module, BaseTunerLayer):
+        if packed and isinstance(new_module, BaseTunerLayer):
+            child._buffers.clear()
+            del child.qweight
+        elif isinstance(new_module, BaseTunerLayer):
             # PEFT keeps every replaced module until all are replaced; with them it would keep the whole float model
             child.register_parameter("weight", None)
 
@@ -148,12 +164,15 @@ class QuantizingModel(LoraModel):
             linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
             floats = [name for name, module in linears.items() if not isinstance(module, MERGED)]
             if len(floats) < len(linears):
-                grid, bits, act_bits = config.stored_grid, config.stored_bits, config.act_bits
-                model.config.quantization_config = (
-                    bitnet.quantization_config(floats)
-                    if config.export_format == "bitnet"
-                    else compressed_tensors.quantization_config(floats, grid, bits, act_bits)
-                )
+                if config.export_format == "bitnet":
+                    model.config.quantization_config = bitnet.quantization_config(floats)
+                elif config.act_bits is not None:
+                    grid, bits, act_bits = config.stored_grid, config.stored_bits, config.act_bits
+                    model.config.quantization_config = compressed_tensors.quantization_config(
+                        floats, grid, bits, act_bits
+                    )
+                else:
+                    describe_packed(model)
                 setattr(model.config, trained.KEY, trained.describe(config))
             attach_card(model, config)
         return model

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from peft_lrqat import LRQATConfig, create_lrqat_optimizer
+from peft_lrqat import LRQATConfig, create_lrqat_optimizer, load_quantized
 from peft_lrqat.lrqat import LRQATLinear
 from tests.models import VOCAB, adapted, logits, tiny, tokens
+from tests.quantized.files import Spec, write
 
 IDS = tokens()
 CONFIG = {
@@ -68,6 +69,26 @@ def layers(model: torch.nn.Module) -> list[LRQATLinear]:
 
 def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_sft_trainer_starts_from_a_quantized_checkpoint(tmp_path: Path, tokenizer, text: Dataset):
+    write(tmp_path / "base", Spec("gptq", 4, 32, dtype=torch.float32, scale_dtype=torch.float16))
+    trainer = SFTTrainer(
+        model=load_quantized(tmp_path / "base"),
+        args=arguments(
+            tmp_path / "adapter", SFTConfig, max_steps=6, learning_rate=0.1, save_strategy="steps", save_steps=6
+        ),
+        train_dataset=text,
+        processing_class=tokenizer,
+        peft_config=LRQATConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    model = trainer.model.eval()
+    trained = logits(model, IDS)
+    saved = PeftModel.from_pretrained(load_quantized(tmp_path / "base"), tmp_path / "adapter" / "checkpoint-6")
+    assert torch.equal(logits(saved, IDS), trained)
+    assert torch.equal(logits(model.merge_and_unload(), IDS), trained)
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": False}])
