@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow engines quality style venv clean
+.PHONY: help demo test slow engines grids quality style venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ test: $(STAMP) ## Run the tests that CI runs (ARGS="-k grid" for some of them)
 slow: $(STAMP) ## Run the tests that take longer than CI should
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-engines: $(STAMP) ## Serve a merged checkpoint with vLLM on the CPU (makes .venv-vllm, 3.4 GB, on the first call)
+engines: $(STAMP) ## One checkpoint in every format and engine (makes .venv-vllm, -gptq, -onnx: 6 GB, on the first call)
+	$(PYTHON) tests/engines/matrix.py $(ARGS)
+
+grids: $(STAMP) ## Many grids, token by token: vLLM and llama.cpp beside transformers
 	$(PYTHON) tests/engines/run.py $(ARGS)
 	$(BIN)/python tests/engines/llama_cpp.py $(filter-out --%,$(ARGS))
 

@@ -88,5 +88,9 @@ def _gptq(bits: int, file_group: int) -> list[Engine]:
         Engine("transformers + optimum + gptqmodel", True),
         Engine("vLLM on a CPU", not cpu, cpu),
         Engine("vLLM on a GPU", not gpu, gpu, run=False),
-        Engine("onnxruntime-genai, by its model builder", not genai, genai or "it may round a tied output layer"),
+        Engine(
+            "onnxruntime-genai, by its model builder",
+            not genai,
+            genai or "with /lm_head/MatMul and /model/embed_tokens/Gather in nodes_to_exclude",
+        ),
     ]

@@ -1,6 +1,6 @@
 """Merged SmolLM2 checkpoints, exported to GGUF, beside transformers: perplexity, greedy tokens, a chat.
 
-    python tests/engines/llama_cpp.py            all that `make engines` made; writes benchmarks/results/llama_cpp.json
+    python tests/engines/llama_cpp.py            all that run.py trained; writes benchmarks/results/llama_cpp.json
     python tests/engines/llama_cpp.py w4-g64     only these; writes nothing
 
 Run by the project's Python. llama.cpp comes with `xllamacpp`. transformers computes in

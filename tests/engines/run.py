@@ -1,4 +1,4 @@
-"""`make vllm`: merged SmolLM2 checkpoints, served by vLLM, give the tokens that transformers gives.
+"""`make grids`: merged SmolLM2 checkpoints, served by vLLM, give the tokens that transformers gives.
 
     python3 tests/engines/run.py            everything; writes benchmarks/results/engines.json
     python3 tests/engines/run.py w4-g64     only these checkpoints; writes nothing
