@@ -31,12 +31,11 @@ def check_base(model: nn.Module, config: Any) -> None:
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     method = getattr(method, "value", method)  # transformers' enum
-    quantized = getattr(model, "is_quantized", False)
     packed = any(isinstance(module, MERGED) for module in model.modules())
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     if packed and config.takes_quantized:
         return
-    if (isinstance(method, str) and not adapted) or quantized is True or packed:
+    if (isinstance(method, str) and not adapted) or packed:
         how = (
             f"Load it with `peft_lrqat.load_quantized(...)`, which keeps its integers for {config.method} to start from"
             if config.takes_quantized and method in METHODS

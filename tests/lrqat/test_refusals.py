@@ -312,3 +312,13 @@ def test_checks_leave_a_float_model_usable():
         get_peft_model(model, config(group_size=128))
     assert torch.equal(logits(model, IDS), before)
     assert logits(get_peft_model(model, config()), IDS).isfinite().all()
+
+
+def test_a_model_that_was_dequantized_on_loading_is_a_float_model():
+    model = tiny()
+    model.is_quantized = True  # as transformers' GGUF loader leaves it
+    model.config.quantization_config = {"quant_method": "gguf"}
+    with refused(model, r"already quantized \(gguf\).*delete `model.config.quantization_config`"):
+        get_peft_model(model, config())
+    del model.config.quantization_config
+    assert isinstance(get_peft_model(model, config()), PeftModel)
