@@ -61,7 +61,7 @@ RUNS = (
     Run("w3-g64-in-4", "torchao", "vllm", "vllm", "bfloat16"),
     Run("w2-g64", "torchao", "vllm", "vllm", "bfloat16"),
     Run("w2-g64", "gguf", "llamacpp"),
-    Run("ternary", "bitnet", "transformers"),
+    Run("ternary", "bitnet", "transformers", dtype="bfloat16"),
 )
 
 
@@ -78,6 +78,7 @@ def main() -> int:
     job = _prepare(arguments, runs)
 
     rows: list[dict[str, Any]] = []
+    kept = json.loads(RESULTS.read_text())["rows"] if arguments.formats and RESULTS.exists() else []
     for run in runs:
         folder = arguments.folder / run.folder
         mine = job | {"folder": str(folder), "dtype": run.dtype, "prompts": job["prompts"][: run.answers]}
@@ -87,14 +88,11 @@ def main() -> int:
             )
         except (RuntimeError, subprocess.CalledProcessError) as error:
             found = {"error": str(error)[-2000:]}
-        rows.append(_row(run, folder, found))
+        rows.append(_row(run, folder, found) | {"commit": head["commit"]})
         print(_line(rows[-1], rows), flush=True)
-    print("\n" + _table(rows))
-    keys = [_key(row) for row in rows]
-    kept = json.loads(RESULTS.read_text())["rows"] if arguments.formats and RESULTS.exists() else []
-    written = [row for row in kept if _key(row) not in keys] + [row | {"commit": head["commit"]} for row in rows]
-    RESULTS.write_text(json.dumps(head | {"rows": written}, indent=1) + "\n")
-    print(f"\nwrote {RESULTS.relative_to(ROOT)}")
+        written = [row for row in kept if _key(row) not in map(_key, rows)] + rows
+        RESULTS.write_text(json.dumps(head | {"rows": written}, indent=1) + "\n")
+    print("\n" + _table(rows) + f"\n\nwrote {RESULTS.relative_to(ROOT)}")
     for row in rows:
         if "error" in row:
             print(f"\nFAILED {row['spec']} {row['format']} {row['engine']}: {row['error']}")
@@ -168,10 +166,10 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     start = f"| {row['spec']} | {row['format']} | {row['engine']} | {row['dtype']} | {row['bytes'] / 1e6:.1f} "
     if "error" in row:
         return start + "| failed | | |"
-    reference = next(other for other in rows if other["spec"] == row["spec"] and "tokens" in other)["tokens"]
-    pairs = list(zip(reference, row["tokens"], strict=False))
-    equal = sum(a == b for a, b in pairs)
-    return start + f"| {row['perplexity']:.3f} | {equal} of {len(pairs)} | {row['tokens_per_second']} |"
+    reference = next(other for other in rows if other["spec"] == row["spec"] and "tokens" in other)
+    pairs = list(zip(reference["tokens"], row["tokens"], strict=False))
+    equal = f"{sum(a == b for a, b in pairs)} of {len(pairs)}" if row is not reference else "(reference)"
+    return start + f"| {row['perplexity']:.3f} | {equal} | {row['tokens_per_second']} |"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
