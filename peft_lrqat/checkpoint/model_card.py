@@ -79,14 +79,18 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
-_USAGE = """```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/or/repo")
-```
+def how_to_load(
+    install: str = "",
+    load: str = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained",
+) -> str:
+    """A card's section on loading, in Markdown.
 
-```bash
-vllm serve path/or/repo
-```"""
+    Args:
+        install: what pip must install first.
+        load: the lines that load a model, up to the call's parenthesis.
+    """
+    first = f"# pip install {install}\n" if install else ""
+    return f'```python\n{first}{load}("path/or/repo")\n```\n\n```bash\nvllm serve path/or/repo\n```'
 
 
 def _card(model: nn.Module, config: GridConfig) -> str:
@@ -107,7 +111,7 @@ def _card(model: nn.Module, config: GridConfig) -> str:
         total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         scale_dtype=config.scale_dtype,
         recipe=config.recipe(),
-        usage=_USAGE,
+        usage=how_to_load(),
     )
 
 

@@ -48,10 +48,12 @@ class Verification:
     Attributes:
         engine: what loaded the checkpoint, None if nothing that could is installed.
         missing: packages that were not found.
+        skipped: why the engine was not compared although it is installed, or nothing. Not a comparison that passed.
     """
 
     engine: str | None = None
     missing: list[str] = field(default_factory=list)
+    skipped: str = ""
     findings: list[Finding] = field(default_factory=list)
 
     def __bool__(self) -> bool:

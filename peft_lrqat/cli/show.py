@@ -97,6 +97,8 @@ def verification(found: Verification, console: Console) -> None:
     console.print(f"engine: {found.engine or 'none'}", highlight=False)
     if found.missing:
         console.print(f"not installed: {', '.join(found.missing)}", highlight=False)
+    if found.skipped:
+        console.print(f"not compared: {found.skipped}", markup=False, highlight=False)
     for finding in found.findings:
         mark = "[green]equal    [/]" if finding.equal else "[red]NOT EQUAL[/]"
         console.print(f"{mark} {finding.what}: {escape(finding.detail)}", highlight=False)

@@ -48,7 +48,9 @@ def preprocess_gptq(
         progressbar: show the blocks go by.
 
     Raises:
-        ValueError: there is no calibration text, or the targeted layers are not those of decoder blocks.
+        ValueError: there is no calibration text, or the targeted layers are not those of decoder blocks: nothing was
+            changed then. Or no token reached a layer, or its Hessian could not be factored: blocks before it are
+            quantized by then, so load the model again.
 
     Memory: above the float model, the hidden states of the calibration tokens, and, for a block at a time, an fp32
     (in, in) matrix for each distinct layer input.

@@ -97,8 +97,12 @@ def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[s
     found.missing = [name for name in ("gguf",) if find_spec(name) is None]
     if not found.missing:
         progress("loading with transformers")
-        found.engine = f"transformers {version('transformers')} + gguf {version('gguf')}"
-        found.findings.append(_transformers_reads(path, against))
+        name = f"transformers {version('transformers')} + gguf {version('gguf')}"
+        try:
+            found.findings.append(_transformers_reads(path, against))
+            found.engine = name
+        except (NotImplementedError, ValueError, KeyError) as error:  # a block type or an architecture it does not know
+            found.skipped = f"{name} cannot load the file: {error}"
     return found
 
 
@@ -111,12 +115,7 @@ def _transformers_reads(path: Path, source: Source) -> Any:
     # With the source's configuration, because transformers reads no head_dim from the file for some architectures; but
     # a Mistral is a Llama in GGUF, and must be to transformers.
     config = None if source.config.model_type == "mistral" else copy.deepcopy(source.config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-        )
-    except (NotImplementedError, ValueError, KeyError, RuntimeError) as error:  # what it does not know
-        return Finding(what, True, f"not compared: this version cannot load the file ({error})")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
     names, different = list(source.grids()), []
     for name in names:
         weight: Any = model.get_submodule(name).weight

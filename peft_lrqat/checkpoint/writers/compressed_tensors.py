@@ -14,6 +14,7 @@ from .. import compressed_tensors
 from ..activations import ACTIVATION_LEVELS, Int8Linear
 from ..formats import Problem, Settings
 from ..linear import QuantizedLinear
+from ..model_card import how_to_load
 from ..source import GridTensor, LayerInfo, Source
 from .base import SafetensorsWriter, container, container_problems, no_linear, one_grid
 
@@ -24,15 +25,7 @@ class CompressedTensorsWriter(SafetensorsWriter):
     """See the module's docstring."""
 
     name = "compressed-tensors"
-    usage = """```python
-# pip install "compressed-tensors>=0.18"
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/or/repo")
-```
-
-```bash
-vllm serve path/or/repo
-```"""
+    usage = how_to_load('"compressed-tensors>=0.18"')
 
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         found = no_linear(source, "compressed-tensors") or one_grid(source)

@@ -10,6 +10,7 @@ import torch
 
 from .. import gptq
 from ..formats import Loss, Problem, Settings
+from ..model_card import how_to_load
 from ..source import GridTensor, LayerInfo, Source
 from .base import (
     SafetensorsWriter,
@@ -31,15 +32,7 @@ class GPTQWriter(SafetensorsWriter):
     """See the module's docstring."""
 
     name = "gptq"
-    usage = """```python
-# pip install gptqmodel
-from gptqmodel import GPTQModel
-model = GPTQModel.load("path/or/repo")
-```
-
-```bash
-vllm serve path/or/repo
-```"""
+    usage = how_to_load("gptqmodel", "from gptqmodel import GPTQModel\nmodel = GPTQModel.load")
 
     @dataclass(frozen=True)
     class Options:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..formats import Problem, Settings
+from ..model_card import how_to_load
 from ..source import GridTensor, LayerInfo, Source
 from .base import SafetensorsWriter, container_problems, float_activations, no_linear, one_grid
 
@@ -23,15 +24,7 @@ class TorchAOWriter(SafetensorsWriter):
 
     name = "torchao"
     needs = {"torchao": "torchao"}  # noqa: RUF012  # a ClassVar, annotated in the base
-    usage = """```python
-# pip install torchao
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/or/repo")
-```
-
-```bash
-vllm serve path/or/repo
-```"""
+    usage = how_to_load("torchao")
 
     def __init__(self) -> None:
         self._metadata: dict[str, str] = {}  # tensor of the model -> what it is
