@@ -1,0 +1,77 @@
+"""What was trained on a GPU: merging changes nothing there, and a CPU loads the same integers. Skipped without a GPU."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peft_lrqat import LowBitAdamW
+from tests.models import adapted, logits, low_bit, tiny, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LRQAT = [
+    {"bits": bits, "group_size": group_size, "symmetric": symmetric, "downcast": downcast}
+    for bits, group_size, symmetric, downcast in (
+        (4, -1, True, "fx8"),
+        (4, -1, True, "int"),
+        (4, 16, False, "int"),
+        (3, 16, True, "int"),
+        (2, 16, False, "int"),
+        (8, -1, True, "int"),
+    )
+]
+LOW_BIT = [{"bits": 8}, {"bits": 4, "group_size": 16}, {"bits": 1.58, "group_size": 0}]
+
+
+def trained(model, optimizer, ids, steps=4):
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def check_merged(model, ids, folder):
+    """Trained == merged on the GPU; saved, the CPU has the same integers, scales and floats."""
+    seen = logits(model, ids)
+    merged = model.merge_and_unload()
+    assert torch.equal(logits(merged, ids), seen)
+    merged.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    there = loaded.state_dict()
+    for name, value in merged.state_dict().items():
+        if name in there:  # transformers opens what has zero points while it loads
+            assert torch.equal(there[name], value.cpu()), name
+    assert torch.equal(logits(loaded, ids.cpu()), logits(merged.cpu(), ids.cpu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("config", LRQAT, ids=str)
+def test_lrqat_on_a_gpu(config, dtype, tmp_path):
+    ids = tokens(2, 32).cuda()
+    model = adapted(tiny(dtype=dtype).cuda(), **config)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, fused=True)
+    losses = trained(model, optimizer, ids)
+    assert losses[-1] < losses[0]
+    model.gradient_checkpointing_disable()
+    integers = {name: layer.grid_tensor() for name, layer in model.named_modules() if hasattr(layer, "grid_tensor")}
+    model.cpu()  # a laptop merges the adapter to the same integers
+    for name, layer in model.named_modules():
+        if name in integers:
+            assert torch.equal(layer.grid_tensor().codes, integers[name].codes.cpu()), name
+    check_merged(model.cuda(), ids, tmp_path)
+
+
+@pytest.mark.parametrize("config", LOW_BIT, ids=str)
+def test_low_bit_sr_on_a_gpu(config, tmp_path):
+    ids = tokens(2, 32).cuda()
+    model = low_bit(tiny(dtype=torch.bfloat16).cuda(), **config)
+    optimizer = LowBitAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = trained(model, optimizer, ids, steps=8)
+    assert losses[-1] < losses[0]
+    check_merged(model, ids, tmp_path)
