@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import provenance, write_json
-from quality import batches, loss_of
+from quality import SEQ, Step, batches
 
 PATHS = ("kernels", "plain", "plain, halves")
 
@@ -47,16 +48,11 @@ def train(model: torch.nn.Module, method: str, tokens: np.ndarray, parts: int, a
     else:
         optimizer = LowBitAdamW(trained, lr=3e-5, weight_decay=0.0)
     model.train()
+    step = Step(model, trained, (args.batch, SEQ), graph=trained[0].is_cuda, parts=parts)
     losses = []
     for rows in batches(tokens, args.steps, args.batch, args.seed):
-        loss = torch.zeros((), device=trained[0].device)
-        for part in rows.to(trained[0].device).chunk(parts):
-            share = loss_of(model, part) / parts
-            share.backward()
-            loss += share.detach()
+        losses.append(step(rows))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
     return torch.stack(losses).tolist()
 
 
@@ -82,9 +78,10 @@ def main() -> None:
     runs = []
     for method in args.methods:
         losses, ends = {}, {}
+        start = adapted(method, args, device)
         for path in PATHS:
             with contextlib.nullcontext() if path == "kernels" else use_kernels(False):
-                model = adapted(method, args, device)
+                model = copy.deepcopy(start)
                 losses[path] = train(model, method, tokens, 2 if path.endswith("halves") else 1, args)
                 ends[path] = codes(model)
             del model

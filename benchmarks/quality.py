@@ -101,10 +101,13 @@ def loss_of(model: nn.Module, rows: torch.Tensor, chunk: int = 2048) -> torch.Te
 
 
 class Step:
-    """Forward and backward of one batch; on a GPU replayed as a CUDA graph, since small models wait for Python."""
+    """Forward and backward of one batch, in `parts` that add up; on a GPU replayed as a CUDA graph, since small models
+    wait for Python."""
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], shape: tuple[int, int], graph: bool) -> None:
-        self.model, self.parameters, self.graph = model, parameters, None
+    def __init__(
+        self, model: nn.Module, parameters: list[nn.Parameter], shape: tuple[int, int], graph: bool, parts: int = 1
+    ) -> None:
+        self.model, self.parameters, self.parts, self.graph = model, parameters, parts, None
         if graph:
             self.rows = torch.zeros(shape, dtype=torch.int64, device="cuda")
             stream = torch.cuda.Stream()
@@ -122,9 +125,12 @@ class Step:
             parameter.grad = None
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
-        loss = loss_of(self.model, rows)
-        loss.backward()
-        return loss.detach()
+        total = torch.zeros((), device=rows.device)
+        for part in rows.chunk(self.parts):
+            loss = loss_of(self.model, part) / self.parts
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         if self.graph is None:

@@ -2,8 +2,7 @@
 
 `kernel[grid](...)` looks at every argument, builds a key of all of them and finds the compiled kernel, which takes
 several times as long as the launch itself; a training step makes thousands of launches, and small batches wait for
-them. `Launcher` keeps the compiled kernels under a key of its own and launches those, as Triton's tutorials do with the
-result of `warmup`.
+them. `Launcher` keeps the compiled kernels under a key of its own and calls their launch functions, as Inductor does.
 """
 
 from __future__ import annotations
@@ -39,17 +38,24 @@ class Launcher:
             return
         device = torch.cuda.current_device()
         types = [
-            (arg.dtype, arg.data_ptr() & 15 == 0) if isinstance(arg, _Tensor) else float if type(arg) is float else arg
+            (arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype,))
+            if isinstance(arg, _Tensor)
+            else float
+            if type(arg) is float
+            else arg
             for arg in args
         ]
         values = constants.values()
         key = (device, grid, warps, fused, *values, *types)
-        launch = self.compiled.get(key)
-        if launch is None:
+        found = self.compiled.get(key)
+        if found is None:
             compiled = self.kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=fused)
-            self.compiled[key] = compiled[(*grid, 1, 1)[:3]]
+            # no metadata for, and no calls of, Triton's launch hooks: they cost more than the launch
+            after_stream = (compiled.function, compiled.packed_metadata, None, None, None)
+            self.compiled[key] = compiled.run, (*grid, 1, 1)[:3], after_stream
         else:
-            launch(*args, *values, stream=torch._C._cuda_getCurrentRawStream(device))
+            run, blocks, after_stream = found
+            run(*blocks, torch._C._cuda_getCurrentRawStream(device), *after_stream, *args, *values)
 
 
 def launched(kernel: Any) -> Launcher:
