@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat.chunks import row_chunks
-from peft_lrqat.grid import snap_scale
+from peft_lrqat.checkpoint.linear import QuantizedLinear
+from peft_lrqat.grid import Grid, GridTensor, snap_scale
 from peft_lrqat.ops import kernels, use_kernels
 from peft_lrqat.ops.factors import round_factors
 from peft_lrqat.ops.reference import DOWNCASTS, BaseFormat, build_weight, encode_base, rounded_levels
@@ -204,6 +205,21 @@ def test_no_tokens_and_views():
     p.x = torch.randn(p.x.shape[-1], 4, 6).permute(2, 1, 0).requires_grad_()
     p.dy = torch.ones(()).expand(p.dy.shape)
     check(p)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", GRANULARITY)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_merged_layer_is_the_trained_one(bits, group_size, symmetric):
+    """The buffers of a checkpoint reach the kernel with its own strides: zero points are packed along the rows."""
+    p = on_device(problem(bits, group_size, symmetric, "int", shape=(5,), bias=False))
+    fmt, scale = BaseFormat(bits, p.x.shape[-1], "int"), p.scale.detach()
+    codes = rounded_levels(p.base, None, fmt).clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1).to(torch.int8)
+    grid = Grid(bits, group_size, symmetric)
+    layer = QuantizedLinear(GridTensor(codes, scale, p.zero_point, grid), None, bits, torch.float32)
+    with use_kernels(True):
+        out = layer(p.x)
+    assert torch.equal(out, torch.nn.functional.linear(p.x, layer.weight))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is nothing to synchronise with")

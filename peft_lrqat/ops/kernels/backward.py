@@ -320,7 +320,7 @@ def _dense(
         G,
         sums,
         base,
-        zero_point,
+        None if zero_point is None else zero_point.contiguous(),
         *prepared.operands,
         base.shape[1],
         fmt.in_features,

@@ -34,6 +34,8 @@ class Launcher:
             fused: whether a product and a sum may be contracted to one operation with one rounding.
         """
         if INTERPRETED.value:
+            for place, arg in enumerate(args):  # kernels compute addresses themselves
+                assert not isinstance(arg, _Tensor) or arg.is_contiguous(), f"{self.kernel}: argument {place} has gaps"
             self.kernel[grid](*args, **constants)
             return
         device = torch.cuda.current_device()

@@ -83,7 +83,7 @@ def build_weight(
         weight,
         flags,
         base,
-        zero_point,
+        None if zero_point is None else zero_point.contiguous(),
         *prepared.operands,
         base.shape[1],
         fmt.in_features,
