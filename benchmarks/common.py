@@ -18,7 +18,17 @@ RESULTS = Path(__file__).parent / "results"
 
 def provenance() -> dict[str, Any]:
     """Device, versions and commit of a run."""
-    packages = ("torch", "transformers", "peft", "trl", "triton", "compressed-tensors", "torchao")
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "triton",
+        "compressed-tensors",
+        "torchao",
+        "bitsandbytes",
+        "liger-kernel",
+    )
     versions = {}
     for package in packages:
         try:

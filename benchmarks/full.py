@@ -26,7 +26,7 @@ KINDS = {kind for kind, _ in METHODS.values()}
 
 def missing(kind: str) -> str | None:
     """The package that a kind needs and that is not there."""
-    needs = {"torchao": "torchao"}.get(kind)
+    needs = {"torchao": "torchao", "qlora": "bitsandbytes"}.get(kind)
     return needs if needs and importlib.util.find_spec(needs) is None else None
 
 

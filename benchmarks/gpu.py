@@ -62,11 +62,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def skeleton(size: str, keep_rng_state: bool) -> nn.Module:
+def skeleton(size: str, layers: int | None, keep_rng_state: bool) -> nn.Module:
     """A Llama of this size on the meta device. (A CUDA graph cannot look at the random state; nothing here uses it.)"""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **SHAPES[size])
+    shape = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **shape)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     options = {"use_reentrant": False, "preserve_rng_state": keep_rng_state}
@@ -124,8 +125,8 @@ def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device
 
     from peft_lrqat import LRQATConfig
 
-    model = skeleton(args.size, keep_rng_state=not args.graph)
-    fill(model, "cpu" if args.from_cpu else device, shared=args.size == "70B")
+    model = skeleton(args.size, args.layers, keep_rng_state=not args.graph)
+    fill(model, "cpu" if args.from_cpu else device, shared=args.size == "70B" or args.from_cpu)
     common = {"r": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     reset_peak(device)
     if kind in KINDS:
@@ -178,7 +179,10 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": name,
         "size": args.size,
+        "layers": args.layers,
         "lean": args.lean,
+        "offload": args.offload,
+        "from_cpu": args.from_cpu,
         "graph": args.graph,
         "autocast": args.autocast,
         "compile": args.compile,
@@ -194,15 +198,21 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         model.compile()
     eager = use_kernels(False) if kind == "eager" else contextlib.nullcontext()
     amp = torch.autocast(device, dtype=torch.bfloat16, enabled=args.autocast)
+    keep: Any = contextlib.nullcontext()
+    if args.offload:
+        from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+        keep = get_act_offloading_ctx_manager(model)
     generator = torch.Generator().manual_seed(1)
     with eager:
         for shape in args.batches:
             batch, length = (int(n) for n in shape.split("x"))
             rows = torch.randint(0, 32000, (batch, length), generator=generator).to(device)
             seconds, losses = [], []
-            half_step = forward_backward(model, rows, amp, args.graph and device == "cuda")
+            reset_peak(device)
+            half_step = forward_backward(model, rows, amp, keep, args.graph and device == "cuda")
             for step in range(args.warm + args.steps):
-                if step == args.warm:
+                if step == args.warm and not args.graph:  # a graph's memory is counted while it is captured only
                     reset_peak(device)
                 if device == "cuda":
                     torch.cuda.synchronize()
@@ -230,11 +240,13 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
     return row
 
 
-def forward_backward(model: nn.Module, rows: torch.Tensor, amp: Any, graph: bool) -> Callable[[], torch.Tensor]:
+def forward_backward(
+    model: nn.Module, rows: torch.Tensor, amp: Any, keep: Any, graph: bool
+) -> Callable[[], torch.Tensor]:
     """A function that leaves gradients and returns the loss; `graph`: as a CUDA graph, without Python's launches."""
 
     def run() -> torch.Tensor:
-        with amp:
+        with amp, keep:
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         return loss.detach()
@@ -299,8 +311,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def shown(run: dict[str, Any]) -> str:
-    marks = {"lean": "memory options", "graph": "CUDA graph", "autocast": "autocast", "compile": "torch.compile"}
-    return ", ".join([run["method"], *(words for key, words in marks.items() if run.get(key))])
+    marks = {
+        "lean": "memory options",
+        "offload": "offloading",
+        "from_cpu": "converted on the CPU",
+        "graph": "CUDA graph",
+        "autocast": "autocast",
+        "compile": "torch.compile",
+    }
+    blocks = [f"{run['layers']} blocks"] if run.get("layers") else []
+    return ", ".join([run["method"], *blocks, *(words for key, words in marks.items() if run.get(key))])
 
 
 def table(args: argparse.Namespace) -> None:
@@ -352,6 +372,7 @@ def main() -> None:
     one.add_argument("--out", required=True)
     one.add_argument("--size", choices=SHAPES, default="7B")
     one.add_argument("--only", nargs="*", help=f"some of {[*METHODS, *FULL_METHODS]}")
+    one.add_argument("--layers", type=int, help="only so many blocks")
     one.add_argument("--full", action="store_true", help="full-parameter training instead of adapters")
     one.add_argument("--batches", nargs="*", default=["1x1024", "4x1024"])
     one.add_argument("--rank", type=int, default=32)
@@ -362,6 +383,7 @@ def main() -> None:
     one.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
     one.add_argument("--compile", action="store_true", help="torch.compile, as Trainer(torch_compile=True) does")
     one.add_argument("--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit")
+    one.add_argument("--offload", action="store_true", help="TRL's activation_offloading")
     one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
     one.add_argument("--profile", action="store_true")
     one.add_argument("--append", action="store_true", help="to what --out holds already")

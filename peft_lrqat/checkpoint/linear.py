@@ -86,7 +86,9 @@ class QuantizedLinear(nn.Linear):
     def zero_point(self) -> torch.Tensor | None:
         """int8 (out, groups), or None."""
         packed = self.weight_zero_point
-        return None if packed is None else unpack(packed.t().contiguous(), self.bits, self.out_features).t().contiguous()
+        return (
+            None if packed is None else unpack(packed.t().contiguous(), self.bits, self.out_features).t().contiguous()
+        )
 
     @property
     def codes(self) -> torch.Tensor:
