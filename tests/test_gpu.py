@@ -1,4 +1,4 @@
-"""What was trained on a GPU: merging changes nothing there, and a CPU loads the same integers. Skipped without a GPU."""
+"""Trained on a GPU: merging changes nothing there, and a CPU loads the same integers. Skipped without a GPU."""
 
 import pytest
 import torch

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from peft_lrqat.chunks import row_chunks
 from peft_lrqat.checkpoint.linear import QuantizedLinear
+from peft_lrqat.chunks import row_chunks
 from peft_lrqat.grid import Grid, GridTensor, snap_scale
 from peft_lrqat.ops import kernels, use_kernels
 from peft_lrqat.ops.factors import round_factors
