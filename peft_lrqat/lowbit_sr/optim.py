@@ -8,6 +8,7 @@ gradient, so that no two dense gradients exist at a time.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -60,6 +61,19 @@ class _Released(torch.Tensor):
         if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
             return args[0]  # clipping that does not clip
         raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
+
+
+class _UpdateInBackward:
+    """A parameter's hook. It must not keep the optimizer: Python's collector does not see references that torch's graph
+    holds, so parameter -> hook -> optimizer -> parameter would never be freed."""
+
+    def __init__(self, optimizer: LowBitAdamW, group: int) -> None:
+        self.optimizer, self.group = weakref.ref(optimizer), group
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer._arrive(parameter, optimizer.param_groups[self.group])
 
 
 class LowBitAdamW(Optimizer):
@@ -159,26 +173,25 @@ class LowBitAdamW(Optimizer):
         return loss
 
     def _register(self) -> None:
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)
-                if isinstance(parameter, LowBitTensor) and not hooks:
-                    parameter.register_post_accumulate_grad_hook(self._hook(group))
+                hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+                alive = any(isinstance(hook, _UpdateInBackward) and hook.optimizer() for hook in hooks.values())
+                if isinstance(parameter, LowBitTensor) and not alive:
+                    parameter.register_post_accumulate_grad_hook(_UpdateInBackward(self, index))
 
-    def _hook(self, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
-        @torch.no_grad()
-        def update(parameter: torch.Tensor) -> None:
-            _refuse_data_parallel()
-            self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
-            if self._arrived[parameter] < self.gradient_accumulation_steps:
-                return
-            grad: Any = parameter.grad
-            parameter.grad = None
-            norm = torch.linalg.vector_norm(grad)
-            self._step_codes(parameter, grad, group)  # type: ignore[arg-type]
-            parameter.grad = _Released(grad, norm)
-
-        return update
+    @torch.no_grad()
+    def _arrive(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        """A gradient is complete: update its weight and free it."""
+        _refuse_data_parallel()
+        self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
+        if self._arrived[parameter] < self.gradient_accumulation_steps:
+            return
+        grad: Any = parameter.grad
+        parameter.grad = None
+        norm = torch.linalg.vector_norm(grad)
+        self._step_codes(parameter, grad, group)  # type: ignore[arg-type]
+        parameter.grad = _Released(grad, norm)
 
     def _rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:
         feedback = group["error_feedback"]

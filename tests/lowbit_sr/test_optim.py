@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -229,6 +231,29 @@ def test_fused_backward_keeps_no_gradient():
     assert all(grad.untyped_storage().nbytes() == 0 or grad.data_ptr() == 0 for grad in held)
     optimizer.step()
     assert all(p.grad is None for p in weights(model).values())
+
+
+def test_fused_backward_lets_go_of_model_and_optimizer():
+    model = low_bit(tiny()).train()
+    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
+    run(model, optimizer, 2)
+    left = [weakref.ref(optimizer), *(weakref.ref(p) for p in trainable(model))]
+    del model, optimizer
+    gc.collect()
+    assert not any(ref() is not None for ref in left)
+
+
+def test_fused_backward_belongs_to_the_optimizer_that_lives():
+    model = low_bit(tiny()).train()
+    run(model, LowBitAdamW(trainable(model), lr=0.0, fused_backward=True), 1)
+    gc.collect()
+    before = codes(model)
+    optimizer = LowBitAdamW(trainable(model), lr=0.0, fused_backward=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    optimizer.load_state_dict(optimizer.state_dict())  # replaces the groups
+    run(model, optimizer, 1)
+    assert not any(torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
 
 
 def test_fused_backward_finishes_a_short_accumulation():
