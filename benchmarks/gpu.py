@@ -331,7 +331,7 @@ def table(args: argparse.Namespace) -> None:
     print("| | | static, GiB | " + " | ".join(head) + " |\n|" + "---|" * (3 + len(head)))
     for r in runs:
         steps = [r["steps"].get(s) for s in shapes]
-        cells = [f"{s['peak_gib']:.2f}" if s else "" for s in steps] + [
+        cells = [f"{s['peak_gib']:.2f}" if s and s["peak_gib"] else "" for s in steps] + [
             f"{s['seconds']:.3f}" if s else "" for s in steps
         ]
         name = shown(r)
@@ -347,7 +347,7 @@ def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
     from matplotlib import pyplot as plt
 
     batch, length = (int(n) for n in shape.split("x"))
-    runs = [r for r in runs if shape in r["steps"]][::-1]
+    runs = [r for r in runs if shape in r["steps"] and r["steps"][shape]["peak_gib"]][::-1]
     names = [shown(r) for r in runs]
     colors = ["#4477aa" if name.startswith(("LR-QAT", "low-bit SR")) else "#999999" for name in names]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 + 0.42 * len(runs)), sharey=True)

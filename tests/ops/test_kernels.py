@@ -75,7 +75,7 @@ def test_weight_is_the_reference_bit_for_bit(bits, downcast, group_size, symmetr
     assert torch.equal(found(None, "auto", None, None, 1.0), bare)
 
 
-@pytest.mark.parametrize(("bits", "downcast"), [(4, "int"), (3, "int"), (4, "fx8")])
+@pytest.mark.parametrize(("bits", "downcast"), [*((bits, "int") for bits in range(2, 9)), (4, "fx8")])
 def test_programs_that_work_on_several_tiles(monkeypatch, bits, downcast):
     rows, cols = 256, 256
     monkeypatch.setattr(kernels.tiles, "ENOUGH_PROGRAMS", 2)

@@ -80,6 +80,20 @@ def stored_levels(
             packed = tl.load(row + word[None, :])
             opened = packed[:, :, None] >> (tl.arange(0, CODES) * BITS)[None, None, :]
             code = tl.reshape(opened, (j.shape[0], i.shape[0])) & MASK
+        elif FULL and i.shape[0] % 32 == 0:  # 32 codes are BITS words; a code may reach into the next one
+            THIRTY_TWOS: tl.constexpr = i.shape[0] // 32
+            bit = tl.arange(0, 32) * BITS
+            shift = (bit & 31).to(tl.uint32)[None, None, :]
+            at = first // 32 * BITS + tl.arange(0, THIRTY_TWOS) * BITS
+            low = tl.zeros((j.shape[0], THIRTY_TWOS, 32), dtype=tl.uint32)
+            high = low
+            for k in tl.static_range(BITS):
+                word = tl.load(row + (at + k)[None, :]).to(tl.uint32, bitcast=True)[:, :, None]
+                low = tl.where(((bit >> 5) == k)[None, None, :], word, low)
+                high = tl.where(((bit >> 5) == k - 1)[None, None, :], word, high)
+            reaches = (shift + BITS) > 32
+            opened = (low >> shift) | tl.where(reaches, high << ((32 - shift) & 31), 0)
+            code = tl.reshape(opened, (j.shape[0], i.shape[0])).to(tl.int32) & MASK
         else:
             bit = i * BITS
             word, shift = bit >> 5, bit & 31
