@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..lrqat.base import FrozenWeight
 
@@ -40,15 +39,3 @@ class DroppedBase(nn.Module):
             "`keep_base=False` dropped the base codes, so there is nothing to compute without the adapter: it cannot "
             "be disabled, unloaded or left out of a batch. Adapt the model with `keep_base=True` for that."
         )
-
-
-def float_layer(frozen: FrozenWeight) -> nn.Module:
-    """The base as the kind of float layer that it was made from."""
-    layer: nn.Module
-    if frozen.transposed:
-        layer = Conv1D(frozen.out_features, 0)
-    else:
-        layer = nn.Linear(frozen.in_features, frozen.out_features, bias=False, device="meta")
-    layer.register_parameter("weight", nn.Parameter(frozen.weight.contiguous(), requires_grad=False))
-    layer.register_parameter("bias", frozen.bias)
-    return layer

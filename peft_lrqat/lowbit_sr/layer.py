@@ -28,11 +28,9 @@ does; then what is trained is what is served, to the last bit.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
@@ -43,17 +41,18 @@ from ..checkpoint.linear import merged_layer
 from ..checkpoint.source import LayerInfo
 from ..grid import GridTensor, dequantize, snap_scale
 from ..lrqat.base import FrozenWeight
+from ..merging import MergingLayer
 from ..ops import trained_scale
 from ..ops.low_bit import low_bit_levels, low_bit_linear, mean_code, quantize_activations
 from ..packing import unpack
 from ..rounding import stream_key
-from .base import DroppedBase, float_layer
+from .base import DroppedBase
 from .config import LowBitSRConfig
 from .containers import PARTS, PartView, WeightDict
 from .tensor import LowBitTensor
 
 
-class LowBitSRLayer(LoraLayer):
+class LowBitSRLayer(MergingLayer):
     """What every layer of low-bit SR has.
 
     Attributes:
@@ -67,7 +66,7 @@ class LowBitSRLayer(LoraLayer):
 
     adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
     # PEFT looks an adapter of a mixed batch up in lora_A
-    other_param_names = (*LoraLayer.other_param_names, "lora_A", "lowbitsr_options")
+    other_param_names = (*MergingLayer.other_param_names, "lora_A", "lowbitsr_options")
 
 
 class LowBitSRLinear(nn.Module, LowBitSRLayer):
@@ -93,7 +92,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             config.scale_dtype,
             transposed=isinstance(base_layer, Conv1D),
         )
-        LoraLayer.__init__(self, frozen, **kwargs)
+        LowBitSRLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
         self.lowbitsr_weight = WeightDict({})
         for name_of_part, attribute in PARTS.items():
@@ -106,11 +105,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         self.update_layer(adapter_name, config, name)
         if not config.keep_base:
             self.base_layer = DroppedBase(frozen)
-
-    @property
-    def frozen(self) -> FrozenWeight | DroppedBase:
-        """The base, also while an adapter is merged."""
-        return self._before_merge or self.base_layer
 
     # -- adapters
 
@@ -165,16 +159,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         base = dequantize(unpack(frozen.base, frozen.fmt.bits, frozen.in_features), frozen.scale0, None, torch.float32)
         delta = here - base
         return delta.t() if self.fan_in_fan_out else delta
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: rounding is not additive."""
-        return False
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self.frozen.device, self.frozen.compute_dtype
-
-    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        return module.in_features, module.out_features
 
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
@@ -247,18 +231,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
         return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits)
 
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        """Each sample with its own adapter ("__base__": none)."""
-        out: torch.Tensor | None = None
-        for name in dict.fromkeys(adapter_names):
-            index = [i for i, other in enumerate(adapter_names) if other == name]
-            part = self._run(x[index], name) if name in self.lowbitsr_weight else self._base(x[index])
-            if out is None:
-                out = part.new_empty(x.shape[0], *part.shape[1:])
-            out[index] = part
-        return out if out is not None else self._base(x)
+    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        return self._run(x, adapter) if adapter in self.lowbitsr_weight else self._base(x)
 
     # -- merging
 
@@ -287,19 +261,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             return
         adapter = self._the_one([*self.merged_adapters, *names])
         assert adapter is not None
-        merged = self._merged(adapter, safe_merge)
-        # kept outside of the module tree: it is neither saved nor trained while the layer is merged
-        object.__setattr__(self, "_before_merge", self.frozen)
-        self.base_layer = merged  # type: ignore[assignment]  # a base only while nothing is merged
-        self.merged_adapters.extend(names)
+        self._put_merged(self._merged(adapter, safe_merge), names)
 
     @property
     def info(self) -> LayerInfo:
         """What merging makes of the layer."""
         frozen, options = self.frozen, self.merge_options
-        kind: Any = "conv1d" if frozen.transposed else "linear"
         shape, bias = (frozen.out_features, frozen.in_features), frozen.bias is not None
-        return LayerInfo(*shape, options.stored_grid, kind, bias, frozen.compute_dtype, options.stored_bits)
+        return LayerInfo(*shape, options.stored_grid, self.kind, bias, frozen.compute_dtype, options.stored_bits)
 
     def grid_tensor(self, adapter: str | None = None, safe_merge: bool = False) -> GridTensor:
         """The integers that merging stores, without merging.
@@ -311,16 +280,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         if adapter is None:
             return self._base_tensor()
         levels, scale = self._levels(adapter)
-        frozen, options = self.frozen, self.lowbitsr_options[adapter]
-        dtype = frozen.compute_dtype
-        if safe_merge and not torch.isfinite(scale).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        if not torch.equal(scale.to(dtype).float().nan_to_num(), scale.nan_to_num()):
-            raise ValueError(
-                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={frozen.scale_dtype!r}` "
-                "exactly. Cast the model back before merging, or train with `scale_dtype='auto'`."
-            )
-        return GridTensor(levels, scale, None, options.stored_grid)
+        self._check_scale(adapter, safe_merge, scale)
+        return GridTensor(levels, scale, None, self.lowbitsr_options[adapter].stored_grid)
 
     def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
         quantized = self.grid_tensor(adapter, safe_merge)
@@ -331,17 +292,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             if options.act_bits is not None:
                 return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
         return merged_layer(quantized, frozen.bias, options.stored_bits, frozen.compute_dtype, frozen.transposed)
-
-    def unmerge(self) -> None:
-        """Put the base back; nothing was lost."""
-        if not self.merged or self._before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
-        frozen = self._before_merge.to(here)
-        object.__setattr__(self, "_before_merge", None)
-        self.base_layer = frozen
-        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -376,7 +326,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
                 "`keep_base=False` dropped the base codes, so the adapter cannot be unloaded. Use merge_and_unload(), "
                 "or load the float model again."
             )
-        return float_layer(frozen)
+        return frozen.float_layer()
 
     def __repr__(self) -> str:
         return "lowbitsr." + super().__repr__()

@@ -175,6 +175,17 @@ class FrozenWeight(nn.Module):
         weight = build_weight(local(self.base), self.scale0, local(self.zero_point), None, self.fmt, self.compute_dtype)
         return weight.t() if self.transposed else weight
 
+    def float_layer(self) -> nn.Module:
+        """The base at step 0 as the kind of float layer that it was made from."""
+        layer: nn.Module
+        if self.transposed:
+            layer = Conv1D(self.out_features, 0)
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.register_parameter("weight", nn.Parameter(self.weight.contiguous(), requires_grad=False))
+        layer.register_parameter("bias", self.bias)
+        return layer
+
     def checksum(self) -> torch.Tensor:
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""
         total = torch.zeros((), dtype=torch.int64, device=self.device)

@@ -38,12 +38,10 @@ Several adapters add up, in the adapters' usual sense, inside one rounding: thei
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -51,6 +49,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoint.linear import merged_layer
 from ..checkpoint.source import LayerInfo
 from ..grid import GridTensor
+from ..merging import MergingLayer
 from ..ops import trained_scale
 from ..ops.reference import codes
 from .base import FrozenWeight, local
@@ -76,7 +75,7 @@ class Operands(NamedTuple):
     c: float  # lora_alpha / r
 
 
-class LRQATLayer(LoraLayer):
+class LRQATLayer(MergingLayer):
     """What every layer of LR-QAT has beside LoRA's containers.
 
     Attributes:
@@ -91,8 +90,8 @@ class LRQATLayer(LoraLayer):
     lora_scale_shift: nn.ParameterDict
     lora_base_checksum: BufferDict
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_scale_shift")
-    other_param_names = (*LoraLayer.other_param_names, "lora_base_checksum")
+    adapter_layer_names = (*MergingLayer.adapter_layer_names, "lora_scale_shift")
+    other_param_names = (*MergingLayer.other_param_names, "lora_base_checksum")
 
 
 class LRQATLinear(nn.Module, LRQATLayer):
@@ -122,7 +121,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             config.scale_dtype,
             transposed=transposed,
         )
-        LoraLayer.__init__(self, frozen, **kwargs)
+        LRQATLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = transposed
         self.lora_scale_shift = nn.ParameterDict({})
         self.lora_base_checksum = _Checksums({}, persistent=True)
@@ -135,11 +134,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
             self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         finally:
             del self._float_weight
-
-    @property
-    def frozen(self) -> FrozenWeight:
-        """The frozen base, also while an adapter is merged."""
-        return self._before_merge or self.base_layer
 
     # -- adapters
 
@@ -191,16 +185,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
         delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: rounding is not additive."""
-        return False
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self.frozen.device, self.frozen.compute_dtype
-
-    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
     def _operands(self, adapters: list[str]) -> Operands:
         """What these adapters make together, whole even if FSDP2 shards them."""
         shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
@@ -246,18 +230,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
             bias = bias.to(x.dtype)
         return frozen.product(x, bias, *self._operands(adapters))
 
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        """Each sample with its own adapter ("__base__": none): one rounded weight for each adapter in the batch."""
-        out: torch.Tensor | None = None
-        for name in dict.fromkeys(adapter_names):
-            index = [i for i, other in enumerate(adapter_names) if other == name]
-            part = self._run(x[index], [] if name == "__base__" else [name])
-            if out is None:
-                out = part.new_empty(x.shape[0], *part.shape[1:])
-            out[index] = part
-        return out if out is not None else self._run(x, [])
+    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        return self._run(x, [] if adapter == "__base__" else [adapter])
 
     # -- merging
 
@@ -277,26 +251,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
         adapter_names = [name for name in adapter_names if name in self.lora_A]
         if not adapter_names:
             return
-        merged = self._merged([*self.merged_adapters, *adapter_names], safe_merge)
-        # kept outside of the module tree: it is neither saved nor trained while the layer is merged
-        object.__setattr__(self, "_before_merge", self.frozen)
-        self.base_layer = merged  # type: ignore[assignment]  # a FrozenWeight only while nothing is merged
-        self.merged_adapters.extend(adapter_names)
+        self._put_merged(self._merged([*self.merged_adapters, *adapter_names], safe_merge), adapter_names)
 
     def _merge_operands(
         self, adapters: list[str], safe_merge: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]:
         shift, A, B, c = self._operands(adapters)
         scale = self._scale(shift)
-        if safe_merge and not all(torch.isfinite(t).all() for t in (scale, A, B) if t is not None):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters[-1]} seems to be broken")
-        dtype = self.frozen.compute_dtype
-        if not torch.equal(scale.to(dtype).float().nan_to_num(), scale.nan_to_num()):
-            raise ValueError(
-                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={self.frozen.scale_dtype!r}` "
-                "exactly. Call `model.float()` before merging (or cast the model back to what it was), or train with "
-                "`scale_dtype='auto'`."
-            )
+        self._check_scale(adapters[-1] if adapters else "", safe_merge, scale, A, B)
         return scale, A, B, c
 
     @property
@@ -307,11 +269,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return LayerInfo(
             frozen.out_features, frozen.in_features, frozen.grid, kind, frozen.bias is not None, dtype, bits
         )
-
-    @property
-    def kind(self) -> Any:
-        """What the layer was before: "linear" or "conv1d"."""
-        return "conv1d" if self.frozen.transposed else "linear"
 
     @torch.no_grad()
     def grid_tensor(self, adapters: list[str] | None = None, safe_merge: bool = False) -> GridTensor:
@@ -332,17 +289,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
         bits = self.container_bits or frozen.grid.bits
         return merged_layer(quantized, frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
 
-    def unmerge(self) -> None:
-        """Take the adapters out of the integers again; nothing was lost."""
-        if not self.merged or self._before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
-        frozen = self._before_merge.to(here)
-        object.__setattr__(self, "_before_merge", None)
-        self.base_layer = frozen
-        self.merged_adapters.clear()
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -355,15 +301,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _float_layer(self) -> nn.Module:
         """The base at step 0 as the kind of layer that it was."""
-        frozen = self.frozen
-        layer: nn.Module
-        if frozen.transposed:
-            layer = Conv1D(frozen.out_features, 0)
-        else:
-            layer = nn.Linear(frozen.in_features, frozen.out_features, bias=False, device="meta")
-        layer.register_parameter("weight", nn.Parameter(frozen.weight.contiguous(), requires_grad=False))
-        layer.register_parameter("bias", frozen.bias)
-        return layer
+        return self.frozen.float_layer()
 
     def __repr__(self) -> str:
         return "lrqat." + super().__repr__()
