@@ -12,8 +12,13 @@ CPU_CHUNK = 1 << 18
 GPU_CHUNK = 1 << 25
 
 
+def chunk_size(device: torch.device) -> int:
+    """Elements of a chunk on this device."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
 def row_chunks(rows: int, cols: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover `rows` rows of `cols` elements, each within the chunk size of the device."""
-    step = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // max(1, cols))
+    step = max(1, chunk_size(device) // max(1, cols))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

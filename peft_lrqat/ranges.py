@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunks import row_chunks
+from .chunks import chunk_size, row_chunks
 from .grid import Grid, snap_scale
 
 RANGE_METHODS = ("lp", "minmax")
@@ -80,26 +80,31 @@ def _search(
         total = torch.stack([_line_sum(part.float().abs()) for part in parts]).sum(dim=0)
         scale = snap_scale((total / (count * grid.qmax)).float(), scale_dtype)
         return scale, torch.zeros_like(scale)
-    if method == "minmax":
-        return _candidate(lo, hi, None, grid, scale_dtype)
-
     top = grid.qmax if grid.symmetric else grid.qmax - grid.qmin
+    scale, zero = _smallest_that_clips_nothing(lo, hi, grid, scale_dtype)
+    if method == "minmax":
+        return scale, zero
+
     levels = -grid.qmin if grid.symmetric else top
     # steps that make up the covered magnitude; the first (100 %: min-max) wins where candidates tie
     divisors = [top * _CLIP_STEPS / i for i in range(_CLIP_STEPS, 0, -1)] + list(range(1, levels + 1))
-    best_scale, best_zero = _candidate(lo, hi, float(top), grid, scale_dtype)
+    best_scale, best_zero = scale, zero
     best_error = torch.full(lo.shape, torch.inf, dtype=torch.float64, device=lo.device)
-    widest = max(parts, key=torch.Tensor.numel)
-    work, spare = (torch.empty_like(widest, dtype=torch.float32) for _ in range(2))
-    for divisor in divisors:
-        scale, zero = _candidate(lo, hi, divisor, grid, scale_dtype)
-        if divisor > top and bool((_least_clipping(lo, hi, scale, zero, grid) ** p > best_error * _MARGIN).all()):
+    widest = max(part.numel() for part in parts)
+    at_a_time = min(len(divisors), max(1, chunk_size(lo.device) // max(1, widest)))  # small weights: fewer launches
+    work, spare = (torch.empty(at_a_time * widest, device=lo.device) for _ in range(2))
+    for first in range(0, len(divisors), at_a_time):
+        some = divisors[first : first + at_a_time]
+        scale, zero = _candidates(lo, hi, some, grid, scale_dtype)
+        if min(some) > top and bool((_least_clipping(lo, hi, scale, zero, grid) ** p > best_error * _MARGIN).all()):
             continue  # the largest weight alone costs more than the best candidate so far: for every line
-        error = torch.zeros_like(best_error)
+        error = torch.zeros(scale.shape, dtype=torch.float64, device=lo.device)
         for part in parts:
-            width = part.shape[1]
-            error += _error(part, scale, zero, grid, p, work[:, :width], spare[:, :width])
+            size = len(some) * part.numel()
+            error += _error(part, scale, zero, grid, p, work[:size], spare[:size])
         error *= scale.double() ** p
+        winner = error.argmin(dim=0, keepdim=True)  # the first of equals
+        error, scale, zero = (values.gather(0, winner).squeeze(0) for values in (error, scale, zero))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -117,21 +122,32 @@ def _least_clipping(
     return torch.maximum(below, above).clamp_(min=0)
 
 
-def _candidate(
-    lo: torch.Tensor, hi: torch.Tensor, divisor: float | None, grid: Grid, scale_dtype: str
+def _smallest_that_clips_nothing(
+    lo: torch.Tensor, hi: torch.Tensor, grid: Grid, scale_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and centred zero point when the largest magnitude (asymmetric: the span) makes `divisor` steps.
-
-    Without a divisor: the smallest scale that clips nothing.
-    """
+    """Scale and centred zero point of each line by its extremes."""
     if grid.symmetric:
-        scale = torch.maximum(hi / grid.qmax, lo / grid.qmin) if divisor is None else torch.maximum(hi, -lo) / divisor
-        return snap_scale(scale, scale_dtype), torch.zeros_like(scale)
+        top, bottom = torch.tensor([[grid.qmax], [grid.qmin]], dtype=torch.float32, device=lo.device)
+        scale = snap_scale(torch.maximum(hi / top, lo / bottom), scale_dtype)
+        return scale, torch.zeros_like(scale)
+    scale, zero = _candidates(lo, hi, [grid.qmax - grid.qmin], grid, scale_dtype)
+    return scale[0], zero[0]
+
+
+def _candidates(
+    lo: torch.Tensor, hi: torch.Tensor, divisors: list[float], grid: Grid, scale_dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and centred zero points (divisors, lines): the largest magnitude (asymmetric: the span) makes so many
+    steps."""
+    # tensors on the device: a GPU divides by a Python number by multiplying with its rounded inverse
+    steps = torch.tensor(divisors, dtype=torch.float32, device=lo.device).unsqueeze(1)
+    if grid.symmetric:
+        scale = snap_scale(torch.maximum(hi, -lo) / steps, scale_dtype)
+        return scale, torch.zeros_like(scale)
     top = grid.qmax - grid.qmin
-    divisor = divisor or float(top)
-    scale = snap_scale((hi - lo) / divisor, scale_dtype)
+    scale = snap_scale((hi - lo) / steps, scale_dtype)
     # clipping shrinks both ends alike; a coarser step clips nothing
-    kept = min(1.0, top / divisor)
+    kept = torch.tensor([min(1.0, top / d) for d in divisors], dtype=torch.float32, device=lo.device).unsqueeze(1)
     zero = (-lo * kept / scale).round_() + grid.qmin
     return scale, zero.clamp_(grid.qmin, grid.qmax)
 
@@ -145,15 +161,26 @@ def _error(
     levels: torch.Tensor,
     nearest: torch.Tensor,
 ) -> torch.Tensor:
-    """sum |x - round(x)|^p over each line, x in grid steps; fp64 (lines,). `levels` and `nearest` are work space."""
-    torch.div(lines, scale.unsqueeze(1), out=levels)
+    """sum |x - round(x)|^p over each of the `lines` (lines, n), x in grid steps, for each candidate scale.
+
+    Args:
+        scale, zero: (candidates, lines).
+        levels, nearest: work space of candidates x lines x n elements.
+
+    Returns:
+        fp64 (candidates, lines).
+    """
+    shape = (*scale.shape, lines.shape[1])
+    levels, nearest = levels.view(shape), nearest.view(shape)
+    torch.div(lines.unsqueeze(0), scale.unsqueeze(2), out=levels)
     torch.round(levels, out=nearest)
     if grid.symmetric:
         nearest.clamp_(grid.qmin, grid.qmax)
     else:
-        shift = zero.unsqueeze(1)
+        shift = zero.unsqueeze(2)
         nearest.add_(shift).clamp_(grid.qmin, grid.qmax).sub_(shift)
-    return _line_sum(_power(levels.sub_(nearest).abs_(), p, nearest))
+    powers = _power(levels.sub_(nearest).abs_(), p, nearest)
+    return _line_sum(powers.view(-1, shape[2])).view(scale.shape)
 
 
 def _line_sum(values: torch.Tensor) -> torch.Tensor:

@@ -133,6 +133,7 @@ def test_pruning_changes_nothing(monkeypatch, kind, symmetric):
 def test_pruning_happens(monkeypatch):
     counted = []
     judge = ranges._error
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 4096)  # one candidate at a time
     monkeypatch.setattr(ranges, "_error", lambda *args: counted.append(1) or judge(*args))
     choose_range(torch.randn(1, 4096), Grid(4, -1), p=4.0)
     assert len(counted) < 80  # of 108 candidates
