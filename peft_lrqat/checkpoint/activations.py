@@ -101,6 +101,8 @@ class Int8Linear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
         x = quantize_activations(input, ACTIVATION_LEVELS["compressed-tensors"])
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 

@@ -181,8 +181,6 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"`seed` is {self.seed!r}; it must be an integer.")
-        if self.act_bits not in (None, 8):
-            raise ValueError(f"`act_bits` is {self.act_bits!r}; allowed are None and 8.")
 
     def _check_export(self) -> None:
         least = self.stored_grid.code_bits
@@ -207,15 +205,4 @@ class LowBitSRConfig(GridConfig, PeftConfig):
                     f"`container_bits` is {self.container_bits}, but BitNet's format stores 2 bits a code. Use "
                     "`export_format='compressed-tensors'` for wider containers."
                 )
-        elif self.act_bits == 8:
-            if self.group_size > 0:
-                raise ValueError(
-                    f"`act_bits` is 8 with `group_size={self.group_size}`, but int8 matrix products take one scale "
-                    "per output channel (-1) or tensor (0)."
-                )
-            if self.container_bits not in (None, 8):
-                raise ValueError(
-                    f"`container_bits` is {self.container_bits} with `act_bits=8`, but engines multiply int8 "
-                    "activations with int8 weights. Use 8 or None."
-                )
-            self.container_bits = 8
+        self.check_int8_activations()

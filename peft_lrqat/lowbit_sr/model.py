@@ -7,7 +7,6 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..lrqat.tuner import QuantizingModel
 from ..packing import unpack
@@ -38,15 +37,9 @@ class LowBitSRModel(QuantizingModel):
             )
 
     def _check_targets(self, targets: dict[str, nn.Module], config: LowBitSRConfig) -> None:
+        super()._check_targets(targets, config)
         for name, module in targets.items():
-            if isinstance(module, BaseTunerLayer):
-                continue
-            if isinstance(module, Conv1D) and config.act_bits is not None:
-                raise ValueError(
-                    f"`act_bits` is {config.act_bits}, but module {name!r} is a Conv1D (GPT-2), for which no "
-                    "checkpoint format quantizes activations. Leave `act_bits` out."
-                )
-            if config.export_format != "bitnet":
+            if isinstance(module, BaseTunerLayer) or config.export_format != "bitnet":
                 continue
             linear: Any = module
             bias, rows = linear.bias, linear.weight.shape[0]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.model_card import add_import_note
-from ..grid import SCALE_DTYPES, Grid
+from ..grid import PER_CHANNEL, SCALE_DTYPES, Grid
 from ..ops.reference import DOWNCASTS
 from ..ranges import RANGE_METHODS
 from ..registration import ensure_peft_type
@@ -60,6 +60,7 @@ class GridConfig(PeftConfigMixin):
     quantizes: ClassVar[tuple[type, ...]]
     takes_quantized: ClassVar[bool] = False
     bits: int
+    group_size: int
     container_bits: int | None
     scale_dtype: str
     base_model_name_or_path: str | None
@@ -84,6 +85,26 @@ class GridConfig(PeftConfigMixin):
     def recipe(self) -> str:
         """What a merged checkpoint's model card says about the training."""
         raise NotImplementedError
+
+    def check_int8_activations(self) -> None:
+        """With `act_bits=8`: int8 matrix products. Sets the container; raises ValueError for what they cannot take."""
+        if self.act_bits not in (None, 8):
+            raise ValueError(f"`act_bits` is {self.act_bits!r}; allowed are None and 8.")
+        if self.act_bits is None or self.export_format == "bitnet":
+            return
+        if self.group_size > 0:
+            raise ValueError(
+                f"`act_bits` is 8 with `group_size={self.group_size}`, but int8 matrix products take one scale per "
+                "output channel (-1) or tensor (0)."
+            )
+        if not self.grid.symmetric:
+            raise ValueError("`act_bits` is 8 with `symmetric=False`, but int8 matrix products have no zero points.")
+        if self.container_bits not in (None, 8):
+            raise ValueError(
+                f"`container_bits` is {self.container_bits} with `act_bits=8`, but engines multiply int8 activations "
+                "with int8 weights. Use 8 or None."
+            )
+        self.container_bits = 8
 
     def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
         """Tensor name -> shape (None: any) of what an adapter's file holds for a layer."""
@@ -181,6 +202,13 @@ class LRQATConfig(GridConfig, LoraConfig):
             "into 4-bit containers, which more engines can load."
         },
     )
+    act_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "8: the input of every quantized layer is rounded to 8 bits per token, in training and in the "
+            "checkpoint (W8A8 to engines, whatever `bits`). Needs group_size -1 (then the default) or 0, symmetric."
+        },
+    )
 
     base_fingerprint: str | None = field(
         default=None,
@@ -212,7 +240,7 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     def adopt_defaults(self) -> None:
         """Give what was left open its value on a float base."""
-        self.adopt(**_GRID_DEFAULTS)
+        self.adopt(**{**_GRID_DEFAULTS, **({} if self.act_bits is None else {"group_size": PER_CHANNEL})})
         wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
         self.adopt(downcast="int" if wide else "fx8")
 
@@ -237,6 +265,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         return (
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
             f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, {ranges}"
+            + (f", {self.act_bits}-bit activations" if self.act_bits is not None else "")
         )
 
     def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
@@ -268,6 +297,7 @@ class LRQATConfig(GridConfig, LoraConfig):
                 f"`container_bits` is {self.container_bits!r}; it must be an integer from `bits` ({self.bits}) to 8, "
                 "or None."
             )
+        self.check_int8_activations()
         if self.lora_dropout:
             raise ValueError(
                 f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: "

@@ -32,6 +32,9 @@ One learning rate suits it and the adapter, weight decay pulls it back to s0, an
 `snap` (straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored
 scale.
 
+Activations. With `act_bits=8` the layer's input is first rounded to 8 bits per token (`quantize_activations`), with a
+straight-through gradient, as engines do it with such a checkpoint.
+
 Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
 """
 
@@ -46,11 +49,13 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.activations import ACTIVATION_LEVELS, Int8Linear
 from ..checkpoint.linear import merged_layer
 from ..checkpoint.source import LayerInfo
 from ..grid import GridTensor
 from ..merging import MergingLayer
 from ..ops import trained_scale
+from ..ops.low_bit import quantize_activations
 from ..ops.reference import codes
 from .base import FrozenWeight, local
 from .config import LRQATConfig
@@ -127,6 +132,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.lora_base_checksum = _Checksums({}, persistent=True)
         self._before_merge: FrozenWeight | None = None
         self.container_bits = config.container_bits
+        self.act_bits = config.act_bits
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
         self._float_weight = None if frozen.from_codes else base_layer.weight.detach()
@@ -225,6 +231,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         frozen = self.base_layer
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.act_bits is not None:
+            x = quantize_activations(x, ACTIVATION_LEVELS["compressed-tensors"])
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -286,6 +294,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
         frozen, quantized = self.frozen, self.grid_tensor(adapters, safe_merge)
+        if self.act_bits is not None:
+            return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
         bits = self.container_bits or frozen.grid.bits
         return merged_layer(quantized, frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
 

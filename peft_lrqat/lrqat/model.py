@@ -21,7 +21,16 @@ class LRQATModel(QuantizingModel):
 
     tuner_layer_cls = LRQATLayer
     config_cls = LRQATConfig
-    shared_options = ("bits", "group_size", "symmetric", "downcast", "range_method", "range_p", "scale_dtype")
+    shared_options = (
+        "bits",
+        "group_size",
+        "symmetric",
+        "downcast",
+        "range_method",
+        "range_p",
+        "scale_dtype",
+        "act_bits",
+    )
     _combining = False  # within add_weighted_adapter
 
     def _before_checks(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> None:

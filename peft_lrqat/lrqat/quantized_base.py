@@ -48,6 +48,7 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
             f"The configuration asks for {wanted}, but the base model is quantized with {found}. Leave these options "
             "out of the configuration, which then takes the base's grid; for another grid, start from the float model."
         )
+    config.check_int8_activations()
     container = next(iter(packed.values())).bits
     if config.container_bits is None and container > config.bits:
         config.container_bits = container

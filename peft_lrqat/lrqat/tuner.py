@@ -63,7 +63,14 @@ class QuantizingModel(LoraModel):
         """For subclasses: what a new adapter's configuration needs before it is looked at."""
 
     def _check_targets(self, targets: dict[str, nn.Module], config: Any) -> None:
-        """For subclasses: raise ValueError if a targeted module cannot be converted."""
+        """Raise ValueError if a targeted module cannot be converted as `config` says; subclasses add to it."""
+        for name, module in targets.items():
+            if config.act_bits is not None and isinstance(module, Conv1D | nn.Embedding):
+                kind = "a Conv1D (GPT-2)" if isinstance(module, Conv1D) else "an embedding"
+                raise ValueError(
+                    f"`act_bits` is {config.act_bits}, but module {name!r} is {kind}, for which no checkpoint format "
+                    "quantizes activations. Leave `act_bits` out."
+                )
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:

@@ -92,7 +92,7 @@ def scheme_of(label: str, group: dict[str, Any], fallback: str | None) -> Stored
         raise ValueError(
             f"{label} of the checkpoint quantizes activations as well as weights (W8A8 and the like). LR-QAT trains "
             "weights and would drop the other half. Start from a weight-only checkpoint or from the float model; "
-            "LowBitSRConfig(act_bits=8) trains with 8-bit activations."
+            "`act_bits=8`, of either configuration, trains with 8-bit activations."
         )
     return StoredLayer(
         "compressed-tensors", weights["num_bits"], strategies[weights["strategy"]], weights.get("symmetric", True)

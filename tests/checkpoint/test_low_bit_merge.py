@@ -1,4 +1,5 @@
-"""Trained integers, merged and reloaded by plain transformers: equal logits for every width, container and format."""
+"""Low-bit SR, and whatever rounds activations: trained integers, merged and reloaded by plain transformers, give equal
+logits for every width, container and format."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ import torch
 from peft_lrqat.checkpoint.activations import BitNetLinear, Int8Linear
 from peft_lrqat.checkpoint.linear import MERGED, QuantizedLinear
 from peft_lrqat.lowbit_sr import LowBitSRLinear
+from peft_lrqat.lrqat import LRQATLinear
 from tests.checkpoint.test_merge import read
-from tests.models import logits, low_bit, reload_clean, tiny, tokens, train
+from tests.models import adapted, logits, low_bit, reload_clean, tiny, tokens, train
 
 # qwen2 has biases on q, k and v; 40 columns of 3 bits do not fill their last word
 MODEL = {"num_hidden_layers": 1, "intermediate_size": 40}
@@ -25,9 +27,11 @@ class Case:
     dtype: str
     options: dict = field(hash=False)
     family: str = "qwen2"
+    method: str = "low_bit"
 
     def __str__(self) -> str:
-        return "-".join([self.dtype, *(f"{key}={value}" for key, value in self.options.items())])
+        words = [] if self.method == "low_bit" else [self.method]
+        return "-".join([self.dtype, *words, *(f"{key}={value}" for key, value in self.options.items())])
 
     @property
     def bits(self) -> float:
@@ -48,6 +52,13 @@ CASES = [
     Case("float32", {"bits": 1.58, **ALL_EIGHT}, "llama"),
     Case("bfloat16", {"bits": 1.58, "learn_scales": True, **ALL_EIGHT}, "llama"),
     Case("bfloat16", {"bits": 8, "forward_bits": 1.58, **ALL_EIGHT}, "llama"),
+    # LR-QAT with 8-bit activations is stored in the same way
+    *(
+        Case(dtype, {"bits": bits, "group_size": -1, "act_bits": 8}, method="lrqat")
+        for dtype in ("bfloat16", "float32")
+        for bits in (2, 4, 8)
+    ),
+    Case("float16", {"bits": 4, "group_size": -1, "act_bits": 8, "downcast": "int"}, "llama", method="lrqat"),
 ]
 
 
@@ -64,13 +75,14 @@ class Result:
 
 def _run(case: Case, folder: Path) -> Result:
     torch.manual_seed(0)
-    model = low_bit(tiny(case.family, dtype=getattr(torch, case.dtype), **MODEL), **case.options).eval()
+    make = low_bit if case.method == "low_bit" else adapted
+    model = make(tiny(case.family, dtype=getattr(torch, case.dtype), **MODEL), **case.options).eval()
     start = logits(model, tokens())
     train(model, tokens(), lr=2e-2)
     trained = logits(model, tokens())
     model.merge_adapter()
     assert torch.equal(logits(model, tokens()), trained)
-    codes = [m.base_layer.codes.int() for m in model.modules() if isinstance(m, LowBitSRLinear)]
+    codes = [m.base_layer.codes.int() for m in model.modules() if isinstance(m, (LowBitSRLinear, LRQATLinear))]
     ends = min(int(c.min()) for c in codes), max(int(c.max()) for c in codes)
     model.unmerge_adapter()
     assert torch.equal(logits(model, tokens()), trained)
@@ -130,6 +142,26 @@ def test_the_file_holds_integers_of_the_grid_and_no_float_copy(results, case: Ca
         assert tensors[down + ".weight_packed"].shape == (32, -(-40 * width // 32))
     floats = {n for n, t in tensors.items() if t.is_floating_point() and t.ndim == 2 and "weight_scale" not in n}
     assert floats == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("make", [low_bit, adapted])
+def test_rounded_activations_are_equal_under_autocast(make):
+    model = make(tiny(), bits=4, group_size=-1, act_bits=8)
+    train(model, tokens(), lr=2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = logits(model, tokens())
+        assert torch.equal(logits(model.merge_and_unload(), tokens()), trained)
+
+
+def test_a_base_with_rounded_activations_is_the_model_at_step_0():
+    model = adapted(tiny(), bits=4, act_bits=8)  # the group size follows
+    assert model.peft_config["default"].group_size == -1
+    start = logits(model, tokens())
+    weights_only = logits(adapted(tiny(), bits=4, group_size=-1), tokens())
+    assert not torch.equal(start, weights_only)
+    train(model, tokens())
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens()), start)
 
 
 def test_the_card_says_what_was_done(tmp_path: Path):

@@ -35,6 +35,7 @@ def trained(kind: str, base: Path | None = None):
         "ternary": {"bits": 1.58, "forward": "low_bit"},
         "projected": {"bits": 8, "forward_bits": 1.58, "forward": "low_bit", "learn_scales": True},
         "int8": {"bits": 4, "act_bits": 8, "forward": "low_bit"},
+        "w4a8": {"bits": 4, "act_bits": 8},
         "bitnet": {**BITNET, "forward": "low_bit"},
     }[kind]
     make = low_bit if options.pop("forward", None) else adapted
@@ -43,7 +44,7 @@ def trained(kind: str, base: Path | None = None):
     return model
 
 
-KINDS = ["asymmetric", "tied", "head", "tokens", "gpt2", "embedding", "ternary", "projected", "int8", "bitnet"]
+KINDS = ["asymmetric", "tied", "head", "tokens", "gpt2", "embedding", "ternary", "projected", "int8", "w4a8", "bitnet"]
 
 
 def contents(source: Source) -> tuple[dict[str, GridTensor], dict[str, torch.Tensor]]:

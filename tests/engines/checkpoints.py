@@ -47,12 +47,13 @@ def make(spec: Spec, folder: Path) -> None:
     common: dict[str, Any] = {
         "bits": spec.bits,
         "group_size": spec.group_size,
+        "act_bits": spec.act_bits,
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
     optimizer: torch.optim.Optimizer
     if spec.bits == 1.58:
-        model = get_peft_model(base, LowBitSRConfig(**common, act_bits=8))
+        model = get_peft_model(base, LowBitSRConfig(**common))
         optimizer = LowBitAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     else:
         config = LRQATConfig(**common, symmetric=spec.symmetric, container_bits=spec.container_bits)

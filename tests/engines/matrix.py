@@ -50,6 +50,8 @@ SPEC = "w4-g64"
 RUNS = (
     Run(SPEC, "compressed-tensors", "transformers"),
     Run(SPEC, "compressed-tensors", "vllm", "vllm", "float16"),
+    Run("w4-channel-a8", "compressed-tensors", "transformers", dtype="bfloat16"),
+    Run("w4-channel-a8", "compressed-tensors", "vllm", "vllm", "bfloat16"),
     Run(SPEC, "gptq", "gptqmodel", "gptq", "float16", answers=2),
     Run(SPEC, "gptq", "transformers", "gptq", "float16", answers=2),
     Run(SPEC, "gptq", "vllm", "vllm", "float16"),

@@ -16,6 +16,7 @@ class Spec:
     container_bits: int = 4
     stored: str = "bfloat16"  # dtype of the scales and of what is not quantized
     dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
+    act_bits: int | None = None
 
     @property
     def grid(self) -> str:
@@ -34,9 +35,13 @@ SPECS = (
     Spec("w2-g64-asym-in-4", 2, 64, symmetric=False, stored="float16"),
 )
 
-# For formats other than compressed-tensors only (matrix.py); "ternary" is a low-bit SR model, its first rounding with a
+# For matrix.py only; "ternary" is a low-bit SR model, its first rounding with a
 # few steps on top: it says nothing, but says it in every engine alike.
-EXPORTED = (Spec("w2-g64", 2, 64, container_bits=2), Spec("ternary", 1.58, 0, container_bits=2))
+EXPORTED = (
+    Spec("w4-channel-a8", 4, -1, container_bits=8, act_bits=8),
+    Spec("w2-g64", 2, 64, container_bits=2),
+    Spec("ternary", 1.58, 0, container_bits=2, act_bits=8),
+)
 
 NEW_TOKENS = 32
 

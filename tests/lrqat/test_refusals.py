@@ -66,6 +66,10 @@ def refused(model: nn.Module, match: str) -> Iterator[None]:
         ({"range_p": 0}, "`range_p` is 0"),
         ({"scale_dtype": "fp8"}, "`scale_dtype` is 'fp8'"),
         ({"container_bits": 3}, "`container_bits` is 3"),
+        ({"act_bits": 4}, "`act_bits` is 4; allowed are None and 8"),
+        ({"act_bits": 8, "group_size": 16}, r"`act_bits` is 8 with `group_size=16`.*output channel \(-1\)"),
+        ({"act_bits": 8, "group_size": -1, "symmetric": False}, "`act_bits` is 8 with `symmetric=False`"),
+        ({"act_bits": 8, "group_size": -1, "container_bits": 4}, "`container_bits` is 4 with `act_bits=8`"),
         ({"lora_dropout": 0.1}, "`lora_dropout` is 0.1"),
         ({"init_lora_weights": "pissa"}, "`init_lora_weights` is 'pissa'; LR-QAT knows True, False and 'loftq'"),
         ({"init_lora_weights": "gaussian"}, "`init_lora_weights` is 'gaussian'"),
@@ -129,6 +133,11 @@ def _says_quantized(model: PreTrainedModel) -> PreTrainedModel:
         (lambda m: m, {"group_size": 32}, r"does not divide the 48 input features.*down_proj.*Use one of \[48, 24, 16"),
         (lambda m: m, {"target_modules": ["act_fn"]}, "quantizes nn.Linear, Conv1D and nn.Embedding only"),
         (lambda m: m, {"target_modules": ["no_such_module"]}, "no_such_module"),
+        (
+            lambda m: m,
+            {"target_modules": ["embed_tokens"], "group_size": -1, "act_bits": 8},
+            "`act_bits` is 8, but module 'model.embed_tokens' is an embedding",
+        ),
         (lambda m: m.bfloat16(), {"scale_dtype": "fp16"}, "`scale_dtype` is 'fp16'.*'auto' is exact everywhere"),
     ],
 )
