@@ -59,7 +59,9 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.names
     # now: the commit that runs, whatever is committed meanwhile
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     rows = []
     for name, options in RUNS:
         if (not names or name in names) and (arguments.folder / name).is_dir():

@@ -155,7 +155,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def record(project: Path, others: dict[str, tuple[Path, tuple[str, ...]]], command: str) -> dict[str, Any]:
     """Where and with what the figures were taken."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
