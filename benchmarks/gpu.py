@@ -50,6 +50,7 @@ SHAPES = {
 }
 # name -> (kind, LRQATConfig options)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "frozen bf16": ("frozen", {}),  # the model's own work: forward, and backward to its input
     "LoRA bf16": ("lora", {}),
     "QLoRA NF4": ("qlora", {}),
     "LR-QAT fx8, eager": ("eager", {"group_size": -1}),
@@ -133,7 +134,10 @@ def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device
         model = full_model(kind, options, model, args.range_method)
     elif kind == "qlora":
         nf4(model)
-    if kind in ("lora", "qlora"):
+    if kind == "frozen":
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+    elif kind in ("lora", "qlora"):
         model = get_peft_model(model, LoraConfig(**common))
     elif kind not in KINDS:
         model = get_peft_model(model, LRQATConfig(**common, range_method=args.range_method, **options))
@@ -158,7 +162,7 @@ def held(device: str) -> float:
 
 
 def optimizer_for(model: nn.Module, kind: str, options: dict[str, Any], lean: bool) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))]
     if kind in KINDS:
         return full_optimizer(kind, options, trained)
     if lean:
@@ -270,20 +274,34 @@ def forward_backward(
     return replay
 
 
+#: Kinds of kernels, and what their names hold; the first that fits.
+KERNELS = {
+    "W^": ("_weight_kernel",),
+    "small kernels of ours": ("_prepare_kernel", "_finish_kernel", "_clipped_kernel"),
+    "sums for scales, G": ("_row_sums_kernel", "_dense_kernel"),
+    "attention": ("sdpa", "flash", "fmha", "cudnn"),
+    "products": ("gemm", "nvjet", "cutlass", "splitk"),
+    "elementwise": ("elementwise", "reduce", "cat", "copy", "fill"),
+}
+
+
 def profile(model: nn.Module, rows: torch.Tensor, amp: Any) -> None:
-    """Where a step's GPU time goes, by kernel."""
+    """Where a step's GPU time goes, by kind of kernel and by kernel."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
         with amp:
             model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         torch.cuda.synchronize()
     model.zero_grad(set_to_none=True)
-    total: dict[str, list[float]] = {}
-    for event in record.key_averages():
-        total.setdefault(event.key[:90], []).append(event.self_device_time_total / 1000)
-    ranked = sorted(total.items(), key=lambda item: -sum(item[1]))
-    print(f"  GPU time {sum(sum(v) for v in total.values()):.0f} ms")
-    for key, times in ranked[:22]:
-        print(f"  {sum(times):8.1f} ms  {key}")
+    found = [(event.self_device_time_total / 1000, event.count, event.key) for event in record.key_averages()]
+    found = sorted((row for row in found if row[0] > 0), reverse=True)
+    kinds = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for spent, _, key in found:
+        fits = (kind for kind, parts in KERNELS.items() if any(part in key.lower() for part in parts))
+        kinds[next(fits, "other")] += spent
+    shown = ", ".join(f"{kind} {spent:.1f}" for kind, spent in kinds.items() if spent)
+    print(f"  GPU time {sum(kinds.values()):.0f} ms in {sum(count for _, count, _ in found)} kernels: {shown}")
+    for spent, count, key in found[:20]:
+        print(f"  {spent:8.1f} ms {count:6} x {key[:90]}")
 
 
 def run(args: argparse.Namespace) -> None:
