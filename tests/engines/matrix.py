@@ -92,7 +92,7 @@ def main() -> int:
             found = {"error": str(error)[-2000:]}
         rows.append(_row(run, folder, found) | {"commit": head["commit"]})
         print(_line(rows[-1], rows), flush=True)
-        written = [row for row in kept if _key(row) not in map(_key, rows)] + rows
+        written = sorted([row for row in kept if _key(row) not in map(_key, rows)] + rows, key=_place)
         RESULTS.write_text(json.dumps(head | {"rows": written}, indent=1) + "\n")
     print("\n" + _table(rows) + f"\n\nwrote {RESULTS.relative_to(ROOT)}")
     for row in rows:
@@ -142,6 +142,12 @@ def _serve(run: Run, job: dict[str, Any], logs: Path) -> dict[str, Any]:
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return row["spec"], row["format"], row["engine"]
+
+
+def _place(row: dict[str, Any]) -> int:
+    """Where RUNS has it; last if it no longer does."""
+    known = [(run.spec, run.format, run.engine) for run in RUNS]
+    return known.index(_key(row)) if _key(row) in known else len(known)
 
 
 def _row(run: Run, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
