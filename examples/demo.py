@@ -54,6 +54,7 @@ def lrqat_config(args: argparse.Namespace) -> PeftConfig:
         group_size=args.group_size,
         symmetric=not args.asymmetric,
         downcast=args.downcast,
+        act_bits=args.act_bits,
         range_p=args.range_p,
         r=args.rank,
         lora_alpha=args.alpha,
@@ -104,6 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bits", type=float, default=4.0, help="2 to 8; low-bit SR: 1.58 (ternary), 2, 3, 4 or 8")
     add("--group-size", type=int, default=-1, help="weights that share a scale; -1: a channel, 0: the tensor")
     add("--asymmetric", action="store_true", help="integer zero points")
+    add("--act-bits", type=int, help="8: activations in 8 bits per token, too")
     add("--downcast", help="how the frozen base is kept: fx8, int, bf16, fp16, fp32")
     add(
         "--range-p", type=float, default=2.5, help="exponent of the range search; 4 suits rounding, less suits training"
@@ -125,8 +127,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.method == "lowbit-sr" and (args.asymmetric or args.downcast or args.alpha):
-        parser.error("--asymmetric, --downcast and --alpha are options of --method lrqat")
+    if args.method == "lowbit-sr" and (args.asymmetric or args.downcast or args.alpha or args.act_bits):
+        parser.error("--asymmetric, --downcast, --alpha and --act-bits are options of --method lrqat")
     args.bits = int(args.bits) if args.bits.is_integer() else args.bits
     args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
     if args.device == "auto":
