@@ -194,6 +194,12 @@ def test_methods_are_not_mixed_on_one_model():
 # -- further adapters
 
 
+def test_adapters_of_one_model_share_the_rounding_of_activations():
+    model = adapted(tiny(), bits=4, group_size=-1)
+    with pytest.raises(ValueError, match="share its converted base.*act_bits=8"):
+        model.add_adapter("other", config(bits=4, group_size=-1, act_bits=8))
+
+
 @pytest.mark.parametrize("option", [{"bits": 3}, {"group_size": 16}, {"symmetric": False}, {"downcast": "int"}])
 def test_adapters_of_one_model_share_a_grid(option: dict):
     model = adapted(tiny(), bits=4, group_size=8)
