@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraRuntimeConfig
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitAdamW
@@ -75,3 +76,15 @@ def test_low_bit_sr_on_a_gpu(config, tmp_path):
     losses = trained(model, optimizer, ids, steps=8)
     assert losses[-1] < losses[0]
     check_merged(model, ids, tmp_path)
+
+
+@pytest.mark.parametrize("config", LRQAT, ids=str)
+def test_a_gpu_converts_what_lies_on_the_cpu_to_the_same_integers(config):
+    here = adapted(tiny(dtype=torch.bfloat16), **config)
+    runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    there = adapted(tiny(dtype=torch.bfloat16), **config, runtime_config=runtime)
+    for name, value in there.base_model.model.named_parameters():
+        assert value.device.type == "cpu", name
+    expected, found = here.base_model.state_dict(), there.base_model.state_dict()
+    for name in expected:
+        assert "lora_A" in name or torch.equal(found[name], expected[name]), name

@@ -108,11 +108,14 @@ class FrozenWeight(nn.Module):
         range_p: float = 2.5,
         scale_dtype: str = "auto",
         transposed: bool = False,
+        convert_on: torch.device | None = None,
     ) -> None:
         """
         Args:
             linear: a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D); or a
                 `QuantizedLinear` whose codes lie on `grid`.
+            convert_on: where a float weight is converted; the result, the same on every device, goes to the layer's
+                own. None: there.
         """
         super().__init__()
         self.from_codes = isinstance(linear, QuantizedLinear)
@@ -130,7 +133,10 @@ class FrozenWeight(nn.Module):
         if isinstance(linear, QuantizedLinear):
             base, scale, zero_point, self.source_checksum = self._take(linear.grid_tensor())
         else:
-            base, scale, zero_point, self.source_checksum = self._convert(weight)
+            there = weight if convert_on is None else weight.to(convert_on)
+            base, scale, zero_point, self.source_checksum = self._convert(there)
+            base, scale = base.to(weight.device), scale.to(weight.device)
+            zero_point = None if zero_point is None else zero_point.to(weight.device)
         self.base = PackedParameter(base)
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))

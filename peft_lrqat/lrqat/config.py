@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from peft import LoraConfig, PeftType
 from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -256,6 +257,22 @@ class LRQATConfig(GridConfig, LoraConfig):
                 self._open[name] = found[name]
         return [name for name, value in found.items() if getattr(self, name) != value]
 
+    def conversion_device(self) -> torch.device | None:
+        """Where layers are converted, if not where they are: `LoraRuntimeConfig(ephemeral_gpu_offload=True)`.
+
+        Raises:
+            ValueError: it is asked for, and there is no accelerator.
+        """
+        if not self.runtime_config.ephemeral_gpu_offload:
+            return None
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if device is None:
+            raise ValueError(
+                "`ephemeral_gpu_offload` is True, but torch finds no accelerator on which layers could be converted. "
+                "Leave it out to convert them where they are."
+            )
+        return device
+
     def recipe(self) -> str:
         ranges = (
             f"ranges by lp (p = {self.range_p:g})" if self.range_method == "lp" else f"ranges by {self.range_method}"
@@ -317,8 +334,6 @@ class LRQATConfig(GridConfig, LoraConfig):
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
-        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
-            raise ValueError("LR-QAT does not support `ephemeral_gpu_offload`: its initialization needs no GPU.")
 
 
 def check_choice(name: str, value: Any, allowed: tuple) -> None:

@@ -125,6 +125,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             config.range_p,
             config.scale_dtype,
             transposed=transposed,
+            convert_on=config.conversion_device(),
         )
         LRQATLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = transposed

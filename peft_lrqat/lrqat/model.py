@@ -41,6 +41,7 @@ class LRQATModel(QuantizingModel):
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
+        config.conversion_device()  # an early error
         if config._custom_modules:
             raise ValueError(
                 "Layers registered with `_register_custom_module` replace LoRA's own layers; LR-QAT has no use for "

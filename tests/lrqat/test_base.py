@@ -3,6 +3,7 @@ import io
 
 import pytest
 import torch
+from peft import LoraRuntimeConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -216,3 +217,17 @@ def test_conversion_and_merge_need_the_memory_of_one_layer(monkeypatch, config, 
         # the codes of one layer, before and after packing
         assert live.peak <= live.start + 3 * WIDEST + chunk
     assert torch.equal(logits(merged, tokens()), trained)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layers_are_converted_where_pefts_option_says(monkeypatch, symmetric):
+    """`ephemeral_gpu_offload` (tests/test_gpu.py has it on a GPU): the result comes back to the layer's own device."""
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: asked.append(1) or torch.device("cpu"))
+    options = {"bits": 3, "group_size": 8, "symmetric": symmetric}
+    expected = logits(adapted(tiny(), **options), tokens())
+    assert not asked
+    model = adapted(tiny(), **options, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert asked
+    assert torch.equal(logits(model, tokens()), expected)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraRuntimeConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -81,6 +81,11 @@ def refused(model: nn.Module, match: str) -> Iterator[None]:
         ({"use_qalora": True}, "`use_qalora`"),
         ({"alora_invocation_tokens": [1]}, "`alora_invocation_tokens`"),
         ({"r": 0}, "`r`"),
+        pytest.param(
+            {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)},
+            "`ephemeral_gpu_offload` is True, but torch finds no accelerator",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_options_out_of_range_or_of_another_method(options: dict, match: str):
@@ -196,7 +201,7 @@ def test_methods_are_not_mixed_on_one_model():
 
 def test_adapters_of_one_model_share_the_rounding_of_activations():
     model = adapted(tiny(), bits=4, group_size=-1)
-    with pytest.raises(ValueError, match="share its converted base.*act_bits=8"):
+    with pytest.raises(ValueError, match=r"share its converted base.*act_bits=8"):
         model.add_adapter("other", config(bits=4, group_size=-1, act_bits=8))
 
 
