@@ -3,11 +3,10 @@ import io
 
 import pytest
 import torch
-from peft import LoraRuntimeConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_lrqat import chunks
+from peft_lrqat import LRQATConfig, chunks
 from peft_lrqat.grid import Grid, dequantize, grouped, quantize
 from peft_lrqat.lrqat.base import FrozenWeight, packed_state_dict
 from peft_lrqat.ops.reference import DOWNCASTS, codes, decode_base
@@ -220,14 +219,13 @@ def test_conversion_and_merge_need_the_memory_of_one_layer(monkeypatch, config, 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_layers_are_converted_where_pefts_option_says(monkeypatch, symmetric):
+def test_layers_are_converted_where_the_configuration_says(monkeypatch, symmetric):
     """`ephemeral_gpu_offload` (tests/test_gpu.py has it on a GPU): the result comes back to the layer's own device."""
-    asked = []
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: asked.append(1) or torch.device("cpu"))
     options = {"bits": 3, "group_size": 8, "symmetric": symmetric}
     expected = logits(adapted(tiny(), **options), tokens())
-    assert not asked
-    model = adapted(tiny(), **options, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
-    assert asked
+    moved = []
+    monkeypatch.setattr(LRQATConfig, "conversion_device", lambda self: torch.device("cpu"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, to=torch.Tensor.to, **k: moved.append(a) or to(t, *a, **k))
+    model = adapted(tiny(), **options)
+    assert (torch.device("cpu"),) in moved
     assert torch.equal(logits(model, tokens()), expected)
