@@ -98,10 +98,15 @@ def low_bit(model: PreTrainedModel, **config) -> PeftModel:
     return get_peft_model(model, LowBitSRConfig(**{**settings, **config}))
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 3, lr: float = 5e-2) -> list[float]:
-    """A few steps of AdamW on one batch; returns the losses and leaves the model in eval mode."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr)
+def train(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    steps: int = 3,
+    lr: float = 5e-2,
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> list[float]:
+    """A few steps on one batch; returns the losses and leaves the model in eval mode."""
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     losses = []
     for _ in range(steps):

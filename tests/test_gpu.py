@@ -6,7 +6,7 @@ from peft import LoraRuntimeConfig
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitAdamW
-from tests.models import adapted, logits, low_bit, tiny, tokens
+from tests.models import adapted, logits, low_bit, tiny, tokens, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -22,18 +22,6 @@ LRQAT = [
     )
 ]
 LOW_BIT = [{"bits": 8}, {"bits": 4, "group_size": 16}, {"bits": 1.58, "group_size": 0}]
-
-
-def trained(model, optimizer, ids, steps=4):
-    model.train()
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def check_merged(model, ids, folder):
@@ -56,8 +44,7 @@ def test_lrqat_on_a_gpu(config, dtype, tmp_path):
     ids = tokens(2, 32).cuda()
     model = adapted(tiny(dtype=dtype).cuda(), **config)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, fused=True)
-    losses = trained(model, optimizer, ids)
+    losses = train(model, ids, steps=4, lr=2e-2)
     assert losses[-1] < losses[0]
     model.gradient_checkpointing_disable()
     integers = {name: layer.grid_tensor() for name, layer in model.named_modules() if hasattr(layer, "grid_tensor")}
@@ -72,8 +59,7 @@ def test_lrqat_on_a_gpu(config, dtype, tmp_path):
 def test_low_bit_sr_on_a_gpu(config, tmp_path):
     ids = tokens(2, 32).cuda()
     model = low_bit(tiny(dtype=torch.bfloat16).cuda(), **config)
-    optimizer = LowBitAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = trained(model, optimizer, ids, steps=8)
+    losses = train(model, ids, steps=8, lr=1e-2, kind=LowBitAdamW)
     assert losses[-1] < losses[0]
     check_merged(model, ids, tmp_path)
 

@@ -99,27 +99,33 @@ def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[s
         progress("loading with transformers")
         name = f"transformers {version('transformers')} + gguf {version('gguf')}"
         try:
-            found.findings.append(_transformers_reads(path, against))
-            found.engine = name
+            model = _loaded_by_transformers(path, against)
         except (NotImplementedError, ValueError, KeyError) as error:  # a block type or an architecture it does not know
             found.skipped = f"{name} cannot load the file: {error}"
+        else:
+            found.findings.append(_transformers_reads(model, against))
+            found.engine = name
     return found
 
 
-def _transformers_reads(path: Path, source: Source) -> Any:
+def _loaded_by_transformers(path: Path, source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from ..verification import Finding
-
-    what = "the engine's weights"
     # With the source's configuration, because transformers reads no head_dim from the file for some architectures; but
     # a Mistral is a Llama in GGUF, and must be to transformers.
     config = None if source.config.model_type == "mistral" else copy.deepcopy(source.config)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
+
+
+def _transformers_reads(model: Any, source: Source) -> Any:
+    from ..verification import Finding
+
     names, different = list(source.grids()), []
     for name in names:
         weight: Any = model.get_submodule(name).weight
         if not torch.equal(weight, source.layer(name).dequantize(torch.float32).cpu()):
             different.append(name)
     first = f": {different[0]}, ..." if different else ""
-    return Finding(what, not different, f"{len(names) - len(different)} of {len(names)} layers equal{first}")
+    return Finding(
+        "the engine's weights", not different, f"{len(names) - len(different)} of {len(names)} layers equal{first}"
+    )
