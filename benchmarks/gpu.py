@@ -129,6 +129,7 @@ def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device
     model = skeleton(args.size, args.layers, keep_rng_state=not args.graph)
     fill(model, "cpu" if args.from_cpu else device, shared=args.size == "70B" or args.from_cpu)
     common = {"r": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    as_fp32 = not args.bf16_adapters
     reset_peak(device)
     if kind in KINDS:
         model = full_model(kind, options, model, args.range_method)
@@ -138,9 +139,10 @@ def adapted(kind: str, options: dict[str, Any], args: argparse.Namespace, device
         model.requires_grad_(False)
         model.enable_input_require_grads()
     elif kind in ("lora", "qlora"):
-        model = get_peft_model(model, LoraConfig(**common))
+        model = get_peft_model(model, LoraConfig(**common), autocast_adapter_dtype=as_fp32)
     elif kind not in KINDS:
-        model = get_peft_model(model, LRQATConfig(**common, range_method=args.range_method, **options))
+        config = LRQATConfig(**common, range_method=args.range_method, **options)
+        model = get_peft_model(model, config, autocast_adapter_dtype=as_fp32)
     model = model.to(device)
     gc.collect()
     model.train()
@@ -186,6 +188,7 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "layers": args.layers,
         "lean": args.lean,
         "offload": args.offload,
+        "bf16_adapters": args.bf16_adapters,
         "from_cpu": args.from_cpu,
         "graph": args.graph,
         "autocast": args.autocast,
@@ -332,6 +335,7 @@ def shown(run: dict[str, Any]) -> str:
     marks = {
         "lean": "memory options",
         "offload": "offloading",
+        "bf16_adapters": "bf16 adapters",
         "from_cpu": "converted on the CPU",
         "graph": "CUDA graph",
         "autocast": "autocast",
@@ -402,6 +406,7 @@ def main() -> None:
     one.add_argument("--compile", action="store_true", help="torch.compile, as Trainer(torch_compile=True) does")
     one.add_argument("--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit")
     one.add_argument("--offload", action="store_true", help="TRL's activation_offloading")
+    one.add_argument("--bf16-adapters", action="store_true", help="get_peft_model(..., autocast_adapter_dtype=False)")
     one.add_argument("--from-cpu", action="store_true", help="convert on the CPU, then move")
     one.add_argument("--profile", action="store_true")
     one.add_argument("--append", action="store_true", help="to what --out holds already")

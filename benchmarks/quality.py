@@ -270,6 +270,9 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list
         preprocess_gptq(model.eval(), config, windows, progressbar=False)
     model = get_peft_model(model, config)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if args.bf16_adapters:  # what autocast_adapter_dtype=False gives on a bf16 model; Adam's states follow
+        for _, parameter in named:
+            parameter.data = parameter.data.bfloat16()
     return model, [
         {"params": [p for n, p in named if "scale_shift" not in n], "lr": args.lr},
         {"params": [p for n, p in named if "scale_shift" in n], "lr": args.scale_lr},
@@ -393,6 +396,7 @@ def main() -> None:
     one.add_argument("--steps", type=int, default=300)
     one.add_argument("--batch", type=int, default=8)
     one.add_argument("--gptq", type=int, default=0, help="lrqat: windows of text for GPTQ; 0: the ranges of --p")
+    one.add_argument("--bf16-adapters", action="store_true", help="lrqat: adapters and their Adam states in bf16")
     one.add_argument("--seq", type=int, default=SEQ, help="tokens a window")
     one.add_argument("--eval-windows", type=int, help="only the first of the held-out text")
     one.add_argument("--no-graph", action="store_true", help="on a GPU: run every step eagerly")
