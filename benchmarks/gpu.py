@@ -280,8 +280,8 @@ def forward_backward(
 #: Kinds of kernels, and what their names hold; the first that fits.
 KERNELS = {
     "W^": ("_weight_kernel",),
-    "small kernels of ours": ("_prepare_kernel", "_finish_kernel", "_clipped_kernel"),
-    "sums for scales, G": ("_row_sums_kernel", "_dense_kernel"),
+    "small kernels of ours": ("_prepare_kernel", "_clipped_kernel"),
+    "sums for scales and B, G": ("_row_sums_kernel", "_dense_kernel"),
     "attention": ("sdpa", "flash", "fmha", "cudnn"),
     "products": ("gemm", "nvjet", "cutlass", "splitk"),
     "elementwise": ("elementwise", "reduce", "cat", "copy", "fill"),

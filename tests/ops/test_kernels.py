@@ -79,7 +79,8 @@ def test_weight_is_the_reference_bit_for_bit(bits, downcast, group_size, symmetr
 def test_programs_that_work_on_several_tiles(monkeypatch, bits, downcast):
     rows, cols = 256, 256
     monkeypatch.setattr(kernels.tiles, "ENOUGH_PROGRAMS", 2)
-    monkeypatch.setattr("peft_lrqat.ops.kernels.weight.tiling", kernels.tiles.tiling.__wrapped__)  # without its cache
+    for cached in ("tiling", "_launch"):
+        monkeypatch.setattr(kernels.weight, cached, getattr(kernels.weight, cached).__wrapped__)
     tiles = kernels.tiles.tiling.__wrapped__(rows, cols, 1)
     assert tiles.loop == 8
     levels, fmt = (torch.rand(rows, cols) - 0.5) * 2.2 * 2 ** (bits - 1), BaseFormat(bits, cols, downcast)
@@ -165,7 +166,7 @@ def test_factors_are_the_reference_bit_for_bit(rank):
     found = kernels.prepare(scale0, None, "auto", A.to(DEVICE), B.to(DEVICE), 16.0, 200, torch.float32)
     assert torch.equal(found.a_low.cpu(), near.A)
     assert torch.equal(found.b_low.cpu(), near.B)
-    buffer, at = found.buffer.cpu(), found.at
+    buffer, at = found.buffer.cpu(), found.offsets
     integers = buffer.view(torch.float16)
     a = integers[2 * at.a_int :][: rank * 300].view(rank, 300).float() * buffer[at.a_step :][:300]
     b = integers[2 * at.b_int :][: rank * 200].view(200, rank).float() * buffer[at.b_step :][:200, None]

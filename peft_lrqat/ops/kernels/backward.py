@@ -13,15 +13,18 @@ dZ = M s G in place and sums G Q over each scale; then two thin products for A a
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..backward import Gradients
 from ..reference import BaseFormat
-from .launch import launched
-from .prepare import Prepared, prepare
-from .tiles import INTERPRETED, a_tile, b_tile, ceil_div, load, rounded_levels, store, tile_columns, tiling
+from .launch import Launch, launched
+from .prepare import Offsets, Prepared, prepare
+from .tiles import INTERPRETED, a_tile, b_tile, ceil_div, load, power_of_2, rounded_levels, store, tile_columns, tiling
 from .weight import build_weight
 
 #: Grids coarser than this hold so many weights at their ends that nearly every tile has a clipped entry.
@@ -88,9 +91,44 @@ def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 # -- by rows
 
-_SPLITS = 32  # partial sums over the tokens
-_BLOCK = 128
 _CLIPPED_PROGRAMS = 528  # four for each multiprocessor of an H100: where nothing is clipped, a program costs its start
+
+
+class _RowLaunches(NamedTuple):
+    sums: Launch
+    clipped: Launch
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_launches(
+    tokens: int, rows: int, words: int, fmt: BaseFormat, offsets: Offsets, rank: int, c: float, wide: bool
+) -> _RowLaunches:
+    """`wide`: whether the compute dtype is fp32, whose tiles take twice the space."""
+    padded = max(16, power_of_2(rank))
+    BR = min(padded, 64)
+    sums = _row_sums_kernel.launch(
+        (ceil_div(rows, 64), padded // BR), float(c), offsets[0], tokens, rows, RANK=rank, BT=32 if wide else 64, BC=64,
+        BR=BR,
+    )  # fmt: skip
+    tiles = tiling(rows, fmt.in_features, 1)
+    clipped = _clipped_kernel.launch(
+        (min(tiles.columns * tiles.rows, _CLIPPED_PROGRAMS),),
+        float(c),
+        *offsets,
+        words,
+        tokens,
+        fmt.in_features,
+        rows,
+        GROUP=tiles.group,
+        RANK=rank,
+        BITS=fmt.bits,
+        DOWNCAST=fmt.downcast,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+        BT=32,
+    )
+    return _RowLaunches(sums, clipped)
 
 
 def _by_rows(
@@ -105,69 +143,22 @@ def _by_rows(
     flags: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dshift (where y is given), dA (R, in) and dB (out, R) (where flags are), fp32; `prepared.b_low` holds s B~."""
-    tokens, rows = dy.shape
-    dshift = partial = dA = dB = None
-    splits = max(1, min(_SPLITS, tokens // 64))
+    (tokens, rows), device = dy.shape, dy.device
+    dshift = xA = dA = dB = None
     if y is not None:
-        partial = torch.empty(splits, rows, device=dy.device)
-        dshift = torch.empty(rows, 1, device=dy.device)
-        _row_sums_kernel(
-            (ceil_div(rows, _BLOCK), splits),
-            partial,
-            dy,
-            y.contiguous(),
-            tokens,
-            rows,
-            ceil_div(tokens, splits),
-            BT=32,
-            BC=_BLOCK,
-        )
+        y, dshift = y.contiguous(), torch.empty(rows, 1, device=device)
     if flags is not None:
         assert prepared.a_low is not None
         assert prepared.b_low is not None
-        dB = _mm_fp32(dy.t(), torch.mm(x, prepared.a_low.t()))
+        xA = torch.mm(x, prepared.a_low.t())
         dA = _mm_fp32(torch.mm(dy, prepared.b_low).t(), x)
-    _finish_kernel(
-        (ceil_div(rows, _BLOCK),),
-        dB,
-        c,
-        partial,
-        dshift,
-        scale0,
-        prepared.scale,
-        prepared.scale_stride,
-        rows,
-        RANK=prepared.rank,
-        PADDED=max(1, 1 << (prepared.rank - 1).bit_length()),
-        SPLITS=splits,
-        BLOCK=_BLOCK,
-    )
+        dB = torch.empty(rows, prepared.rank, device=device)
+    rank = 0 if flags is None else prepared.rank
+    wide = dy.dtype == torch.float32
+    launches = _row_launches(tokens, rows, base.shape[1], fmt, prepared.offsets, rank, c, wide)
+    launches.sums(dB, dshift, dy, y, xA, scale0, prepared.scale)
     if flags is not None:
-        tiles = tiling(rows, fmt.in_features, 1)
-        _clipped_kernel(
-            (min(tiles.columns * tiles.rows, _CLIPPED_PROGRAMS),),
-            dA,
-            dB,
-            c,
-            dy,
-            x,
-            flags,
-            base,
-            *prepared.operands,
-            base.shape[1],
-            tokens,
-            fmt.in_features,
-            rows,
-            GROUP=tiles.group,
-            RANK=prepared.rank,
-            BITS=fmt.bits,
-            DOWNCAST=fmt.downcast,
-            BM=tiles.BM,
-            BN=tiles.BN,
-            FULL=tiles.full,
-            BT=32,
-            warps=4,
-        )
+        launches.clipped(dA, dB, dy, x, flags, base, prepared.scale, prepared.buffer)
     if dshift is not None and scale0.shape[0] == 1 < rows:
         dshift = dshift.sum(dim=0, keepdim=True)
     return dshift, dA, dB
@@ -175,52 +166,39 @@ def _by_rows(
 
 @launched
 @triton.jit
-def _row_sums_kernel(partial, dy, y, tokens, cols, per_split, BT: tl.constexpr, BC: tl.constexpr):
-    """sum over some tokens of dY * Y, in an order that does not vary."""
-    col = tl.program_id(0) * BC + tl.arange(0, BC)
-    split = tl.program_id(1)
+def _row_sums_kernel(
+    dB, dshift, dy, y, xA, scale0, scale, c, scale_stride, tokens, rows, RANK: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
+
+    A program owns BC rows of W and BR columns of dB, so the order of the sums does not vary.
+    """
+    j = tl.program_id(0) * BC + tl.arange(0, BC)
+    k = tl.program_id(1) * BR + tl.arange(0, BR)
+    row_ok, k_ok = j < rows, k < RANK
+    first = row_ok & (j * 0 + tl.program_id(1) == 0)  # one of the programs of these rows sums for the scales
     total = tl.zeros((BT, BC), dtype=tl.float32)
-    last = tl.minimum((split + 1) * per_split, tokens)
-    for start in range(split * per_split, last, BT):
+    product = tl.zeros((BC, BR), dtype=tl.float32)
+    for start in tl.range(0, tokens, BT, num_stages=3):
         t = start + tl.arange(0, BT)
-        at = t.to(tl.int64)[:, None] * cols + col[None, :]
-        ok = (t < last)[:, None] & (col < cols)[None, :]
-        a = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
-        total += a * tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(partial + split * cols + col, tl.sum(total, 0), mask=col < cols)
-
-
-@launched
-@triton.jit
-def _finish_kernel(
-    dB,
-    c,
-    partial,
-    dshift,
-    scale0,
-    scale,
-    scale_stride,
-    rows,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dB *= c s, and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q."""
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = j < rows
-    s = tl.load(scale + j * scale_stride, mask=ok, other=1.0)
-    if partial is not None:
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for split in tl.static_range(SPLITS):
-            total += tl.load(partial + split * rows + j, mask=ok, other=0.0)
-        s0 = tl.load(scale0 + j * scale_stride, mask=ok, other=1.0)
-        tl.store(dshift + j, total / s * s0, mask=ok)
-    if dB is not None:
-        k = tl.arange(0, PADDED)
-        at = j[:, None] * RANK + k[None, :]
-        both = ok[:, None] & (k < RANK)[None, :]
-        tl.store(dB + at, tl.load(dB + at, mask=both, other=0.0) * (s * c)[:, None], mask=both)
+        at = t.to(tl.int64)[:, None] * rows + j[None, :]
+        t_ok = (t < tokens)[:, None]
+        d = tl.load(dy + at, mask=t_ok & row_ok[None, :], other=0.0)
+        if y is not None:
+            total += d.to(tl.float32) * tl.load(y + at, mask=t_ok & first[None, :], other=0.0).to(tl.float32)
+        if xA is not None:
+            v = tl.load(xA + t[:, None] * RANK + k[None, :], mask=t_ok & k_ok[None, :], other=0.0)
+            if INTERPRETED:
+                d, v = d.to(tl.float32), v.to(tl.float32)
+            product = tl.dot(tl.trans(d), v, product, input_precision="tf32x3")
+    s = tl.load(scale + j * scale_stride, mask=row_ok, other=1.0)
+    if y is not None:
+        s0 = tl.load(scale0 + j * scale_stride, mask=row_ok, other=1.0)
+        tl.store(dshift + j, tl.sum(total, 0) / s * s0, mask=first)
+    if xA is not None:
+        inside = row_ok[:, None] & k_ok[None, :]
+        tl.store(dB + j[:, None] * RANK + k[None, :], product * (s * c)[:, None], mask=inside)
 
 
 @launched
@@ -228,14 +206,14 @@ def _finish_kernel(
 def _clipped_kernel(
     dA,
     dB,
-    c,
     dy,
     x,
     flags,
     base,
     scale,
-    scale_stride,
     factors,
+    c,
+    scale_stride,
     a_step,
     b_step,
     a_int,
@@ -298,6 +276,31 @@ def _clipped_kernel(
 # -- dense
 
 
+@functools.lru_cache(maxsize=4096)
+def _dense_launch(
+    rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, write: bool
+) -> tuple[Launch, int]:
+    """And how many sums a row gets."""
+    tiles = tiling(rows, fmt.in_features, groups, BM=64, loops=False)
+    launch = _dense_kernel.launch(
+        tiles.grid,
+        *offsets,
+        words,
+        fmt.in_features,
+        rows,
+        warps=8,
+        GROUP=tiles.group,
+        RANK=rank,
+        BITS=fmt.bits,
+        DOWNCAST=fmt.downcast,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+        WRITE=write,
+    )
+    return launch, tiles.columns
+
+
 def _dense(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -312,32 +315,14 @@ def _dense(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dshift (rows, groups), dA, dB, through G."""
     G = torch.mm(dy.t(), x)
-    rows = base.shape[0]
-    tiles = tiling(rows, fmt.in_features, scale0.shape[1], BM=64, loops=False)
-    sums = torch.empty(rows, tiles.columns, device=base.device) if need_shift else None
-    _dense_kernel(
-        tiles.grid,
-        G,
-        sums,
-        base,
-        None if zero_point is None else zero_point.contiguous(),
-        *prepared.operands,
-        base.shape[1],
-        fmt.in_features,
-        rows,
-        GROUP=tiles.group,
-        RANK=prepared.rank,
-        BITS=fmt.bits,
-        DOWNCAST=fmt.downcast,
-        BM=tiles.BM,
-        BN=tiles.BN,
-        FULL=tiles.full,
-        WRITE=need_AB,
-        warps=8,
-    )
+    rows, words = base.shape
+    launch, columns = _dense_launch(rows, words, scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB)
+    sums = torch.empty(rows, columns, device=base.device) if need_shift else None
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    launch(G, sums, base, zero_point, prepared.scale, prepared.buffer)
     dshift = dA = dB = None
     if sums is not None:
-        dshift = sums if tiles.columns == scale0.shape[1] else sums.view(rows, scale0.shape[1], -1).sum(dim=-1)
+        dshift = sums if columns == scale0.shape[1] else sums.view(rows, scale0.shape[1], -1).sum(dim=-1)
         if scale0.shape[0] == 1:
             dshift = dshift.sum(dim=0, keepdim=True)
         dshift = dshift * scale0
@@ -358,8 +343,8 @@ def _dense_kernel(
     base,
     zero_point,
     scale,
-    scale_stride,
     factors,
+    scale_stride,
     a_step,
     b_step,
     a_int,

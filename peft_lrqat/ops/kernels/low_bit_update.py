@@ -11,13 +11,14 @@ are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in th
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import launched
+from .launch import Launch, launched
 from .tiles import ceil_div
 
 if TYPE_CHECKING:
@@ -119,7 +120,6 @@ def _encode_momentum(m, dither, inside):
 def _update_kernel(
     packed,
     scale,
-    scale_stride,
     stream,
     grad,
     m_values,
@@ -132,6 +132,7 @@ def _update_kernel(
     correction1,
     correction2,
     poison,
+    scale_stride,
     rows,
     columns,
     words,
@@ -234,6 +235,35 @@ def _update_kernel(
     tl.store(poison, float("nan"), mask=broken > 0)  # every program that does writes the same
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launch:
+    grid, blocks = rule.grid, ceil_div(rule.columns, BLOCK)
+    return _update_kernel.launch(
+        (ceil_div(rows, ROWS) * blocks,),
+        0 if scales[0] == 1 else scales[1],
+        rows,
+        rule.columns,
+        words,
+        blocks,
+        float(rule.beta1),
+        1.0 - rule.beta1,
+        float(rule.beta2),
+        1.0 - rule.beta2,
+        float(rule.eps),
+        float(rule.weight_decay),
+        1 - 1 / rule.beta1 if rule.beta1 else 0.0,
+        fused=False,
+        BITS=grid.code_bits,
+        QMIN=float(grid.qmin),
+        QMAX=float(grid.qmax),
+        GROUP=0 if scales[1] == 1 else rule.columns // scales[1],
+        GRID_UNIT=rule.lr_unit == "grid",
+        FEEDBACK=rule.error_feedback,
+        BM=ROWS,
+        BLOCK=BLOCK,
+    )
+
+
 def low_bit_update(
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -256,20 +286,16 @@ def low_bit_update(
         lr: fp32 scalar on the device.
         step: fp32 scalar on the device, this step's number t, from 1.
     """
-    rows, groups = packed.shape[0], scale.shape[1]
-    blocks = ceil_div(rule.columns, BLOCK)
-    if not rows or not blocks:
+    rows, words = packed.shape
+    if not rows or not rule.columns:
         return
-    grid = rule.grid
     # torch's powers: a kernel's would not round alike
     correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
     poison = torch.zeros((), device=packed.device)
     v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
-    _update_kernel(
-        (ceil_div(rows, ROWS) * blocks,),
+    _launch(rows, words, tuple(scale.shape), rule)(
         packed,
         scale,
-        0 if scale.shape[0] == 1 else groups,
         stream,
         grad.contiguous(),
         state.get("exp_avg", state.get("exp_avg_codes")),
@@ -282,26 +308,5 @@ def low_bit_update(
         correction1,
         correction2,
         poison,
-        rows,
-        rule.columns,
-        packed.shape[1],
-        blocks,
-        float(rule.beta1),
-        1.0 - rule.beta1,
-        float(rule.beta2),
-        1.0 - rule.beta2,
-        float(rule.eps),
-        float(rule.weight_decay),
-        1 - 1 / rule.beta1 if rule.beta1 else 0.0,
-        warps=4,
-        fused=False,
-        BITS=grid.code_bits,
-        QMIN=float(grid.qmin),
-        QMAX=float(grid.qmax),
-        GROUP=0 if groups == 1 else rule.columns // groups,
-        GRID_UNIT=rule.lr_unit == "grid",
-        FEEDBACK=rule.error_feedback,
-        BM=ROWS,
-        BLOCK=BLOCK,
     )
     scale.add_(poison)

@@ -5,12 +5,14 @@ Without a projection W^ is that of LR-QAT without an adapter, and the kernel is 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ..reference import BaseFormat
-from .launch import launched
+from .launch import Kernel, Launch, launched
 from .prepare import prepare
 from .tiles import load, round_half_even, store, stored_levels, tile_columns, tiling
 from .weight import build_weight
@@ -61,6 +63,25 @@ def _scale_sums_kernel(
     tl.store(sums + j * tl.num_programs(0) + tl.program_id(0), total, mask=row_ok)
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(kernel: Kernel, rows: int, in_features: int, words: int, scales: tuple[int, int], bits: int) -> Launch:
+    """One of the two kernels above: they cut the weight into the same tiles."""
+    tiles = tiling(rows, in_features, scales[1], loops=False)
+    return kernel.launch(
+        tiles.grid,
+        0 if scales[0] == 1 else scales[1],
+        words,
+        in_features,
+        rows,
+        fused=False,
+        GROUP=tiles.group,
+        BITS=bits,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+    )
+
+
 def low_bit_weight(
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -76,31 +97,15 @@ def low_bit_weight(
         scale, ternary_scale: fp32 (out or 1, groups).
         bits: width of a packed code.
     """
-    rows, groups = packed.shape[0], scale.shape[1]
+    rows, words = packed.shape
     packed, scale = packed.contiguous(), scale.contiguous()
     if ternary_scale is None:
         prepared = prepare(scale, None, "auto", None, None, 1.0, rows)  # launches nothing
-        return build_weight(packed, groups, None, prepared, BaseFormat(bits, in_features, "int"), dtype)
+        return build_weight(packed, scale.shape[1], None, prepared, BaseFormat(bits, in_features, "int"), dtype)
     weight = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
     if weight.numel():
-        tiles = tiling(rows, in_features, groups, loops=False)
-        _ternary_kernel(
-            tiles.grid,
-            weight,
-            packed,
-            scale,
-            ternary_scale.contiguous(),
-            0 if scale.shape[0] == 1 else groups,
-            packed.shape[1],
-            in_features,
-            rows,
-            fused=False,
-            GROUP=tiles.group,
-            BITS=bits,
-            BM=tiles.BM,
-            BN=tiles.BN,
-            FULL=tiles.full,
-        )
+        launch = _launch(_ternary_kernel, rows, in_features, words, tuple(scale.shape), bits)
+        launch(weight, packed, scale, ternary_scale.contiguous())
     return weight
 
 
@@ -116,25 +121,10 @@ def scale_gradient(
     (rows, in_features), groups = grad.shape, scale.shape[1]
     if not grad.numel():
         return torch.zeros_like(scale)
-    tiles = tiling(rows, in_features, groups, loops=False)
-    sums = torch.empty(rows, tiles.columns, device=grad.device)
-    _scale_sums_kernel(
-        tiles.grid,
-        sums,
-        grad,
-        packed.contiguous(),
-        scale.contiguous(),
-        None if ternary_scale is None else ternary_scale.contiguous(),
-        0 if scale.shape[0] == 1 else groups,
-        packed.shape[1],
-        in_features,
-        rows,
-        fused=False,
-        GROUP=tiles.group,
-        BITS=bits,
-        BM=tiles.BM,
-        BN=tiles.BN,
-        FULL=tiles.full,
-    )
-    sums = sums if tiles.columns == groups else sums.view(rows, groups, -1).sum(dim=-1)
+    columns = tiling(rows, in_features, groups, loops=False).columns
+    sums = torch.empty(rows, columns, device=grad.device)
+    ternary_scale = None if ternary_scale is None else ternary_scale.contiguous()
+    launch = _launch(_scale_sums_kernel, rows, in_features, packed.shape[1], tuple(scale.shape), bits)
+    launch(sums, grad, packed.contiguous(), scale.contiguous(), ternary_scale)
+    sums = sums if columns == groups else sums.view(rows, groups, -1).sum(dim=-1)
     return sums.sum(dim=0, keepdim=True) if scale.shape[0] == 1 else sums

@@ -17,56 +17,41 @@ import triton
 import triton.language as tl
 
 from ..factors import _MAX_EXPONENT, _MIN_EXPONENT, factor_bits
-from .launch import launched
+from .launch import Launch, launched
 from .tiles import bf16_bits, ceil_div, power_of_2, round_half_even, store
 
 SCALE_BLOCK = 1024
 SNAPS = {"auto": 0, "bf16": 1, "fp16": 2, "fp32": 3}
 
 
-class Layout(NamedTuple):
-    """Offsets in the buffer: fp32 elements, for a_int and b_int too, and its size."""
+class Offsets(NamedTuple):
+    """Scalars that every kernel takes: elements of the scale, and of the buffer (fp32, for a_int and b_int too)."""
 
-    a_step: int
-    b_step: int
-    a_int: int
-    b_int: int
-    size: int
+    scale_stride: int  # from row to row; 0 where one scale serves all
+    a_step: int = 0
+    b_step: int = 0
+    a_int: int = 0
+    b_int: int = 0
 
 
-@functools.lru_cache(maxsize=1024)
-def layout(scales: int, rows: int, cols: int, rank: int) -> Layout:
-    """Where things are; every part starts at a multiple of 64 bytes, so that loads can be wide."""
-    sizes = (scales, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2))
+def layout(scale_stride: int, scales: int, rows: int, cols: int, rank: int) -> tuple[Offsets, int]:
+    """Where things are, and the buffer's size. Every part starts at a multiple of 64 bytes, so that loads can be
+    wide."""
     starts = [0]
-    for size in sizes:
+    for size in (scales, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2)):
         starts.append(starts[-1] + ceil_div(size, 16) * 16)
-    return Layout(*starts[1:])
+    return Offsets(scale_stride, *starts[1:5]), starts[5]
 
 
 class Prepared(NamedTuple):
     """What the kernels read beside the base."""
 
     scale: torch.Tensor  # fp32; the first rows x groups elements are s, weight units per grid step
-    scale_stride: int  # from row to row; 0 where one scale serves all
     buffer: torch.Tensor | None  # None without an adapter
-    at: Layout
+    offsets: Offsets
     rank: int
     a_low: torch.Tensor | None = None  # A~ (R, in) in the compute dtype
     b_low: torch.Tensor | None = None  # B~ (out, R), or s B~, in the compute dtype
-
-    @property
-    def operands(self) -> tuple:
-        """What every kernel takes, in the order of its arguments."""
-        return (
-            self.scale,
-            self.scale_stride,
-            self.buffer,
-            self.at.a_step,
-            self.at.b_step,
-            self.at.a_int,
-            self.at.b_int,
-        )
 
 
 @triton.jit
@@ -154,17 +139,17 @@ def _b_block(
 def _prepare_kernel(
     A,
     B,
-    c,
     scale0,
     shift,
-    stride,
     buffer,
+    a_low,
+    b_low,
+    c,
+    stride,
     a_step,
     b_step,
     a_int,
     b_int,
-    a_low,
-    b_low,
     scales,
     in_features,
     out_features,
@@ -198,6 +183,41 @@ def _prepare_kernel(
             )  # fmt: skip
 
 
+class _Plan(NamedTuple):
+    size: int  # of the buffer
+    offsets: Offsets
+    launch: Launch
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(scales: tuple[int, int], rows: int, cols: int, rank: int, c: float, scale_dtype: str, scaled: bool) -> _Plan:
+    """What depends on shapes and constants only."""
+    stride = 0 if scales[0] == 1 and rows > 1 else scales[1]
+    count = scales[0] * scales[1]
+    offsets, size = layout(stride, count, rows, cols, rank)
+    padded = max(1, power_of_2(rank))
+    block = max(16, min(128, 4096 // padded))
+    programs = ceil_div(count, SCALE_BLOCK) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
+    launch = _prepare_kernel.launch(
+        (programs,),
+        float(c),
+        *offsets,
+        count,
+        cols,
+        rows,
+        RANK=rank,
+        PADDED=padded,
+        BITS=factor_bits(rank),
+        LOWEST=_MIN_EXPONENT,
+        HIGHEST=_MAX_EXPONENT,
+        SNAP=SNAPS[scale_dtype],
+        SCALED=scaled,
+        BLOCK=block,
+        SCALES=SCALE_BLOCK,
+    )
+    return _Plan(size, offsets, launch)
+
+
 def prepare(
     scale0: torch.Tensor,
     shift: torch.Tensor | None,
@@ -211,44 +231,21 @@ def prepare(
 ) -> Prepared:
     """Operands of a layer with `rows` output rows; `low`: also A~ and B~ (s B~ if `scaled`) in this dtype."""
     scale0 = scale0.contiguous()
-    stride = 0 if scale0.shape[0] == 1 and rows > 1 else scale0.shape[1]
-    rank = 0 if A is None or B is None else A.shape[0]
-    if not rank and shift is None:
-        return Prepared(scale0, stride, None, Layout(0, 0, 0, 0, 0), 0)
-    cols = 0 if A is None else A.shape[1]
-    scales = scale0.numel()
-    at = layout(scales, rows, cols, rank)
-    buffer = torch.empty(at.size, dtype=torch.float32, device=scale0.device)
+    if A is None or B is None or not A.shape[0]:
+        if shift is None:
+            stride = 0 if scale0.shape[0] == 1 and rows > 1 else scale0.shape[1]
+            return Prepared(scale0, None, Offsets(stride), 0)
+        A = B = None
+        rank = cols = 0
+    else:
+        A, B = A.contiguous(), B.contiguous()
+        rank, cols = A.shape
+    plan = _plan(tuple(scale0.shape), rows, cols, rank, c, scale_dtype, scaled)
+    device = scale0.device
+    buffer = torch.empty(plan.size, dtype=torch.float32, device=device)
     a_low = b_low = None
     if low is not None and rank:
-        a_low = torch.empty(rank, cols, dtype=low, device=scale0.device)
-        b_low = torch.empty(rows, rank, dtype=low, device=scale0.device)
-    padded = max(1, power_of_2(rank))
-    block = max(16, min(128, 4096 // padded))
-    programs = ceil_div(scales, SCALE_BLOCK) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
-    _prepare_kernel(
-        (programs,),
-        None if not rank or A is None else A.contiguous(),
-        None if not rank or B is None else B.contiguous(),
-        float(c),
-        scale0,
-        None if shift is None else shift.contiguous(),
-        stride,
-        buffer,
-        *at[:4],
-        a_low,
-        b_low,
-        scales,
-        cols,
-        rows,
-        RANK=rank,
-        PADDED=padded,
-        BITS=factor_bits(rank),
-        LOWEST=_MIN_EXPONENT,
-        HIGHEST=_MAX_EXPONENT,
-        SNAP=SNAPS[scale_dtype],
-        SCALED=scaled,
-        BLOCK=block,
-        SCALES=SCALE_BLOCK,
-    )
-    return Prepared(buffer, stride, buffer if rank else None, at, rank, a_low, b_low)
+        a_low = torch.empty(rank, cols, dtype=low, device=device)
+        b_low = torch.empty(rows, rank, dtype=low, device=device)
+    plan.launch(A, B, scale0, None if shift is None else shift.contiguous(), buffer, a_low, b_low)
+    return Prepared(buffer, buffer if rank else None, plan.offsets, rank, a_low, b_low)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ..reference import BaseFormat
-from .launch import launched
-from .prepare import Prepared
+from .launch import Launch, launched
+from .prepare import Offsets, Prepared
 from .tiles import load, rounded_levels, store, tile_columns, tiling
 
 
@@ -20,8 +22,8 @@ def _weight_kernel(
     base,
     zero_point,
     scale,
-    scale_stride,
     factors,
+    scale_stride,
     a_step,
     b_step,
     a_int,
@@ -58,6 +60,26 @@ def _weight_kernel(
         store(weight + j.to(tl.int64)[:, None] * in_features + i[None, :], q * s[:, None], inside, FULL)
 
 
+@functools.lru_cache(maxsize=4096)
+def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int) -> Launch:
+    tiles = tiling(rows, fmt.in_features, groups)
+    return _weight_kernel.launch(
+        tiles.grid,
+        *offsets,
+        words,
+        fmt.in_features,
+        rows,
+        GROUP=tiles.group,
+        RANK=rank,
+        BITS=fmt.bits,
+        DOWNCAST=fmt.downcast,
+        BM=tiles.BM,
+        BN=tiles.BN,
+        FULL=tiles.full,
+        LOOP=tiles.loop,
+    )
+
+
 def build_weight(
     base: torch.Tensor,
     groups: int,
@@ -73,29 +95,10 @@ def build_weight(
         groups: scales a row has.
         flags: int32 (tiles,), receives 1 for each tile with a clipped entry.
     """
-    rows = base.shape[0]
+    rows, words = base.shape
     weight = torch.empty(rows, fmt.in_features, dtype=dtype, device=base.device)
-    if not weight.numel():
-        return weight
-    tiles = tiling(rows, fmt.in_features, groups)
-    _weight_kernel(
-        tiles.grid,
-        weight,
-        flags,
-        base,
-        None if zero_point is None else zero_point.contiguous(),
-        *prepared.operands,
-        base.shape[1],
-        fmt.in_features,
-        rows,
-        GROUP=tiles.group,
-        RANK=prepared.rank,
-        BITS=fmt.bits,
-        DOWNCAST=fmt.downcast,
-        BM=tiles.BM,
-        BN=tiles.BN,
-        FULL=tiles.full,
-        LOOP=tiles.loop,
-        warps=4,
-    )
+    if weight.numel():
+        launch = _launch(rows, words, groups, fmt, prepared.offsets, prepared.rank)
+        zero_point = None if zero_point is None else zero_point.contiguous()
+        launch(weight, flags, base, zero_point, prepared.scale, prepared.buffer)
     return weight
