@@ -194,6 +194,10 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _operands(self, adapters: list[str]) -> Operands:
         """What these adapters make together, whole even if FSDP2 shards them."""
+        if len(adapters) == 1 and (name := adapters[0]) in self.lora_A:  # nearly always: with little Python
+            shift = local(self.lora_scale_shift[name]) if name in self.lora_scale_shift else None
+            A, B = local(self.lora_A[name].weight), local(self.lora_B[name].weight)
+            return Operands(shift, A, B, self.scaling[name])
         shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
         shift = None
         if shifts:
@@ -216,8 +220,10 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) to (..., out), with the active adapters inside the rounding."""
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = None
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

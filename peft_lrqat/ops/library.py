@@ -19,16 +19,9 @@ from ..grid import snap_scale
 from . import backward as reference_backward
 from .factors import round_factors
 from .reference import BaseFormat, build_weight
-from .select import kernels_for, on_device_of
+from .select import kernels_for, to_enter
 
 _NAMESPACE = "peft_lrqat"
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """No autocast. Entering torch.autocast costs more than asking whether it is on."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 # -- the scale
@@ -89,17 +82,19 @@ def _linear_impl(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
+    context = to_enter(x)
+    if context is not None:
+        with context:
+            return _linear_impl(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_dtype)
     fmt = BaseFormat(bits, x.shape[-1], downcast)
     kernels = kernels_for(x)
-    with _full_precision(x.device):
-        if kernels is not None:
-            with on_device_of(x):
-                prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
-                weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
-        else:
-            factors = None if A is None or B is None else round_factors(A, B, c)
-            weight = build_weight(base, _snapped(scale0, shift, scale_dtype), zero_point, factors, fmt, x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
+    if kernels is not None:
+        prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
+        weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
+    else:
+        factors = None if A is None or B is None else round_factors(A, B, c)
+        weight = build_weight(base, _snapped(scale0, shift, scale_dtype), zero_point, factors, fmt, x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _linear_backward_impl(
@@ -123,32 +118,17 @@ def _linear_backward_impl(
     fmt = BaseFormat(bits, x.shape[-1], downcast)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
-    kernels = kernels_for(dy)
-    with _full_precision(dy.device):
+    needs = (need_x, need_shift, need_AB)
+    with to_enter(dy) or contextlib.nullcontext():
+        kernels = kernels_for(dy)
         if kernels is not None:
-            with on_device_of(dy):
-                grads = kernels.linear_backward(
-                    flat_dy,
-                    flat_x,
-                    flat_y,
-                    base.contiguous(),
-                    scale0,
-                    shift,
-                    zero_point,
-                    A,
-                    B,
-                    c,
-                    fmt,
-                    scale_dtype,
-                    need_x,
-                    need_shift,
-                    need_AB,
-                )
+            weight = (base.contiguous(), scale0, shift, zero_point, A, B)
+            grads = kernels.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
         else:
             scale = _snapped(scale0, shift, scale_dtype)
             factors = None if A is None or B is None else round_factors(A, B, c)
             grads = reference_backward.linear_backward(
-                flat_dy, flat_x, flat_y, base, scale, zero_point, factors, fmt, need_x, need_shift, need_AB
+                flat_dy, flat_x, flat_y, base, scale, zero_point, factors, fmt, *needs
             )
             grads = grads._replace(
                 shift=None if grads.shift is None else grads.shift * scale0,
@@ -239,32 +219,36 @@ def _op_backward(ctx: Any, dy: Tensor) -> tuple:
 _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    return [t._version for t in tensors if t is not None]
+def _trained(weight: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Of the weight's side, what gradients are for: the shift, A and B."""
+    return [t for t in (weight[2], weight[4], weight[5]) if t is not None]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
+    def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
+        inputs = (*args[:-1], *args[-1])
         output = _linear_impl(*inputs)
         x, y, weight = _note(ctx, inputs, output)
         # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
-        # (parameters, and views of them) is not its business; anything else is saved as it should be.
-        own = all(t is None or t.is_leaf for t in weight)
+        # (parameters, and what is frozen) is not its business; anything else is saved as it should be.
+        trained = _trained(weight)
+        own = all(t.is_leaf for t in trained)
         ctx.weight = weight if own else None
-        ctx.versions = _versions(weight) if own and any(ctx.needs_input_grad) else None
+        ctx.versions = [t._version for t in trained] if own else None
         ctx.save_for_backward(x, y, *(() if own else weight))
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, y, *weight = ctx.saved_tensors
-        if ctx.versions is not None and ctx.versions != _versions(ctx.weight):
+        if ctx.versions is not None and ctx.versions != [t._version for t in _trained(ctx.weight)]:
             raise RuntimeError(
                 "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
                 "merge). Run forward again."
             )
-        return _gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight))
+        gradients = _gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight))
+        return (*gradients[:8], None)
 
 
 def quantized_linear(
@@ -301,5 +285,8 @@ def quantized_linear(
         (..., out) in x's dtype. For backward it keeps x, the stored base, the small tensors, and y where a scale is
         trained that belongs to a whole row; W^ is rebuilt.
     """
-    run = _linear_op if torch.compiler.is_compiling() else _Linear.apply
-    return run(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_dtype)
+    constants = (c, bits, downcast, scale_dtype)
+    if torch.compiler.is_compiling():
+        return _linear_op(x, base, scale0, shift, zero_point, A, B, bias, *constants)
+    # torch looks at every argument in Python
+    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants)

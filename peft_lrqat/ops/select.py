@@ -56,3 +56,19 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def to_enter(tensor: torch.Tensor) -> contextlib.AbstractContextManager | None:
+    """What an operation enters to work without autocast and with the tensor's device as the current one.
+
+    Mostly nothing, and then None: entering a context that does nothing costs as much as a launch.
+    """
+    device = tensor.device
+    autocast = torch.is_autocast_enabled(device.type)
+    if not autocast and (device.type != "cuda" or device.index == torch.cuda.current_device()):
+        return None
+    stack = contextlib.ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    stack.enter_context(on_device_of(tensor))
+    return stack

@@ -108,7 +108,7 @@ def _row_launches(
     BR = min(padded, 64)
     sums = _row_sums_kernel.launch(
         (ceil_div(rows, 64), padded // BR), float(c), offsets[0], tokens, rows, RANK=rank, BT=32 if wide else 64, BC=64,
-        BR=BR,
+        BR=BR, STAGES=3,
     )  # fmt: skip
     tiles = tiling(rows, fmt.in_features, 1)
     clipped = _clipped_kernel.launch(
@@ -168,7 +168,7 @@ def _by_rows(
 @triton.jit
 def _row_sums_kernel(
     dB, dshift, dy, y, xA, scale0, scale, c, scale_stride, tokens, rows, RANK: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
 
@@ -180,7 +180,7 @@ def _row_sums_kernel(
     first = row_ok & (j * 0 + tl.program_id(1) == 0)  # one of the programs of these rows sums for the scales
     total = tl.zeros((BT, BC), dtype=tl.float32)
     product = tl.zeros((BC, BR), dtype=tl.float32)
-    for start in tl.range(0, tokens, BT, num_stages=3):
+    for start in tl.range(0, tokens, BT, num_stages=STAGES):
         t = start + tl.arange(0, BT)
         at = t.to(tl.int64)[:, None] * rows + j[None, :]
         t_ok = (t < tokens)[:, None]
