@@ -58,13 +58,17 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
-def to_enter(tensor: torch.Tensor) -> contextlib.AbstractContextManager | None:
+def to_enter(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager | None:
     """What an operation enters to work without autocast and with the tensor's device as the current one.
 
-    Mostly nothing, and then None: entering a context that does nothing costs as much as a launch.
+    Mostly nothing, and then None: entering a context, even one that does nothing, costs as much as a launch.
+
+    Args:
+        only: the dtype of all that the operation multiplies through torch, where it is one. Autocast to it changes
+            nothing.
     """
     device = tensor.device
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != only
     if not autocast and (device.type != "cuda" or device.index == torch.cuda.current_device()):
         return None
     stack = contextlib.ExitStack()

@@ -231,7 +231,7 @@ def test_compile_without_graph_break(dynamic):
 
 @pytest.mark.parametrize("group_size", GRANULARITY)
 def test_autocast_leaves_the_rounding_alone(group_size):
-    p = problem(group_size=group_size).to(torch.bfloat16)
+    p = problem(group_size=group_size, clip="many").to(torch.bfloat16)  # factors that bf16 would change
     y = ours(p)
     expected = gradients(y, p)
     with torch.autocast("cpu", torch.bfloat16):
