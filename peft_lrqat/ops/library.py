@@ -82,12 +82,12 @@ def _linear_impl(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
-    kernels = kernels_for(x)
-    context = to_enter(x, None if kernels is None else x.dtype)  # the reference also multiplies A and B, in fp32
+    context = to_enter(x, x.dtype)
     if context is not None:
         with context:
             return _linear_impl(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_dtype)
     fmt = BaseFormat(bits, x.shape[-1], downcast)
+    kernels = kernels_for(x)
     if kernels is not None:
         prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
         weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
