@@ -10,6 +10,8 @@ which a projection needs once a forward, stays with torch: it is a sum of intege
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
 from .reference import rows_of
-from .select import kernels_for, on_device_of
+from .select import kernels_for, on_device_of, to_enter
 
 _NAMESPACE = "peft_lrqat"
 
@@ -77,22 +79,24 @@ def _(packed, rows, groups, bits, in_features):
     return packed.new_empty(rows, groups, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear", mutates_args=())
-def _linear(
+def _linear_impl(
     x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
-    weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with to_enter(x, x.dtype) or contextlib.nullcontext():
+        weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
 
-@_linear.register_fake
+# as in `library.py`: ops for torch.compile, the same functions in eager mode, whose dispatch costs less
+_linear_op = torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear", _linear_impl, mutates_args=())
+
+
+@_linear_op.register_fake
 def _(x, packed, scale, ternary_scale, bias, bits):
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear_backward", mutates_args=())
-def _linear_backward(
+def _linear_backward_impl(
     dy: Tensor,
     x: Tensor,
     packed: Tensor,
@@ -106,7 +110,7 @@ def _linear_backward(
     in_features = x.shape[-1]
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, in_features)
     dx, dw, ds = x.new_empty(0), scale.new_empty(0), scale.new_empty(0)
-    with torch.autocast(dy.device.type, enabled=False):
+    with to_enter(dy, dy.dtype) or contextlib.nullcontext():
         if need_x:
             weight = low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
             dx = (flat_dy @ weight).view(x.shape)
@@ -131,7 +135,12 @@ def _linear_backward(
     return dx, dw if need_weight else scale.new_empty(0), ds
 
 
-@_linear_backward.register_fake
+_linear_backward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::low_bit_linear_backward", _linear_backward_impl, mutates_args=()
+)
+
+
+@_linear_backward_op.register_fake
 def _(dy, x, packed, scale, ternary_scale, bits, need_x, need_weight, need_scale):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
@@ -148,7 +157,8 @@ class _LowBitLinear(torch.autograd.Function):
         ctx.bits, ctx.x_shape, ctx.x_dtype = bits, x.shape, x.dtype
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor)
-        return _linear(x, packed, scale, ternary_scale, bias, bits)
+        run = _linear_op if torch.compiler.is_compiling() else _linear_impl
+        return run(x, packed, scale, ternary_scale, bias, bits)
 
     @staticmethod
     def backward(ctx, dy):
@@ -156,9 +166,8 @@ class _LowBitLinear(torch.autograd.Function):
         need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]
         if x is None:
             x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
-        dx, dw, ds = _linear_backward(
-            dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, need_x, need_weight, need_scale
-        )
+        run = _linear_backward_op if torch.compiler.is_compiling() else _linear_backward_impl
+        dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, need_x, need_weight, need_scale)
         if need_weight and factor is not None:
             dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
