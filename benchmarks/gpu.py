@@ -369,7 +369,9 @@ def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
     from matplotlib import pyplot as plt
 
     batch, length = (int(n) for n in shape.split("x"))
-    runs = [r for r in runs if shape in r["steps"] and r["steps"][shape]["peak_gib"]][::-1]
+    other = ("layers", "from_cpu", "graph", "autocast", "compile")  # the table has them
+    runs = [r for r in runs if shape in r["steps"] and r["steps"][shape]["peak_gib"] and not any(map(r.get, other))]
+    runs = runs[::-1]
     names = [shown(r) for r in runs]
     colors = ["#4477aa" if name.startswith(("LR-QAT", "low-bit SR")) else "#999999" for name in names]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 + 0.42 * len(runs)), sharey=True)
