@@ -107,9 +107,17 @@ def _row_launches(
     padded = max(16, power_of_2(rank))
     BR = min(padded, 64)
     sums = _row_sums_kernel.launch(
-        (ceil_div(rows, 64), padded // BR), float(c), offsets[0], tokens, rows, RANK=rank, BT=32 if wide else 64, BC=64,
-        BR=BR, STAGES=3,
-    )  # fmt: skip
+        (ceil_div(rows, 64), padded // BR),
+        float(c),
+        offsets.scale_stride,
+        tokens,
+        rows,
+        RANK=rank,
+        BT=32 if wide else 64,
+        BC=64,
+        BR=BR,
+        STAGES=3,
+    )
     tiles = tiling(rows, fmt.in_features, 1)
     clipped = _clipped_kernel.launch(
         (min(tiles.columns * tiles.rows, _CLIPPED_PROGRAMS),),

@@ -1,0 +1,27 @@
+"""What several test files of this folder use."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_lrqat import LowBitSRConfig
+from peft_lrqat.lowbit_sr import LowBitSRLinear
+from tests.models import low_bit, tokens
+
+IDS = tokens(batch=4)
+GRID = {"bits": 4, "group_size": 8, "range_method": "minmax"}
+ATTENTION = ["q_proj", "v_proj"]
+
+
+def random_adapter(model: PreTrainedModel, **config) -> PeftModel:
+    return low_bit(model, **{**GRID, "init_weights": False, **config}).eval()
+
+
+def layers(model: nn.Module) -> dict[str, LowBitSRLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowBitSRLinear)}
+
+
+def other(**options) -> LowBitSRConfig:
+    return LowBitSRConfig(**{**GRID, "init_weights": False, "target_modules": ATTENTION, **options})
