@@ -24,6 +24,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import quiet  # noqa: F401  before what it silences
+
+# isort: split
 import torch
 from corpus import from_user, python_documentation
 from datasets import Dataset

@@ -13,6 +13,9 @@ import sys
 for plugin in ("peft_lrqat", "peft"):
     sys.modules[plugin] = None  # from here on, importing it raises ImportError
 
+import quiet  # noqa: E402, F401
+
+# isort: split
 import torch  # noqa: E402
 from perplexity import perplexity  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
