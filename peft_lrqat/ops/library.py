@@ -9,7 +9,6 @@ On a GPU with Triton the work is done by `kernels/`, elsewhere by the references
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..grid import snap_scale
 from . import backward as reference_backward
 from .factors import round_factors
 from .reference import BaseFormat, build_weight
-from .select import kernels_for, to_enter
+from .select import kernels_for, plain
 
 _NAMESPACE = "peft_lrqat"
 
@@ -82,19 +81,16 @@ def _linear_impl(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
-    context = to_enter(x, x.dtype)
-    if context is not None:
-        with context:
-            return _linear_impl(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_dtype)
     fmt = BaseFormat(bits, x.shape[-1], downcast)
     kernels = kernels_for(x)
-    if kernels is not None:
-        prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
-        weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
-    else:
-        factors = None if A is None or B is None else round_factors(A, B, c)
-        weight = build_weight(base, _snapped(scale0, shift, scale_dtype), zero_point, factors, fmt, x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    with plain(x, x.dtype):
+        if kernels is not None:
+            prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
+            weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
+        else:
+            factors = None if A is None or B is None else round_factors(A, B, c)
+            weight = build_weight(base, _snapped(scale0, shift, scale_dtype), zero_point, factors, fmt, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 def _linear_backward_impl(
@@ -119,8 +115,8 @@ def _linear_backward_impl(
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
     needs = (need_x, need_shift, need_AB)
-    with to_enter(dy) or contextlib.nullcontext():
-        kernels = kernels_for(dy)
+    kernels = kernels_for(dy)
+    with plain(dy):
         if kernels is not None:
             weight = (base.contiguous(), scale0, shift, zero_point, A, B)
             grads = kernels.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
@@ -184,7 +180,7 @@ def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
-    """The autograd formula, with `backward` (the op, or the plain function) doing the work."""
+    """The gradients of all tensors; `backward` (the op, or the plain function) does the work."""
     need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     _, _, shift, _, A, B = weight
     need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
@@ -202,7 +198,6 @@ def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor 
         dA.to(A.dtype) if need_AB else None,
         dB.to(B.dtype) if need_AB else None,
         dbias,
-        *([None] * 4),
     )
 
 
@@ -213,42 +208,40 @@ def _op_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _op_backward(ctx: Any, dy: Tensor) -> tuple:
     x, y, *weight = ctx.saved_tensors
-    return _gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight))
+    return *_gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight)), None, None, None, None
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
-def _trained(weight: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """Of the weight's side, what gradients are for: the shift, A and B."""
-    return [t for t in (weight[2], weight[4], weight[5]) if t is not None]
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
+    """Inference tensors (several adapters add up to one under `torch.inference_mode`) have none."""
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
-        inputs = (*args[:-1], *args[-1])
+        *tensors, constants = args
+        inputs = (*tensors, *constants)
         output = _linear_impl(*inputs)
         x, y, weight = _note(ctx, inputs, output)
         # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
-        # (parameters, and what is frozen) is not its business; anything else is saved as it should be.
-        trained = _trained(weight)
-        own = all(t.is_leaf for t in trained)
-        ctx.weight = weight if own else None
-        ctx.versions = [t._version for t in trained] if own else None
+        # (parameters, and views of them) is not its business; anything else is saved as it should be.
+        own = all(t is None or t.is_leaf for t in weight)
+        ctx.weight, ctx.versions = (weight, _versions(weight)) if own else (None, None)
         ctx.save_for_backward(x, y, *(() if own else weight))
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, y, *weight = ctx.saved_tensors
-        if ctx.versions is not None and ctx.versions != [t._version for t in _trained(ctx.weight)]:
+        if ctx.weight is not None and ctx.versions != _versions(ctx.weight):
             raise RuntimeError(
                 "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
                 "merge). Run forward again."
             )
-        gradients = _gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight))
-        return (*gradients[:8], None)
+        return *_gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight)), None
 
 
 def quantized_linear(

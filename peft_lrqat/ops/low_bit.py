@@ -10,8 +10,6 @@ which a projection needs once a forward, stays with torch: it is a sum of intege
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
 from .reference import rows_of
-from .select import kernels_for, on_device_of, to_enter
+from .select import kernels_for, on_device_of, plain
 
 _NAMESPACE = "peft_lrqat"
 
@@ -82,7 +80,7 @@ def _(packed, rows, groups, bits, in_features):
 def _linear_impl(
     x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
-    with to_enter(x, x.dtype) or contextlib.nullcontext():
+    with plain(x, x.dtype):
         weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
@@ -110,7 +108,7 @@ def _linear_backward_impl(
     in_features = x.shape[-1]
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, in_features)
     dx, dw, ds = x.new_empty(0), scale.new_empty(0), scale.new_empty(0)
-    with to_enter(dy, dy.dtype) or contextlib.nullcontext():
+    with plain(dy, dy.dtype):
         if need_x:
             weight = low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
             dx = (flat_dy @ weight).view(x.shape)

@@ -58,21 +58,19 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
-def to_enter(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager | None:
-    """What an operation enters to work without autocast and with the tensor's device as the current one.
+def plain(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager:
+    """What an operation works in: no autocast, and the tensor's device as the current one.
 
-    Mostly nothing, and then None: entering a context, even one that does nothing, costs as much as a launch.
+    Leaving autocast costs as much as a launch, so that is done only where it is on and would change something.
 
     Args:
         only: the dtype of all that the operation multiplies through torch, where it is one. Autocast to it changes
             nothing.
     """
-    device = tensor.device
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != only
-    if not autocast and (device.type != "cuda" or device.index == torch.cuda.current_device()):
-        return None
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == only:
+        return on_device_of(tensor)
     stack = contextlib.ExitStack()
-    if autocast:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+    stack.enter_context(torch.autocast(kind, enabled=False))
     stack.enter_context(on_device_of(tensor))
     return stack

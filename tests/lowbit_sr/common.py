@@ -8,11 +8,16 @@ from transformers import PreTrainedModel
 
 from peft_lrqat import LowBitSRConfig
 from peft_lrqat.lowbit_sr import LowBitSRLinear
-from tests.models import low_bit, tokens
+from tests.models import low_bit, tiny, tokens
 
 IDS = tokens(batch=4)
 GRID = {"bits": 4, "group_size": 8, "range_method": "minmax"}
 ATTENTION = ["q_proj", "v_proj"]
+
+
+def on_grid() -> PreTrainedModel:
+    """A model whose linear weights lie on the grid, so that "base" and "adapted at step 0" are the same model."""
+    return low_bit(tiny(), **GRID).unload()
 
 
 def random_adapter(model: PreTrainedModel, **config) -> PeftModel:
@@ -25,3 +30,9 @@ def layers(model: nn.Module) -> dict[str, LowBitSRLinear]:
 
 def other(**options) -> LowBitSRConfig:
     return LowBitSRConfig(**{**GRID, "init_weights": False, "target_modules": ATTENTION, **options})
+
+
+def two_adapters(base: PreTrainedModel) -> PeftModel:
+    model = random_adapter(base)
+    model.add_adapter("other", other())
+    return model.eval()

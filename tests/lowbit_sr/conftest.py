@@ -8,14 +8,12 @@ import pytest
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from tests.lowbit_sr.common import GRID, other, random_adapter
-from tests.models import low_bit, tiny
+from tests.lowbit_sr import common
 
 
 @pytest.fixture(scope="module")
 def grid_model() -> PreTrainedModel:
-    """A model whose linear weights lie on the grid, so that "base" and "adapted at step 0" are the same model."""
-    return low_bit(tiny(), **GRID).unload()
+    return common.on_grid()
 
 
 @pytest.fixture
@@ -25,6 +23,4 @@ def base(grid_model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture
 def two_adapters(base: PreTrainedModel) -> PeftModel:
-    model = random_adapter(base)
-    model.add_adapter("other", other())
-    return model.eval()
+    return common.two_adapters(base)

@@ -1,12 +1,9 @@
-"""Several adapters, merging, and mixed batches, as PEFT users do them."""
+"""Several adapters, and what merging does beyond tests/test_merging.py."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -62,33 +59,6 @@ def test_adapters_of_different_layers_can_be_active_together(base: PreTrainedMod
 # -- merging
 
 
-def test_merging_and_unmerging_change_nothing(base: PreTrainedModel):
-    model = random_adapter(base, bits=3)
-    trained, state = logits(model, IDS), copy.deepcopy(model.state_dict())
-    model.merge_adapter()
-    assert all(isinstance(layer.base_layer, QuantizedLinear) for layer in layers(model).values())
-    assert torch.equal(logits(model, IDS), trained)
-    with pytest.warns(UserWarning, match="All adapters are already merged"):
-        model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        model.delete_adapter("default")
-    model.unmerge_adapter()
-    assert torch.equal(logits(model, IDS), trained)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
-
-
-def test_disabling_a_merged_adapter_gives_the_base(base: PreTrainedModel):
-    before = logits(base, IDS)
-    model = random_adapter(base)
-    trained = logits(model, IDS)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(logits(model, IDS), before)
-    assert torch.equal(logits(model, IDS), trained)
-
-
 def test_layers_that_the_merged_adapter_does_not_have_are_quantized_too(base: PreTrainedModel):
     model = random_adapter(base)
     model.add_adapter("second", other())
@@ -119,30 +89,3 @@ def test_conv1d_layers_train_and_merge_densely():
         merged = model.merge_and_unload()
     assert isinstance(merged.transformer.h[0].attn.c_attn, Conv1D)
     torch.testing.assert_close(logits(merged, IDS), trained, rtol=1e-5, atol=1e-5)
-
-
-# -- mixed batches
-
-
-def test_mixed_batches_use_each_samples_adapter(two_adapters: PeftModel):
-    names = ["__base__", "default", "other", "default"]
-    with torch.no_grad():
-        mixed = two_adapters(IDS, adapter_names=names).logits
-    with two_adapters.disable_adapter():
-        expected = {"__base__": logits(two_adapters, IDS)}
-    for name in ("default", "other"):
-        two_adapters.set_adapter(name)
-        expected[name] = logits(two_adapters, IDS)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], expected[name][row], rtol=1e-4, atol=1e-5)
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False}
-    assert two_adapters.generate(input_ids=IDS, adapter_names=names, **options).shape == (4, IDS.shape[1] + 4)
-
-
-def test_mixed_batches_are_refused_where_lora_refuses_them(two_adapters: PeftModel):
-    with pytest.raises(ValueError, match="same as the number of inputs"):
-        two_adapters(IDS, adapter_names=["default"])
-    with pytest.raises(ValueError, match="non-existing adapter"):
-        two_adapters(IDS, adapter_names=["unknown"] * 4)
-    with pytest.raises(ValueError, match="training mode"):
-        two_adapters.train()(IDS, adapter_names=["default"] * 4)

@@ -1,4 +1,4 @@
-"""Several adapters, merging, and mixed batches, as PEFT users do them."""
+"""Several adapters, and what merging does beyond tests/test_merging.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.checkpoint.linear import QuantizedLinear
 from tests.lrqat.common import ATTENTION, GRID, IDS, codes_of, layers, random_adapter
-from tests.models import logits
+from tests.models import adapted, logits
 
 # -- several adapters
 
@@ -86,35 +85,22 @@ def test_weighted_adapters_may_have_different_targets(base: PreTrainedModel):
         torch.testing.assert_close(layer.get_delta_weight("mix"), layer.get_delta_weight(own))
 
 
+def test_adapters_add_up_in_inference_mode(two_adapters: PeftModel):
+    two_adapters.base_model.set_adapter(["default", "other"])
+    expected = logits(two_adapters, IDS)
+    with torch.inference_mode():
+        assert torch.equal(two_adapters(input_ids=IDS).logits, expected)
+
+
+def test_a_model_may_be_adapted_in_inference_mode(base: PreTrainedModel):
+    expected = logits(adapted(copy.deepcopy(base), **GRID), IDS)
+    with torch.inference_mode():
+        model = adapted(base, **GRID)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert torch.equal(logits(model, IDS), expected)
+
+
 # -- merging
-
-
-def test_merging_and_unmerging_change_nothing(base: PreTrainedModel):
-    model = random_adapter(base, bits=3)
-    trained = logits(model, IDS)
-    state = copy.deepcopy(model.state_dict())
-    model.merge_adapter()
-    assert all(isinstance(layer.base_layer, QuantizedLinear) for layer in layers(model).values())
-    assert torch.equal(logits(model, IDS), trained)
-    with pytest.warns(UserWarning, match="All adapters are already merged"):
-        model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        model.delete_adapter("default")
-    model.unmerge_adapter()
-    assert torch.equal(logits(model, IDS), trained)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
-
-
-def test_disabling_a_merged_adapter_gives_the_base(base: PreTrainedModel):
-    before = logits(base, IDS)
-    model = random_adapter(base)
-    trained = logits(model, IDS)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(logits(model, IDS), before)
-    assert torch.equal(logits(model, IDS), trained)
 
 
 def test_merging_one_after_the_other_is_merging_together(base: PreTrainedModel):
@@ -145,19 +131,6 @@ def test_safe_merge_refuses_values_that_are_not_finite(base: PreTrainedModel, pa
 # -- mixed batches
 
 
-def test_mixed_batches_use_each_samples_adapter(two_adapters: PeftModel):
-    names = ["__base__", "default", "other", "default"]
-    with torch.no_grad():
-        mixed = two_adapters(IDS, adapter_names=names).logits
-    with two_adapters.disable_adapter():
-        expected = {"__base__": logits(two_adapters, IDS)}
-    for name in ("default", "other"):
-        two_adapters.set_adapter(name)
-        expected[name] = logits(two_adapters, IDS)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], expected[name][row], rtol=1e-4, atol=1e-5)
-
-
 def test_mixed_batches_generate_with_beams(two_adapters: PeftModel):
     names = ["other", "__base__", "default", "other"]
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
@@ -170,15 +143,3 @@ def test_mixed_batches_generate_with_beams(two_adapters: PeftModel):
             two_adapters.set_adapter(name)
             alone = two_adapters.generate(input_ids=IDS[row : row + 1], **options)
         assert torch.equal(mixed[row], alone[0])
-
-
-def test_mixed_batches_are_refused_where_lora_refuses_them(two_adapters: PeftModel):
-    with pytest.raises(ValueError, match="same as the number of inputs"):
-        two_adapters(IDS, adapter_names=["default"])
-    with pytest.raises(ValueError, match="non-existing adapter"):
-        two_adapters(IDS, adapter_names=["unknown"] * 4)
-    with pytest.raises(ValueError, match="training mode"):
-        two_adapters.train()(IDS, adapter_names=["default"] * 4)
-    two_adapters.eval().merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        two_adapters(IDS, adapter_names=["default"] * 4)

@@ -127,13 +127,7 @@ def _row_launches(
         tokens,
         fmt.in_features,
         rows,
-        GROUP=tiles.group,
-        RANK=rank,
-        BITS=fmt.bits,
-        DOWNCAST=fmt.downcast,
-        BM=tiles.BM,
-        BN=tiles.BN,
-        FULL=tiles.full,
+        **tiles.constants(fmt, rank),
         BT=32,
     )
     return _RowLaunches(sums, clipped)
@@ -297,13 +291,7 @@ def _dense_launch(
         fmt.in_features,
         rows,
         warps=8,
-        GROUP=tiles.group,
-        RANK=rank,
-        BITS=fmt.bits,
-        DOWNCAST=fmt.downcast,
-        BM=tiles.BM,
-        BN=tiles.BN,
-        FULL=tiles.full,
+        **tiles.constants(fmt, rank),
         WRITE=write,
     )
     return launch, tiles.columns

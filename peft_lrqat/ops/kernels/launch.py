@@ -70,6 +70,8 @@ class Kernel:
             scalars: in the order of the kernel's signature, as `constants` are.
             fused: whether a product and a sum may be contracted to one operation with one rounding.
         """
+        # they are passed by position once the kernel is compiled
+        assert self.kernel.arg_names[-len(constants) :] == [*constants], f"{self.kernel}: {[*constants]}"
         return Launch(self.kernel, grid, scalars, {"num_warps": warps, "enable_fp_fusion": fused}, constants)
 
 

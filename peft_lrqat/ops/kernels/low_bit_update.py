@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, launched
-from .tiles import ceil_div
+from .tiles import ceil_div, scale_stride
 
 if TYPE_CHECKING:
     from ...lowbit_sr.update import Rule  # the one value that names the arithmetic; nothing is imported upwards
@@ -240,7 +240,7 @@ def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launc
     grid, blocks = rule.grid, ceil_div(rule.columns, BLOCK)
     return _update_kernel.launch(
         (ceil_div(rows, ROWS) * blocks,),
-        0 if scales[0] == 1 else scales[1],
+        scale_stride(scales),
         rows,
         rule.columns,
         words,

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..reference import BaseFormat
 from .launch import Kernel, Launch, launched
 from .prepare import prepare
-from .tiles import load, round_half_even, store, stored_levels, tile_columns, tiling
+from .tiles import load, round_half_even, scale_stride, store, stored_levels, tile_columns, tiling
 from .weight import build_weight
 
 
@@ -69,7 +69,7 @@ def _launch(kernel: Kernel, rows: int, in_features: int, words: int, scales: tup
     tiles = tiling(rows, in_features, scales[1], loops=False)
     return kernel.launch(
         tiles.grid,
-        0 if scales[0] == 1 else scales[1],
+        scale_stride(scales),
         words,
         in_features,
         rows,

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..factors import _MAX_EXPONENT, _MIN_EXPONENT, factor_bits
 from .launch import Launch, launched
-from .tiles import bf16_bits, ceil_div, power_of_2, round_half_even, store
+from .tiles import bf16_bits, ceil_div, power_of_2, round_half_even, scale_stride, store
 
 SCALE_BLOCK = 1024
 SNAPS = {"auto": 0, "bf16": 1, "fp16": 2, "fp32": 3}
@@ -34,13 +34,13 @@ class Offsets(NamedTuple):
     b_int: int = 0
 
 
-def layout(scale_stride: int, scales: int, rows: int, cols: int, rank: int) -> tuple[Offsets, int]:
+def layout(stride: int, scales: int, rows: int, cols: int, rank: int) -> tuple[Offsets, int]:
     """Where things are, and the buffer's size. Every part starts at a multiple of 64 bytes, so that loads can be
     wide."""
     starts = [0]
     for size in (scales, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2)):
         starts.append(starts[-1] + ceil_div(size, 16) * 16)
-    return Offsets(scale_stride, *starts[1:5]), starts[5]
+    return Offsets(stride, *starts[1:5]), starts[5]
 
 
 class Prepared(NamedTuple):
@@ -192,9 +192,8 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _plan(scales: tuple[int, int], rows: int, cols: int, rank: int, c: float, scale_dtype: str, scaled: bool) -> _Plan:
     """What depends on shapes and constants only."""
-    stride = 0 if scales[0] == 1 and rows > 1 else scales[1]
     count = scales[0] * scales[1]
-    offsets, size = layout(stride, count, rows, cols, rank)
+    offsets, size = layout(scale_stride(scales), count, rows, cols, rank)
     padded = max(1, power_of_2(rank))
     block = max(16, min(128, 4096 // padded))
     programs = ceil_div(count, SCALE_BLOCK) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
@@ -233,8 +232,7 @@ def prepare(
     scale0 = scale0.contiguous()
     if A is None or B is None or not A.shape[0]:
         if shift is None:
-            stride = 0 if scale0.shape[0] == 1 and rows > 1 else scale0.shape[1]
-            return Prepared(scale0, None, Offsets(stride), 0)
+            return Prepared(scale0, None, Offsets(scale_stride(scale0.shape)), 0)
         A = B = None
         rank = cols = 0
     else:

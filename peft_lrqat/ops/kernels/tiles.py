@@ -11,10 +11,12 @@ All arithmetic is that of `ops/reference.py`, operation for operation, in fp32: 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from ..reference import BaseFormat
 
 #: Whether Triton interprets kernels on the CPU. There, products of bf16 are wrong and conversion to it truncates.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -185,6 +187,11 @@ class Tiling(NamedTuple):
         """Programs: the columns first, so that neighbours share rows of the base."""
         return self.columns, ceil_div(self.rows, self.loop)
 
+    def constants(self, fmt: BaseFormat, rank: int) -> dict[str, Any]:
+        """What kernels that call `rounded_levels` on these tiles take first."""
+        shape = {"BM": self.BM, "BN": self.BN, "FULL": self.full}
+        return {"GROUP": self.group, "RANK": rank, "BITS": fmt.bits, "DOWNCAST": fmt.downcast, **shape}
+
 
 @functools.lru_cache(maxsize=1024)
 def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool = True) -> Tiling:
@@ -200,6 +207,11 @@ def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool =
         (n for n in (8, 4, 2) if loops and rows % (BM * n) == 0 and columns * of_rows // n >= ENOUGH_PROGRAMS), 1
     )
     return Tiling(columns, of_rows, group, BM, BN, loop, rows % BM == 0 and group % BN == 0)
+
+
+def scale_stride(scales: tuple[int, ...]) -> int:
+    """Elements from the scales of one row to those of the next: 0 where all rows share them."""
+    return 0 if scales[0] == 1 else scales[1]
 
 
 # triton.cdiv and triton.next_power_of_2, which on the host cost as much as a launch

@@ -69,13 +69,7 @@ def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offset
         words,
         fmt.in_features,
         rows,
-        GROUP=tiles.group,
-        RANK=rank,
-        BITS=fmt.bits,
-        DOWNCAST=fmt.downcast,
-        BM=tiles.BM,
-        BN=tiles.BN,
-        FULL=tiles.full,
+        **tiles.constants(fmt, rank),
         LOOP=tiles.loop,
     )
 
