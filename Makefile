@@ -29,11 +29,11 @@ slow: $(STAMP) ## Run the tests that take longer than CI should
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 engines: $(STAMP) ## One checkpoint in every format and engine (makes .venv-vllm, -gptq, -onnx: 6 GB, on the first call)
-	$(PYTHON) tests/engines/matrix.py $(ARGS)
+	$(PYTHON) engines/matrix.py $(ARGS)
 
 grids: $(STAMP) ## Many grids, token by token: vLLM and llama.cpp beside transformers
-	$(PYTHON) tests/engines/run.py $(ARGS)
-	$(BIN)/python tests/engines/llama_cpp.py $(filter-out --%,$(ARGS))
+	$(PYTHON) engines/run.py $(ARGS)
+	$(BIN)/python engines/llama_cpp.py $(filter-out --%,$(ARGS))
 
 quality: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff check .

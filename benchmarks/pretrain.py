@@ -109,7 +109,7 @@ class BitLinear(nn.Module):
         self.weight, self.act_bits = linear.weight, act_bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from peft_lrqat.ops.low_bit import quantize_activations
+        from peft_lrqat.ops.activations import quantize_activations
 
         with torch.autocast(x.device.type, enabled=False):
             scale = self.weight.abs().mean().clamp(min=1e-5)
@@ -187,7 +187,7 @@ def held_out_loss(model: nn.Module, windows: torch.Tensor, size: int) -> torch.T
 
 def watched(model: nn.Module) -> Any:
     """A low-bit weight from the middle of the model, or None."""
-    from peft_lrqat.lowbit_sr import LowBitTensor
+    from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 
     found = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
     return found[len(found) // 2] if found else None

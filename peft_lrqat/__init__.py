@@ -4,14 +4,14 @@ Importing this package registers its tuner types with PEFT; everything else is P
 """
 
 from ._version import __version__
+from .calibration import preprocess_gptq
 from .checkpoint.export import can_export, export
-from .gptq import preprocess_gptq
+from .checkpoint.load import load_quantized
 from .grid import Grid
-from .lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
-from .lrqat import LRQATConfig, LRQATLayer, LRQATModel
-from .quantized import load_quantized
 from .registration import register
-from .training.optim import create_lrqat_optimizer
+from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
+from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
+from .tuners.lrqat.optim import create_lrqat_optimizer
 
 __all__ = [
     "Grid",

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint.model_card import write_atomically
+from .files import write_atomically
 
 FILE_NAME = "peft_lrqat_autoload.pth"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from peft_lrqat.checkpoint.linear import QuantizedLinear
-from peft_lrqat.lrqat import LRQATLinear
+from peft_lrqat.modules.packed import QuantizedLinear
+from peft_lrqat.tuners.lrqat import LRQATLinear
 from tests.models import FAMILIES, adapted, logits, reload_clean, tiny, tokens, train
 
 CONFIG = {"bits": 3, "group_size": 8, "range_method": "minmax", "container_bits": 4}

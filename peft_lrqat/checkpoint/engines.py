@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .source import LayerInfo
+from ..formats.source import LayerInfo
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from .formats import Loss, Problem, Settings, Writer, Written, make_options, writer
-from .model_card import card_text, write_atomically
-from .shards import parse_size
-from .source import Source, open_source
+from ..files import write_atomically
+from ..formats.shards import parse_size
+from ..formats.source import Source
+from ..formats.writer import Loss, Problem, Settings, Writer, Written, make_options, writer
+from .card import card_text
+from .open import open_source
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -149,7 +151,7 @@ def export(
         model_or_dir: a merged model; a PeftModel with LR-QAT or low-bit SR adapters, which stays as it is; the folder
             of either, as `save_pretrained` wrote it. An adapter's folder loads the base model.
         out: the folder to write.
-        format: "compressed-tensors", "gptq", "bitnet", "torchao", ... (`peft_lrqat.checkpoint.formats.FORMATS`).
+        format: "compressed-tensors", "gptq", "bitnet", "torchao", ... (`peft_lrqat.formats.FORMATS`).
         tokenizer: a tokenizer or the folder of one, which is saved too, with its chat template. None: the one in the
             source's folder, if there is one.
         container_bits: width of the stored codes, at least the grid's; None: what training chose.

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 
-from ..grid import Grid
-from . import trained
-from .source import GridTensor, LayerInfo, Source
+from ..formats import record as trained
+from ..formats.source import LayerInfo, Source
+from ..grid import Grid, GridTensor
 
 
 class FolderSource(Source):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..formats import bitnet, gptq
 from ..grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
+from ..modules.rounded_input import ACTIVATION_LEVELS
 from ..packing import unpack, words_per_row
-from . import bitnet, gptq
-from .activations import ACTIVATION_LEVELS
 from .folder import DTYPES, FolderSource
 
 _TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoint.inspection import Inspection
-from ..checkpoint.verification import Verification
+from ..checkpoint.inspect import Inspection
+from ..checkpoint.verify import Verification
 
 _BAR = 40  # characters
 _ROWS = 24  # a grid with more codes is drawn in bins

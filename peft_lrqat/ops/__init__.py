@@ -1,6 +1,6 @@
 """The few operations that cost time: plain PyTorch references, Triton kernels, and `torch.library` over both."""
 
-from .library import quantized_linear, trained_scale
-from .select import use_kernels
+from .dispatch import use_kernels
+from .linear import quantized_linear, trained_scale
 
 __all__ = ["quantized_linear", "trained_scale", "use_kernels"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..chunks import row_chunks
 from ..grid import grouped
 from .factors import round_factors
-from .reference import BaseFormat, build_weight, rounded_levels
+from .reference import build_weight, rounded_levels
+from .stored_base import BaseFormat
 
 
 def _rows_of(per_row: Tensor | None, rows: slice) -> Tensor | None:
@@ -73,7 +74,7 @@ def _embedding_backward(
     bits: int,
     downcast: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scale, A and B, fp32; the formulas of `lrqat/layer.py` with G = dY scattered to its rows."""
+    """Gradients of scale, A and B, fp32; the formulas of `tuners/lrqat/layer.py` with G = dY scattered to its rows."""
     width = dy.shape[-1]
     fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
     qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
+from .dispatch import kernels_for, on_device_of, plain
 from .reference import rows_of
-from .select import kernels_for, on_device_of, plain
 
 _NAMESPACE = "peft_lrqat"
 
@@ -85,7 +85,7 @@ def _linear_impl(
         return torch.nn.functional.linear(x, weight, bias)
 
 
-# as in `library.py`: ops for torch.compile, the same functions in eager mode, whose dispatch costs less
+# as in `linear.py`: ops for torch.compile, the same functions in eager mode, whose dispatch costs less
 _linear_op = torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear", _linear_impl, mutates_args=())
 
 
@@ -202,31 +202,3 @@ def low_bit_linear(
     learned = scale if ternary_scale is None else ternary_scale
     detached = None if ternary_scale is None else ternary_scale.detach()
     return _LowBitLinear.apply(x, weight, learned, bias, packed, scale.detach(), detached, factor, bits)
-
-
-def quantize_activations(x: Tensor, levels: float) -> Tensor:
-    """Per-token absmax activations on an 8-bit grid, straight-through (BitNet b1.58, arXiv 2402.17764).
-
-    Args:
-        x: (..., in), a token per row.
-        levels: how many steps the largest magnitude of a token takes: 127 in BitNet, 127.5 in compressed-tensors.
-
-    Returns:
-        (..., in) in x's dtype: clip(round(x / a), -128, 127) * a with a = max |x| / levels.
-    """
-    with torch.no_grad():
-        wide = x.float()
-        largest = wide.abs().amax(dim=-1, keepdim=True)
-        if levels == 127:  # the operations, in the order, of transformers' `ActQuant`
-            scale = 127 / largest.clamp(min=1e-5)
-            rounded = ((wide * scale).round().clamp(-128, 127) / scale).to(x.dtype)
-        else:
-            rounded = _compressed_tensors_activations(x, largest, levels)
-    return x + (rounded - x).detach() if x.requires_grad else rounded
-
-
-def _compressed_tensors_activations(x: Tensor, largest: Tensor, levels: float) -> Tensor:
-    # compressed-tensors keeps the scale in the activations' dtype, and computes in it
-    scale = (largest / levels).to(x.dtype)
-    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-    return (x / scale).round().clamp(-128, 127) * scale

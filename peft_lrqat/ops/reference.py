@@ -1,8 +1,8 @@
-"""References, in plain PyTorch with fp32 inside, of the operations in `library.py`.
+"""References, in plain PyTorch with fp32 inside, of the operations in this folder.
 
-Names: `base` is the frozen weight in grid steps as `FrozenWeight` stores it (`peft_lrqat/lrqat/base.py`), `factors` are
-the low-rank factors A~ (R, in) and B~ (out, R) in grid steps as `factors.py` rounds them, T is the number of tokens.
-Everything weight-sized in fp32 lives for one row chunk only.
+Names: `base` is the frozen weight in grid steps as `stored_base.py` stores it, `factors` are the low-rank factors
+A~ (R, in) and B~ (out, R) in grid steps as `factors.py` rounds them, T is the number of tokens. Everything weight-sized
+in fp32 lives for one row chunk only.
 """
 
 from __future__ import annotations
@@ -14,56 +14,8 @@ import torch
 
 from ..chunks import row_chunks
 from ..grid import grouped
-from ..packing import unpack
 from .factors import Factors, round_factors
-
-#: What a frozen base can be stored as: fixed point, packed codes, or floats (kept as raw bits).
-DOWNCASTS = ("fx8", "int", "bf16", "fp16", "fp32")
-_FLOAT_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class BaseFormat(NamedTuple):
-    """How to read a stored base: the grid's bits, in_features, and one of `DOWNCASTS`."""
-
-    bits: int
-    in_features: int
-    downcast: str
-
-
-def encode_base(levels: torch.Tensor, bits: int, downcast: str) -> torch.Tensor:
-    """Store W0 / s0 + z, the weight in centred grid steps (LR-QAT eq. 6 and 7: the downcasting operator phi).
-
-    fx8 is 8-bit fixed point with 8 - bits fraction bits. The stored integer n stands for the *middle* of its cell,
-    (n + 1/2) / 2^(8-bits): no value lies on a rounding tie, so rounding the stored base gives the codes that rounding
-    W0 gives (only a weight that itself lies on a tie goes up, not to even), and every backend agrees about them. (The
-    paper stores cell edges: one weight in 2^(8-bits) then sits on a tie, and the smallest A B flips it.)
-
-    Args:
-        levels: (rows, in) fp32, centred grid steps. Overwritten.
-
-    Returns:
-        An integer tensor (rows, words), so that no `.to(dtype)` ever changes it: int8 for fx8, packed int32 for int,
-        int16 / int32 bit patterns for the float formats.
-    """
-    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    if downcast == "fx8":
-        return levels.clamp_(qmin, qmax).mul_(1 << (8 - bits)).floor_().to(torch.int8)
-    if downcast == "int":
-        from ..packing import pack
-
-        return pack(levels.round_().clamp_(qmin, qmax).to(torch.int8), bits)
-    return levels.to(_FLOAT_BITS[downcast]).view(torch.int32 if downcast == "fp32" else torch.int16)
-
-
-def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
-    """Inverse of `encode_base` up to its rounding: fp32 (rows, in), centred grid steps."""
-    if fmt.downcast == "fx8":
-        step = 2.0 ** (fmt.bits - 8)
-        return torch.add(torch.tensor(0.5 * step, dtype=torch.float32), base, alpha=step)  # one kernel
-    if fmt.downcast == "int":
-        return unpack(base, fmt.bits, fmt.in_features).float()
-    # a copy even from fp32: callers round in place, and must not round the stored base
-    return base.view(_FLOAT_BITS[fmt.downcast]).to(torch.float32, copy=True)
+from .stored_base import BaseFormat, decode_base
 
 
 @contextlib.contextmanager
@@ -153,3 +105,146 @@ def _outside(levels: torch.Tensor, qmin: int, qmax: int) -> tuple[torch.Tensor, 
         return empty, empty
     row, column = ((levels < qmin) | (levels > qmax)).nonzero(as_tuple=True)
     return row, column
+
+
+# -- backward
+
+# Above this share of clipped entries, correcting them one by one costs more than the dense product.
+_SPARSE_LIMIT = 0.02
+
+
+def keeps_output(scale: torch.Tensor, device: torch.device) -> bool:
+    """Whether the backward goes without G, and then wants Y: where one scale serves a row, on a CPU."""
+    return scale.shape[1] == 1 and device.type == "cpu"
+
+
+class Gradients(NamedTuple):
+    """Gradients of `quantized_linear`; None where not asked for. (In this module `shift` holds that of the scale s.)"""
+
+    x: torch.Tensor | None
+    shift: torch.Tensor | None
+    A: torch.Tensor | None
+    B: torch.Tensor | None
+
+
+def linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    factors: Factors | None,
+    fmt: BaseFormat,
+    need_x: bool,
+    need_scale: bool,
+    need_AB: bool,
+) -> Gradients:
+    """Gradients of y = x W^T (see `tuners/lrqat/layer.py` for the formulas).
+
+    Args:
+        dy, x: (T, out) and (T, in), one dtype.
+        y: (T, out), the output without bias, or None; spares the dense product for the scale gradient.
+
+    Returns:
+        dx in x's dtype; the others fp32. A's and B's are those of A~ and B~.
+
+    On a CPU, with one scale per row or per tensor, G = dY^T X is never formed: A and B cost what they cost in LoRA and
+    the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is formed a row chunk at a time.
+    """
+    if not (need_scale or need_AB):
+        weight = build_weight(base, scale, zero_point, factors, fmt, dy.dtype)
+        return Gradients(torch.mm(dy, weight), None, None, None)
+    if not keeps_output(scale, dy.device) or (need_scale and y is None):
+        return _dense_backward(dy, x, base, scale, zero_point, factors, fmt, need_x, need_scale, need_AB)
+
+    clipped: list[tuple[torch.Tensor, torch.Tensor]] = []
+    weight = build_weight(base, scale, zero_point, factors, fmt, dy.dtype, clipped if need_AB else None)
+    dx = torch.mm(dy, weight) if need_x else None
+    del weight
+    if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
+        return _dense_backward(dy, x, base, scale, zero_point, factors, fmt, False, need_scale, need_AB)._replace(x=dx)
+    ds = dA = dB = None
+    if need_scale:
+        assert y is not None
+        ds = _per_row(dy, y).unsqueeze(1)  # sum_t dY Y = s * sum_i G Q
+        ds = (ds / scale).sum().view(1, 1) if scale.shape[0] == 1 else ds / scale
+    if need_AB:
+        assert factors is not None
+        dA, dB = _low_rank_backward(dy, x, scale, factors, clipped)
+    return Gradients(dx, ds, dA, dB)
+
+
+def _per_row(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """sum over tokens of dy * y, fp32 (out,), without a (T, out) temporary in fp32 for low-precision inputs."""
+    total = torch.zeros(dy.shape[1], device=dy.device)
+    for tokens in row_chunks(dy.shape[0], dy.shape[1], dy.device):
+        total += (dy[tokens].float() * y[tokens].float()).sum(dim=0)
+    return total
+
+
+def _low_rank_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    factors: Factors,
+    clipped: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dA (R, in) and dB (out, R) from LoRA-sized products: dZ = s * G but for the clipped entries, where it is 0."""
+    A, B = factors
+    xA = torch.mm(x, A.to(x.dtype).t())  # (T, R)
+    dB = torch.mm(dy.t(), xA).float() * scale
+    sB = (B * scale).to(dy.dtype)
+    dA = torch.mm(torch.mm(dy, sB).t(), x).float()
+    row = torch.cat([r for r, _ in clipped])
+    column = torch.cat([c for _, c in clipped])
+    if row.numel():
+        # G at the clipped entries only, some at a time: two (T, n) gathers
+        s = scale.expand(dy.shape[1], 1).squeeze(1)
+        for part in row_chunks(row.numel(), dy.shape[0], dy.device):
+            j, i = row[part], column[part]
+            g = (dy[:, j].float() * x[:, i].float()).sum(dim=0) * s[j]
+            dB.index_add_(0, j, A[:, i].t() * g.unsqueeze(1), alpha=-1)
+            dA.index_add_(1, i, B[j].t() * g, alpha=-1)
+    return dA, dB
+
+
+def _dense_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    factors: Factors | None,
+    fmt: BaseFormat,
+    need_x: bool,
+    need_scale: bool,
+    need_AB: bool,
+) -> Gradients:
+    """All gradients through G = dY^T X, a chunk of rows at a time. No host-device synchronisation."""
+    qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
+    ds = torch.zeros_like(scale) if need_scale else None
+    dB = torch.empty_like(factors.B) if need_AB and factors else None
+    dA = torch.zeros_like(factors.A) if need_AB and factors else None
+    weight = torch.empty(base.shape[0], fmt.in_features, dtype=dy.dtype, device=dy.device) if need_x else None
+    for rows in row_chunks(base.shape[0], fmt.in_features, dy.device):
+        s = rows_of(scale, rows).unsqueeze(-1)
+        levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
+        inner = levels.clamp(qmin, qmax)
+        Q = grouped(inner, scale)
+        if zero_point is not None:
+            Q = Q - rows_of(zero_point, rows).unsqueeze(-1)
+        if weight is not None:
+            weight[rows] = (Q * s).view_as(levels)
+        G = torch.mm(dy[:, rows].t(), x).float()
+        if ds is not None:
+            per_scale = (grouped(G, scale) * Q).sum(dim=-1)
+            if scale.shape[0] == 1:
+                ds += per_scale.sum(dim=0, keepdim=True)  # per tensor; or one row of groups
+            else:
+                ds[rows] = per_scale
+        if dA is not None and dB is not None and factors is not None:
+            dZ = (grouped(G, scale) * s).view_as(G).mul_(levels == inner)
+            dB[rows] = torch.mm(dZ, factors.A.t())
+            dA.addmm_(factors.B[rows].t(), dZ)
+    return Gradients(None if weight is None else torch.mm(dy, weight), ds, dA, dB)

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from peft_lrqat import can_export, export
-from peft_lrqat.checkpoint import formats
-from peft_lrqat.checkpoint.shards import ShardWriter, parse_size
-from peft_lrqat.checkpoint.source import open_source
+from peft_lrqat.checkpoint.open import open_source
+from peft_lrqat.formats import writer as formats
+from peft_lrqat.formats.shards import ShardWriter, parse_size
 from peft_lrqat.grid import Grid
-from tests.checkpoint.grids import on_grid
 from tests.checkpoint.test_merge import read
-from tests.lrqat.memory import LiveBytes
+from tests.grids import on_grid
+from tests.memory import LiveBytes
 from tests.models import adapted, logits, tiny, tokens, train
 
 GRID = Grid(4, 32)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_lrqat.checkpoint.activations import BitNetLinear, Int8Linear
-from peft_lrqat.checkpoint.linear import MERGED, QuantizedLinear
-from peft_lrqat.lowbit_sr import LowBitSRLinear
-from peft_lrqat.lrqat import LRQATLinear
+from peft_lrqat.modules.packed import MERGED, QuantizedLinear
+from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
+from peft_lrqat.tuners.lowbit_sr import LowBitSRLinear
+from peft_lrqat.tuners.lrqat import LRQATLinear
 from tests.checkpoint.test_merge import read
 from tests.models import adapted, logits, low_bit, reload_clean, tiny, tokens, train
 

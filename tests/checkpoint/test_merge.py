@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
-from peft_lrqat.checkpoint.linear import QuantizedLinear
-from peft_lrqat.lrqat import LRQATLinear
+from peft_lrqat.modules.packed import QuantizedLinear
+from peft_lrqat.tuners.lrqat import LRQATLinear
 from tests.models import adapted, logits, reload_clean, tiny, tokens, train
 
 # qwen2 has biases on q, k and v; 40 columns of 3, 5 or 7 bits do not fill their last word

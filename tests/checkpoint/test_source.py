@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from peft_lrqat.checkpoint.source import GridTensor, Source, open_source
+from peft_lrqat.checkpoint.open import open_source
+from peft_lrqat.formats.source import Source
+from peft_lrqat.grid import GridTensor
 from tests.checkpoint.test_merge import read
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 

@@ -7,13 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from peft_lrqat.checkpoint.linear import QuantizedLinear
 from peft_lrqat.chunks import row_chunks
 from peft_lrqat.grid import Grid, GridTensor, snap_scale
+from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.ops import kernels, use_kernels
 from peft_lrqat.ops.factors import round_factors
-from peft_lrqat.ops.reference import DOWNCASTS, BaseFormat, build_weight, encode_base, rounded_levels
-from tests.ops.problems import Problem, gradients, ours, plain, problem
+from peft_lrqat.ops.reference import build_weight, rounded_levels
+from peft_lrqat.ops.stored_base import DOWNCASTS, BaseFormat, encode_base
+from tests.problems import Problem, gradients, ours, plain, problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [(bits, downcast) for bits in (2, 3, 4, 8) for downcast in DOWNCASTS if (bits, downcast) != (8, "fx8")]

@@ -3,15 +3,14 @@ import torch
 
 from peft_lrqat import chunks
 from peft_lrqat.grid import Grid, snap_scale
-from peft_lrqat.ops import backward, quantized_linear, reference, trained_scale
+from peft_lrqat.ops import quantized_linear, reference, trained_scale
 from peft_lrqat.ops.factors import factor_bits, round_factors
-from peft_lrqat.ops.reference import BaseFormat, codes, decode_base, encode_base
-from tests.ops.problems import COLS, ROWS, Problem, gradients, ours, plain, problem
+from peft_lrqat.ops.reference import codes
+from peft_lrqat.ops.stored_base import DOWNCASTS, BaseFormat, decode_base, encode_base
+from tests.problems import COLS, ROWS, Problem, gradients, ours, plain, problem
 
 GRANULARITY = (9, -1, 0)
-KINDS = [
-    (bits, downcast) for bits in (2, 3, 4, 8) for downcast in reference.DOWNCASTS if (bits, downcast) != (8, "fx8")
-]
+KINDS = [(bits, downcast) for bits in (2, 3, 4, 8) for downcast in DOWNCASTS if (bits, downcast) != (8, "fx8")]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, rtol: float = 2e-5) -> None:
@@ -91,8 +90,8 @@ def test_views_and_expanded_gradients():
 )
 def test_both_ways_through_backward_are_taken(monkeypatch, group_size, clip, dense):
     calls = []
-    whole = backward._dense_backward
-    monkeypatch.setattr(backward, "_dense_backward", lambda *args: calls.append(1) or whole(*args))
+    whole = reference._dense_backward
+    monkeypatch.setattr(reference, "_dense_backward", lambda *args: calls.append(1) or whole(*args))
     check(problem(group_size=group_size, clip=clip))
     assert len(calls) == dense
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from peft_lrqat.grid import Grid, grouped, quantize
-from peft_lrqat.ops.low_bit import low_bit_linear, low_bit_weight, mean_code, quantize_activations
+from peft_lrqat.ops.activations import quantize_activations
+from peft_lrqat.ops.low_bit import low_bit_linear, low_bit_weight, mean_code
 from peft_lrqat.packing import pack
 from peft_lrqat.ranges import choose_range
 

@@ -10,11 +10,11 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat import LowBitAdamW
 from peft_lrqat.grid import Grid
-from peft_lrqat.lowbit_sr import LowBitTensor
 from peft_lrqat.ops import use_kernels
 from peft_lrqat.ops.low_bit import low_bit_linear, low_bit_weight, mean_code
 from peft_lrqat.packing import pack
 from peft_lrqat.rounding import random_words
+from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = (1.58, 2, 3, 4, 8)

@@ -1,15 +1,15 @@
-"""Triton kernels of the operations in `ops/library.py`; the references beside them say what they compute.
+"""Triton kernels of the operations in `ops/linear.py`; the references beside them say what they compute.
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point
 weight.py     W^ in one pass
 backward.py   masks, scales and sums of the backward, around the vendor library's products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
-low_bit_update.py   the optimizer step on packed codes
+low_bit_step.py   the optimizer step on packed codes
 """
 
 from .backward import keeps_output, linear_backward
-from .low_bit_update import low_bit_update
+from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
 from .prepare import prepare
 from .weight import build_weight

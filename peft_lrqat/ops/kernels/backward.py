@@ -1,4 +1,4 @@
-"""The backward of `quantized_linear` on a GPU; formulas in `lrqat/layer.py`, reference in `ops/backward.py`.
+"""The backward of `quantized_linear` on a GPU; formulas in `tuners/lrqat/layer.py`, reference in `ops/reference.py`.
 
 Products are the vendor library's, in the compute dtype, and kernels do what is between them. Nothing is read by the
 host. Two ways:
@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backward import Gradients
-from ..reference import BaseFormat
+from ..reference import Gradients
+from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared, prepare
 from .tiles import INTERPRETED, a_tile, b_tile, ceil_div, load, power_of_2, rounded_levels, store, tile_columns, tiling
@@ -56,7 +56,7 @@ def linear_backward(
     need_shift: bool,
     need_AB: bool,
 ) -> Gradients:
-    """Gradients of y = x W^T, as `ops/library.py` wants them: of x, the shift, A and B; see there for the arguments."""
+    """Gradients of y = x W^T, as `ops/linear.py` wants them: of x, the shift, A and B; see there for the arguments."""
     rows, groups = base.shape[0], scale0.shape[1]
     by_rows = keeps_output(groups, fmt.bits) and (y is not None or not need_shift)
     if need_AB and not (A is not None and B is not None and A.shape[0]):

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import BaseFormat
+from ..stored_base import BaseFormat
 from .launch import Kernel, Launch, launched
 from .prepare import prepare
 from .tiles import load, round_half_even, scale_stride, store, stored_levels, tile_columns, tiling

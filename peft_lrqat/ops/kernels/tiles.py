@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..reference import BaseFormat
+from ..stored_base import BaseFormat
 
 #: Whether Triton interprets kernels on the CPU. There, products of bf16 are wrong and conversion to it truncates.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

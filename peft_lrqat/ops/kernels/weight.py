@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import BaseFormat
+from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared
 from .tiles import load, rounded_levels, store, tile_columns, tiling

@@ -1,0 +1,135 @@
+"""`preprocess_gptq`: quantize a float model with GPTQ, on calibration text, for LR-QAT to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..formats import record as trained
+from ..modules.packed import MERGED, QuantizedLinear, describe_packed
+from ..tuners.lrqat import LRQATConfig, LRQATModel
+from .calibrate import BlockInputs, collect_hessians
+from .gptq import gptq_round
+
+
+@torch.no_grad()
+def preprocess_gptq(
+    model: nn.Module,
+    config: LRQATConfig,
+    calibration: Iterable[Mapping[str, torch.Tensor] | torch.Tensor | str],
+    tokenizer: Any = None,
+    *,
+    length: int = 1024,
+    damping: float = 0.01,
+    progressbar: bool = True,
+) -> None:
+    """Quantize the layers that `config` targets with GPTQ, in place (compare PEFT's `preprocess_corda`).
+
+    Afterwards the model is an ordinary quantized one. `save_pretrained` writes it; `get_peft_model(model, config)`
+    starts LR-QAT from its integers and scales.
+
+        preprocess_gptq(model, config, texts, tokenizer)
+        model.save_pretrained("base-w4")            # adapters belong to this base
+        model = get_peft_model(model, config)
+
+    Args:
+        model: a float causal language model of transformers.
+        config: its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`, `scale_dtype`) and
+            target modules are used.
+        calibration: texts, or token ids (batch, length), or what the model takes (`input_ids`, `attention_mask`), for
+            instance from a DataLoader. 64 to 256 windows of 1024 tokens are usual.
+        tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
+        length: tokens a window; only for texts.
+        damping: see `gptq_round`.
+        progressbar: show the blocks go by.
+
+    Raises:
+        ValueError: there is no calibration text, or the targeted layers are not those of decoder blocks: nothing was
+            changed then. Or no token reached a layer, or its Hessian could not be factored: blocks before it are
+            quantized by then, so load the model again.
+
+    Memory: above the float model, the hidden states of the calibration tokens, and, for a block at a time, an fp32
+    (in, in) matrix for each distinct layer input.
+    """
+    if any(isinstance(module, MERGED) for module in model.modules()):
+        raise ValueError("`model` is quantized already; GPTQ starts from the float model.")
+    targets = LRQATModel.find_targets(model, config)
+    name, blocks, layers = _blocks(model, targets)
+    batches = list(_batches(model, calibration, tokenizer, length))
+    was_training = model.training
+    model.eval()
+    inputs = BlockInputs(model, blocks, batches)
+    described = tqdm(list(enumerate(blocks)), desc="GPTQ", disable=not progressbar)
+    for index, block in described:
+        own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.{index}.")}
+        hessians = collect_hessians(inputs, index, block, own)
+        for key, layer in own.items():
+            if key not in hessians:
+                raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out of "
+                                 "`target_modules`, or give more text.")  # fmt: skip
+            parent, _, last = key.rpartition(".")
+            setattr(model.get_submodule(parent), last, _quantized(layer, hessians.pop(key), config, damping))
+        inputs.hidden = inputs.run(index, block)
+    model.train(was_training)
+    if getattr(model, "config", None) is not None:
+        describe_packed(model)
+        setattr(model.config, trained.KEY, trained.record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
+
+
+def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, damping: float) -> QuantizedLinear:
+    weight = gptq_round(
+        layer.weight,
+        hessian,
+        config.grid,
+        range_method=config.range_method,
+        range_p=config.range_p,
+        scale_dtype=config.scale_dtype,
+        damping=damping,
+    )
+    quantized = QuantizedLinear(weight, layer.bias, config.stored_bits, layer.weight.dtype)
+    return quantized.train(layer.training)
+
+
+def _blocks(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
+    """(name, the list of decoder blocks, the targeted layers by name)."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, blocks in lists:  # outer lists come first
+        inside = {key: module for key, module in targets.items() if key.startswith(name + ".")}
+        if len(inside) == len(targets) and inside:
+            others = [key for key, module in inside.items() if not isinstance(module, nn.Linear)]
+            if others:
+                raise ValueError(
+                    f"`target_modules` names {others[0]!r}, a {type(inside[others[0]]).__name__}; GPTQ here is for "
+                    "nn.Linear. Use the ranges of LRQATConfig for it (`range_method='lp'`)."
+                )
+            return name, blocks, inside  # type: ignore[return-value]  # checked just now
+    raise ValueError(
+        "GPTQ goes through the decoder blocks one by one, but the targeted modules are not all inside one list of "
+        "blocks. Leave out embeddings and the output layer, for instance with `target_modules='all-linear'`."
+    )
+
+
+def _batches(model: Any, calibration: Iterable[Any], tokenizer: Any, length: int) -> Iterable[dict[str, torch.Tensor]]:
+    items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
+    texts = [item for item in items if isinstance(item, str)]
+    if texts:
+        if tokenizer is None or len(texts) < len(items):
+            raise ValueError("`calibration` holds texts: give a `tokenizer`, and texts only.")
+        items = _windows(texts, tokenizer, length)
+    if not items:
+        raise ValueError(f"`calibration` is empty, or has fewer tokens than one window (`length={length}`).")
+    device = model.get_input_embeddings().weight.device
+    for item in items:
+        batch = item if isinstance(item, Mapping) else {"input_ids": item}
+        yield {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[torch.Tensor]:
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text)["input_ids"], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    return list(torch.tensor(ids[: len(ids) // length * length]).view(-1, 1, length))

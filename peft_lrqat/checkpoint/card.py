@@ -1,0 +1,164 @@
+"""Model cards: of an adapter (the import line) and of a merged checkpoint (what was done)."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+from ..files import write_atomically
+from ..modules.packed import MERGED
+
+if TYPE_CHECKING:
+    from ..tuners.common.config import GridConfig
+
+_IMPORT_LINE = "import peft_lrqat"
+
+
+def add_import_note(folder: str | os.PathLike, method: str, peft_type: str, grid: str) -> None:
+    """Add to an adapter's README.md how to load it; without the import, PEFT raises a bare KeyError."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _IMPORT_LINE in text:
+        return
+    note = f"""
+## Loading this {method} adapter
+
+The weights of this adapter are integers ({grid}). PEFT knows the method once
+[peft-lrqat](https://pypi.org/project/peft-lrqat/) is imported; without the import it raises `KeyError: '{peft_type}'`.
+
+```python
+{_IMPORT_LINE}  # pip install peft-lrqat
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/or/repo")
+merged = model.merge_and_unload()  # a quantized model that needs neither PEFT nor peft-lrqat
+```
+"""
+    write_atomically(path, text.rstrip("\n") + "\n" + note)
+
+
+def attach_card(model: nn.Module, config: GridConfig) -> None:
+    """Make `save_pretrained` write a README.md beside the checkpoint, if none exists, and `push_to_hub` push it."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    text = _card(model, config)
+    object.__setattr__(model, "save_pretrained", partial(_save_with_card, model, text))
+    object.__setattr__(model, "_upload_modified_files", partial(_upload_with_card, model, text))
+
+
+def _save_with_card(model: Any, text: str, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    path = Path(save_directory) / "README.md"
+    if kwargs.get("is_main_process", True) and not path.exists() and path.parent.is_dir():
+        write_atomically(path, text)
+    return result
+
+
+def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    # push_to_hub writes an automatic card over the one that save_pretrained wrote; a card the repository has is kept
+    path = Path(working_dir) / "README.md"
+    if path.exists() and "This model card has been automatically generated" in (made := path.read_text("utf-8")):
+        card: Any = ModelCard(text)  # its `data` are typed as those of any card, without `tags`
+        made_tags: list[str] = ModelCard(made).data.get("tags") or []
+        card.data.tags = [*card.data.tags, *(tag for tag in made_tags if tag not in card.data.tags)]
+        write_atomically(path, card.content)
+    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
+
+
+def how_to_load(
+    install: str = "",
+    load: str = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained",
+) -> str:
+    """A card's section on loading, in Markdown.
+
+    Args:
+        install: what pip must install first.
+        load: the lines that load a model, up to the call's parenthesis.
+    """
+    first = f"# pip install {install}\n" if install else ""
+    return f'```python\n{first}{load}("path/or/repo")\n```\n\n```bash\nvllm serve path/or/repo\n```'
+
+
+def _card(model: nn.Module, config: GridConfig) -> str:
+    quantized = [m for m in model.modules() if isinstance(m, MERGED)]
+    weights = sum(m.in_features * m.out_features for m in quantized)
+    packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
+    described = getattr(model.config, "quantization_config", None) or {}
+    form = described.get("format", "2 bits").replace("quantized", f"quantized, {config.stored_bits} bits")
+    return card_text(
+        origin=config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model",
+        title=f"{config.bits} bits, trained with {config.method}",
+        tags=[config.export_format or "", config.method.lower().replace(" ", "-"), "qat", f"{config.bits}-bit"],
+        grid=config.stored_grid.describe(),
+        container=f"{described.get('quant_method')} {form}" if weights else "dense, values on the grid",
+        layers=len(quantized),
+        weights=weights,
+        packed_bytes=packed,
+        total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        scale_dtype=config.scale_dtype,
+        recipe=config.recipe(),
+        usage=how_to_load(),
+    )
+
+
+def card_text(
+    *,
+    origin: str,
+    title: str,
+    tags: list[str],
+    grid: str,
+    container: str,
+    layers: int,
+    weights: int,
+    packed_bytes: int,
+    total_bytes: int,
+    scale_dtype: str | None,
+    recipe: str | None,
+    usage: str,
+    exact: str = "The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.",
+) -> str:
+    """README.md of a checkpoint on a grid.
+
+    Args:
+        origin: the base model: a repository of the Hub, or a folder, of which only the name is said.
+        packed_bytes: of the quantized layers.
+        usage: Markdown: how to load it.
+        exact: what happened to the trained values.
+    """
+    on_hub = "/" in origin and not os.path.isabs(origin) and not os.path.exists(origin)
+    base = origin if on_hub else Path(origin).name  # a folder's path means nothing to others
+    data = ModelCardData(
+        library_name="transformers",
+        tags=tags,
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+    )
+    size = f"{packed_bytes * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
+    scales = "exact in bf16 and fp16" if scale_dtype == "auto" else scale_dtype or "as found"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {Path(base).name}, {title}
+
+| | |
+|---|---|
+| base model | {base} |
+| grid | {grid} |
+| container | {container} |
+| quantized layers | {layers} linear layers, {weights / 1e6:.1f} M weights |
+| size | {size}{total_bytes / 1e6:.1f} MB in all |
+| scales | {scales} |
+| recipe | {recipe or "unknown"} |
+
+{exact}
+
+{usage}
+
+Made with [peft-lrqat](https://pypi.org/project/peft-lrqat/).
+"""

@@ -1,0 +1,81 @@
+"""What a GGUF file holds, for people."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats.gguf import choice
+from ..formats.gguf.blocks import BLOCK_TYPES
+from ..formats.gguf.reader import GGUFFile
+from ..formats.gguf.writer import GRID_KEY, LAYERS_KEY
+from ..grid import Grid
+from .engines import Engine
+
+
+def inspect_file(path: Path) -> Any:
+    """`inspect` for a GGUF file: an `Inspection`. The histogram counts levels, q - z.
+
+    Raises:
+        ValueError: it is no GGUF file, is damaged, or was not written by this package.
+    """
+    from .inspect import Inspection
+
+    file = GGUFFile(path)
+    names = [name for name in file.metadata.get(LAYERS_KEY, []) if file.tensors[name].type in BLOCK_TYPES]
+    if not names:
+        raise ValueError(f"{path.name} has no tensors that this package wrote from a grid.")
+    grid, group_size, symmetric = _grid(file)
+    counts: Counter[int] = Counter()
+    scales, inexact, weights, layer_bytes = 0, {"float16": 0, "bfloat16": 0}, 0, 0
+    for name in names:
+        stored = file.tensors[name]
+        levels, scale = choice.from_blocks(file.read(name), BLOCK_TYPES[stored.type])
+        low = int(levels.min())
+        for offset, count in enumerate(torch.bincount(levels.flatten().int() - low).tolist()):
+            counts[low + offset] += count
+        scales += scale.numel()
+        inexact["bfloat16"] += int((scale.bfloat16().float() != scale).sum())
+        weights += math.prod(stored.shape)
+        layer_bytes += stored.bytes
+    types = Counter(file.tensors[name].type for name in names)
+    return Inspection(
+        folder=str(path),
+        format="gguf (" + ", ".join(f"{kind.upper()}: {count}" for kind, count in types.most_common()) + ")",
+        grid=grid.describe(),
+        bits=grid.bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        act_bits=None,
+        container_bits=max((BLOCK_TYPES[kind].highest - BLOCK_TYPES[kind].lowest).bit_length() for kind in types),
+        layers=len(names),
+        weights=weights,
+        layer_bytes=layer_bytes,
+        total_bytes=sum(tensor.bytes for tensor in file.tensors.values()),
+        scales=scales,
+        inexact_scales=inexact,
+        scale_dtype=None,
+        recipe=file.metadata.get("general.description"),
+        histogram={level: counts[level] for level in range(min(counts), max(counts) + 1)},
+        engines=_engines(set(types)),
+    )
+
+
+def _grid(file: GGUFFile) -> tuple[Grid, int, bool]:
+    bits, group_size, symmetric = file.metadata[GRID_KEY]
+    # float32 in the file: 1.58 comes back a little off
+    grid = Grid(int(bits) if bits == int(bits) else round(bits, 2), int(group_size), bool(symmetric))
+    return grid, grid.group_size, grid.symmetric
+
+
+def _engines(types: set[str]) -> list[Engine]:
+    new = "q2_0" in types
+    return [
+        Engine("llama.cpp", True, "rounds activations to 8 bits; Q2_0 needs a version of 2026" if new else
+               "rounds activations to 8 bits"),
+        Engine("transformers + gguf", not new, "does not know Q2_0" if new else "as floats"),
+    ]  # fmt: skip

@@ -1,0 +1,286 @@
+"""The format "gguf": one file with weights, hyperparameters, tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ...grid import Grid, GridTensor, snap_scale
+from .. import record as trained
+from ..source import LayerInfo, Source
+from ..writer import Loss, Problem, Settings, Writer, Written
+from . import architectures, choice, floats, tensors
+from .blocks import BLOCK_TYPES
+from .contents import NotExact
+from .spool import Spool
+from .tokenizer import write_tokenizer
+
+#: Metadata of this package's own: which tensors are on a grid, and on which.
+GRID_KEY, LAYERS_KEY = f"{trained.KEY}.grid", f"{trained.KEY}.layers"
+
+#: What `type` may be: "auto" (the smallest exact one, layer by layer), one of ggml's, or float weights.
+TYPES = ("auto", *BLOCK_TYPES, "f32")
+
+# llama.cpp's number for "mostly this type", by which tools describe a file
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11,
+               "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options(Writer.Options):
+    """How a GGUF file is written."""
+
+    type: str = field(
+        default="auto",
+        metadata={
+            "help": "ggml's type of the quantized layers; auto: the smallest that holds each exactly; f32: float "
+            "weights, for tools that pack them themselves."
+        },
+    )
+    embedding_type: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of embeddings and head where they were not trained on a grid; auto: the dtype they have. "
+            "q8_0, and f16 for bf16 weights, round them, and the loss is reported."
+        },
+    )
+    tokenizer_pre: str | None = field(
+        default=None, metadata={"help": "llama.cpp's name of the pre-tokenizer, where it is not recognised."}
+    )
+    vocabulary: bool = field(
+        default=True, metadata={"help": "False: a file without a tokenizer, which takes token ids only."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("type", TYPES), ("embedding_type", floats.FLOAT_TYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+
+
+class GGUFWriter(Writer):
+    """llama.cpp's format."""
+
+    name = "gguf"
+    needs: ClassVar[dict[str, str]] = {"gguf": "gguf"}
+    tokenizer_files = False
+    Options = Options
+    usage = """```bash
+llama-cli -m path/to/file.gguf
+llama-server -m path/to/file.gguf
+```"""
+
+    def problems(self, source: Source, settings: Settings) -> list[Problem]:
+        options: Options = settings.options
+        reason = architectures.unsupported(source.config)
+        if reason is not None:
+            return [Problem(None, reason, "another format, such as 'compressed-tensors'")]
+        found = []
+        if settings.container_bits is not None:
+            found.append(Problem(None, "`container_bits` means nothing in GGUF", "choose the container with `type`"))
+        for name, info in source.grids().items():
+            problem = layer_problem(info, options)
+            if problem is not None:
+                found.append(Problem(name, *problem))
+            elif options.type != "f32":
+                scale = source.scale(name)
+                if not torch.equal(snap_scale(scale, "fp16"), scale):
+                    found.append(Problem(name, *_SCALES, inexact=True))
+        return found
+
+    def write(self, source: Source, folder: Path, settings: Settings, progress: Callable[[str], None]) -> Written:
+        import gguf
+
+        options: Options = settings.options
+        config = source.config
+        writer = gguf.GGUFWriter(None, architectures.ARCHITECTURES[config.model_type].name)
+        _write_general(writer, source)
+        architectures.write_hyperparameters(writer, config)
+        written = Written(notes=architectures.notes(config))
+        if source.act_bits is not None:
+            written.notes.append(
+                "The model was trained with 8-bit activations, one scale a token. llama.cpp rounds activations to 8 "
+                "bits too, with a scale for every 32 or 256 of them."
+            )
+        written.notes += _write_vocabulary(writer, source, settings)
+        with Spool(writer, folder) as spool:
+            types = _write_layers(spool, source, settings, written, progress)
+            _write_floats(spool, source, options, written)
+            grids = Counter(info.grid for info in source.grids().values())
+            writer.add_array(GRID_KEY, grid_metadata(grids.most_common(1)[0][0]))
+            most = types.most_common(1)[0][0]
+            writer.add_file_type(_FILE_TYPES[most])
+            spool.write(folder / f"{_name(source)}-{most.upper()}.gguf")
+        written.container = ", ".join(f"{name.upper()} ({count})" for name, count in types.most_common())
+        return written
+
+
+_SCALES = (
+    "its scales are not exact in fp16, in which GGUF keeps scales",
+    "train with `scale_dtype='auto'` or 'fp16', write floats with `type='f32'`, or let them be rounded with "
+    "`allow_inexact=True`",
+)
+
+
+def layer_problem(info: LayerInfo, options: Options) -> tuple[str, str] | None:
+    """Why a layer cannot be written, and what to do instead; None if it can, as far as shapes tell."""
+    if options.type == "f32":
+        return None
+    grid, columns = info.grid, info.in_features
+    certain = [kind for kind in choice.candidates(grid, columns) if choice.fit(kind, grid, columns).certain]
+    if options.type == "auto":
+        return None if certain else _no_type(info)
+    reason = choice.fit(BLOCK_TYPES[options.type], grid, columns).problem
+    if reason is None:
+        return None
+    if not certain:
+        return reason, _no_type(info)[1]
+    best = certain[0]
+    return reason, f"`type='auto'`: {best.name.upper()} holds it in {best.bits_per_weight:.4g} bits a weight"
+
+
+def _no_type(info: LayerInfo) -> tuple[str, str]:
+    grid, columns = info.grid, info.in_features
+    if columns % 32:
+        reason = f"{columns} input features do not divide into GGUF blocks of 32"
+        return reason, "leave the layer out with `exclude_modules`, or write floats with `type='f32'`"
+    if grid.group_size > 0 and grid.group_size % 32:
+        usable = [str(g) for g in (32, 64, 128, 256) if columns % g == 0]
+        reason = f"groups of {grid.group_size} do not divide into GGUF blocks of 32"
+        return reason, f"train with group_size {', '.join(usable)} or -1, or write floats with `type='f32'`"
+    reason = f"no GGUF type holds every level of the grid {grid.describe()}"
+    return reason, "train a symmetric grid, or fewer bits, or write floats with `type='f32'`"
+
+
+def _write_layers(
+    spool: Spool, source: Source, settings: Settings, written: Written, progress: Callable[[str], None]
+) -> Counter[str]:
+    """The layers on a grid. Returns how many are of each type."""
+    rename = tensors.file_names(source.config)
+    types: Counter[str] = Counter()
+    infos = source.grids()
+    remarks: dict[str, str] = {}
+    if settings.options.type == "f32":
+        written.dense = list(infos)
+    spool.writer.add_array(LAYERS_KEY, [rename(name + ".weight") for name in infos])
+    for name in infos:
+        tensor = tensors.in_file_order(source.layer(name), source.config, name)
+        if name in written.dense:
+            kind, data = "f32", tensor.dequantize(torch.float32).view(torch.uint8)
+        else:
+            kind, data = _blocks(tensor, name, settings, written)
+            written.layer_bytes += data.numel()
+            written.weights += tensor.codes.numel()
+            remarks.setdefault(kind, _remark(infos[name], kind))
+        spool.add(rename(name + ".weight"), kind, tuple(tensor.codes.shape), data)
+        types[kind] += 1
+        progress(name)
+    written.notes += filter(None, remarks.values())
+    return types
+
+
+def _remark(info: LayerInfo, kind: str) -> str:
+    """Why a narrow grid takes a wide type, if it does; else nothing."""
+    grid, used = info.grid, BLOCK_TYPES[kind]
+    anywhere = Grid(grid.bits, -1, grid.symmetric)
+    holding = [k for k in choice.candidates(anywhere, 256) if choice.fit(k, anywhere, 256).certain]
+    smaller = [k for k in holding if k.bits_per_weight < used.bits_per_weight]
+    reasons = [(k, choice.fit(k, grid, info.in_features).problem) for k in smaller]
+    reason = next(((k, problem) for k, problem in reasons if problem), None)
+    if used.bits_per_weight < grid.code_bits + 1.5 or reason is None:
+        return ""
+    return (
+        f"The grid {grid.describe()} takes {used.bits_per_weight:.4g} bits a weight as {kind.upper()}; "
+        f"{reason[0].name.upper()} would take {reason[0].bits_per_weight:.4g}, but {reason[1]}."
+    )
+
+
+def _blocks(tensor: GridTensor, name: str, settings: Settings, written: Written) -> tuple[str, torch.Tensor]:
+    """Type and bytes of a layer, its scales rounded to fp16 if that is allowed and needed."""
+    if settings.allow_inexact:
+        snapped = snap_scale(tensor.scale, "fp16")
+        if not torch.equal(snapped, tensor.scale):
+            rounded = GridTensor(tensor.codes, snapped, tensor.zero_point, tensor.grid)
+            written.loss = written.loss or Loss()
+            written.loss.add(tensor, rounded)
+            tensor = rounded
+    wanted = settings.options.type
+    try:
+        if wanted == "auto":
+            kind, data = choice.smallest(tensor)
+            return kind.name, data
+        return wanted, choice.to_blocks(tensor, BLOCK_TYPES[wanted])
+    except NotExact as reason:
+        raise NotExact(
+            f"{name} cannot be written exactly as {wanted!r}: {reason}. Leave the choice to `type='auto'`, or write "
+            "floats with `type='f32'`."
+        ) from reason
+
+
+def _write_floats(spool: Spool, source: Source, options: Options, written: Written) -> None:
+    """Everything else."""
+    config = source.config
+    rename = tensors.file_names(config)
+    for name, weight in source.floats(source.grids()):
+        stored = tensors.store_float(name, weight, config, options.type, options.embedding_type)
+        spool.add(rename(name), stored.type, tuple(weight.shape), stored.data)
+        if stored.error:
+            written.notes.append(
+                f"{name} was never on a grid and is rounded to {stored.type.upper()}, as `embedding_type` asks: "
+                f"relative error of its weights {stored.error:.2e}"
+            )
+    divisors = architectures.rope_divisors(config)
+    if divisors is not None:
+        spool.add("rope_freqs.weight", "f32", tuple(divisors.shape), divisors.view(torch.uint8))
+
+
+def _write_general(writer: Any, source: Source) -> None:
+    import gguf
+
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(_name(source))
+    writer.add_quantized_by("peft-lrqat")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if source.recipe:
+        writer.add_description(source.recipe)
+
+
+def _write_vocabulary(writer: Any, source: Source, settings: Settings) -> list[str]:
+    if not settings.options.vocabulary:
+        writer.add_tokenizer_model("no_vocab")
+        return ["The file has no tokenizer; it takes token ids only."]
+    tokenizer = settings.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "A GGUF file holds the tokenizer, and there is none in the source's folder. Give `tokenizer=` (or "
+            "`vocabulary=False` for a file that takes token ids only)."
+        )
+    if not hasattr(tokenizer, "get_vocab"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    config = source.config
+    return write_tokenizer(writer, tokenizer, config.vocab_size, _stops(source), settings.options.tokenizer_pre)
+
+
+def _stops(source: Source) -> list[int]:
+    """The tokens at which generation stops."""
+    for config in (source.generation_config, source.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def _name(source: Source) -> str:
+    """A name for the model: the last part of where it comes from."""
+    return Path(source.origin).name or source.config.model_type
+
+
+def grid_metadata(grid: Grid) -> list[float]:
+    """The grid as three numbers."""
+    return [float(grid.bits), float(grid.group_size), float(grid.symmetric)]

@@ -1,0 +1,99 @@
+"""What a checkpoint is written from: codes, scales and zero points, one layer at a time, and every other tensor.
+
+An exporter reads a `Source` and nothing else, so that no format is ever written from dequantized floats. `open_source`
+makes one from
+
+* a model that `merge_and_unload()` gave                                (`memory.py`)
+* a PeftModel with LR-QAT or low-bit SR adapters; a layer is merged when it is read, and the model stays as it is
+* a folder with a merged or exported checkpoint, read tensor by tensor  (`folder.py`, `layouts.py`)
+* a folder with an adapter: the base model is loaded, and it is a PeftModel again
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..grid import Grid, GridTensor
+
+__all__ = ["GridTensor", "LayerInfo", "Source"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What is known of a quantized weight without touching it.
+
+    Attributes:
+        out_features, in_features: shape of the codes; for an embedding, table rows and width.
+        grid: the trained grid. (A folder that does not record it: the grid of the container.)
+        kind: what the module is. The state dict holds a Conv1D's weight as (in, out).
+        bias: whether the module has one; it is among `Source.floats()`.
+        dtype: of the model, in which the merged checkpoint stores scales.
+        container_bits: width of the codes that the training configuration, or the folder, gives the merged checkpoint.
+    """
+
+    out_features: int
+    in_features: int
+    grid: Grid
+    kind: Literal["linear", "conv1d", "embedding"]
+    bias: bool
+    dtype: torch.dtype
+    container_bits: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+class Source(ABC):
+    """What an exporter reads.
+
+    Attributes:
+        config: the model's configuration, a copy, with `architectures` and `dtype`, without `quantization_config`.
+        generation_config: a `GenerationConfig`, or None.
+        origin: a few words for messages and model cards: a path, or a base model's name.
+        recipe: how it was trained, in Markdown, or None if unknown.
+        act_bits: 8 if activations are rounded per token, else None.
+        act_levels: how many steps a token's largest magnitude takes then (`activations.ACTIVATION_LEVELS`).
+        scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
+        float_linears: names of the nn.Linear modules that are not quantized.
+        tied: state-dict names that share storage with another tensor and are not written: alias -> name.
+        tokenizer: folder from which the tokenizer can be loaded, or None.
+    """
+
+    config: Any
+    generation_config: Any = None
+    origin: str = ""
+    recipe: str | None = None
+    act_bits: int | None = None
+    act_levels: float | None = None
+    scale_dtype: str | None = None
+    float_linears: list[str]
+    tied: dict[str, str]
+    tokenizer: str | None = None
+
+    @abstractmethod
+    def grids(self) -> dict[str, LayerInfo]:
+        """Module name -> what it is, for every quantized weight, in the model's order. Touches no weight."""
+
+    @abstractmethod
+    def layer(self, name: str) -> GridTensor:
+        """The codes, scale and zero point of one of `grids()`. Built or read anew; owned by the caller."""
+
+    def scale(self, name: str) -> torch.Tensor:
+        """The scale of `layer(name)`, fp32 (rows, groups), without its codes."""
+        return self.layer(name).scale
+
+    @abstractmethod
+    def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """(state-dict name, tensor) of everything else, in the model's dtype, one at a time.
+
+        Args:
+            packed: the modules of `grids()` that the format holds as codes. The weights of the others come out here,
+                as floats that lie on their grid.
+        """

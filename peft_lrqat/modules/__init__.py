@@ -1,0 +1,1 @@
+"""Layers over the tensors that a format stores: what merging leaves in a model."""

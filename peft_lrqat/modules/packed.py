@@ -1,0 +1,162 @@
+"""The merged layer: an nn.Linear that owns compressed-tensors' buffers instead of a float weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..formats import compressed_tensors
+from ..formats.source import LayerInfo
+from ..grid import PER_TENSOR, GridTensor, dequantize
+from ..ops import quantized_linear
+from ..packing import pack, unpack
+from .rounded_input import BitNetLinear, Int8Linear, merged_info
+
+
+class _ReadOnlyWeight(torch.Tensor):
+    """A weight built for reading. Code that updates `module.weight.data` in place would only update a temporary."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise RuntimeError(
+            "This layer is quantized: its weight is built from packed integers and cannot be changed. A float adapter "
+            "cannot be merged into it without a second rounding; keep the adapter beside the model, or train one "
+            "inside the rounding with LRQATConfig on the float model."
+        )
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer held as packed codes and scales, with the names that compressed-tensors gives them in a file.
+
+    `save_pretrained` therefore writes a checkpoint of format "pack-quantized" and nothing else. The forward builds the
+    weight in the input's dtype and drops it; the backward passes gradients to the input, so adapters can be trained on
+    top.
+
+    Buffers:
+        weight_packed: int32 (out, ceil(in * bits / 32)).
+        weight_scale: (out, groups), model dtype, weight units per grid step. A per-tensor scale is repeated per
+            channel: engines have kernels for that.
+        weight_shape: int64 (2,), (out, in).
+        weight_zero_point: int32 (ceil(out * bits / 32), groups), packed along `out`; asymmetric grids only.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_shape: torch.Tensor
+
+    def __init__(
+        self,
+        weight: GridTensor,
+        bias: nn.Parameter | None,
+        bits: int,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            weight: (out, in); its scales are exactly representable in `dtype`.
+            bits: container width.
+            compute_dtype: of the weight, where the model's dtype does not hold the scales; None: `dtype`.
+        """
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.codes.shape
+        self.bits, self.grid = bits, weight.grid
+        self.compute_dtype = compute_dtype or dtype
+        rows = self.out_features
+        self.register_buffer("weight_packed", pack(weight.codes, bits))
+        self.register_buffer("weight_scale", weight.scale.expand(rows, -1).to(dtype).contiguous())
+        self.register_buffer("weight_shape", torch.tensor([rows, self.in_features], device=weight.codes.device))
+        if weight.zero_point is not None:
+            per_row = weight.zero_point.expand(rows, -1)
+            self.register_buffer("weight_zero_point", pack(per_row.t().contiguous(), bits).t().contiguous())
+        else:
+            self.weight_zero_point = None
+        self.register_parameter("bias", bias)
+
+    @property
+    def zero_point(self) -> torch.Tensor | None:
+        """int8 (out, groups), or None."""
+        packed = self.weight_zero_point
+        return (
+            None if packed is None else unpack(packed.t().contiguous(), self.bits, self.out_features).t().contiguous()
+        )
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """int8 (out, in)."""
+        return unpack(self.weight_packed, self.bits, self.in_features)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
+        """The weight that the codes and scales stand for, (out, in) in the model's dtype. Built anew; read-only."""
+        weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.compute_dtype)
+        return torch.Tensor._make_subclass(_ReadOnlyWeight, weight)
+
+    @property
+    def info(self) -> LayerInfo:
+        """What the layer is."""
+        return merged_info(self, self.bits)
+
+    def grid_tensor(self) -> GridTensor:
+        """What the layer holds."""
+        scale, zero_point = self.weight_scale.float(), self.zero_point
+        if self.grid.group_size == PER_TENSOR:
+            scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
+        return GridTensor(self.codes, scale, zero_point, self.grid)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        # the dtype of the weight follows `model.to(dtype)`, as that of a float weight would
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight_packed.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        bias = self.bias if self.bias is None else self.bias.to(input.dtype)
+        scale = self.weight_scale.float()
+        return quantized_linear(
+            input, self.weight_packed, scale, None, self.zero_point, None, None, bias, 1.0, self.bits, "int", "fp32"
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def merged_layer(
+    quantized: GridTensor, bias: nn.Parameter | None, bits: int, dtype: torch.dtype, transposed: bool
+) -> nn.Module:
+    """The module that merging puts in place.
+
+    compressed-tensors has no packed form of GPT-2's Conv1D, so that becomes a dense Conv1D whose weight holds the
+    grid's exact values.
+    """
+    if not transposed:
+        return QuantizedLinear(quantized, bias, bits, dtype)
+    layer = Conv1D(quantized.codes.shape[0], 0)
+    weight = quantized.dequantize(dtype).t().contiguous()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.nx = quantized.codes.shape[1]
+    layer.register_parameter("bias", bias)
+    return layer
+
+
+#: The layers that merging makes; a model that has one is quantized.
+MERGED: tuple[type[nn.Linear], ...] = (QuantizedLinear, Int8Linear, BitNetLinear)
+
+
+def describe_packed(model: Any) -> None:
+    """Set `config.quantization_config` to what `save_pretrained` would write of a model with `QuantizedLinear`s."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    packed = {n: (m.grid, m.bits) for n, m in linears.items() if isinstance(m, QuantizedLinear)}
+    floats = [name for name in linears if name not in packed]
+    model.config.quantization_config = compressed_tensors.mixed_config(floats, packed)

@@ -1,0 +1,133 @@
+"""Merged layers that quantize their activations to 8 bits, per token, as the model was trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..formats import bitnet
+from ..formats.source import LayerInfo
+from ..grid import PER_TENSOR, Grid, GridTensor
+from ..ops.activations import quantize_activations
+
+#: How many steps the largest magnitude of a token takes, by checkpoint format; see `quantize_activations`.
+ACTIVATION_LEVELS = {"compressed-tensors": 127.5, "bitnet": 127.0}
+
+
+def merged_info(layer: Any, container_bits: int) -> LayerInfo:
+    """What a merged layer is."""
+    return LayerInfo(
+        layer.out_features,
+        layer.in_features,
+        layer.grid,
+        kind="linear",
+        bias=layer.bias is not None,
+        dtype=layer.weight_scale.dtype,
+        container_bits=container_bits,
+    )
+
+
+class _StoredWeight(nn.Linear):
+    """An nn.Linear whose file holds integers and scales under the names `weight` and `weight_scale`.
+
+    Buffers:
+        weight_codes: integers, as the file's `weight` stores them.
+        weight_scale: in the model's dtype, weight units per grid step.
+    """
+
+    weight_codes: torch.Tensor
+    weight_scale: torch.Tensor
+    container_bits: int
+
+    def __init__(
+        self, stored: torch.Tensor, scale: torch.Tensor, shape: torch.Size, bias: nn.Parameter | None, grid: Grid
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.grid = grid
+        self.register_buffer("weight_codes", stored)
+        self.register_buffer("weight_scale", scale)
+        self.register_parameter("bias", bias)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """int8 (out, in)."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
+        """The weight that codes and scales stand for, (out, in) in the model's dtype. Built anew."""
+        return (self.codes.float() * self.weight_scale.float()).to(self.weight_scale.dtype)
+
+    @property
+    def info(self) -> LayerInfo:
+        """What the layer is."""
+        return merged_info(self, self.container_bits)
+
+    def grid_tensor(self) -> GridTensor:
+        """What the layer holds."""
+        scale = self.weight_scale.float().view(-1, 1)
+        return GridTensor(self.codes, scale[:1] if self.grid.group_size == PER_TENSOR else scale, None, self.grid)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination.pop(prefix + "weight_codes")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix + "weight" in state_dict:
+            state_dict[prefix + "weight_codes"] = state_dict.pop(prefix + "weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Int8Linear(_StoredWeight):
+    """compressed-tensors "int-quantized": 8-bit container, int8 activations per token (W8A8 to the engines)."""
+
+    container_bits = 8
+
+    def __init__(self, weight: GridTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        """
+        Args:
+            weight: (out, in), symmetric; scales (out, 1) or (1, 1), exactly representable in `dtype`.
+        """
+        codes = weight.codes
+        scale = weight.scale.expand(codes.shape[0], 1).to(dtype).contiguous()
+        super().__init__(codes, scale, codes.shape, bias, weight.grid)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.weight_codes
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        x = quantize_activations(input, ACTIVATION_LEVELS["compressed-tensors"])
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class BitNetLinear(_StoredWeight):
+    """transformers' own BitNet format (`AutoBitLinear`, offline): ternary codes, one scale, int8 activations.
+
+    The file holds four codes a byte, code + 1 in two bits, from four blocks of rows; the scale multiplies the output.
+    """
+
+    container_bits = 2
+
+    def __init__(self, weight: GridTensor, dtype: torch.dtype) -> None:
+        """
+        Args:
+            weight: (out, in), ternary; `out` a multiple of 4; one scale, exactly representable in `dtype`.
+        """
+        scale = weight.scale.view(1).to(dtype)
+        super().__init__(bitnet.pack(weight.codes), scale, weight.codes.shape, None, weight.grid)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return bitnet.unpack(self.weight_codes)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        x = quantize_activations(input, ACTIVATION_LEVELS["bitnet"])
+        return nn.functional.linear(x, self.codes.to(x.dtype)) * self.weight_scale

@@ -1,0 +1,312 @@
+"""The step of `LowBitAdamW` on packed codes in one launch; the reference is `ops/low_bit_step.py`.
+
+A program owns BM rows of one block of 256 columns: whole words for every width of code, the blocks that share a number
+of the 8-bit state, and whole Philox evaluations (four columns each). So nothing is shared between programs, and every
+array is updated in place.
+
+Codes, state and scales are the reference's bit for bit: the random words have its counters, the operations its order,
+every one of them is rounded on its own (a launch without contraction to fused multiply-adds), and quotients and roots
+are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in the factored state, the means of g^2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Launch, launched
+from .tiles import ceil_div, scale_stride
+
+if TYPE_CHECKING:
+    from ..low_bit_step import Rule  # the one value that names the arithmetic; nothing is imported upwards
+
+BLOCK = 256
+ROWS = 4
+
+
+@triton.jit
+def _random_words(stream, j, block, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """`rounding.random_words` of BM rows and one block of columns: uint32 (BM, BLOCK)."""
+    key = tl.load(stream)
+    step = (tl.load(stream + 1) & 0xFFFFFFFF).to(tl.uint32)
+    zero = tl.zeros((BM, BLOCK // 4), dtype=tl.uint32)
+    number = zero + (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)[None, :]
+    row = zero + j.to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(key, number, row, zero + step, zero)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BM, BLOCK))
+
+
+@triton.jit
+def _uniform(words, LOW: tl.constexpr, WIDTH: tl.constexpr):
+    """fp32 in (0, 1): WIDTH bits from bit LOW on, as the middle of their cell (`rounding.uniform`, `spare_dither`)."""
+    bits = (words >> LOW) & ((1 << WIDTH) - 1)
+    return (bits.to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << WIDTH))
+
+
+@triton.jit
+def _load_codes(row, block, i, row_ok, column_ok, words, BITS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """Centred codes (BM, BLOCK), int32, of the rows that `row` (BM, 1) points to."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if 32 % BITS == 0:  # each word is read once and opened in registers
+        CODES: tl.constexpr = 32 // BITS
+        word = block * (BLOCK // CODES) + tl.arange(0, BLOCK // CODES)
+        packed = tl.load(row + word[None, :], mask=row_ok[:, None] & (word < words)[None, :], other=0)
+        opened = packed[:, :, None] >> (tl.arange(0, CODES) * BITS)[None, None, :]
+        code = tl.reshape(opened, (BM, BLOCK)) & MASK
+    else:
+        bit = i * BITS
+        word, shift = bit >> 5, bit & 31
+        ok = row_ok[:, None] & column_ok[None, :]
+        low = tl.load(row + word[None, :], mask=ok, other=0).to(tl.uint32, bitcast=True)
+        reaches = (shift + BITS) > 32  # into the next word
+        high = tl.load(row + word[None, :] + 1, mask=ok & reaches[None, :], other=0).to(tl.uint32, bitcast=True)
+        both = (low >> shift[None, :].to(tl.uint32)) | (high << ((32 - shift) & 31)[None, :].to(tl.uint32))
+        code = (both & MASK).to(tl.int32)
+    return code - (1 << (BITS - 1))
+
+
+@triton.jit
+def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """Inverse of `_load_codes`; `unsigned`: int32 (BM, BLOCK), codes + 2^(BITS-1), 0 past the end of the row.
+
+    Bits of a word do not overlap, so their sum is the word.
+    """
+    if 32 % BITS == 0:
+        CODES: tl.constexpr = 32 // BITS
+        shifted = tl.reshape(unsigned, (BM, BLOCK // CODES, CODES)) << (tl.arange(0, CODES) * BITS)[None, None, :]
+        word = block * (BLOCK // CODES) + tl.arange(0, BLOCK // CODES)
+        tl.store(row + word[None, :], tl.sum(shifted, 2), mask=row_ok[:, None] & (word < words)[None, :])
+    else:  # 32 codes make BITS words; a code on the edge gives its low bits to one and its high bits to the next
+        chunks = tl.reshape(unsigned, (BM, BLOCK // 32, 32))
+        first = (block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)) * BITS
+        for n in tl.static_range(BITS):
+            shift = tl.arange(0, 32) * BITS - 32 * n
+            left = tl.where((shift >= 0) & (shift < 32), shift, 0)[None, None, :]
+            right = tl.where((shift < 0) & (shift > -BITS), -shift, 0)[None, None, :]
+            here = ((shift > -BITS) & (shift < 32))[None, None, :]
+            part = tl.sum(tl.where(here, (chunks << left) >> right, 0), 2)
+            tl.store(row + (first + n)[None, :], part, mask=row_ok[:, None] & (first + n < words)[None, :])
+
+
+@triton.jit
+def _encode_second_moment(v, dither, inside):
+    """`low_bit_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
+    low = tl.sqrt_rn(v).to(tl.int32, bitcast=True) >> 19
+    below = (low << 19).to(tl.float32, bitcast=True)
+    above = ((low + 1) << 19).to(tl.float32, bitcast=True)
+    below, above = below * below, above * above
+    k = tl.where(inside, low + (dither * (above - below) < v - below).to(tl.int32), 0)
+    top = tl.max(k, 1)
+    return tl.maximum(k - top[:, None] + 255, 0).to(tl.uint8), top.to(tl.int16)
+
+
+@triton.jit
+def _encode_momentum(m, dither, inside):
+    """`low_bit_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
+    m = tl.where(inside, m, 0.0)
+    step = tl.max(tl.abs(m), 1) * (1.0 / 127)
+    step = tl.where(tl.max((m != m).to(tl.int32), 1) > 0, float("nan"), step)
+    codes = tl.floor(tl.div_rn(m, tl.where(step > 0, step, 1.0)[:, None]) + dither)
+    codes = tl.clamp(tl.where(codes == codes, codes, 0.0), -127.0, 127.0)
+    return codes.to(tl.int8), step
+
+
+@launched
+@triton.jit
+def _update_kernel(
+    packed,
+    scale,
+    stream,
+    grad,
+    m_values,
+    m_step,
+    v_values,
+    v_top,
+    v_columns,
+    v_mean,
+    lr,
+    correction1,
+    correction2,
+    poison,
+    scale_stride,
+    rows,
+    columns,
+    words,
+    blocks,
+    beta1,
+    new1,
+    beta2,
+    new2,
+    eps,
+    weight_decay,
+    feedback,
+    BITS: tl.constexpr,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    GROUP: tl.constexpr,
+    GRID_UNIT: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    block = program % blocks
+    j = (program // blocks) * BM + tl.arange(0, BM)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    row_ok, column_ok = j < rows, i < columns
+    inside = row_ok[:, None] & column_ok[None, :]
+    wide = j.to(tl.int64)
+    at = wide[:, None] * columns + i[None, :]
+    at_block = wide * blocks + block
+    row = packed + wide[:, None] * words
+
+    # everything is read before anything is written: threads may hold copies of what others write
+    code = _load_codes(row, block, i, row_ok, column_ok, words, BITS, BM, BLOCK)
+    q = code.to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+    random = _random_words(stream, j, block, BM, BLOCK)
+    rate, c1, c2 = tl.load(lr), tl.load(correction1), tl.load(correction2)
+    if GROUP == 0:  # one scale a row
+        s = tl.load(scale + wide * scale_stride, mask=row_ok, other=1.0)[:, None]
+    elif GROUP % BLOCK == 0:
+        s = tl.load(scale + wide * scale_stride + block * BLOCK // GROUP, mask=row_ok, other=1.0)[:, None]
+    else:
+        s = tl.load(scale + wide[:, None] * scale_stride + (i // GROUP)[None, :], mask=inside, other=1.0)
+
+    if m_values is None:
+        m = g
+    else:
+        m = tl.load(m_values + at, mask=inside, other=0).to(tl.float32)
+        if m_step is not None:
+            m = m * tl.load(m_step + at_block, mask=row_ok, other=0.0)[:, None]
+        m = m * beta1 + g * new1
+
+    if v_columns is not None:
+        v = tl.load(v_values + wide, mask=row_ok, other=0.0)[:, None]
+        v = tl.div_rn(v * tl.load(v_columns + i, mask=column_ok, other=0.0)[None, :], tl.load(v_mean))
+    else:
+        v = tl.load(v_values + at, mask=inside, other=0)
+        if v_top is not None:
+            top = tl.load(v_top + at_block, mask=row_ok, other=0).to(tl.int32)[:, None]
+            root = (tl.maximum(v.to(tl.int32) + top - 255, 0) << 19).to(tl.float32, bitcast=True)
+            v = root * root
+        v = v * beta2 + g * g * new2
+    tl.debug_barrier()
+
+    if v_top is not None:
+        v_codes, top = _encode_second_moment(v, _uniform(random, 0, 4), inside)
+        tl.store(v_values + at, v_codes, mask=inside)
+        tl.store(v_top + at_block, top, mask=row_ok)
+    elif v_columns is None:
+        tl.store(v_values + at, v, mask=inside)
+
+    denominator = tl.sqrt_rn(tl.div_rn(v, c2)) + eps
+    adam = tl.div_rn(m, denominator)
+    if m_values is not None:
+        adam = tl.div_rn(adam, c1)
+    if not GRID_UNIT:
+        adam = tl.div_rn(adam, s)
+    move = -rate * (adam + weight_decay * q)
+    target = q + tl.floor(move + _uniform(random, 9, 23))
+    rounded = tl.clamp(tl.where(target == target, target, 0.0), QMIN, QMAX)
+    unsigned = tl.where(inside, rounded.to(tl.int32) + (1 << (BITS - 1)), 0)
+    _store_codes(row, unsigned, block, row_ok, words, BITS, BM, BLOCK)
+
+    if m_values is not None:
+        if FEEDBACK:
+            lost = tl.clamp(q + move, QMIN, QMAX, propagate_nan=tl.PropagateNan.ALL) - rounded
+            if not GRID_UNIT:
+                lost = lost * s
+            factor = tl.div_rn(c1 * feedback, tl.where(rate > 0, rate, float("inf")))
+            m = m + factor * denominator * lost
+        if m_step is not None:
+            m_codes, step = _encode_momentum(m, _uniform(random, 4, 5), inside)
+            tl.store(m_values + at, m_codes, mask=inside)
+            tl.store(m_step + at_block, step, mask=row_ok)
+        else:
+            tl.store(m_values + at, m, mask=inside)
+
+    lost_all = inside & ~(tl.abs(move) < float("inf"))
+    broken = tl.max(tl.max(lost_all.to(tl.int32), 1), 0)
+    tl.store(poison, float("nan"), mask=broken > 0)  # every program that does writes the same
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launch:
+    grid, blocks = rule.grid, ceil_div(rule.columns, BLOCK)
+    return _update_kernel.launch(
+        (ceil_div(rows, ROWS) * blocks,),
+        scale_stride(scales),
+        rows,
+        rule.columns,
+        words,
+        blocks,
+        float(rule.beta1),
+        1.0 - rule.beta1,
+        float(rule.beta2),
+        1.0 - rule.beta2,
+        float(rule.eps),
+        float(rule.weight_decay),
+        1 - 1 / rule.beta1 if rule.beta1 else 0.0,
+        fused=False,
+        BITS=grid.code_bits,
+        QMIN=float(grid.qmin),
+        QMAX=float(grid.qmax),
+        GROUP=0 if scales[1] == 1 else rule.columns // scales[1],
+        GRID_UNIT=rule.lr_unit == "grid",
+        FEEDBACK=rule.error_feedback,
+        BM=ROWS,
+        BLOCK=BLOCK,
+    )
+
+
+def low_bit_update(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    stream: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    lr: torch.Tensor,
+    step: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Update a weight in place; never waits for the device.
+
+    Args:
+        packed: int32 (out, words), contiguous. Updated.
+        scale: fp32 (out or 1, groups), contiguous; NaN afterwards if an update was not finite.
+        stream: int64 (2,), key and step of the random numbers.
+        grad: (out, in), any float dtype.
+        state: the tensors of `new_state`, contiguous. Updated, but for the factored second moment, which the caller
+            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows.
+        lr: fp32 scalar on the device.
+        step: fp32 scalar on the device, this step's number t, from 1.
+    """
+    rows, words = packed.shape
+    if not rows or not rule.columns:
+        return
+    # torch's powers: a kernel's would not round alike
+    correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
+    poison = torch.zeros((), device=packed.device)
+    v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
+    _launch(rows, words, tuple(scale.shape), rule)(
+        packed,
+        scale,
+        stream,
+        grad.contiguous(),
+        state.get("exp_avg", state.get("exp_avg_codes")),
+        state.get("exp_avg_step"),
+        v,
+        state.get("exp_avg_sq_top"),
+        state.get("exp_avg_sq_columns"),
+        state.get("exp_avg_sq_mean"),
+        lr,
+        correction1,
+        correction2,
+        poison,
+    )
+    scale.add_(poison)

@@ -1,0 +1,286 @@
+"""The operations that a layer calls: which code runs them, and how autograd, checkpointing and torch.compile see them.
+
+Each operation is a `torch.library` op (schema, fake implementation, autograd), so `torch.compile` sees one opaque node
+with known shapes and no graph break. Outside of a compiled region the same functions are called through an ordinary
+`autograd.Function`, whose dispatch costs a fifth: on a GPU, small batches wait for Python.
+
+On a GPU with Triton the work is done by `kernels/`, elsewhere by the references; both give the same codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import snap_scale
+from . import reference as reference_backward
+from .dispatch import kernels_for, plain
+from .factors import round_factors
+from .reference import build_weight
+from .stored_base import BaseFormat
+
+_NAMESPACE = "peft_lrqat"
+
+
+# -- the scale
+
+
+def _snapped(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
+    return scale0 if shift is None else snap_scale(scale0 * (1 + shift.float()), scale_dtype)
+
+
+def _scale_backward(ctx: Any, grad: Tensor):
+    (scale0,) = ctx.saved_tensors
+    return None, (grad * scale0).to(ctx.shift_dtype), None
+
+
+def _scale_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.shift_dtype = inputs[1].dtype
+    ctx.save_for_backward(inputs[0])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::trained_scale", mutates_args=())
+def _scale_op(scale0: Tensor, shift: Tensor, scale_dtype: str) -> Tensor:
+    return _snapped(scale0, shift, scale_dtype)
+
+
+_scale_op.register_fake(lambda scale0, shift, scale_dtype: torch.empty_like(scale0))
+_scale_op.register_autograd(_scale_backward, setup_context=_scale_setup)
+
+
+def trained_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
+    """s = snap(s0 (1 + shift)), with a straight-through gradient: the master moves freely, the forward sees what is
+    stored.
+
+    Args:
+        scale0: fp32 (rows, groups), weight units per grid step.
+        shift: the same shape, any float dtype: the relative change; None: the scale is s0. Differentiable.
+        scale_dtype: see `grid.snap_scale`.
+
+    Returns:
+        fp32 (rows, groups).
+    """
+    return scale0 if shift is None else _scale_op(scale0, shift, scale_dtype)
+
+
+# -- the linear layer
+
+
+def _linear_impl(
+    x: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+) -> Tensor:
+    fmt = BaseFormat(bits, x.shape[-1], downcast)
+    kernels = kernels_for(x)
+    with plain(x, x.dtype):
+        if kernels is not None:
+            prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
+            weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
+        else:
+            factors = None if A is None or B is None else round_factors(A, B, c)
+            weight = build_weight(base, _snapped(scale0, shift, scale_dtype), zero_point, factors, fmt, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+def _linear_backward_impl(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+    need_x: bool,
+    need_shift: bool,
+    need_AB: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fmt = BaseFormat(bits, x.shape[-1], downcast)
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    flat_y = None if y is None else y.reshape(-1, y.shape[-1])
+    needs = (need_x, need_shift, need_AB)
+    kernels = kernels_for(dy)
+    with plain(dy):
+        if kernels is not None:
+            weight = (base.contiguous(), scale0, shift, zero_point, A, B)
+            grads = kernels.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
+        else:
+            scale = _snapped(scale0, shift, scale_dtype)
+            factors = None if A is None or B is None else round_factors(A, B, c)
+            grads = reference_backward.linear_backward(
+                flat_dy, flat_x, flat_y, base, scale, zero_point, factors, fmt, *needs
+            )
+            grads = grads._replace(
+                shift=None if grads.shift is None else grads.shift * scale0,
+                B=None if grads.B is None else grads.B.mul_(c),
+            )
+    dx = x.new_empty(0) if grads.x is None else grads.x.view(x.shape)
+    # an op cannot return None, so what was not asked for is empty
+    dshift, dA, dB = (scale0.new_empty(0) if g is None else g for g in grads[1:])
+    return dx, dshift, dA, dB
+
+
+_linear_op = torch.library.custom_op(f"{_NAMESPACE}::quantized_linear", _linear_impl, mutates_args=())
+_linear_backward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::quantized_linear_backward", _linear_backward_impl, mutates_args=()
+)
+
+
+@_linear_op.register_fake
+def _(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_dtype):
+    return x.new_empty(*x.shape[:-1], base.shape[0])
+
+
+@_linear_backward_op.register_fake
+def _(dy, x, y, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype, need_x, need_shift, need_AB):
+    nothing = scale0.new_empty(0)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        torch.empty_like(scale0) if need_shift else nothing,
+        A.new_empty(A.shape, dtype=torch.float32) if need_AB and A is not None else scale0.new_empty(0),
+        B.new_empty(B.shape, dtype=torch.float32) if need_AB and B is not None else scale0.new_empty(0),
+    )
+
+
+def _keeps_output(x: Tensor, scale0: Tensor, bits: int) -> bool:
+    kernels = kernels_for(x)
+    if kernels is not None:
+        return kernels.keeps_output(scale0.shape[1], bits)
+    return reference_backward.keeps_output(scale0, x.device)
+
+
+def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+    """Put what is no tensor into ctx; x and y as far as backward wants them, and the weight's side."""
+    x, base, scale0, shift, zero_point, A, B, bias, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype = inputs
+    need = ctx.needs_input_grad
+    # Y spares the scale gradient a dense product where a scale belongs to a whole row. With a bias, Y - bias would
+    # cancel in low precision, so there the product is made.
+    keep_y = need[3] and bias is None and _keeps_output(x, scale0, ctx.bits)
+    # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    x = x if need[3] or need[5] or need[6] else None
+    return x, output if keep_y else None, (base, scale0, shift, zero_point, A, B)
+
+
+def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
+    """The gradients of all tensors; `backward` (the op, or the plain function) does the work."""
+    need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    _, _, shift, _, A, B = weight
+    need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
+    if x is None:
+        x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
+    constants = (ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype, need_x, need_shift, need_AB)
+    dx, dshift, dA, dB = backward(dy, x, y, *weight, *constants)
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[7] else None
+    return (
+        dx if need_x else None,
+        None,
+        None,
+        dshift.to(shift.dtype) if need_shift else None,
+        None,
+        dA.to(A.dtype) if need_AB else None,
+        dB.to(B.dtype) if need_AB else None,
+        dbias,
+    )
+
+
+def _op_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, y, weight = _note(ctx, inputs, output)
+    ctx.save_for_backward(x, y, *weight)
+
+
+def _op_backward(ctx: Any, dy: Tensor) -> tuple:
+    x, y, *weight = ctx.saved_tensors
+    return *_gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight)), None, None, None, None
+
+
+_linear_op.register_autograd(_op_backward, setup_context=_op_setup)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
+    """Inference tensors (several adapters add up to one under `torch.inference_mode`) have none."""
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
+        *tensors, constants = args
+        inputs = (*tensors, *constants)
+        output = _linear_impl(*inputs)
+        x, y, weight = _note(ctx, inputs, output)
+        # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
+        # (parameters, and views of them) is not its business; anything else is saved as it should be.
+        own = all(t is None or t.is_leaf for t in weight)
+        ctx.weight, ctx.versions = (weight, _versions(weight)) if own else (None, None)
+        ctx.save_for_backward(x, y, *(() if own else weight))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, y, *weight = ctx.saved_tensors
+        if ctx.weight is not None and ctx.versions != _versions(ctx.weight):
+            raise RuntimeError(
+                "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
+                "merge). Run forward again."
+            )
+        return *_gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight)), None
+
+
+def quantized_linear(
+    x: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+) -> Tensor:
+    """y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z), s = snap(s0 (1 + shift)) (LR-QAT, arXiv
+    2406.06385, eq. 8).
+
+    Args:
+        x: (..., in), the compute dtype; W^ is built in it.
+        base: the frozen base as `encode_base` stores it, (out, words), an integer dtype.
+        scale0: fp32 (rows, groups), weight units per grid step.
+        shift: (rows, groups), any float dtype: the relative change of the scales; None: s is s0. Differentiable.
+        zero_point: int8 (rows, groups), grid steps, or None.
+        A, B: (R, in) and (out, R), grid steps, any float dtype, or both None. Differentiable; `factors.py` says how
+            their product is rounded.
+        bias: (out,), x's dtype, or None. Differentiable.
+        c: lora_alpha / r.
+        bits, downcast: how `base` is stored.
+        scale_dtype: what s is snapped to, see `grid.snap_scale`.
+
+    Returns:
+        (..., out) in x's dtype. For backward it keeps x, the stored base, the small tensors, and y where a scale is
+        trained that belongs to a whole row; W^ is rebuilt.
+    """
+    constants = (c, bits, downcast, scale_dtype)
+    if torch.compiler.is_compiling():
+        return _linear_op(x, base, scale0, shift, zero_point, A, B, bias, *constants)
+    # torch looks at every argument in Python
+    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants)

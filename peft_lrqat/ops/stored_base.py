@@ -1,0 +1,57 @@
+"""How a frozen base is stored: in grid steps, downcast to fixed point, packed codes or raw float bits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..packing import pack, unpack
+
+#: What a frozen base can be stored as: fixed point, packed codes, or floats (kept as raw bits).
+DOWNCASTS = ("fx8", "int", "bf16", "fp16", "fp32")
+
+
+_FLOAT_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class BaseFormat(NamedTuple):
+    """How to read a stored base: the grid's bits, in_features, and one of `DOWNCASTS`."""
+
+    bits: int
+    in_features: int
+    downcast: str
+
+
+def encode_base(levels: torch.Tensor, bits: int, downcast: str) -> torch.Tensor:
+    """Store W0 / s0 + z, the weight in centred grid steps (LR-QAT eq. 6 and 7: the downcasting operator phi).
+
+    fx8 is 8-bit fixed point with 8 - bits fraction bits. The stored integer n stands for the *middle* of its cell,
+    (n + 1/2) / 2^(8-bits): no value lies on a rounding tie, so rounding the stored base gives the codes that rounding
+    W0 gives (only a weight that itself lies on a tie goes up, not to even), and every backend agrees about them. (The
+    paper stores cell edges: one weight in 2^(8-bits) then sits on a tie, and the smallest A B flips it.)
+
+    Args:
+        levels: (rows, in) fp32, centred grid steps. Overwritten.
+
+    Returns:
+        An integer tensor (rows, words), so that no `.to(dtype)` ever changes it: int8 for fx8, packed int32 for int,
+        int16 / int32 bit patterns for the float formats.
+    """
+    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if downcast == "fx8":
+        return levels.clamp_(qmin, qmax).mul_(1 << (8 - bits)).floor_().to(torch.int8)
+    if downcast == "int":
+        return pack(levels.round_().clamp_(qmin, qmax).to(torch.int8), bits)
+    return levels.to(_FLOAT_BITS[downcast]).view(torch.int32 if downcast == "fp32" else torch.int16)
+
+
+def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
+    """Inverse of `encode_base` up to its rounding: fp32 (rows, in), centred grid steps."""
+    if fmt.downcast == "fx8":
+        step = 2.0 ** (fmt.bits - 8)
+        return torch.add(torch.tensor(0.5 * step, dtype=torch.float32), base, alpha=step)  # one kernel
+    if fmt.downcast == "int":
+        return unpack(base, fmt.bits, fmt.in_features).float()
+    # a copy even from fp32: callers round in place, and must not round the stored base
+    return base.view(_FLOAT_BITS[fmt.downcast]).to(torch.float32, copy=True)

@@ -1,0 +1,240 @@
+"""The downcast, frozen base of an adapted layer."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.utils.integrations import skip_init_on_device
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...chunks import row_chunks
+from ...grid import Grid, GridTensor, grouped, snap_scale
+from ...modules.packed import QuantizedLinear
+from ...ops import quantized_linear
+from ...ops.reference import build_weight
+from ...ops.stored_base import BaseFormat, encode_base
+from ...ranges import choose_range
+from .fingerprint import codes_checksum, float_checksum, position_weighted_sum
+
+# Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
+_PACKED = contextvars.ContextVar("packed_state_dict", default=False)
+
+
+@contextlib.contextmanager
+def packed_state_dict() -> Iterator[None]:
+    """State dicts made in this context never materialise a float weight."""
+    token = _PACKED.set(True)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
+
+
+def local(tensor: Any) -> Any:
+    """The whole of a tensor that FSDP2 may have sharded (a collective call then: every rank must make it)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class PackedParameter(nn.Parameter):
+    """A frozen integer parameter. FSDP2 shards it; FSDP1, which flattens floats only, keeps it whole on every rank."""
+
+    # FSDP1's mark of parameters that are not its business (torch.distributed.fsdp._common_utils.FSDP_FLATTENED)
+    _fsdp_flattened = True
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[torch.Tensor]]:
+        return PackedParameter, (self.detach(),)
+
+
+class FrozenWeight(nn.Module):
+    """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
+
+    A layer that is quantized already gives its own codes, scales and zero points (`from_codes`), which every downcast
+    holds exactly.
+
+    Everything is stored in *integer* parameters: they are frozen by nature, FSDP2 shards them, and no `.to(dtype)`,
+    `.half()` or mixed-precision policy can change a bit of them.
+
+    Parameters:
+        base: (out, words), see `ops.reference.encode_base`.
+        scale0_bits: int32 (rows, groups), the bit patterns of the fp32 scales s0 (weight units per grid step).
+        zero_point: int8 (rows, groups) or None, grid steps.
+        bias: (out,) or None, as in the original layer.
+    """
+
+    base: nn.Parameter
+    scale0_bits: nn.Parameter
+    zero_point: nn.Parameter | None
+    bias: nn.Parameter | None
+    out_features: int
+    in_features: int
+
+    @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
+    def __init__(
+        self,
+        linear: nn.Linear | QuantizedLinear | Conv1D | nn.Embedding,
+        grid: Grid,
+        downcast: str,
+        range_method: str = "lp",
+        range_p: float = 2.5,
+        scale_dtype: str = "auto",
+        transposed: bool = False,
+        convert_on: torch.device | None = None,
+    ) -> None:
+        """
+        Args:
+            linear: a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D); or a
+                `QuantizedLinear` whose codes lie on `grid`.
+            convert_on: where a float weight is converted; the result, the same on every device, goes to the layer's
+                own. None: there.
+        """
+        super().__init__()
+        self.from_codes = isinstance(linear, QuantizedLinear)
+        self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
+        self.range_method, self.range_p = range_method, range_p
+        if isinstance(linear, QuantizedLinear):
+            self.compute_dtype = linear.compute_dtype
+            self.out_features, self.in_features = linear.out_features, linear.in_features
+        else:
+            weight = linear.weight.detach()
+            weight = weight.t() if transposed else weight
+            self.compute_dtype = weight.dtype
+            self.out_features, self.in_features = weight.shape
+        self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
+        if isinstance(linear, QuantizedLinear):
+            base, scale, zero_point, self.source_checksum = self._take(linear.grid_tensor())
+        else:
+            there = weight if convert_on is None else weight.to(convert_on)
+            base, scale, zero_point, self.source_checksum = self._convert(there)
+            base, scale = base.to(weight.device), scale.to(weight.device)
+            zero_point = None if zero_point is None else zero_point.to(weight.device)
+        self.base = PackedParameter(base)
+        self.scale0_bits = PackedParameter(scale.view(torch.int32))
+        self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
+        self.register_parameter("bias", getattr(linear, "bias", None))
+
+    @torch.no_grad()
+    def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+        """(base, s0, zero point, `float_checksum`) of a float (out, in) weight, a row chunk at a time."""
+        scale, zero_point = choose_range(weight, self.grid, self.range_method, self.range_p, self.scale_dtype)
+        parts = []
+        for rows in row_chunks(self.out_features, self.in_features, weight.device):
+            per_row = rows if scale.shape[0] > 1 else slice(None)
+            levels = grouped(weight[rows].float().contiguous(), scale) / scale[per_row].unsqueeze(-1)
+            if zero_point is not None:
+                levels += zero_point[per_row].unsqueeze(-1)
+            if self.grid.ternary:  # two-bit codes, of which -2 is not used
+                levels.clamp_(self.grid.qmin, self.grid.qmax)
+            parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))
+        return torch.cat(parts), scale, zero_point, float_checksum(weight)
+
+    @torch.no_grad()
+    def _take(self, weight: GridTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+        """(base, s0, zero point, `codes_checksum`) of a quantized weight, as it is."""
+        parts = [
+            encode_base(weight.codes[rows].float(), self.fmt.bits, self.downcast)
+            for rows in row_chunks(self.out_features, self.in_features, weight.codes.device)
+        ]
+        return torch.cat(parts), snap_scale(weight.scale, self.scale_dtype), weight.zero_point, codes_checksum(weight)
+
+    @property
+    def scale0(self) -> torch.Tensor:
+        """s0: fp32 (rows, groups), weight units per grid step."""
+        return local(self.scale0_bits).view(torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base rounded to its grid, in the original dtype and orientation: the model at step 0. Built anew."""
+        weight = build_weight(local(self.base), self.scale0, local(self.zero_point), None, self.fmt, self.compute_dtype)
+        return weight.t() if self.transposed else weight
+
+    def float_layer(self) -> nn.Module:
+        """The base at step 0 as the kind of float layer that it was made from."""
+        layer: nn.Module
+        if self.transposed:
+            layer = Conv1D(self.out_features, 0)
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.register_parameter("weight", nn.Parameter(self.weight.contiguous(), requires_grad=False))
+        layer.register_parameter("bias", self.bias)
+        return layer
+
+    def checksum(self) -> torch.Tensor:
+        """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for index, tensor in enumerate((self.base, self.scale0_bits, self.zero_point)):
+            if tensor is not None:
+                whole = local(tensor.detach()).contiguous()
+                total += position_weighted_sum(whole.view(torch.uint8).reshape(whole.shape[0], -1), 40503 * (index + 1))
+        return total
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
+        # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        shift: torch.Tensor | None = None,
+        A: torch.Tensor | None = None,
+        B: torch.Tensor | None = None,
+        c: float = 1.0,
+    ) -> torch.Tensor:
+        """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
+        bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
+        return quantized_linear(x, self.base, self.scale0, shift, self.zero_point, A, B, bias, c, bits, downcast, kept)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer at step 0: x (..., in) to (..., out)."""
+        return self.product(x, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"grid=({self.grid.describe()}), downcast={self.downcast}"
+        )
+
+    # State dicts. PEFT's functions for base models, and anybody's `load_state_dict`, speak of a float `weight`. Saving
+    # an adapter also calls `state_dict()` on the whole model, and must not build every float weight on the way.
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if _PACKED.get():
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            return super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+        weight = weight.t() if self.transposed else weight
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
+            return
+        if self.from_codes:
+            if not torch.equal(weight.to(self.device, self.compute_dtype), self.weight):
+                errors.append(f"{prefix}weight is another than the quantized one that {self!r} was made from.")
+            return
+        base, scale, zero_point, self.source_checksum = self._convert(weight.to(self.device, self.compute_dtype))
+        self.base.data.copy_(base)
+        self.scale0_bits.data.copy_(scale.view(torch.int32))
+        if zero_point is not None and self.zero_point is not None:
+            self.zero_point.data.copy_(zero_point)
+        if self.bias is not None and prefix + "bias" in state_dict:
+            self.bias.data.copy_(state_dict[prefix + "bias"])

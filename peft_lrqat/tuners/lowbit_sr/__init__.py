@@ -1,0 +1,10 @@
+"""Low-bit SR: integer weights trained directly, with stochastic rounding (DQT, arXiv 2412.04787)."""
+
+from . import any_optimizer as _bridge  # noqa: F401  # registers the hooks by which other optimizers train packed codes
+from .config import LowBitSRConfig
+from .layer import LowBitSRLayer, LowBitSRLinear
+from .model import LowBitSRModel
+from .optim import LowBitAdamW
+from .tensor import LowBitTensor
+
+__all__ = ["LowBitAdamW", "LowBitSRConfig", "LowBitSRLayer", "LowBitSRLinear", "LowBitSRModel", "LowBitTensor"]

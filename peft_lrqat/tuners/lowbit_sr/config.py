@@ -1,0 +1,208 @@
+"""`LowBitSRConfig`: which weights become trainable integers, and on which grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...grid import PER_CHANNEL, PER_TENSOR, SCALE_DTYPES, TERNARY, Grid
+from ...packing import words_per_row
+from ...ranges import LOW_BIT_RANGE_METHODS
+from ...registration import ensure_peft_type
+from ..common.config import GridConfig, check_choice
+
+#: The grids that can be trained.
+BITS = (TERNARY, 2, 3, 4, 8)
+EXPORT_FORMATS = ("compressed-tensors", "bitnet")
+
+
+@dataclass
+class LowBitSRConfig(GridConfig, PeftConfig):
+    """Configuration of low-bit training with stochastic rounding (DQT, arXiv 2412.04787).
+
+    Raises:
+        ValueError: a field is out of range, or options contradict each other.
+    """
+
+    method = "Low-bit SR"
+    quantizes = (nn.Linear, Conv1D)
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of the layers to train, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained in float and saved with the adapter."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings that are trained in float."}
+    )
+    bias: Literal["none", "all", "lowbitsr_only"] = field(
+        default="none", metadata={"help": "Which biases are trained, in float: none, all, or those of these layers."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: an adapter starts at the rounded base. False: random moves of a step (tests)."},
+    )
+    bits: int = field(default=8, metadata={"help": "1.58 (ternary: -1, 0, 1), 2, 3, 4 or 8."})
+    group_size: int = field(
+        default=PER_CHANNEL,
+        metadata={
+            "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
+            "output channel, 0 for the whole tensor (DQT as published, BitNet)."
+        },
+    )
+    range_method: Literal["absmean", "minmax", "lp"] | None = field(
+        default=None,
+        metadata={
+            "help": "Initial scale: 'absmean' (DQT, BitNet), 'minmax', 'lp'. None: absmean for ternary, minmax at 8 "
+            "bits, lp between; see docs/lowbit-sr.md."
+        },
+    )
+    range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    learn_scales: bool = field(default=False, metadata={"help": "Train the scales, as relative changes in fp32."})
+    error_feedback: bool = field(
+        default=False,
+        metadata={
+            "help": "Put the rounding remainder into the momentum (ECO, arXiv 2601.22101). Needs LowBitAdamW, which "
+            "takes it as its default."
+        },
+    )
+    forward_bits: Any = field(
+        default=None,
+        metadata={"help": "1.58: the forward, and the checkpoint, use the ternary projection of the trained codes."},
+    )
+    act_bits: int | None = field(
+        default=None, metadata={"help": "8: per-token absmax activations in 8 bits, straight-through (BitNet)."}
+    )
+    keep_base: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep the rounded base beside the adapters' codes. False halves the memory of the weights; then "
+            "there is one adapter, which cannot be disabled or unloaded."
+        },
+    )
+    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
+        default="auto", metadata={"help": "What the checkpoint will store for a scale; as in LRQATConfig."}
+    )
+    container_bits: int | None = field(
+        default=None,
+        metadata={"help": "Width of the codes in the merged checkpoint: the grid's (ternary: 2), or wider, up to 8."},
+    )
+    export_format: Literal["compressed-tensors", "bitnet"] | None = field(
+        default=None,
+        metadata={
+            "help": "Format of the merged checkpoint. None: 'bitnet' for per-tensor ternary weights with act_bits=8, "
+            "else 'compressed-tensors'. It decides how activations are rounded, so in training too."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Of the random numbers that round, one stream for each weight."})
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={"help": "Set by the conversion and saved with the adapter: a checksum of the base's float weights."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ensure_peft_type("LOWBITSR")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check_grid()
+        self._check_choices()
+        if self.range_method is None:
+            self.range_method = "absmean" if self.grid.ternary else "minmax" if self.bits == 8 else "lp"
+        self._check_export()
+        # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
+        self._required_fingerprint = self.base_fingerprint
+
+    @property
+    def target_parameters(self) -> None:
+        """PEFT reads it; only modules can be adapted."""
+        return None
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size)
+
+    @property
+    def stored_grid(self) -> Grid:
+        return Grid(self.forward_bits or self.bits, self.group_size)
+
+    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
+        scales = self.grid.scale_shape(out_features, in_features)
+        shapes: dict[str, tuple] = {
+            "lowbitsr_codes": (out_features, words_per_row(in_features, self.grid.code_bits)),
+            "lowbitsr_scale": scales,
+        }
+        if self.learn_scales:
+            shapes["lowbitsr_scale_shift"] = scales
+        return shapes
+
+    def recipe(self) -> str:
+        extras = [f"{self.bits}-bit codes, ranges by {self.range_method}"]
+        extras += ["error feedback"] * self.error_feedback + ["learned scales"] * self.learn_scales
+        extras += [f"{self.act_bits}-bit activations"] * (self.act_bits is not None)
+        return (
+            "direct low-bit training with stochastic rounding ([DQT, arXiv 2412.04787]"
+            f"(https://arxiv.org/abs/2412.04787)): {', '.join(extras)}"
+        )
+
+    # -- checks
+
+    def _check_grid(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            raise ValueError(f"`bits` is {self.bits!r}; allowed are {', '.join(map(str, BITS))} (1.58 is ternary).")
+        if self.bits != TERNARY:
+            self.bits = int(self.bits)  # 4.0 is 4
+        Grid(self.bits, self.group_size)
+        if self.forward_bits not in (None, TERNARY):
+            raise ValueError(f"`forward_bits` is {self.forward_bits!r}; allowed are None and 1.58 (ternary).")
+        if self.forward_bits is not None and self.grid.code_bits < 3:
+            raise ValueError(
+                f"`forward_bits` is 1.58, but `bits` is {self.bits}: there is nothing to project. Train at least 3 "
+                "bits, or leave `forward_bits` out."
+            )
+
+    def _check_choices(self) -> None:
+        check_choice("range_method", self.range_method, (None, *LOW_BIT_RANGE_METHODS))
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_choice("bias", self.bias, ("none", "all", "lowbitsr_only"))
+        check_choice("export_format", self.export_format, (None, *EXPORT_FORMATS))
+        for name in ("learn_scales", "error_feedback", "keep_base", "init_weights"):
+            check_choice(name, getattr(self, name), (True, False))
+        if not isinstance(self.range_p, (int, float)) or not 0 < self.range_p < float("inf"):
+            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"`seed` is {self.seed!r}; it must be an integer.")
+
+    def _check_export(self) -> None:
+        least = self.stored_grid.code_bits
+        whole = isinstance(self.container_bits, int) and not isinstance(self.container_bits, bool)
+        if self.container_bits is not None and not (whole and least <= self.container_bits <= 8):
+            raise ValueError(
+                f"`container_bits` is {self.container_bits!r}, but the codes of the checkpoint "
+                f"({self.stored_grid.describe()}) take {least} bits; it must be an integer from {least} to 8, or None."
+            )
+        bitnet = self.stored_grid.ternary and self.group_size == PER_TENSOR and self.act_bits == 8
+        if self.export_format is None:
+            self.export_format = "bitnet" if bitnet and self.container_bits is None else "compressed-tensors"
+        if self.export_format == "bitnet":
+            if not bitnet:
+                raise ValueError(
+                    "`export_format` is 'bitnet', which holds ternary weights with one scale per tensor and int8 "
+                    "activations only: `bits=1.58` (or `forward_bits=1.58`), `group_size=0`, `act_bits=8`. Use "
+                    "'compressed-tensors'."
+                )
+            if self.container_bits not in (None, 2):
+                raise ValueError(
+                    f"`container_bits` is {self.container_bits}, but BitNet's format stores 2 bits a code. Use "
+                    "`export_format='compressed-tensors'` for wider containers."
+                )
+        self.check_int8_activations()

@@ -1,0 +1,41 @@
+"""The base under the adapters: LR-QAT's `FrozenWeight` with packed codes, or what is left where it was dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils.integrations import skip_init_on_device
+from torch import nn
+
+from ..common.frozen import FrozenWeight
+
+
+class DroppedBase(nn.Module):
+    """What stays of a layer whose base codes were dropped (`keep_base=False`): its shape, dtype and bias."""
+
+    bias: nn.Parameter | None
+
+    @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; the bias is the model's own
+    def __init__(self, frozen: FrozenWeight) -> None:
+        super().__init__()
+        self.out_features, self.in_features = frozen.out_features, frozen.in_features
+        self.compute_dtype, self.transposed, self.grid = frozen.compute_dtype, frozen.transposed, frozen.grid
+        self.scale_dtype, self.source_checksum = frozen.scale_dtype, frozen.source_checksum
+        self.register_parameter("bias", frozen.bias)
+        self.register_buffer("where", torch.empty(0, device=frozen.device), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.where.device  # type: ignore[return-value]  # torch types buffers as Tensor | Module
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DroppedBase:
+        # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            "`keep_base=False` dropped the base codes, so there is nothing to compute without the adapter: it cannot "
+            "be disabled, unloaded or left out of a batch. Adapt the model with `keep_base=True` for that."
+        )

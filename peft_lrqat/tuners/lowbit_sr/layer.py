@@ -1,0 +1,333 @@
+"""The adapted layer of low-bit SR.
+
+An adapter is a set of integer codes of its own, over a base that was rounded to the same grid:
+
+    base      q0 = round(W0 / s0)           frozen, packed, shared by all adapters (none with `keep_base=False`)
+    adapter   q, s0                         q starts at q0; packed, and *the trainable parameter* (`tensor.py`)
+
+    W^ = s q          s = s0, or, with learned scales, snap(s0 (1 + shift))
+    y  = x^ W^T + b   x^ = x, or x rounded to 8 bits per token
+
+so `disable_adapter` is the base, several adapters lie side by side, and saving an adapter saves its codes. They do not
+add up as LoRA's do (the sum of two codes is on no grid), so one adapter of a layer is active at a time.
+
+The gradient. The parameter's value is s0 q, its gradient the dense dL/d(s0 q) = (s / s0) dY^T X, without any
+straight-through estimator. A learned scale is a factor beside the parameter: `lowbitsr_scale_shift`, a relative change
+that starts at 0, as in LR-QAT; its gradient sums G q over the weights that share it. X, packed codes and scales are
+kept for backward; W^ is built for each product and dropped.
+
+`forward_bits=1.58`: the n-bit codes are trained, but the forward, the served checkpoint and the loss use
+
+    t_s = snap(s0 mean|q| (1 + shift)),   t = clip(round(s q / t_s), -1, 1),   W^ = t_s t
+
+(BitNet b1.58's absmean), and the gradient passes straight through from W^ to the codes (DQT's "ternary inference").
+
+With BitNet's checkpoint format the one scale multiplies the output instead of the weight, as transformers' own layer
+does; then what is trained is what is served, to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import skip_init_on_device
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...formats.source import LayerInfo
+from ...grid import GridTensor, dequantize, snap_scale
+from ...modules.packed import merged_layer
+from ...modules.rounded_input import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
+from ...ops import trained_scale
+from ...ops.activations import quantize_activations
+from ...ops.low_bit import low_bit_levels, low_bit_linear, mean_code
+from ...packing import unpack
+from ...rounding import stream_key
+from ..common.frozen import FrozenWeight
+from ..common.layer import MergingLayer
+from .config import LowBitSRConfig
+from .dropped import DroppedBase
+from .parts import PARTS, PartView, WeightDict
+from .tensor import LowBitTensor
+
+
+class LowBitSRLayer(MergingLayer):
+    """What every layer of low-bit SR has.
+
+    Attributes:
+        lowbitsr_weight: WeightDict, adapter -> `LowBitTensor` (out, in), the trainable codes.
+        lowbitsr_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; entries
+            exist with `learn_scales=True` only.
+    """
+
+    lowbitsr_weight: WeightDict
+    lowbitsr_scale_shift: nn.ParameterDict
+
+    adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
+    # PEFT looks an adapter of a mixed batch up in lora_A
+    other_param_names = (*MergingLayer.other_param_names, "lora_A", "lowbitsr_options")
+
+
+class LowBitSRLinear(nn.Module, LowBitSRLayer):
+    """An nn.Linear or Conv1D whose weight is trained as integers."""
+
+    base_layer: FrozenWeight | DroppedBase
+
+    def __init__(
+        self, base_layer: nn.Linear | Conv1D, adapter_name: str, config: LowBitSRConfig, name: str, **kwargs: Any
+    ) -> None:
+        """Convert `base_layer` and add the first adapter. Its float weight is not kept.
+
+        Args:
+            name: the module's name in the model, which (with the seed) tells its random stream from the others'.
+        """
+        super().__init__()
+        frozen = FrozenWeight(
+            base_layer,
+            config.grid,
+            "int",
+            config.range_method or "minmax",
+            config.range_p,
+            config.scale_dtype,
+            transposed=isinstance(base_layer, Conv1D),
+        )
+        LowBitSRLayer.__init__(self, frozen, **kwargs)
+        self.fan_in_fan_out = frozen.transposed
+        self.lowbitsr_weight = WeightDict({})
+        for name_of_part, attribute in PARTS.items():
+            self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
+        self.lowbitsr_scale_shift = nn.ParameterDict({})
+        self.lowbitsr_options: dict[str, LowBitSRConfig] = {}
+        self._before_merge: FrozenWeight | DroppedBase | None = None
+        self.merge_options = config  # of the adapter that the model is merged with
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
+        if not config.keep_base:
+            self.base_layer = DroppedBase(frozen)
+
+    # -- adapters
+
+    @skip_init_on_device  # PEFT would move a tensor subclass to the meta device in a way that it cannot be
+    def update_layer(self, adapter_name: str, config: LowBitSRConfig, name: str) -> None:
+        """Add an adapter, which starts at the base (PEFT's model calls this)."""
+        frozen = self.frozen
+        if isinstance(frozen, DroppedBase):
+            raise ValueError(
+                f"Adapter {adapter_name!r} would start at the base codes, which `keep_base=False` dropped. Adapt the "
+                "float model with `keep_base=True` for several adapters."
+            )
+        packed, scale = frozen.base.detach().clone(), frozen.scale0.detach().clone()
+        stream = torch.tensor([stream_key(config.seed, name), 0], device=packed.device)
+        weight = LowBitTensor(packed, scale, stream, config.grid, frozen.in_features, config.error_feedback)
+        if not config.init_weights:
+            # for tests: an adapter that moves most weights by a step or so
+            weight.round_from(weight.to_float() + torch.randn(weight.shape, device=packed.device) * scale.mean())
+        self.lowbitsr_weight[adapter_name] = nn.Parameter(weight)
+        if config.learn_scales:
+            self.lowbitsr_scale_shift[adapter_name] = nn.Parameter(torch.zeros_like(scale))
+        self.lowbitsr_options[adapter_name] = config
+        self.lora_A[adapter_name] = nn.Identity()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter (or several of which this layer has one).
+
+        Raises:
+            ValueError: the layer has more than one of them.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._the_one(names)
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def _the_one(self, names: list[str]) -> str | None:
+        present = [name for name in names if name in self.lowbitsr_weight]
+        if len(present) > 1:
+            raise ValueError(
+                f"The adapters {present} are sets of integers for the same layer, and the sum of two is on no grid. "
+                "Activate (or merge) one of them; adapters of different layers may be active together."
+            )
+        return present[0] if present else None
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """How far training has moved the weight: fp32 (out, in), weight units; transposed for Conv1D."""
+        frozen = self.frozen
+        if isinstance(frozen, DroppedBase):
+            return frozen(torch.empty(0))  # raises
+        levels, scale = self._levels(adapter)
+        here = dequantize(levels, scale, None, torch.float32)
+        base = dequantize(unpack(frozen.base, frozen.fmt.bits, frozen.in_features), frozen.scale0, None, torch.float32)
+        delta = here - base
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
+        weight: Any = self.lowbitsr_weight[adapter]
+        kept = self.frozen.scale_dtype
+        scale, shift, factor, ternary = weight.scale, None, None, None
+        if adapter in self.lowbitsr_scale_shift:
+            shift = self.lowbitsr_scale_shift[adapter]
+            # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
+            scale = trained_scale(weight.scale.clone(), shift, kept)
+            factor = (scale / weight.scale).detach()
+        if self.lowbitsr_options[adapter].forward_bits is not None:
+            rows, groups = weight.scale.shape
+            start = weight.scale * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
+            ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
+        return scale, ternary, factor
+
+    # -- forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., in) to (..., out), with the active adapter's codes."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base(x)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        if self.merged:
+            return self.base_layer(x)
+        adapter = self._the_one(self.active_adapters)
+        return self._base(x) if adapter is None else self._run(x, adapter)
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.base_layer
+        if isinstance(base, DroppedBase):
+            return base(x)  # raises
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
+
+    def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        weight: Any = self.lowbitsr_weight[adapter]
+        options = self.lowbitsr_options[adapter]
+        if not hasattr(weight, "packed"):
+            raise ValueError(
+                "Something has replaced a low-bit weight by a float tensor, as FSDP does: sharding packed weights is "
+                "not supported. Use data parallelism (DDP), or LR-QAT (`LRQATConfig`), whose packed base FSDP2 shards."
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            if dtype == torch.float16 and weight.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
+                    "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
+                )
+            x = x.to(dtype)
+        if options.act_bits is not None:
+            x = quantize_activations(x, ACTIVATION_LEVELS[options.export_format or ""])
+        scale, ternary, factor = self._scales(adapter)
+        bits = weight.grid.code_bits
+        if options.export_format == "bitnet":
+            # levels times one scale, which multiplies the output, where its gradient is autograd's
+            one = torch.ones_like(weight.scale)
+            relative = one if ternary is None else (scale / ternary).detach()
+            projected = None if ternary is None else one
+            out = low_bit_linear(x, weight, weight.packed, relative, projected, 1 / weight.scale, None, bits)
+            return out * (scale if ternary is None else ternary).view(1).to(out.dtype)
+        bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
+        return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits)
+
+    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        return self._run(x, adapter) if adapter in self.lowbitsr_weight else self._base(x)
+
+    # -- merging
+
+    @torch.no_grad()
+    def _levels(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 (out, in), the integers of the forward, and their fp32 scale."""
+        weight: Any = self.lowbitsr_weight[adapter]
+        scale, ternary, _ = self._scales(adapter)
+        if ternary is None:
+            return weight.codes(), scale
+        levels = low_bit_levels(weight.packed, scale, ternary, weight.grid.code_bits, weight.shape[1])
+        return levels.to(torch.int8), ternary
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put an adapter's integers in place of the base: `base_layer` becomes what the checkpoint will hold.
+
+        Args:
+            safe_merge: refuse an adapter whose scales are not finite, as an update of NaNs leaves them.
+            adapter_names: None: the active ones, of which the layer may have one.
+
+        Raises:
+            ValueError: `safe_merge` and a scale is NaN or infinite; a second adapter for the same layer.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        if not (names := [name for name in names if name in self.lowbitsr_weight]):
+            return
+        adapter = self._the_one([*self.merged_adapters, *names])
+        assert adapter is not None
+        self._put_merged(self._merged(adapter, safe_merge), names)
+
+    @property
+    def info(self) -> LayerInfo:
+        """What merging makes of the layer."""
+        frozen, options = self.frozen, self.merge_options
+        shape, bias = (frozen.out_features, frozen.in_features), frozen.bias is not None
+        return LayerInfo(*shape, options.stored_grid, self.kind, bias, frozen.compute_dtype, options.stored_bits)
+
+    def grid_tensor(self, adapter: str | None = None, safe_merge: bool = False) -> GridTensor:
+        """The integers that merging stores, without merging.
+
+        Args:
+            adapter: None: the merged one, or else the active one; the base's integers if the layer has neither.
+        """
+        adapter = adapter or self._the_one(self.merged_adapters or self.active_adapters)
+        if adapter is None:
+            return self._base_tensor()
+        levels, scale = self._levels(adapter)
+        self._check_scale(adapter, safe_merge, scale)
+        return GridTensor(levels, scale, None, self.lowbitsr_options[adapter].stored_grid)
+
+    def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
+        quantized = self.grid_tensor(adapter, safe_merge)
+        frozen, options = self.frozen, self.lowbitsr_options[adapter]
+        if not frozen.transposed:
+            if options.export_format == "bitnet":
+                return BitNetLinear(quantized, frozen.compute_dtype)
+            if options.act_bits is not None:
+                return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
+        return merged_layer(quantized, frozen.bias, options.stored_bits, frozen.compute_dtype, frozen.transposed)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer that replaces this one: the quantized layer, or the base as a float layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if self.merged:
+                return self.base_layer
+            frozen, bits = self.frozen, self.merge_options.stored_bits
+            return merged_layer(self._base_tensor(), frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
+        return self._float_layer()
+
+    def _base_tensor(self) -> GridTensor:
+        """A layer that the merged adapter does not have is quantized all the same: its base."""
+        frozen, options = self.frozen, self.merge_options
+        if isinstance(frozen, DroppedBase):
+            return frozen(torch.empty(0))  # raises
+        if options.act_bits is not None or options.forward_bits is not None:
+            raise ValueError(
+                "A layer is not part of the adapter that is merged, and its base computes without `act_bits` and "
+                "`forward_bits`, which the checkpoint would apply. Unload it first: adapt a fresh copy of the float "
+                "model with the adapter to merge."
+            )
+        codes = unpack(frozen.base, frozen.fmt.bits, frozen.in_features)
+        return GridTensor(codes, frozen.scale0, None, frozen.grid)
+
+    def _float_layer(self) -> nn.Module:
+        frozen = self.frozen
+        if isinstance(frozen, DroppedBase):
+            raise ValueError(
+                "`keep_base=False` dropped the base codes, so the adapter cannot be unloaded. Use merge_and_unload(), "
+                "or load the float model again."
+            )
+        return frozen.float_layer()
+
+    def __repr__(self) -> str:
+        return "lowbitsr." + super().__repr__()

@@ -1,0 +1,135 @@
+"""`LowBitSRModel`: PEFT's tuner class for low-bit SR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...packing import unpack
+from ..common.model import QuantizingModel
+from .config import LowBitSRConfig
+from .layer import LowBitSRLayer, LowBitSRLinear
+from .parts import PARTS
+
+
+class LowBitSRModel(QuantizingModel):
+    """Puts trainable integers into a model; made by `get_peft_model(model, LowBitSRConfig(...))`."""
+
+    prefix = "lowbitsr_"
+    tuner_layer_cls = LowBitSRLayer
+    config_cls = LowBitSRConfig
+    shared_options = ("bits", "group_size", "range_method", "range_p", "scale_dtype", "keep_base")
+
+    # -- before anything is changed
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1 and not config.keep_base:
+            added = next(name for name, other in self.peft_config.items() if other is config)
+            if len(self.peft_config) > 1:
+                del self.peft_config[added]
+            raise ValueError(
+                f"`keep_base=False` dropped the base codes, at which adapter {added!r} would start. Adapt the float "
+                "model with `keep_base=True` for several adapters."
+            )
+
+    def _check_targets(self, targets: dict[str, nn.Module], config: LowBitSRConfig) -> None:
+        super()._check_targets(targets, config)
+        for name, module in targets.items():
+            if isinstance(module, BaseTunerLayer) or config.export_format != "bitnet":
+                continue
+            linear: Any = module
+            bias, rows = linear.bias, linear.weight.shape[0]
+            if bias is not None or rows % 4:
+                what = "a bias, which transformers' BitNet layer would multiply with the weight's scale"
+                what = what if bias is not None else f"{rows} output features, no multiple of 4"
+                raise ValueError(
+                    f"`export_format='bitnet'` cannot hold module {name!r}: it has {what}. Use "
+                    "`export_format='compressed-tensors'`, or leave the module out with `exclude_modules`."
+                )
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """LoRA replicates layers here; there is nothing to do."""
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: LowBitSRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, LowBitSRLinear):
+            target.update_layer(adapter_name, config, current_key)
+            return
+        linear: Any = target
+        module = LowBitSRLinear(linear, adapter_name, config, current_key)
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
+        self._replace_module(parent, target_name, module, target)
+
+    # -- adapters
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of integers is on no grid.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Adapters of low-bit SR are integers, whose weighted sum is on no grid, so it would have to be rounded a "
+            "second time. Use one of them, or LRQATConfig, whose adapters combine inside one rounding."
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several that share no layer.
+
+        Raises:
+            ValueError: two of them have a layer in common. Nothing was changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for layer in self.modules():
+            if isinstance(layer, LowBitSRLinear):
+                layer._the_one(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _prepare_merge(self, layer: Any, config: LowBitSRConfig) -> None:
+        layer.merge_options = config
+
+    # -- state dicts: `parts.py` has what is special
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # the base class's own: LoRA's looks for DoRA in the configuration
+        return super(LoraModel, cls)._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LowBitSRLinear) or adapter_name not in layer.lowbitsr_weight:
+                continue
+            weight: Any = layer.lowbitsr_weight[adapter_name]
+            for part, attribute in PARTS.items():
+                found, here = remapped.get(f"{name}.{part}.{adapter_name}"), getattr(weight, attribute)
+                if found is not None and (found.shape, found.dtype) != (here.shape, here.dtype):
+                    raise ValueError(
+                        f"In the adapter file, '{part}' of module {name!r} is {found.dtype} {tuple(found.shape)}, but "
+                        f"this model needs {here.dtype} {tuple(here.shape)}: the adapter was made for another grid or "
+                        "architecture. Load it on the model, with the configuration, that it was trained with."
+                    )
+            codes = remapped.get(f"{name}.lowbitsr_codes.{adapter_name}")
+            if codes is not None and weight.grid.ternary and int(unpack(codes, 2, weight.shape[1]).min()) < -1:
+                raise ValueError(
+                    f"The adapter file holds two-bit codes for module {name!r}, but this model's grid is ternary: the "
+                    "adapter was made for another grid. Load it with the configuration that it was trained with."
+                )
+        return remapped

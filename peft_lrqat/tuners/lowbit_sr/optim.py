@@ -1,0 +1,311 @@
+"""`LowBitAdamW`: packed codes in, packed codes out.
+
+Any torch optimizer trains low-bit weights (`any_optimizer.py`), at the price of a dense gradient, dense fp32 state and
+a transient fp32 copy. This one keeps 8-bit or factored state, works on row chunks, can feed the rounding remainder back
+into the momentum, and with `fused_backward=True` updates each weight as soon as its gradient is there and frees the
+gradient, so that no two dense gradients exist at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from ...chunks import row_chunks
+from ...grid import TERNARY
+from ...ops.dispatch import kernels_for, on_device_of
+from ...ops.low_bit_step import Rule, new_state, update_factors, update_rows
+from .tensor import LowBitTensor
+
+STATES = ("8bit", "factored", "fp32")
+LR_UNITS = ("weight", "grid")
+
+# torch decorates it in a way that hides its signature
+torch_adamw: Any = adamw
+
+_RELEASED_ERROR = (
+    "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
+    "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
+    "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
+    "LowBitAdamW; a weight that is used inside two checkpointed segments needs `use_reentrant=False`. Or use "
+    "`fused_backward=False`."
+)
+
+
+class _Released(torch.Tensor):
+    """Stands where a gradient was. Its norm is known; whoever would change it (or add to it) is told."""
+
+    norm_: torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, norm: torch.Tensor) -> _Released:
+        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        self.norm_ = norm
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
+        aten = torch.ops.aten
+        if func is aten.detach.default:
+            return cls(args[0], args[0].norm_)
+        if func is aten.linalg_vector_norm.default and len(args) > 1 and args[1] == 2 and len(args) == 2:
+            return args[0].norm_.clone()  # Trainer logs it
+        if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
+            return args[0]  # clipping that does not clip
+        raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
+
+
+class _UpdateInBackward:
+    """A parameter's hook. It must not keep the optimizer: Python's collector does not see references that torch's graph
+    holds, so parameter -> hook -> optimizer -> parameter would never be freed."""
+
+    def __init__(self, optimizer: LowBitAdamW, group: int) -> None:
+        self.optimizer, self.group = weakref.ref(optimizer), group
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer._arrive(parameter, optimizer.param_groups[self.group])
+
+
+class LowBitAdamW(Optimizer):
+    """AdamW (arXiv 1711.05101) whose step on low-bit weights ends in one stochastic rounding (`ops/low_bit_step.py`).
+
+    Other parameters (scales, norms, biases, `modules_to_save`) take torch's own AdamW step with fp32 state.
+    """
+
+    handles_low_bit = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        state: str = "8bit",
+        error_feedback: bool | None = None,
+        lr_unit: str = "weight",
+        fused_backward: bool = False,
+        gradient_accumulation_steps: int = 1,
+        compile: bool = False,
+    ) -> None:
+        """
+        Args:
+            lr: learning rate; a 0-dim tensor on the device keeps the host out of the step.
+            betas: decay of the moments. The 8-bit second moment is noisy with betas[1] much above 0.99; with a small
+                one, error feedback is biased, because the remainder and the second moment move together. ECO used 0.98.
+            state: of low-bit weights: "8bit" (2 bytes a weight), "factored" (1 byte), "fp32" (8 bytes).
+            error_feedback: put the rounding remainder into the momentum (ECO, arXiv 2601.22101). None: as the weight's
+                configuration says.
+            lr_unit: "weight", as everywhere, or "grid": the learning rate counts grid steps, so that every grid, coarse
+                or fine, flips equally often. Weight decay stays relative.
+            fused_backward: update a low-bit weight when its gradient arrives in backward, and free the gradient.
+            gradient_accumulation_steps: with `fused_backward`: after how many backward passes to update. Before the
+                last one gradients have to be kept.
+            compile: `torch.compile` the update where Triton's kernel for it does not run (`ops/kernels`).
+
+        Raises:
+            ValueError: an argument is out of range; `fused_backward` under data parallelism.
+        """
+        if isinstance(lr, (int, float)) and lr < 0:
+            raise ValueError(f"`lr` is {lr}; it must not be negative.")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"`betas` is {betas}; both must be in [0, 1).")
+        if state not in STATES:
+            raise ValueError(f"`state` is {state!r}; allowed are {STATES}.")
+        if lr_unit not in LR_UNITS:
+            raise ValueError(f"`lr_unit` is {lr_unit!r}; allowed are {LR_UNITS}.")
+        if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
+            raise ValueError(f"`gradient_accumulation_steps` is {gradient_accumulation_steps!r}; it must be 1 or more.")
+        if gradient_accumulation_steps > 1 and not fused_backward:
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {gradient_accumulation_steps}, which matters with "
+                "`fused_backward=True` only: otherwise call step() as often as you like."
+            )
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "state": state, "error_feedback": error_feedback, "lr_unit": lr_unit})
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._update: Callable[..., None] = torch.compile(update_rows, dynamic=False) if compile else update_rows
+        self._arrived: dict[torch.Tensor, int] = {}
+        self.fused_backward = fused_backward
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter, LowBitTensor):
+                    self._rule(parameter, group)  # an early error
+        if fused_backward:
+            _refuse_data_parallel()
+            self._register()
+
+    # -- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update everything that has a gradient (and was not updated in backward)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            plain = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if not isinstance(parameter, LowBitTensor):
+                    plain.append(parameter)
+                elif isinstance(parameter.grad, _Released):
+                    parameter.grad = None
+                else:
+                    self._step_codes(parameter, parameter.grad, group)
+            self._step_floats(plain, group)
+        self._arrived.clear()
+        if self.fused_backward:
+            self._register()  # moving a model to another device leaves the hooks behind
+        return loss
+
+    def _register(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+                alive = any(isinstance(hook, _UpdateInBackward) and hook.optimizer() for hook in hooks.values())
+                if isinstance(parameter, LowBitTensor) and not alive:
+                    parameter.register_post_accumulate_grad_hook(_UpdateInBackward(self, index))
+
+    @torch.no_grad()
+    def _arrive(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        """A gradient is complete: update its weight and free it."""
+        _refuse_data_parallel()
+        self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
+        if self._arrived[parameter] < self.gradient_accumulation_steps:
+            return
+        grad: Any = parameter.grad
+        parameter.grad = None
+        norm = torch.linalg.vector_norm(grad)
+        self._step_codes(parameter, grad, group)  # type: ignore[arg-type]
+        parameter.grad = _Released(grad, norm)
+
+    def _rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:
+        feedback = group["error_feedback"]
+        feedback = parameter.error_feedback if feedback is None else feedback
+        beta1, beta2 = group["betas"]
+        if feedback and not beta1:
+            raise ValueError(
+                f"`betas` is {group['betas']}, but `error_feedback` keeps the rounding remainder in the momentum. Use "
+                "betas[0] > 0, or error_feedback=False."
+            )
+        return Rule(
+            parameter.grid,
+            parameter.shape[1],
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            feedback,
+            group["lr_unit"],
+            group["state"],
+        )
+
+    def _step_codes(self, parameter: LowBitTensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        rule = self._rule(parameter, group)
+        state = self.state[parameter]
+        if not state:
+            state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, parameter.device))
+        state["step"] += 1
+        lr = group["lr"]
+        if not isinstance(lr, torch.Tensor):
+            lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
+        rows, columns = parameter.shape
+        extra = {}
+        if rule.state == "factored":
+            chunks = list(row_chunks(rows, columns, parameter.device))
+            extra["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
+        kernels = kernels_for(parameter.packed)
+        if kernels is not None and parameter.packed.is_contiguous() and parameter.scale.is_contiguous():
+            lr = lr.to(parameter.device, torch.float32)
+            codes = parameter.packed, parameter.scale, parameter.stream
+            with on_device_of(parameter.packed):
+                kernels.low_bit_update(*codes, grad, {**state, **extra}, lr, state["step"], rule)
+            parameter.stream[1] += 1
+            return
+        numbers = torch.arange(rows, device=parameter.device)
+        per_tensor = parameter.scale.shape[0] == 1
+        for part in row_chunks(rows, columns, parameter.device):
+            inner = {
+                name: value if name == "exp_avg_sq_columns" else value[part]
+                for name, value in state.items()
+                if name != "step"
+            }
+            self._update(
+                parameter.packed[part],
+                parameter.scale if per_tensor else parameter.scale[part],
+                parameter.stream,
+                grad[part],
+                {**inner, **extra},
+                numbers[part],
+                lr,
+                state["step"],
+                rule,
+            )
+        parameter.stream[1] += 1
+
+    def _step_floats(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
+                }
+        states = [self.state[parameter] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+        if parameters:
+            torch_adamw(
+                parameters,
+                [grad.to(torch.float32) for grad in (parameter.grad for parameter in parameters) if grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=parameters[0].is_cuda,
+                capturable=parameters[0].is_cuda,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    # -- saving
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, which casts all state to the parameter's dtype; the codes become integers again."""
+        super().load_state_dict(state_dict)  # leaves `step` where it was saved
+        for parameter, state in self.state.items():
+            if isinstance(parameter, LowBitTensor):
+                kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
+                for name, value in state.items():
+                    state[name] = value.to(parameter.device, kinds[name].dtype) if name in kinds else value
+
+    def __repr__(self) -> str:
+        kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}
+        names = ", ".join("ternary" if bits == TERNARY else f"{bits} bits" for bits in sorted(kinds))
+        return f"{super().__repr__()}\nlow-bit weights: {names or 'none'}"
+
+
+def _refuse_data_parallel() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "`fused_backward=True` updates a weight before its gradient is averaged over the data-parallel processes, "
+            "which would drift apart. Use `fused_backward=False` with more than one process."
+        )

@@ -1,0 +1,228 @@
+"""The trainable weight that has no float copy.
+
+Low-bit SR (DQT, "Direct Quantized Training of Language Models with Stochastic Rounding", arXiv 2412.04787) trains the
+integers themselves. The forward uses W^ = s q; the gradient G = dL/dW^ is taken there, without any straight-through
+estimator; and one optimizer step is
+
+    w   = s q                                          in fp32, for the parameter or the row chunk at hand
+    w'  = optimizer(w, G)                              any rule: AdamW, SGD, Adafactor, Muon ...
+    q'  = clip(q + floor((w' - w) / s + u))            u uniform in (0, 1): up with probability equal to the fraction
+
+E[q'] = (w' / s) wherever nothing is clipped: an update of a hundredth of a grid step moves one weight in a hundred by
+a whole step. Rounding happens once per step, not once per term, and no update, no change.
+
+What can be the `nn.Parameter` then? Autograd wants a leaf of a floating dtype, PEFT and Trainer find what to train by
+`requires_grad`, and torch's optimizers write to parameters in place. `LowBitTensor` is a wrapper subclass: outside an
+fp32 tensor of shape (out, in) without storage, inside packed codes, scales and the position in the random stream.
+Gradients arrive as plain dense tensors. Reading it in any operation gives a plain tensor s q. Writing to it in place is
+refused, because an in-place update would be rounded once per term at best, and at worst (a fused kernel on a
+dequantized copy) would be lost without a word. Optimizers get their chance in `any_optimizer.py`: for the time of their
+`step()` they see plain float parameters, which are rounded into the codes afterwards. `LowBitAdamW` (`optim.py`) works
+on the packed codes and needs no float copy at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from ...chunks import row_chunks
+from ...grid import Grid, grouped
+from ...ops.reference import rows_of
+from ...packing import pack, unpack, words_per_row
+from ...rounding import poison, random_words, round_stochastically, uniform
+
+_aten = torch.ops.aten
+
+_WRITE_ERROR = (
+    "`{name}` would write to a low-bit weight in place, where it would be rounded once per operation, or be lost. "
+    "Update it with a `torch.optim.Optimizer` (its `step()` is intercepted), or with `peft_lrqat.LowBitAdamW`, which "
+    "needs no float copy. To set values, use `copy_`, which rounds to nearest."
+)
+
+
+class LowBitTensor(torch.Tensor):
+    """Packed codes that look like an fp32 weight of shape (out, in).
+
+    Attributes:
+        packed: int32 (out, ceil(in * code_bits / 32)), see `packing.py`.
+        scale: fp32 (rows, groups), weight units per grid step; never trained here (a learned scale is a factor beside
+            it, see `layer.py`).
+        stream: int64 (2,), the key of the random stream and how often this weight has been rounded, see `rounding.py`.
+        grid: the `Grid`.
+        error_feedback: whether the optimizer shall keep the rounding remainder.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    stream: torch.Tensor
+    grid: Grid
+    error_feedback: bool
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        stream: torch.Tensor,
+        grid: Grid,
+        in_features: int,
+        error_feedback: bool = False,
+    ) -> LowBitTensor:
+        """
+        Raises:
+            ValueError: the codes do not have the words that `in_features` takes.
+        """
+        if packed.shape[1] != words_per_row(in_features, grid.code_bits):
+            raise ValueError(
+                f"`packed` has {packed.shape[1]} words a row, but {in_features} codes of {grid.code_bits} bits take "
+                f"{words_per_row(in_features, grid.code_bits)}."
+            )
+        shape = (packed.shape[0], in_features)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
+        self.packed, self.scale, self.stream = packed, scale, stream
+        self.grid, self.error_feedback = grid, error_feedback
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    @classmethod
+    def from_codes(cls, codes: torch.Tensor, scale: torch.Tensor, grid: Grid, key: int) -> LowBitTensor:
+        """From int8 (out, in) codes and fp32 (rows, groups) scales; `key`: of the random stream (`stream_key`)."""
+        stream = torch.tensor([key, 0], device=codes.device)
+        return cls(pack(codes, grid.code_bits), scale, stream, grid, codes.shape[1])
+
+    # -- reading
+
+    def codes(self) -> torch.Tensor:
+        """int8 (out, in)."""
+        return unpack(self.packed, self.grid.code_bits, self.shape[1])
+
+    def to_float(self) -> torch.Tensor:
+        """s q: a plain fp32 (out, in) tensor, built anew."""
+        out = torch.empty(self.shape, device=self.device)
+        for rows in row_chunks(self.shape[0], self.shape[1], self.device):
+            codes = unpack(self.packed[rows], self.grid.code_bits, self.shape[1]).float()
+            out[rows] = (grouped(codes, self.scale) * rows_of(self.scale, rows).unsqueeze(-1)).view_as(codes)
+        return out
+
+    # -- writing
+
+    @torch.no_grad()
+    def round_from(self, target: torch.Tensor) -> None:
+        """q = clip(q + floor((target - s q) / s + u)): one optimizer step (DQT, arXiv 2412.04787, eq. 5).
+
+        Args:
+            target: fp32 (out, in), weight units. Where it equals s q, the code stays. NaN and infinity make `scale`
+                NaN.
+        """
+        key, step = self.stream[0], self.stream[1]
+        for rows in row_chunks(self.shape[0], self.shape[1], self.device):
+            codes = unpack(self.packed[rows], self.grid.code_bits, self.shape[1])
+            scale = rows_of(self.scale, rows)
+            here = grouped(codes.float(), scale) * scale.unsqueeze(-1)
+            move = ((grouped(target[rows].float(), scale) - here) / scale.unsqueeze(-1)).view_as(codes)
+            number = torch.arange(rows.start, rows.stop, device=self.device)
+            u = uniform(random_words(number, self.shape[1], step, key))
+            rounded = round_stochastically(codes, move, u, self.grid)
+            self.packed[rows] = pack(rounded.to(torch.int8), self.grid.code_bits)
+            poison(scale, move)
+        self.stream[1] += 1
+
+    @torch.no_grad()
+    def _copy(self, source: torch.Tensor) -> None:
+        if isinstance(source, LowBitTensor):
+            if (source.shape, source.grid) != (self.shape, self.grid):
+                raise ValueError(
+                    f"Codes on the grid ({source.grid.describe()}) with shape {tuple(source.shape)} cannot be copied "
+                    f"to ({self.grid.describe()}), {tuple(self.shape)}: adapt the model with the configuration that "
+                    "they were trained with."
+                )
+            for name in ("packed", "scale", "stream"):
+                getattr(self, name).copy_(getattr(source, name))
+            return
+        for rows in row_chunks(self.shape[0], self.shape[1], self.device):
+            scale = rows_of(self.scale, rows)
+            values = source[rows].to(self.device, torch.float32).contiguous()
+            levels = (grouped(values, scale) / scale.unsqueeze(-1)).round_()
+            codes = levels.clamp_(self.grid.qmin, self.grid.qmax).to(torch.int8).view_as(values)
+            self.packed[rows] = pack(codes, self.grid.code_bits)
+
+    # -- what makes it a tensor
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LowBitTensor:
+        inner = (change(tensor) for tensor in (self.packed, self.scale, self.stream))
+        return LowBitTensor(*inner, *self._meta)
+
+    @property
+    def _meta(self) -> tuple[Grid, int, bool]:
+        return self.grid, self.shape[1], self.error_feedback
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool]]:
+        return ["packed", "scale", "stream"], self._meta
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict, meta: tuple[Grid, int, bool], size: Any, stride: Any) -> LowBitTensor:
+        return LowBitTensor(inner["packed"], inner["scale"], inner["stream"], *meta)
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        with torch.no_grad():
+            copied: Any = self._with(torch.clone)
+            if isinstance(self, nn.Parameter):
+                copied = nn.Parameter(copied, self.requires_grad)
+            else:
+                copied.requires_grad_(self.requires_grad)
+            if self.grad is not None:
+                copied.grad = self.grad.clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        inner = (self.packed, self.scale, self.stream, *self._meta)
+        return _rebuild, (inner, isinstance(self, nn.Parameter), self.requires_grad)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"LowBitTensor({tuple(self.shape)}, {self.grid.describe()}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
+        kwargs = kwargs or {}
+        if func in (_aten.detach.default, _aten.alias.default):
+            return args[0]._with(lambda inner: inner)
+        if func is _aten.clone.default:
+            return args[0]._with(torch.clone)
+        if func is _aten._to_copy.default and (kwargs.get("dtype") or torch.float32).is_floating_point:
+            # a device, or none; the float dtype of something without floats is always fp32, so that gradients and
+            # optimizer states are
+            device = kwargs.get("device")
+            return args[0]._with(lambda inner: inner.to(device, copy=True))
+        if func is _aten.copy_.default and isinstance(args[0], LowBitTensor):
+            args[0]._copy(args[1])
+            return args[0]
+        _refuse_writing(func, args, kwargs)
+        args, kwargs = tree_map_only(LowBitTensor, LowBitTensor.to_float, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _refuse_writing(func: Any, args: tuple, kwargs: dict) -> None:
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(entry, LowBitTensor) for entry in values):
+            raise RuntimeError(_WRITE_ERROR.format(name=func._schema.name.split("::")[-1]))
+
+
+def _rebuild(inner: tuple, parameter: bool, requires_grad: bool) -> torch.Tensor:
+    tensor = LowBitTensor(*inner)
+    return nn.Parameter(tensor, requires_grad) if parameter else tensor.requires_grad_(requires_grad)

@@ -1,0 +1,248 @@
+"""`LRQATConfig`: a `LoraConfig` with a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...grid import PER_CHANNEL, SCALE_DTYPES, Grid
+from ...ops.stored_base import DOWNCASTS
+from ...ranges import RANGE_METHODS
+from ...registration import ensure_peft_type
+from ..common.config import QUANTIZED_BASE, GridConfig, check_choice
+
+# LoraConfig options that have no meaning inside a rounding, with the reason that the error gives.
+_REFUSED = {
+    "use_dora": "DoRA rescales a float weight; the grid's learned scales take that part (`learn_scales=True`)",
+    "lora_bias": "a bias of lora_B would lie outside the rounding; train the layer's own bias with `bias='lora_only'`",
+    "layer_replication": "every replica would hold its own packed copy; replicate the layers before adapting",
+    "megatron_config": "Megatron's parallel linear layers are not supported",
+    "target_parameters": "only nn.Linear, Conv1D and nn.Embedding can be quantized; name them in `target_modules`",
+    "eva_config": "EVA initializes for a float base",
+    "corda_config": "CorDA rewrites the base weight",
+    "lora_ga_config": "LoRA-GA rewrites the base weight",
+    "velora_config": "VeLoRA changes what LoRA's own forward keeps",
+    "alora_invocation_tokens": "an adapter inside the rounding acts on all tokens",
+    "use_qalora": "QA-LoRA is another method, with its adapter outside the rounding",
+    "monteclora_config": "MonteCLoRA samples adapters outside the rounding",
+    "use_bdlora": "block-diagonal LoRA is not implemented inside the rounding",
+    "arrow_config": "Arrow routes between adapters per token; a rounded weight belongs to all tokens",
+    "kasa_config": "KaSA truncates the base weight",
+}
+
+
+# Grid options that may be left open, and what they are on a float base.
+_GRID_DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": True, "scale_dtype": "auto"}
+
+
+@dataclass
+class LRQATConfig(GridConfig, LoraConfig):
+    """Configuration of LR-QAT (arXiv 2406.06385).
+
+    Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...),
+    except that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight
+    one level. Options of `LoraConfig` that cannot be honoured raise a ValueError.
+
+    Raises:
+        ValueError: a field is out of range, or options contradict each other.
+    """
+
+    method = "LR-QAT"
+    quantizes = (nn.Linear, Conv1D, nn.Embedding)
+    takes_quantized = True
+
+    r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
+    lora_alpha: int = field(  # type: ignore[assignment]  # None exists only until __post_init__
+        default=None,
+        metadata={
+            "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach "
+            "r / lora_alpha move a weight one level. Default: 16 * r, see docs/quality.md."
+        },
+    )
+    bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
+        default=None, metadata={"help": "Bits of the weight grid, 2 to 8. None: the quantized base's, or else 4."}
+    )
+    group_size: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
+            "output channel, 0 for the whole tensor. None: the quantized base's, or else 128."
+        },
+    )
+    symmetric: bool = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "False adds a frozen integer zero point to every scale, which 2-bit grids want. None: the "
+            "quantized base's, or else True."
+        },
+    )
+    downcast: Literal["fx8", "int", "bf16", "fp16", "fp32"] | None = field(
+        default=None,
+        metadata={
+            "help": "How the frozen base is kept, in grid steps: 'fx8' (8-bit fixed point, 1 byte a weight; the "
+            "default up to 7 bits), 'int' (packed codes, bits / 8 bytes; the default at 8 bits), 'bf16', 'fp16', "
+            "'fp32'."
+        },
+    )
+    range_method: Literal["lp", "minmax"] = field(
+        default="lp", metadata={"help": "How the first scales are chosen: L_p grid search, or covering every weight."}
+    )
+    range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
+    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={
+            "help": "What the checkpoint will store for a scale; training sees exactly that. 'auto': numbers that are "
+            "exact in bf16 and fp16, so that one checkpoint is exact in every engine. None: 'auto', or else the first "
+            "of these that holds the scales of the quantized base."
+        },
+    )
+    container_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of the codes in the merged checkpoint, >= bits. None: bits. 4 writes 2- and 3-bit grids "
+            "into 4-bit containers, which more engines can load."
+        },
+    )
+    act_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "8: the input of every quantized layer is rounded to 8 bits per token, in training and in the "
+            "checkpoint (W8A8 to engines, whatever `bits`). Needs group_size -1 (then the default) or 0, symmetric."
+        },
+    )
+
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set by the conversion and saved with the adapter: a checksum of the float weights it was made "
+            "for. An adapter is loaded on that base only."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
+        self._open = {name: None for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
+        self.adopt_defaults()
+        self._check_options()
+        if self.lora_alpha is None:
+            self.lora_alpha = 16 * self.r
+        # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
+        self._required_fingerprint = self.base_fingerprint
+        # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
+        init, self.init_lora_weights = self.init_lora_weights, True
+        loftq_config, self.loftq_config = self.loftq_config, {}
+        super().__post_init__()
+        self.init_lora_weights, self.loftq_config = init, loftq_config
+        self.peft_type = ensure_peft_type("LRQAT")
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def adopt_defaults(self) -> None:
+        """Give what was left open its value on a float base."""
+        self.adopt(**{**_GRID_DEFAULTS, **({} if self.act_bits is None else {"group_size": PER_CHANNEL})})
+        wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
+        self.adopt(downcast="int" if wide else "fx8")
+
+    def adopt(self, **found: Any) -> list[str]:
+        """Take a quantized base's values for the options that were left open.
+
+        Returns:
+            The options among `found` that were set to something else.
+        """
+        for name in self._open.keys() & found.keys():
+            if getattr(self, name) == self._open[name]:  # else the user has set the attribute since
+                setattr(self, name, found[name])
+                self._open[name] = found[name]
+        return [name for name, value in found.items() if getattr(self, name) != value]
+
+    def conversion_device(self) -> torch.device | None:
+        """Where layers are converted, if not where they are: `LoraRuntimeConfig(ephemeral_gpu_offload=True)`.
+
+        Raises:
+            ValueError: it is asked for, and there is no accelerator.
+        """
+        if not self.runtime_config.ephemeral_gpu_offload:
+            return None
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if device is None:
+            raise ValueError(
+                "`ephemeral_gpu_offload` is True, but torch finds no accelerator on which layers could be converted. "
+                "Leave it out to convert them where they are."
+            )
+        return device
+
+    def recipe(self) -> str:
+        ranges = (
+            f"ranges by lp (p = {self.range_p:g})" if self.range_method == "lp" else f"ranges by {self.range_method}"
+        )
+        if str(self.base_fingerprint).startswith(QUANTIZED_BASE):
+            ranges = "integers and scales of a quantized base"
+        return (
+            f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
+            f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, {ranges}"
+            + (f", {self.act_bits}-bit activations" if self.act_bits is not None else "")
+        )
+
+    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
+        shapes: dict[str, tuple] = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
+        if self.learn_scales:
+            shapes["lora_scale_shift"] = self.grid.scale_shape(out_features, in_features)
+        return shapes
+
+    def _check_options(self) -> None:
+        if Grid(self.bits, self.group_size, self.symmetric).ternary:
+            raise ValueError(
+                "`bits` is 1.58; LR-QAT's grids have 2 to 8 bits (whole numbers). Ternary weights are trained by "
+                "LowBitSRConfig."
+            )
+        check_choice("downcast", self.downcast, (None, *DOWNCASTS))
+        check_choice("range_method", self.range_method, RANGE_METHODS)
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if self.bits == 8 and self.downcast == "fx8":
+            raise ValueError(
+                "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or "
+                "'fp16' (2 bytes)."
+            )
+        if not isinstance(self.range_p, (int, float)) or not 0 < self.range_p < float("inf"):
+            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
+        if self.container_bits is not None and not (
+            isinstance(self.container_bits, int) and self.bits <= self.container_bits <= 8
+        ):
+            raise ValueError(
+                f"`container_bits` is {self.container_bits!r}; it must be an integer from `bits` ({self.bits}) to 8, "
+                "or None."
+            )
+        self.check_int8_activations()
+        if self.lora_dropout:
+            raise ValueError(
+                f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: "
+                "there is no adapter input to drop. Use 0."
+            )
+        if self.init_lora_weights not in (True, False, "loftq"):
+            raise ValueError(
+                f"`init_lora_weights` is {self.init_lora_weights!r}; LR-QAT knows True, False and 'loftq'. The others "
+                "rewrite the base weight or assume an adapter outside the rounding."
+            )
+        iterations = _loftq_iterations(self.loftq_config)
+        if self.init_lora_weights == "loftq" and iterations != 1:
+            raise ValueError(
+                f"`loftq_config` asks for loftq_iter={iterations}; only 1 is supported (as in the paper): with more, "
+                "the frozen codes would depend on the SVD and could not be recomputed when the adapter is loaded."
+            )
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
+
+
+def _loftq_iterations(loftq_config: Any) -> int:
+    if isinstance(loftq_config, dict):
+        return loftq_config.get("loftq_iter", 1)
+    return getattr(loftq_config, "loftq_iter", 1)

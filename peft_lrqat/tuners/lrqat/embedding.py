@@ -1,0 +1,66 @@
+"""An embedding table with the adapter inside the rounding; only where `target_modules` names it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...ops.embedding import quantized_embedding
+from ..common.frozen import local
+from .config import LRQATConfig
+from .layer import LRQATLinear
+
+
+class LRQATEmbedding(LRQATLinear):
+    """An nn.Embedding: table rows take the place of output features, the embedding's width that of input features.
+
+    compressed-tensors and the engines know no packed embeddings, so merging makes a dense table whose values lie
+    exactly on the grid.
+    """
+
+    embed_scale: torch.Tensor | None
+
+    def __init__(self, base_layer: nn.Embedding, adapter_name: str, config: LRQATConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config, **kwargs)  # type: ignore[arg-type]
+        # what a model's own embedding class multiplies rows with (Gemma 3)
+        scale = getattr(base_layer, "embed_scale", None)
+        self.register_buffer("embed_scale", scale if isinstance(scale, torch.Tensor) else None, persistent=False)
+        # the module that was replaced, without its weight: merging and unloading put the new weight into it. Kept
+        # outside of the module tree.
+        object.__setattr__(self, "_shell", base_layer)
+
+    def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        frozen = self.base_layer
+        shift, A, B, c = self._operands(adapters)
+        y = quantized_embedding(
+            x,
+            local(frozen.base),
+            self._scale(shift),
+            local(frozen.zero_point),
+            A,
+            B,
+            c,
+            frozen.grid.bits,
+            frozen.in_features,
+            frozen.downcast,
+            frozen.compute_dtype,
+        )
+        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+
+    def _around(self, weight: torch.Tensor) -> nn.Module:
+        layer: Any = copy.deepcopy(self._shell)
+        layer.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
+        return layer.to(weight.device)
+
+    @property
+    def kind(self) -> Any:
+        return "embedding"
+
+    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
+        return self._around(self.grid_tensor(adapters, safe_merge).dequantize(self.frozen.compute_dtype))
+
+    def _float_layer(self) -> nn.Module:
+        return self._around(self.frozen.weight)

@@ -1,0 +1,324 @@
+"""The adapted layer of LR-QAT (arXiv 2406.06385).
+
+An ordinary LoRA layer adds a product to the *output*: y = x W0^T + c x A^T B^T. When its weight is rounded afterwards,
+the update, far smaller than a grid step almost everywhere, rounds away. LR-QAT adds the product to the weight *before*
+the rounding, and trains through the rounding, so what is trained is what is stored:
+
+    Phi = phi(W0 / s0)                       frozen, 1 byte or less a weight (`common/frozen.py`)
+    Z   = Phi + c lora_B lora_A              c = lora_alpha / r; in units of one grid step (exact: `ops/factors.py`)
+    Q   = clip(round(Z), qmin, qmax)         the integers of the final checkpoint
+    W^  = s Q,    y = x W^T + bias           s starts at s0 and is trained
+
+Gradients. The rounding passes gradients straight through; the clip stops them where it acts. With G = dL/dW^ = dY^T X
+and M = [qmin <= round(Z) <= qmax]:
+
+    dX = dY W^      dZ = M s G      d lora_B = c dZ lora_A^T      d lora_A = c lora_B^T dZ      ds = sum of G Q
+
+ds sums over the entries that share s. It is not LSQ's formula: Phi does not depend on s, which scales integers only.
+
+What is kept for backward: X, and the layer's own small or packed tensors. W^ is built for the product and dropped, and
+built again for dX. Two identities spare the dense G where one scale serves a whole row (`ops/reference.py`):
+ds_j = sum_t dY_tj Y_tj / s_j (so Y is kept, without bias), and, where nothing is clipped,
+d lora_B = c s (dY^T (X lora_A^T)) and likewise for A, LoRA's own cost; the few clipped entries are subtracted one by
+one.
+
+The scale's parameter. Trained directly, a scale of 0.01 would need a learning rate of its own, would be decayed to zero
+by an optimizer that decays it, and would stand still in bf16, where its neighbours are 0.4 % away. So the parameter is
+the *relative change* `lora_scale_shift`, 0 at the start:
+
+    s = snap(s0 (1 + lora_scale_shift))
+
+One learning rate suits it and the adapter, weight decay pulls it back to s0, and it moves even when cast to bf16.
+`snap` (straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored
+scale.
+
+Activations. With `act_bits=8` the layer's input is first rounded to 8 bits per token (`quantize_activations`), with a
+straight-through gradient, as engines do it with such a checkpoint.
+
+Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...formats.source import LayerInfo
+from ...grid import GridTensor
+from ...modules.packed import merged_layer
+from ...modules.rounded_input import ACTIVATION_LEVELS, Int8Linear
+from ...ops import trained_scale
+from ...ops.activations import quantize_activations
+from ...ops.reference import codes
+from ..common.frozen import FrozenWeight, local
+from ..common.layer import MergingLayer
+from .config import LRQATConfig
+from .loftq import residual_factors
+
+
+class _Checksums(BufferDict):
+    """A BufferDict whose tensors may stay on the meta device while PEFT moves a layer (`low_cpu_mem_usage`)."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Checksums:
+        with contextlib.suppress(NotImplementedError):  # torch: "Cannot copy out of meta tensor"
+            super()._apply(fn, recurse)
+        return self
+
+
+class Operands(NamedTuple):
+    """The trained part of a layer."""
+
+    shift: torch.Tensor | None  # (rows, groups): the relative change of the scales
+    A: torch.Tensor | None  # (R, in), grid steps
+    B: torch.Tensor | None  # (out, R)
+    c: float  # lora_alpha / r
+
+
+class LRQATLayer(MergingLayer):
+    """What every layer of LR-QAT has beside LoRA's containers.
+
+    Attributes:
+        lora_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; empty entries do
+            not exist where `learn_scales=False`.
+        lora_base_checksum: BufferDict, adapter -> int64 (1,), of the base that the adapter was made for. Saved with the
+            adapter, compared at load.
+    """
+
+    lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module
+    lora_B: Any
+    lora_scale_shift: nn.ParameterDict
+    lora_base_checksum: BufferDict
+
+    adapter_layer_names = (*MergingLayer.adapter_layer_names, "lora_scale_shift")
+    other_param_names = (*MergingLayer.other_param_names, "lora_base_checksum")
+
+
+class LRQATLinear(nn.Module, LRQATLayer):
+    """An nn.Linear or Conv1D whose weight is rounded with the adapter inside."""
+
+    base_layer: FrozenWeight
+
+    def __init__(
+        self,
+        base_layer: nn.Linear | Conv1D,
+        adapter_name: str,
+        config: LRQATConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        """Convert `base_layer` (nn.Linear, Conv1D, QuantizedLinear) and add the first adapter. Its weight is not
+        kept."""
+        super().__init__()
+        transposed = isinstance(base_layer, Conv1D)
+        frozen = FrozenWeight(
+            base_layer,
+            config.grid,
+            config.downcast,
+            config.range_method,
+            config.range_p,
+            config.scale_dtype,
+            transposed=transposed,
+            convert_on=config.conversion_device(),
+        )
+        LRQATLayer.__init__(self, frozen, **kwargs)
+        self.fan_in_fan_out = transposed
+        self.lora_scale_shift = nn.ParameterDict({})
+        self.lora_base_checksum = _Checksums({}, persistent=True)
+        self._before_merge: FrozenWeight | None = None
+        self.container_bits = config.container_bits
+        self.act_bits = config.act_bits
+        self._active_adapter = adapter_name
+        # the float weight is at hand only now, for the initialization that wants it
+        self._float_weight = None if frozen.from_codes else base_layer.weight.detach()
+        try:
+            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        finally:
+            del self._float_weight
+
+    # -- adapters
+
+    def update_layer(  # type: ignore[override]  # the config is the one that the layer was made with
+        self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged."""
+        frozen = self.frozen
+        if config.learn_scales:
+            rows, groups = frozen.scale0_bits.shape
+            self.lora_scale_shift[adapter_name] = nn.Parameter(torch.zeros(rows, groups, device=frozen.device))
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        # beside the adapter's weights: on the meta device where `low_cpu_mem_usage` puts them, until they are loaded
+        device = self.lora_A[adapter_name].weight.device
+        self.lora_base_checksum[adapter_name] = (
+            torch.empty(1, dtype=torch.int64, device=device) if device.type == "meta" else frozen.checksum().view(1)
+        )
+        if config.init_lora_weights is False:
+            self._random_adapter(adapter_name)
+
+    def _random_adapter(self, adapter_name: str) -> None:
+        """`init_lora_weights=False`, for tests: an adapter that moves about half of the weights by a grid step."""
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if A.device.type == "meta":
+            return
+        # entries of A B with standard deviation 1 grid step, after scaling
+        nn.init.normal_(A)
+        nn.init.normal_(B, std=1 / (self.scaling[adapter_name] * self.r[adapter_name] ** 0.5))
+
+    def loftq_init(self, adapter_name: str, config: LRQATConfig) -> None:  # type: ignore[override]  # as above
+        """The best rank-r fit of what the stored base lost of W0, so that training starts nearer to the float model."""
+        weight = getattr(self, "_float_weight", None)
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        if weight is None:
+            raise ValueError(
+                "`init_lora_weights='loftq'` needs the float weight, which is gone once the model is converted. Use it "
+                "for the first adapter, and True for further ones."
+            )
+        nn.init.zeros_(B)
+        if A.device.type == "meta" or config._adapter_shapes is not None:
+            return  # the adapter's values are about to be loaded
+        weight = weight.t() if self.fan_in_fan_out else weight
+        factor_A, factor_B = residual_factors(weight, self.base_layer, self.r[adapter_name])
+        A.data.copy_(factor_A)
+        B.data.copy_(factor_B / self.scaling[adapter_name])
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """c lora_B lora_A in *grid steps*, before the rounding: (out, in), transposed for Conv1D."""
+        delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def _operands(self, adapters: list[str]) -> Operands:
+        """What these adapters make together, whole even if FSDP2 shards them."""
+        if len(adapters) == 1 and (name := adapters[0]) in self.lora_A:  # nearly always: with little Python
+            shift = local(self.lora_scale_shift[name]) if name in self.lora_scale_shift else None
+            A, B = local(self.lora_A[name].weight), local(self.lora_B[name].weight)
+            return Operands(shift, A, B, self.scaling[name])
+        shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
+        shift = None
+        if shifts:
+            shift = shifts[0] if len(shifts) == 1 else torch.stack([shift.float() for shift in shifts]).sum(0)
+        present = [name for name in adapters if name in self.lora_A]
+        if not present:
+            return Operands(shift, None, None, 1.0)
+        A = [local(self.lora_A[name].weight) for name in present]
+        B = [local(self.lora_B[name].weight) for name in present]
+        if len(present) == 1:
+            return Operands(shift, A[0], B[0], self.scaling[present[0]])
+        scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
+        return Operands(shift, torch.cat([a.float() for a in A]), torch.cat(scaled, 1), 1.0)
+
+    def _scale(self, shift: torch.Tensor | None) -> torch.Tensor:
+        """s: fp32 (rows, groups), as the checkpoint stores it."""
+        return trained_scale(self.frozen.scale0, shift, self.frozen.scale_dtype)
+
+    # -- forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., in) to (..., out), with the active adapters inside the rounding."""
+        adapter_names = None
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._run(x, [])
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        if self.merged:
+            return self.base_layer(x)
+        return self._run(x, self.active_adapters)
+
+    def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        frozen = self.base_layer
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.act_bits is not None:
+            x = quantize_activations(x, ACTIVATION_LEVELS["compressed-tensors"])
+        bias: torch.Tensor | None = frozen.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return frozen.product(x, bias, *self._operands(adapters))
+
+    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        return self._run(x, [] if adapter == "__base__" else [adapter])
+
+    # -- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters into the integers: `base_layer` becomes what the checkpoint will hold.
+
+        The codes come from the same function as in forward, so the output does not change by a bit.
+
+        Args:
+            safe_merge: refuse adapters that are not finite.
+            adapter_names: None: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` and a value is NaN or infinite.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [name for name in adapter_names if name in self.lora_A]
+        if not adapter_names:
+            return
+        self._put_merged(self._merged([*self.merged_adapters, *adapter_names], safe_merge), adapter_names)
+
+    def _merge_operands(
+        self, adapters: list[str], safe_merge: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]:
+        shift, A, B, c = self._operands(adapters)
+        scale = self._scale(shift)
+        self._check_scale(adapters[-1] if adapters else "", safe_merge, scale, A, B)
+        return scale, A, B, c
+
+    @property
+    def info(self) -> LayerInfo:
+        """What merging makes of the layer."""
+        frozen, kind = self.frozen, self.kind
+        dtype, bits = frozen.compute_dtype, self.container_bits or frozen.grid.bits
+        return LayerInfo(
+            frozen.out_features, frozen.in_features, frozen.grid, kind, frozen.bias is not None, dtype, bits
+        )
+
+    @torch.no_grad()
+    def grid_tensor(self, adapters: list[str] | None = None, safe_merge: bool = False) -> GridTensor:
+        """The integers that merging stores, without merging.
+
+        Args:
+            adapters: None: the merged ones, or else the active ones.
+        """
+        frozen = self.frozen
+        if adapters is None:
+            adapters = [name for name in self.merged_adapters or self.active_adapters if name in self.lora_A]
+        scale, A, B, c = self._merge_operands(adapters, safe_merge)
+        integers = codes(local(frozen.base), A, B, frozen.fmt, c)
+        return GridTensor(integers, scale, local(frozen.zero_point), frozen.grid)
+
+    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
+        frozen, quantized = self.frozen, self.grid_tensor(adapters, safe_merge)
+        if self.act_bits is not None:
+            return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
+        bits = self.container_bits or frozen.grid.bits
+        return merged_layer(quantized, frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer that replaces this one: the quantized layer, or the base at step 0 as the kind of layer it was."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            # a layer that none of the adapters has is quantized all the same: at step 0
+            return self.base_layer if self.merged else self._merged([])
+        return self._merged([]) if self.frozen.from_codes else self._float_layer()
+
+    def _float_layer(self) -> nn.Module:
+        """The base at step 0 as the kind of layer that it was."""
+        return self.frozen.float_layer()
+
+    def __repr__(self) -> str:
+        return "lrqat." + super().__repr__()

@@ -1,0 +1,113 @@
+"""Starting from a model that is quantized already: its grid becomes the configuration's, or the two contradict.
+
+At step 0 the adapted model is the loaded one, so nothing of it may be rounded anew: bits, groups and zero points are
+the checkpoint's, the scales' dtype is the first that holds them exactly, and layers that the checkpoint left float are
+not quantized on the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...grid import SCALE_DTYPES, Grid, snap_scale
+from ...modules.packed import QuantizedLinear
+from .config import LRQATConfig
+
+_FIELDS = ("bits", "group_size", "symmetric")
+
+
+def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+    """Complete `config` by the grid of the targeted modules that are quantized already, if any.
+
+    Raises:
+        ValueError: `config` asks for another grid; the modules are on several grids; some of them are float.
+    """
+    packed = {name: module for name, module in targets.items() if isinstance(module, QuantizedLinear)}
+    adapted: list[Any] = [module for module in targets.values() if isinstance(module, BaseTunerLayer)]
+    if not packed and not adapted:
+        config.adopt_defaults()
+        return
+    if not packed:
+        if adapted[0].frozen.from_codes:  # a second adapter
+            frozen = adapted[0].frozen
+            theirs = {name: getattr(frozen.grid, name) for name in _FIELDS}
+            config.adopt(**theirs, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)
+        return
+    _refuse_float(targets, packed)
+    grid = _the_grid(packed)
+    config.adopt(downcast="int")
+    other = config.adopt(**{name: getattr(grid, name) for name in _FIELDS})
+    if other and not (other == ["bits"] and config.bits < grid.bits and _all_on(packed, config.grid)):
+        wanted, found = (", ".join(f"{n}={getattr(it, n)!r}" for n in other) for it in (config, grid))
+        raise ValueError(
+            f"The configuration asks for {wanted}, but the base model is quantized with {found}. Leave these options "
+            "out of the configuration, which then takes the base's grid; for another grid, start from the float model."
+        )
+    config.check_int8_activations()
+    container = next(iter(packed.values())).bits
+    if config.container_bits is None and container > config.bits:
+        config.container_bits = container
+    _adopt_scale_dtype(packed, config)
+
+
+def on_grid(layer: QuantizedLinear, grid: Grid) -> bool:
+    """Whether a layer's codes and zero points lie within a grid's range."""
+    weight = layer.grid_tensor()
+    values = [weight.codes] if weight.zero_point is None else [weight.codes, weight.zero_point]
+    return all(grid.qmin <= int(value.min()) and int(value.max()) <= grid.qmax for value in values)
+
+
+def _all_on(packed: dict[str, QuantizedLinear], grid: Grid) -> bool:
+    return all(on_grid(layer, grid) for layer in packed.values())
+
+
+def _refuse_float(targets: dict[str, nn.Module], packed: dict[str, QuantizedLinear]) -> None:
+    floats = [name for name in targets if name not in packed and not isinstance(targets[name], BaseTunerLayer)]
+    if floats:
+        shown = ", ".join(repr(name) for name in floats[:3])
+        ends = sorted({name.rpartition(".")[2] for name in floats})
+        raise ValueError(
+            f"{len(floats)} of the targeted modules are float in this quantized model, e.g. {shown}. "
+            "Rounding them would change the model that was loaded. Leave them out, for instance with "
+            f"`exclude_modules={(ends if len(ends) < 6 and _only(ends, packed) else floats)!r}`."
+        )
+
+
+def _only(ends: list[str], packed: dict[str, QuantizedLinear]) -> bool:
+    """Whether these last parts of names are those of float modules only."""
+    return not any(name.rpartition(".")[2] in ends for name in packed)
+
+
+def _the_grid(packed: dict[str, QuantizedLinear]) -> Grid:
+    grids: dict[Grid, list[str]] = {}
+    for name, layer in packed.items():
+        grids.setdefault(layer.grid, []).append(name)
+    if len(grids) > 1:
+        listed = "; ".join(
+            f"{grid.describe()}: {len(names)} modules, e.g. {names[0]!r}" for grid, names in grids.items()
+        )
+        raise ValueError(
+            f"The targeted modules are on {len(grids)} different grids ({listed}). One adapter trains one grid: choose "
+            "the modules of one of them with `target_modules` or `exclude_modules`. The others stay as they are, and "
+            "merging keeps them."
+        )
+    return next(iter(grids))
+
+
+def _adopt_scale_dtype(packed: dict[str, QuantizedLinear], config: LRQATConfig) -> None:
+    scales = torch.cat([layer.weight_scale.detach().float().flatten().cpu() for layer in packed.values()])
+    holds = [name for name in SCALE_DTYPES if torch.equal(snap_scale(scales, name), scales)]
+    if not config.adopt(scale_dtype=holds[0]) or config.scale_dtype in holds:
+        return
+    change = ((snap_scale(scales, config.scale_dtype) - scales).abs() / scales).max().item()
+    warnings.warn(
+        f"`scale_dtype={config.scale_dtype!r}` does not hold the scales of the quantized base: they are rounded, by up "
+        f"to {change:.1g} of their size, so the model at step 0 is not exactly the one that was loaded. "
+        f"`scale_dtype={holds[0]!r}` (what None chooses) keeps them.",
+        stacklevel=2,
+    )

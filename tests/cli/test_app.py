@@ -1,0 +1,172 @@
+"""The commands, as a user types them: what they print, what they write, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from peft_lrqat import cli, export
+from peft_lrqat.checkpoint import verify as verification
+from peft_lrqat.cli.app import app
+from peft_lrqat.grid import Grid
+from tests.grids import on_grid
+from tests.models import adapted, tiny, tokens, train
+
+
+def run(*args, code: int = 0) -> str:
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "merged"
+    on_grid(Grid(3, 32), family="qwen2", container_bits=4).save_pretrained(folder)
+    return folder
+
+
+class TestExport:
+    def test_an_adapters_folder(self, tmp_path):
+        base = tiny("qwen2", num_hidden_layers=1)
+        base.save_pretrained(tmp_path / "base")
+        base.name_or_path = str(tmp_path / "base")
+        model = adapted(base, bits=4, group_size=8)
+        train(model, tokens())
+        model.save_pretrained(tmp_path / "adapter")
+        said = run("export", tmp_path / "adapter", tmp_path / "out", "--quiet")
+        assert "exact: codes and scales are the trained ones" in said
+        said = run("verify", tmp_path / "out", "--against", tmp_path / "adapter")
+        assert said.count("equal ") >= 4
+        assert "transformers" in said
+        assert "NOT" not in said
+        # the folder of an adapter is no checkpoint, but can be looked at
+        assert "adapter" in run("inspect", tmp_path / "adapter")
+        assert "Export it first" in run("verify", tmp_path / "adapter", code=2)
+
+    def test_checking_writes_nothing(self, merged, tmp_path):
+        assert run("export", merged, tmp_path / "out", "-f", "gptq", "--check") == "gptq: exact.\n"
+        said = run("export", merged, tmp_path / "out", "-f", "bitnet", "--check", code=1)
+        assert "not possible" in said
+        assert "ternary" in said
+        assert list(tmp_path.iterdir()) == []
+
+    def test_options(self, merged, tmp_path):
+        args = ("export", merged, tmp_path / "out", "-f", "gptq", "-q", "--container-bits", 4)
+        assert "gptq_v2, 4 bits" in run(*args, "-o", "checkpoint-format=gptq_v2")
+        assert "not empty" in run(*args, code=2)
+        assert "gptq, 4 bits" in run(*args, "--overwrite")
+
+    @pytest.mark.parametrize(("args", "said"), [
+        (("nowhere", "out"), "There is no folder 'nowhere'"),
+        (("MERGED", "out", "-f", "awq"), "the formats are compressed-tensors"),
+        (("MERGED", "out", "-o", "x=1"), "no option 'x'"),
+        (("MERGED", "out", "-o", "x"), "NAME=VALUE"),
+        (("MERGED", "out", "--container-bits", "2"), "container_bits=2"),
+    ])  # fmt: skip
+    def test_errors_are_sentences(self, merged, tmp_path, monkeypatch, args, said):
+        monkeypatch.chdir(tmp_path)
+        output = run("export", *(merged if arg == "MERGED" else arg for arg in args), code=2)
+        assert said in output
+        assert "Traceback" not in output
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestInspect:
+    def test_a_terminal(self, merged):
+        said = run("inspect", merged)
+        for fact in (
+            "compressed-tensors, 4-bit container",
+            "3 bits, symmetric, groups of 32",
+            "7, 30,720 weights",
+            " bits a weight with scales (0.0 MB)",
+            "exact in float16 and bfloat16",
+            "yes transformers + compressed-tensors",
+            "yes vLLM on a CPU",
+            "(read in its source, not run)",
+        ):
+            assert fact in said, (fact, said)
+        shares = [line.split() for line in said.splitlines() if line.endswith("%")]
+        assert [share[0] for share in shares] == [str(code) for code in range(-4, 4)]
+        assert sum(float(share[-1].rstrip("%")) for share in shares) == pytest.approx(100, abs=0.05)
+
+    def test_json_and_plot(self, merged, tmp_path):
+        found = json.loads(run("inspect", merged, "--json", "--plot", tmp_path / "codes.svg"))
+        assert (found["bits"], found["group_size"], found["container_bits"]) == (3, 32, 4)
+        assert sum(found["histogram"].values()) == found["weights"] == 30720
+        assert found["inexact_scales"] == {"float16": 0, "bfloat16": 0}
+        assert 2.9 < found["entropy"] <= 3
+        assert "<svg" in (tmp_path / "codes.svg").read_text()
+
+    def test_scales_that_change(self, tmp_path):
+        on_grid(Grid(8, -1), dtype=torch.float32, scale_dtype="fp32").save_pretrained(tmp_path)
+        said = run("inspect", tmp_path)
+        assert "exact in neither float16 nor bfloat16" in said
+        assert "change in float16" in said
+        assert "no  vLLM on a CPU: no kernel for 8-bit" in said
+        rows = [line for line in said.splitlines() if line.endswith("%")]
+        assert 16 <= len(rows) <= 24
+        assert ".." in rows[0]
+
+    @pytest.mark.parametrize("format", ["gptq", "torchao"])
+    def test_other_formats(self, merged, tmp_path, format):
+        export(merged, tmp_path / "out", format, container_bits=3, progress=False)
+        found = json.loads(run("inspect", tmp_path / "out", "--json"))
+        assert (found["format"], found["bits"]) == (format, 3)
+        # in 3 bits; CPU and GPU kernels of vLLM, and onnxruntime's, are of other widths
+        assert [e["loads"] for e in found["engines"]] == [True, True, False, False, False][: len(found["engines"])]
+
+    def test_a_float_model(self, tmp_path):
+        tiny().save_pretrained(tmp_path)
+        assert "is float" in run("inspect", tmp_path, code=2)
+
+
+class TestVerify:
+    @pytest.mark.parametrize(("grid", "act", "format"), [
+        (Grid(4, 32, False), None, "compressed-tensors"),
+        (Grid(8, -1), "compressed-tensors", "compressed-tensors"),
+        (Grid(2, 32), None, "torchao"),
+    ])  # fmt: skip
+    def test_an_engine_gives_what_was_trained(self, grid, act, format, tmp_path):
+        model = on_grid(grid, family="llama", act=act)
+        model.save_pretrained(tmp_path / "merged")
+        export(model, tmp_path / "out", format, progress=False)
+        said = run("verify", tmp_path / "out", "--against", tmp_path / "merged")
+        assert "NOT EQUAL" not in said
+        assert said.count("equal ") >= 3
+        assert "largest difference 0.00e+00" in said
+
+    def test_a_changed_code_and_a_changed_tensor_are_found(self, merged, tmp_path):
+        export(merged, tmp_path / "out", progress=False)
+        path = tmp_path / "out" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
+        tensors["model.norm.weight"][0] += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+        said = run("verify", tmp_path / "out", "--against", merged, code=1)
+        assert "NOT EQUAL codes, scales, zero points: 1 of 7 layers differ: model.layers.0.mlp.up_proj" in said
+        assert "NOT EQUAL other tensors: model.norm.weight differs" in said
+        assert "NOT EQUAL the engine's weights: 6 of 7 layers equal" in said
+        assert "NOT EQUAL logits" in said
+
+    def test_a_missing_engine_is_named(self, merged, tmp_path, monkeypatch):
+        monkeypatch.setitem(verification._NEEDS, "compressed-tensors", ["no_such_engine"])
+        said = run("verify", merged, "--against", merged)
+        assert "engine: none" in said
+        assert "not installed: no_such_engine" in said
+        assert "equal     codes" in said
+        assert "needs no_such_engine" in run("verify", merged, code=2)
+        assert "nothing to compare" in run("verify", merged, "--no-engine", code=2)
+
+
+def test_without_typer_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'peft-lrqat\[cli\]'"):
+        cli.main()

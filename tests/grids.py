@@ -1,0 +1,74 @@
+"""Models whose linear layers lie on any grid, without training: random codes that reach both ends of the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_lrqat.formats import bitnet, compressed_tensors
+from peft_lrqat.formats import record as trained
+from peft_lrqat.grid import Grid, GridTensor, snap_scale
+from peft_lrqat.modules.packed import QuantizedLinear
+from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
+from tests.models import tiny
+
+#: Both divide by 32, as GPTQ wants it; 96 does not divide by 64.
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+
+
+def random_tensor(grid: Grid, out_features: int, in_features: int, scale_dtype: str = "auto") -> GridTensor:
+    """Codes that are uniform on the grid, and scales of a usual size; zero points above the lowest code."""
+    codes = torch.randint(grid.qmin, grid.qmax + 1, (out_features, in_features), dtype=torch.int8)
+    codes[0, 0], codes[-1, -1] = grid.qmin, grid.qmax
+    shape = grid.scale_shape(out_features, in_features)
+    spread = max(1, grid.qmax - grid.qmin) * in_features**0.5
+    scale = snap_scale((0.5 + torch.rand(shape)) * 4 / spread, scale_dtype)
+    zero = None if grid.symmetric else torch.randint(grid.qmin + 1, grid.qmax + 1, shape, dtype=torch.int8)
+    return GridTensor(codes, scale, zero, grid)
+
+
+def on_grid(
+    grid: Grid,
+    *,
+    family: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    container_bits: int | None = None,
+    act: str | None = None,
+    scale_dtype: str = "auto",
+    leave_out: tuple[str, ...] = (),
+    seed: int = 0,
+    **overrides,
+) -> PreTrainedModel:
+    """A merged model on `grid`, as `merge_and_unload` leaves it.
+
+    Args:
+        act: None, or the format whose 8-bit activations it has: "compressed-tensors" or "bitnet".
+        leave_out: parts of names of linear layers that stay float, besides the head.
+    """
+    torch.manual_seed(seed)
+    model = tiny(family, dtype=dtype, **{**SIZES, **overrides})
+    bits, floats = container_bits or grid.code_bits, []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        if name == "lm_head" or any(part in name for part in leave_out):
+            floats.append(name)
+            continue
+        weight = random_tensor(grid, module.out_features, module.in_features, scale_dtype)
+        parent, _, child = name.rpartition(".")
+        made: nn.Module
+        if act == "bitnet":
+            made = BitNetLinear(weight, dtype)
+        elif act is not None:
+            made = Int8Linear(weight, module.bias, dtype)
+        else:
+            made = QuantizedLinear(weight, module.bias, bits, dtype)
+        setattr(model.get_submodule(parent), child, made)
+    model.config.quantization_config = (
+        bitnet.quantization_config(floats)
+        if act == "bitnet"
+        else compressed_tensors.quantization_config(floats, grid, 8 if act else bits, 8 if act else None)
+    )
+    setattr(model.config, trained.KEY, trained.record(grid, scale_dtype, None))
+    return model

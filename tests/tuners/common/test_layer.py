@@ -1,0 +1,88 @@
+"""What `peft_lrqat/tuners/common/layer.py` gives the layers of both methods: merging, unmerging, mixed batches."""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from peft_lrqat.modules.packed import QuantizedLinear
+from tests import lowbit_sr as lowbit_sr
+from tests import lrqat as lrqat
+from tests.models import logits, tokens
+
+IDS = tokens(batch=4)
+
+
+@pytest.fixture(params=[lrqat, lowbit_sr], ids=["lrqat", "lowbit_sr"])
+def method(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+@pytest.fixture
+def base(method: ModuleType) -> PreTrainedModel:
+    return method.on_grid()
+
+
+@pytest.fixture
+def two_adapters(method: ModuleType, base: PreTrainedModel) -> PeftModel:
+    return method.two_adapters(base)
+
+
+def test_merging_and_unmerging_change_nothing(method: ModuleType, base: PreTrainedModel):
+    model = method.random_adapter(base, bits=3)
+    trained = logits(model, IDS)
+    state = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    assert all(isinstance(layer.base_layer, QuantizedLinear) for layer in method.layers(model).values())
+    assert torch.equal(logits(model, IDS), trained)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("default")
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), trained)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_disabling_a_merged_adapter_gives_the_base(method: ModuleType, base: PreTrainedModel):
+    before = logits(base, IDS)
+    model = method.random_adapter(base)
+    trained = logits(model, IDS)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, IDS), before)
+    assert torch.equal(logits(model, IDS), trained)
+
+
+def test_mixed_batches_use_each_samples_adapter(two_adapters: PeftModel):
+    names = ["__base__", "default", "other", "default"]
+    with torch.no_grad():
+        mixed = two_adapters(IDS, adapter_names=names).logits
+    with two_adapters.disable_adapter():
+        expected = {"__base__": logits(two_adapters, IDS)}
+    for name in ("default", "other"):
+        two_adapters.set_adapter(name)
+        expected[name] = logits(two_adapters, IDS)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], expected[name][row], rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    assert two_adapters.generate(input_ids=IDS, adapter_names=names, **options).shape == (4, IDS.shape[1] + 4)
+
+
+def test_mixed_batches_are_refused_where_lora_refuses_them(two_adapters: PeftModel):
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        two_adapters(IDS, adapter_names=["default"])
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        two_adapters(IDS, adapter_names=["unknown"] * 4)
+    with pytest.raises(ValueError, match="training mode"):
+        two_adapters.train()(IDS, adapter_names=["default"] * 4)
+    two_adapters.eval().merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        two_adapters(IDS, adapter_names=["default"] * 4)

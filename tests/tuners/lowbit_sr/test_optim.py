@@ -1,0 +1,346 @@
+"""`LowBitAdamW`: compact state that follows AdamW, error feedback, and updates in backward."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+
+from peft_lrqat import LowBitAdamW
+from peft_lrqat.grid import Grid
+from peft_lrqat.ops.low_bit_step import decode_momentum, decode_second_moment, encode_momentum, encode_second_moment
+from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from tests.models import low_bit, tiny, tokens
+
+IDS = tokens(batch=4)
+
+
+def weights(model: nn.Module) -> dict[str, LowBitTensor]:
+    return {name: p for name, p in model.named_parameters() if isinstance(p, LowBitTensor)}
+
+
+def codes(model: nn.Module) -> list[torch.Tensor]:
+    return [p.codes() for p in weights(model).values()]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def run(model, optimizer, steps: int = 4, accumulate: int = 1, clip: float | None = None) -> None:
+    model.train()
+    for _ in range(steps):
+        for part in IDS.chunk(accumulate):
+            (model(input_ids=part, labels=part).loss / accumulate).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# -- the compact state
+
+
+@pytest.mark.parametrize("columns", [5, 256, 300])
+def test_compact_momentum_is_unbiased(columns: int):
+    m = torch.randn(7, columns) * torch.logspace(-8, 3, 7).unsqueeze(1)
+    m[3] = 0
+    total, times = torch.zeros_like(m), 400
+    for _ in range(times):
+        total += decode_momentum(*encode_momentum(m, torch.rand(m.shape)))
+    step = m.abs().amax(dim=1, keepdim=True) / 127
+    assert ((total / times - m).abs() <= step * 5 * 0.5 / times**0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("columns", [5, 256, 300])
+def test_compact_second_moment_is_unbiased_over_many_octaves(columns: int):
+    largest = torch.logspace(-20, 6, 7).unsqueeze(1)
+    v = torch.rand(7, columns).square() * largest
+    v[:, 0] = largest[:, 0]
+    total, times = torch.zeros_like(v), 400
+    for _ in range(times):
+        total += decode_second_moment(*encode_second_moment(v, torch.rand(v.shape)))
+    here = v > 2.0**-28 * largest  # sixteen octaves of the root, less what the block's largest may be rounded up
+    assert here.float().mean() > 0.9
+    assert ((total / times / v - 1).abs()[here] < 5 * 0.07 / times**0.5).all()
+    zero = decode_second_moment(*encode_second_moment(torch.zeros(2, columns), torch.rand(2, columns)))
+    assert (zero == 0).all()
+
+
+@pytest.mark.parametrize("state", ["8bit", "factored", "fp32"])
+def test_state_takes_the_bytes_it_promises(state: str):
+    p = nn.Parameter(LowBitTensor.from_codes(torch.zeros(512, 1024, dtype=torch.int8), torch.ones(512, 1), Grid(4), 0))
+    optimizer = LowBitAdamW([p], state=state)
+    p.grad = torch.randn(p.shape)
+    optimizer.step()
+    held = sum(value.nbytes for value in optimizer.state[p].values()) / p.numel()
+    low, high = {"8bit": (2, 2.03), "factored": (1, 1.04), "fp32": (8, 8.001)}[state]
+    assert low <= held <= high
+    optimizer = LowBitAdamW([p], state=state, betas=(0.0, 0.95))
+    optimizer.step()
+    held = sum(value.nbytes for value in optimizer.state[p].values()) / p.numel()
+    assert held <= {"8bit": 1.01, "factored": 0.03, "fp32": 4.001}[state]
+
+
+@pytest.mark.parametrize("state", ["8bit", "factored", "fp32"])
+@pytest.mark.parametrize("lr_unit", ["weight", "grid"])
+def test_it_follows_adamw(state: str, lr_unit: str):
+    """The mean weight of many moves as torch's AdamW moves it: gradients, bias correction and decay are right."""
+    torch.manual_seed(1)
+    step = 0.001
+    start = torch.randint(-40, 40, (64, 1), dtype=torch.int8).expand(64, 512).contiguous()
+    p = nn.Parameter(LowBitTensor.from_codes(start, torch.full((1, 1), step), Grid(8, 0), 5))
+    twin = nn.Parameter(p.to_float())
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+    ours = LowBitAdamW([p], lr=0.3 if lr_unit == "grid" else 0.3 * step, state=state, lr_unit=lr_unit, **options)
+    # decay is relative: lr * weight_decay of the weight, in both units
+    options["weight_decay"] *= 1 / step if lr_unit == "grid" else 1
+    torchs = torch.optim.AdamW([twin], lr=0.3 * step, **options)
+    base = torch.randn(64, 1)
+    for _ in range(12):
+        # row means of v are v itself here, so the factored state is exact too
+        p.grad = (base + torch.randn(64, 1)).expand(64, 512).contiguous()
+        twin.grad = p.grad.clone()
+        ours.step()
+        torchs.step()
+    moved = (p.to_float() - start * step).mean(dim=1) / step
+    expected = (twin.detach() - start * step).mean(dim=1) / step
+    assert expected.abs().max() > 1
+    assert (moved - expected).abs().max() < (0.35 if state != "factored" else 0.6)
+
+
+def test_error_feedback_keeps_what_rounding_loses():
+    """A weight that wants to sit between two levels: feedback keeps its average there with much less noise."""
+
+    def spread(feedback: bool) -> tuple[float, float]:
+        p = nn.Parameter(
+            LowBitTensor.from_codes(torch.zeros(32, 32, dtype=torch.int8), torch.full((1, 1), 0.1), Grid(4, 0), 9)
+        )
+        optimizer = LowBitAdamW([p], lr=2e-3, betas=(0.9, 0.999), error_feedback=feedback, state="fp32")
+        sums, steps = torch.zeros(32, 32), 200
+        for step in range(2 * steps):
+            p.grad = p.to_float() - 0.03  # the minimum is at 0.3 grid steps
+            optimizer.step()
+            if step >= steps:
+                sums += p.to_float() / steps
+        return sums.mean().item(), sums.std().item()
+
+    (plain_mean, plain), (fed_mean, fed) = spread(False), spread(True)
+    assert abs(fed_mean - 0.03) < 0.005
+    assert abs(plain_mean - 0.03) < 0.005
+    assert fed < 0.4 * plain
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_loss():
+    model = low_bit(tiny(num_hidden_layers=1))
+    optimizer = LowBitAdamW(trainable(model))
+    p = list(weights(model).values())[-1]
+    p.grad = torch.full(p.shape, torch.nan)
+    optimizer.step()
+    assert not torch.isfinite(model(input_ids=IDS, labels=IDS).loss)
+
+
+def test_other_parameters_take_torchs_adamw():
+    model = low_bit(tiny("qwen2", num_hidden_layers=1), bias="all", learn_scales=True, modules_to_save=["lm_head"])
+    twin = copy.deepcopy(model)
+    floats = [p for p in trainable(model) if not isinstance(p, LowBitTensor)]
+    others = [p for p in trainable(twin) if not isinstance(p, LowBitTensor)]
+    assert len(floats) > 8
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    ours, torchs = LowBitAdamW(trainable(model), **options), torch.optim.AdamW(others, foreach=False, **options)
+    for _ in range(3):
+        for p, q in zip(floats, others, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        ours.step()
+        torchs.step()
+    assert all(torch.equal(p, q) for p, q in zip(floats, others, strict=True))
+
+
+def test_row_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    def one_step() -> torch.Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(
+            LowBitTensor.from_codes(torch.zeros(19, 70, dtype=torch.int8), torch.full((19, 7), 0.1), Grid(3, 10), 4)
+        )
+        optimizer = LowBitAdamW([p], lr=0.1, error_feedback=True)
+        for _ in range(3):
+            p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return p.codes()
+
+    whole = one_step()
+    monkeypatch.setattr("peft_lrqat.chunks.CPU_CHUNK", 4 * 70)
+    assert torch.equal(one_step(), whole)
+    assert whole.unique().numel() > 3
+
+
+@pytest.mark.parametrize("state", ["8bit", "factored", "fp32"])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_state_is_saved_and_goes_on_bit_for_bit(state: str, feedback: bool, tmp_path):
+    def make():
+        model = low_bit(tiny(num_hidden_layers=1), bits=4, learn_scales=True, error_feedback=feedback)
+        return model, LowBitAdamW(trainable(model), lr=1e-2, state=state)
+
+    model, optimizer = make()
+    run(model, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    held = copy.deepcopy(model.state_dict())
+    other, second = make()
+    other.load_state_dict(held)
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for p, values in second.state.items():
+        if isinstance(p, LowBitTensor) and state == "8bit":
+            assert values["exp_avg_codes"].dtype == torch.int8
+            assert values["exp_avg_sq_codes"].dtype == torch.uint8
+    run(model, optimizer, 3)
+    run(other, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
+
+
+# -- updates in backward
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fused_backward_is_the_ordinary_step(accumulate: int):
+    model = low_bit(tiny(), bits=4, learn_scales=True, error_feedback=True)
+    twin = copy.deepcopy(model)
+    fused = LowBitAdamW(
+        trainable(model), lr=1e-2, fused_backward=True, gradient_accumulation_steps=accumulate, weight_decay=0.1
+    )
+    run(model, fused, accumulate=accumulate)
+    run(twin, LowBitAdamW(trainable(twin), lr=1e-2, weight_decay=0.1), accumulate=accumulate)
+    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(twin), strict=True))
+
+
+def test_fused_backward_keeps_no_gradient():
+    model = low_bit(tiny()).train()
+    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    held = [p.grad for p in weights(model).values()]
+    assert all(grad.untyped_storage().nbytes() == 0 or grad.data_ptr() == 0 for grad in held)
+    optimizer.step()
+    assert all(p.grad is None for p in weights(model).values())
+
+
+def test_fused_backward_lets_go_of_model_and_optimizer():
+    model = low_bit(tiny()).train()
+    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
+    run(model, optimizer, 2)
+    left = [weakref.ref(optimizer), *(weakref.ref(p) for p in trainable(model))]
+    del model, optimizer
+    gc.collect()
+    assert not any(ref() is not None for ref in left)
+
+
+def test_fused_backward_belongs_to_the_optimizer_that_lives():
+    model = low_bit(tiny()).train()
+    run(model, LowBitAdamW(trainable(model), lr=0.0, fused_backward=True), 1)
+    gc.collect()
+    before = codes(model)
+    optimizer = LowBitAdamW(trainable(model), lr=0.0, fused_backward=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    optimizer.load_state_dict(optimizer.state_dict())  # replaces the groups
+    run(model, optimizer, 1)
+    assert not any(torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
+
+
+def test_fused_backward_finishes_a_short_accumulation():
+    model = low_bit(tiny()).train()
+    before = codes(model)
+    optimizer = LowBitAdamW(trainable(model), lr=1e-2, fused_backward=True, gradient_accumulation_steps=4)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()  # the end of an epoch
+    optimizer.zero_grad()
+    assert not any(torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
+    assert not optimizer._arrived
+
+
+def test_a_layer_used_twice_is_updated_once_with_the_sum():
+    block = nn.Linear(16, 16, bias=False)
+    model = low_bit(nn.ModuleDict({"block": block}), target_modules=["block"], task_type=None)
+    layer = model.base_model.model["block"]
+    twin = copy.deepcopy(layer)
+    x = torch.randn(5, 16)
+    fused = LowBitAdamW([layer.lowbitsr_weight["default"]], lr=1e-1, fused_backward=True)
+    layer(layer(x)).square().sum().backward()
+    fused.step()
+    ordinary = LowBitAdamW([twin.lowbitsr_weight["default"]], lr=1e-1)
+    twin(twin(x)).square().sum().backward()
+    ordinary.step()
+    assert torch.equal(layer.lowbitsr_weight["default"].codes(), twin.lowbitsr_weight["default"].codes())
+    assert int(layer.lowbitsr_weight["default"].stream[1]) == 1
+
+
+def test_what_needs_all_gradients_at_once_is_refused():
+    model = low_bit(tiny()).train()
+    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    twin = low_bit(tiny()).train()
+    twin(input_ids=IDS, labels=IDS).loss.backward()
+    expected = nn.utils.get_total_norm([p.grad for p in trainable(twin)])
+    # the norm is known, so Trainer can log it; clipping that changes nothing is none
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), float("inf")), expected)
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e4), expected)
+    with pytest.raises(RuntimeError, match=r"used and freed when it arrived.*max_grad_norm=0"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match=r"used and freed.*`linalg_vector_norm` asks for it"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e4, norm_type=1)
+    with pytest.raises(RuntimeError, match=r"second backward.*`gradient_accumulation_steps`"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_fused_backward_is_refused_under_data_parallelism(monkeypatch: pytest.MonkeyPatch):
+    model = low_bit(tiny(num_hidden_layers=1))
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match=r"`fused_backward=True` updates a weight before.*averaged"):
+            LowBitAdamW(trainable(model), fused_backward=True)
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lr": -1.0}, "`lr` is -1.0"),
+        ({"betas": (0.9, 1.0)}, "`betas` is"),
+        ({"betas": (0.0, 0.9), "error_feedback": True}, r"`betas` is .* keeps the rounding remainder in the momentum"),
+        ({"state": "4bit"}, "`state` is '4bit'; allowed are"),
+        ({"lr_unit": "step"}, "`lr_unit` is 'step'; allowed are"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
+        ({"gradient_accumulation_steps": 2}, r"`gradient_accumulation_steps` is 2, which matters with"),
+    ],
+)
+def test_arguments_out_of_range(options: dict, match: str):
+    with pytest.raises(ValueError, match=match):
+        LowBitAdamW(trainable(low_bit(tiny(num_hidden_layers=1))), **options)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_reference():
+    def one(compile: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(
+            LowBitTensor.from_codes(torch.zeros(32, 64, dtype=torch.int8), torch.full((32, 1), 0.1), Grid(4, -1), 4)
+        )
+        optimizer = LowBitAdamW([p], lr=torch.tensor(0.1), error_feedback=True, compile=compile)
+        for _ in range(3):
+            p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return p.codes()
+
+    compiled, eager = one(True), one(False)
+    # the compiler may contract a product and a sum, so a code on the edge may differ
+    assert (compiled != eager).float().mean() < 0.01
+    assert (compiled != 0).float().mean() > 0.1

@@ -1,0 +1,145 @@
+"""Several adapters, and what merging does beyond tests/test_merging.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_lrqat import LRQATConfig
+from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers, random_adapter
+from tests.models import adapted, logits
+
+# -- several adapters
+
+
+def test_adapters_are_independent_and_add_up_inside_the_rounding(base: PreTrainedModel):
+    model = random_adapter(base)
+    one = logits(model, IDS)
+    model.add_adapter("second", LRQATConfig(**GRID, r=2, target_modules=ATTENTION, init_lora_weights=False))
+    assert torch.equal(logits(model, IDS), one)
+    model.set_adapter("second")
+    two = logits(model, IDS)
+    assert not torch.equal(two, one)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        name for name, p in model.named_parameters() if "second" in name
+    ]
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, IDS)
+    layer = next(layer for name, layer in layers(model).items() if "q_proj" in name)
+    summed = layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    phi = layer.get_base_layer().weight / layer.frozen.scale0.repeat_interleave(8, dim=1)
+    expected = (phi + summed).clamp(-8, 7)
+    # fx8 keeps the middle of a cell of 1/16, so entries nearer than that to a tie may fall either way
+    clear = ((expected - expected.floor()) - 0.5).abs() > 1 / 16
+    found = codes_of(layer, "default", "second").float()
+    assert torch.equal(found[clear], expected.round().clamp(-8, 7)[clear])
+
+    model.delete_adapter("second")
+    assert "second" not in "".join(model.state_dict())
+    assert "second" not in model.peft_config
+    model.set_adapter("default")
+    assert torch.equal(logits(model, IDS), one)
+    model.add_adapter("second", LRQATConfig(**GRID, r=2, target_modules=ATTENTION, init_lora_weights=False))
+    assert not torch.equal(both, one)
+
+
+COMBINATIONS = ["linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd"]
+COMBINATIONS += ["dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"]
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_weighted_adapters_combine_scale_shifts_linearly(base: PreTrainedModel, kind: str):
+    model = random_adapter(base, target_modules=["q_proj"], r=3)
+    model.add_adapter(
+        "other", LRQATConfig(**GRID, r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.lora_scale_shift["default"].fill_(0.25)
+            layer.lora_scale_shift["other"].fill_(-0.5)
+    density = {} if kind in ("linear", "cat", "svd") else {"density": 0.7}
+    model.add_weighted_adapter(["default", "other"], [2.0, 0.5], "mix", combination_type=kind, **density)
+    for layer in layers(model).values():
+        assert torch.equal(layer.lora_scale_shift["mix"], torch.full_like(layer.lora_scale_shift["mix"], 0.25))
+        if kind in ("cat", "svd"):
+            wanted = 2 * layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("other")
+            rank = 6 if kind == "cat" else 3
+            assert layer.r["mix"] == rank
+            if kind == "cat":
+                torch.testing.assert_close(layer.get_delta_weight("mix"), wanted, rtol=1e-4, atol=1e-4)
+    model.set_adapter("mix")
+    assert logits(model, IDS).isfinite().all()
+
+
+def test_weighted_adapters_may_have_different_targets(base: PreTrainedModel):
+    model = random_adapter(base, target_modules=["q_proj"])
+    model.add_adapter("other", LRQATConfig(**GRID, r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "mix", combination_type="cat")
+    for layer in layers(model).values():
+        (own,) = {"default", "other"} & set(layer.lora_A)
+        torch.testing.assert_close(layer.get_delta_weight("mix"), layer.get_delta_weight(own))
+
+
+def test_adapters_add_up_in_inference_mode(two_adapters: PeftModel):
+    two_adapters.base_model.set_adapter(["default", "other"])
+    expected = logits(two_adapters, IDS)
+    with torch.inference_mode():
+        assert torch.equal(two_adapters(input_ids=IDS).logits, expected)
+
+
+def test_a_model_may_be_adapted_in_inference_mode(base: PreTrainedModel):
+    expected = logits(adapted(copy.deepcopy(base), **GRID), IDS)
+    with torch.inference_mode():
+        model = adapted(base, **GRID)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert torch.equal(logits(model, IDS), expected)
+
+
+# -- merging
+
+
+def test_merging_one_after_the_other_is_merging_together(base: PreTrainedModel):
+    model = random_adapter(base)
+    model.add_adapter("other", LRQATConfig(**GRID, r=2, target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    together = logits(model, IDS)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["other"])
+    assert torch.equal(logits(model, IDS), together)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), together)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_scale_shift"])
+def test_safe_merge_refuses_values_that_are_not_finite(base: PreTrainedModel, part: str):
+    model = random_adapter(base)
+    layer = next(iter(layers(model).values()))
+    holder = getattr(layer, part)["default"]
+    (holder if isinstance(holder, nn.Parameter) else holder.weight).data.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert not layer.merged
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+
+
+# -- mixed batches
+
+
+def test_mixed_batches_generate_with_beams(two_adapters: PeftModel):
+    names = ["other", "__base__", "default", "other"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    mixed = two_adapters.generate(input_ids=IDS, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with two_adapters.disable_adapter():
+                alone = two_adapters.generate(input_ids=IDS[row : row + 1], **options)
+        else:
+            two_adapters.set_adapter(name)
+            alone = two_adapters.generate(input_ids=IDS[row : row + 1], **options)
+        assert torch.equal(mixed[row], alone[0])
