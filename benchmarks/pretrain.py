@@ -109,13 +109,13 @@ class BitLinear(nn.Module):
         self.weight, self.act_bits = linear.weight, act_bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from peft_lrqat.ops.activations import quantize_activations
+        from peft_lrqat.ops.activations import round_activations
 
         with torch.autocast(x.device.type, enabled=False):
             scale = self.weight.abs().mean().clamp(min=1e-5)
             rounded = (self.weight / scale).round().clamp(-1, 1) * scale
             weight = self.weight + (rounded - self.weight).detach()
-        return nn.functional.linear(x if self.act_bits is None else quantize_activations(x, 127), weight)
+        return nn.functional.linear(x if self.act_bits is None else round_activations(x, "bitnet"), weight)
 
 
 def float_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:

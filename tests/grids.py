@@ -6,11 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_lrqat.formats import bitnet, compressed_tensors
-from peft_lrqat.formats import record as trained
+from peft_lrqat.formats.record import Record
 from peft_lrqat.grid import Grid, GridTensor, snap_scale
-from peft_lrqat.modules.packed import QuantizedLinear
-from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
+from peft_lrqat.modules.packed import describe, merged_layer
 from tests.models import tiny
 
 #: Both divide by 32, as GPTQ wants it; 96 does not divide by 64.
@@ -48,27 +46,15 @@ def on_grid(
     """
     torch.manual_seed(seed)
     model = tiny(family, dtype=dtype, **{**SIZES, **overrides})
-    bits, floats = container_bits or grid.code_bits, []
+    bits = container_bits or grid.code_bits
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
         if name == "lm_head" or any(part in name for part in leave_out):
-            floats.append(name)
             continue
         weight = random_tensor(grid, module.out_features, module.in_features, scale_dtype)
         parent, _, child = name.rpartition(".")
-        made: nn.Module
-        if act == "bitnet":
-            made = BitNetLinear(weight, dtype)
-        elif act is not None:
-            made = Int8Linear(weight, module.bias, dtype)
-        else:
-            made = QuantizedLinear(weight, module.bias, bits, dtype)
-        setattr(model.get_submodule(parent), child, made)
-    model.config.quantization_config = (
-        bitnet.quantization_config(floats)
-        if act == "bitnet"
-        else compressed_tensors.quantization_config(floats, grid, 8 if act else bits, 8 if act else None)
-    )
-    setattr(model.config, trained.KEY, trained.record(grid, scale_dtype, None))
+        setattr(model.get_submodule(parent), child, merged_layer(weight, module.bias, bits, dtype, activations=act))
+    describe(model)
+    Record(grid, scale_dtype).put_into(model.config)
     return model

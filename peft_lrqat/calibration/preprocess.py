@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..formats import record as trained
-from ..modules.packed import MERGED, QuantizedLinear, describe_packed
+from ..formats.record import Record
+from ..modules.packed import MERGED, describe, merged_layer
 from ..tuners.lrqat import LRQATConfig, LRQATModel
 from .calibrate import BlockInputs, collect_hessians
 from .gptq import gptq_round
@@ -76,11 +76,11 @@ def preprocess_gptq(
         inputs.hidden = inputs.run(index, block)
     model.train(was_training)
     if getattr(model, "config", None) is not None:
-        describe_packed(model)
-        setattr(model.config, trained.KEY, trained.record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
+        describe(model)
+        Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)").put_into(model.config)
 
 
-def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, damping: float) -> QuantizedLinear:
+def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, damping: float) -> nn.Module:
     weight = gptq_round(
         layer.weight,
         hessian,
@@ -90,8 +90,7 @@ def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, dam
         scale_dtype=config.scale_dtype,
         damping=damping,
     )
-    quantized = QuantizedLinear(weight, layer.bias, config.stored_bits, layer.weight.dtype)
-    return quantized.train(layer.training)
+    return merged_layer(weight, layer.bias, config.stored_bits, layer.weight.dtype).train(layer.training)
 
 
 def _blocks(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:

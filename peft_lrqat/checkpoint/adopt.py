@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats import record as trained
 from ..formats.reading import scheme_of
+from ..formats.record import Record
 from ..formats.scheme import StoredLayer
 from ..grid import Grid
-from ..modules.packed import describe_packed
-from .load import narrowed, packed_layer, replace_layer
+from ..modules.packed import describe, merged_layer
+from .load import narrowed, replace_layer
 
 
 def adopt_compressed_tensors(model: nn.Module) -> bool:
@@ -37,7 +37,8 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
     if not managed:
         return False
     changed: Any = model  # its attributes are transformers', which declares few of them
-    recorded = trained.recorded_grid(getattr(changed.config, trained.KEY, None))
+    record = Record.of(changed.config)
+    recorded = None if record is None else record.grid
     layers = {name: _packed(name, module, _scheme(name, module), recorded) for name, module in managed.items()}
     for name, layer in layers.items():
         replace_layer(model, name, layer)
@@ -49,7 +50,7 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
             delattr(model, mark)
     changed.is_quantized = False
     changed.config._is_quantized = False
-    describe_packed(model)
+    describe(model)
     return True
 
 
@@ -65,4 +66,4 @@ def _packed(name: str, module: Any, stored: StoredLayer, recorded: Grid | None) 
     tensors = {n: t.detach() for n, t in (*module.named_parameters(), *module.named_buffers()) if n != "bias"}
     weight = narrowed(stored.read(tensors, module.out_features, module.in_features, name), recorded)
     scale_dtype = tensors["weight_scale"].dtype
-    return packed_layer(weight, module.bias, stored.bits, scale_dtype, scale_dtype)
+    return merged_layer(weight, module.bias, stored.bits, scale_dtype)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..files import write_atomically
 from ..modules.packed import MERGED
-
-if TYPE_CHECKING:
-    from ..tuners.common.config import GridConfig
 
 _IMPORT_LINE = "import peft_lrqat"
 
@@ -42,11 +39,10 @@ merged = model.merge_and_unload()  # a quantized model that needs neither PEFT n
     write_atomically(path, text.rstrip("\n") + "\n" + note)
 
 
-def attach_card(model: nn.Module, config: GridConfig) -> None:
+def attach_card(model: nn.Module, text: str) -> None:
     """Make `save_pretrained` write a README.md beside the checkpoint, if none exists, and `push_to_hub` push it."""
     if not hasattr(model, "save_pretrained"):
         return
-    text = _card(model, config)
     object.__setattr__(model, "save_pretrained", partial(_save_with_card, model, text))
     object.__setattr__(model, "_upload_modified_files", partial(_upload_with_card, model, text))
 
@@ -84,7 +80,14 @@ def how_to_load(
     return f'```python\n{first}{load}("path/or/repo")\n```\n\n```bash\nvllm serve path/or/repo\n```'
 
 
-def _card(model: nn.Module, config: GridConfig) -> str:
+def merged_card(model: nn.Module, config: Any) -> str:
+    """The card of a merged model.
+
+    Args:
+        config: of the adapter that was merged: `record()`, `method`, `bits`, `stored_bits`, `export_format` and
+            `base_model_name_or_path` are read.
+    """
+    record = config.record()
     quantized = [m for m in model.modules() if isinstance(m, MERGED)]
     weights = sum(m.in_features * m.out_features for m in quantized)
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
@@ -94,14 +97,14 @@ def _card(model: nn.Module, config: GridConfig) -> str:
         origin=config.base_model_name_or_path or getattr(model.config, "_name_or_path", "") or "a float model",
         title=f"{config.bits} bits, trained with {config.method}",
         tags=[config.export_format or "", config.method.lower().replace(" ", "-"), "qat", f"{config.bits}-bit"],
-        grid=config.stored_grid.describe(),
+        grid=record.grid.describe(),
         container=f"{described.get('quant_method')} {form}" if weights else "dense, values on the grid",
         layers=len(quantized),
         weights=weights,
         packed_bytes=packed,
         total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
-        scale_dtype=config.scale_dtype,
-        recipe=config.recipe(),
+        scale_dtype=record.scale_dtype,
+        recipe=record.recipe,
         usage=how_to_load(),
     )
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 
-from ..formats import record as trained
+from ..formats.record import KEY, Record
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
 
@@ -46,13 +46,14 @@ class FolderSource(Source):
         """
         self.folder, self.origin = folder, folder.resolve().name
         self.files, self.metadata = _tensor_files(folder)
-        entry = described.get(trained.KEY) or {}
-        self.recipe, self.scale_dtype = entry.get("recipe"), entry.get("scale_dtype")
+        record = Record.read(described.get(KEY))
+        if record is not None:
+            self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
         self._read_config(described["quantization_config"])
         self.file_group = self._grid.group_size or -1
-        self._grid = trained.recorded_grid(entry) or self._grid
+        self._grid = self._grid if record is None else record.grid
         self.config = AutoConfig.from_pretrained(folder)
-        for known in ("quantization_config", trained.KEY):
+        for known in ("quantization_config", KEY):
             if hasattr(self.config, known):
                 delattr(self.config, known)
         if (folder / "generation_config.json").exists():
@@ -67,7 +68,7 @@ class FolderSource(Source):
 
     @abstractmethod
     def _read_config(self, described: dict[str, Any]) -> None:
-        """Set `bits`, `_grid` (of the container), `act_bits`, `act_levels` and `float_linears`; refuse what is not
+        """Set `bits`, `_grid` (of the container), `activations` and `float_linears`; refuse what is not
         known."""
 
     @abstractmethod

@@ -10,7 +10,6 @@ import torch
 
 from ..formats import bitnet, gptq
 from ..grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
-from ..modules.rounded_input import ACTIVATION_LEVELS
 from ..packing import unpack, words_per_row
 from .folder import DTYPES, FolderSource
 
@@ -36,7 +35,7 @@ class CompressedTensorsFolder(FolderSource):
         if activations is not None:
             if any(activations.get(key) != value for key, value in _TOKEN_INT8.items()):
                 raise self._refuse(f"activations are quantized as {activations}; {_TOKEN_INT8} can be read.")
-            self.act_bits, self.act_levels = 8, ACTIVATION_LEVELS["compressed-tensors"]
+            self.activations = "compressed-tensors"
             self.parts = ("weight", "weight_scale")  # "int-quantized": codes are not packed
         self.bits = weights["num_bits"]
         group_size = {"group": weights.get("group_size"), "channel": PER_CHANNEL, "tensor": PER_TENSOR}
@@ -86,7 +85,7 @@ class BitNetFolder(FolderSource):
                 "itself; 'bitlinear' holds its rounded inverse."
             )
         self.bits, self._grid = 2, Grid(TERNARY, PER_TENSOR)
-        self.act_bits, self.act_levels = 8, ACTIVATION_LEVELS["bitnet"]
+        self.activations = "bitnet"
         self.float_linears = list(described.get("modules_to_not_convert") or [])
 
     def _shape(self, module: str) -> tuple[int, int] | None:

@@ -21,11 +21,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import record as trained
 from ..formats.reading import describe
+from ..formats.record import Record
 from ..formats.scheme import StoredLayer
 from ..grid import Grid, GridTensor
-from ..modules.packed import QuantizedLinear, describe_packed
+from ..modules.packed import describe as describe_model
+from ..modules.packed import merged_layer
 
 _METHOD = "peft_lrqat"  # transformers' name for our reader; it is in no file
 _HUB_OPTIONS = (
@@ -96,7 +97,7 @@ class _Stored(nn.Module):
             shape = tensors["bias"][0]
             self.bias = nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device="meta"), requires_grad=False)
 
-    def finish(self, name: str, stored: StoredLayer, recorded: Grid | None, dtype: torch.dtype) -> QuantizedLinear:
+    def finish(self, name: str, stored: StoredLayer, recorded: Grid | None, dtype: torch.dtype) -> nn.Module:
         """The layer that the tensors stand for.
 
         Args:
@@ -113,7 +114,8 @@ class _Stored(nn.Module):
             raise ValueError(f"The file holds a bias for layer {name!r}, but the model's layer has none.")
         weight = narrowed(stored.read(tensors, self.out_features, self.in_features, name), recorded)
         scale_dtype = tensors["weight_scale" if "weight_scale" in tensors else "scales"].dtype
-        return packed_layer(weight, self.bias if self.wants_bias else None, stored.bits, scale_dtype, dtype)
+        bias = self.bias if self.wants_bias else None
+        return merged_layer(weight, bias, stored.bits, dtype, file_scale_dtype=scale_dtype)
 
 
 @register_quantization_config(_METHOD)
@@ -154,11 +156,12 @@ class _Reader(HfQuantizer):
         self.remove_quantization_config(model)
         model.config._is_quantized = False
         layer_of = describe(self.quantization_config.stored)
-        recorded = trained.recorded_grid(getattr(model.config, trained.KEY, None))
+        record = Record.of(model.config)
+        recorded = None if record is None else record.grid
         rounded = []
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
-                layer = module.finish(name, layer_of(name), recorded, self._dtype)
+                layer: Any = module.finish(name, layer_of(name), recorded, self._dtype)
                 replace_layer(model, name, layer)
                 if layer.weight_scale.dtype != self._dtype:
                     rounded.append(name)
@@ -170,7 +173,7 @@ class _Reader(HfQuantizer):
                 "them: before merging or saving, call `model.float()` (or load with dtype=torch.float32).",
                 stacklevel=2,
             )
-        describe_packed(model)
+        describe_model(model)
         return model
 
 
@@ -185,15 +188,6 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     layer.train(old.training)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-
-
-def packed_layer(
-    weight: GridTensor, bias: nn.Parameter | None, bits: int, scale_dtype: torch.dtype, dtype: torch.dtype
-) -> QuantizedLinear:
-    """A layer of a model in `dtype`, in a container of `bits`. Where `dtype` does not hold its scales, they stay in
-    `scale_dtype`, the file's."""
-    exact = torch.equal(weight.scale.to(dtype).float(), weight.scale)
-    return QuantizedLinear(weight, bias, bits, dtype if exact else scale_dtype, dtype)
 
 
 def narrowed(weight: GridTensor, grid: Grid | None) -> GridTensor:

@@ -15,10 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..formats import record as trained
+from ..formats.record import KEY, Record
 from ..formats.source import LayerInfo, Source
 from ..grid import GridTensor
-from ..modules.rounded_input import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
 
 
 class ModelSource(Source):
@@ -71,8 +70,8 @@ class ModelSource(Source):
 
     def _describe(self, base: Any, adapter: Any) -> None:
         self.config = copy.deepcopy(base.config)
-        entry = getattr(self.config, trained.KEY, None) or {}
-        for known in ("quantization_config", trained.KEY):
+        record = Record.of(self.config)
+        for known in ("quantization_config", KEY):
             if hasattr(self.config, known):
                 delattr(self.config, known)
         self.config.architectures = [type(base).__name__]
@@ -82,15 +81,12 @@ class ModelSource(Source):
         self.origin = getattr(base, "name_or_path", "") or type(base).__name__
         if adapter is not None:
             self.origin = adapter.base_model_name_or_path or self.origin
-            self.recipe, self.scale_dtype = adapter.recipe(), adapter.scale_dtype
-            self.act_bits = adapter.act_bits
-            if self.act_bits is not None:
-                self.act_levels = ACTIVATION_LEVELS[adapter.export_format]
-            return
-        self.recipe, self.scale_dtype = entry.get("recipe"), entry.get("scale_dtype")
-        for kind, form in ((Int8Linear, "compressed-tensors"), (BitNetLinear, "bitnet")):
-            if any(isinstance(module, kind) for module in self._quantized.values()):
-                self.act_bits, self.act_levels = 8, ACTIVATION_LEVELS[form]
+            record, self.activations = adapter.record(), adapter.activations
+        else:
+            rules = (getattr(module, "activations", None) for module in self._quantized.values())
+            self.activations = next((rule for rule in rules if rule is not None), None)
+        if record is not None:
+            self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
 
     def grids(self) -> dict[str, LayerInfo]:
         return {name: module.info for name, module in self._quantized.items()}

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..formats.source import Source
 from ..grid import GridTensor
-from ..modules.packed import QuantizedLinear
-from ..modules.rounded_input import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
+from ..modules.packed import merged_layer
 from .folder import FolderSource
 from .open import open_source
 from .verify_gguf import gguf_file, verify_file
@@ -105,7 +104,7 @@ def verify(
     progress("logits")  # first: transformers unpacks some formats in the first forward
     found.findings.append(_logits(model, source, exact=checkpoint.format != "gptq"))
     progress("layers")
-    if checkpoint.act_levels != ACTIVATION_LEVELS["compressed-tensors"]:
+    if checkpoint.activations != "compressed-tensors":
         found.findings.append(_layers(model, source))
     return found
 
@@ -208,15 +207,10 @@ def _reference(source: Source, dtype: torch.dtype) -> nn.Module:
     packed = [name for name, info in source.grids().items() if info.kind == "linear"]
     for name in packed:
         old: Any = model.get_submodule(name)
-        weight = source.layer(name)
-        made: nn.Module
-        if source.act_levels == ACTIVATION_LEVELS["bitnet"]:
-            made = BitNetLinear(weight, dtype)
-        elif source.act_bits is not None:
-            made = Int8Linear(weight, old.bias, dtype)
-        else:
-            made = QuantizedLinear(weight, old.bias, source.grids()[name].grid.code_bits, dtype)
-        model.set_submodule(name, made)
+        bits = source.grids()[name].grid.code_bits
+        model.set_submodule(
+            name, merged_layer(source.layer(name), old.bias, bits, dtype, activations=source.activations)
+        )
     _, unexpected = model.load_state_dict(dict(source.floats(packed)), strict=False)
     assert not unexpected, unexpected
     model.tie_weights()

@@ -6,33 +6,24 @@ from typing import Any
 
 from ..grid import Grid
 
+#: How a layer is stored: its grid, the width of its codes, and 8 if its input is rounded to 8 bits per token, or None.
+Stored = tuple[Grid, int, int | None]
 
-def quantization_config(float_linears: list[str], grid: Grid, bits: int, act_bits: int | None = None) -> dict[str, Any]:
+
+def quantization_config(float_linears: list[str], layers: dict[str, Stored]) -> dict[str, Any]:
     """config.json's `quantization_config`.
 
     Args:
         float_linears: names of the nn.Linear modules that are not quantized; they are listed under "ignore".
-        grid: the grid of the codes.
-        bits: container width.
-        act_bits: 8 if activations are quantized, per token; the format is "int-quantized" then.
+        layers: module name -> how it is stored, for every quantized module. Those that are alike make a group; a
+            single group names all linear layers instead of each.
     """
-    return _config(float_linears, {"group_0": _group(["Linear"], grid, bits, act_bits)})
-
-
-def mixed_config(float_linears: list[str], layers: dict[str, tuple[Grid, int]]) -> dict[str, Any]:
-    """config.json's `quantization_config` where layers differ in their grids.
-
-    Args:
-        float_linears: as for `quantization_config`.
-        layers: module name -> grid, container width.
-    """
-    alike: dict[tuple[Grid, int], list[str]] = {}
+    alike: dict[Stored, list[str]] = {}
     for name, scheme in layers.items():
         alike.setdefault(scheme, []).append(name)
-    if len(alike) == 1:
-        return quantization_config(float_linears, *next(iter(alike)))
-    groups = {f"group_{i}": _group(names, grid, bits, None) for i, ((grid, bits), names) in enumerate(alike.items())}
-    return _config(float_linears, groups)
+    targets = [["Linear"]] if len(alike) == 1 else list(alike.values())
+    groups = [_group(names, *scheme) for names, scheme in zip(targets, alike, strict=True)]
+    return _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)})
 
 
 def _group(targets: list[str], grid: Grid, bits: int, act_bits: int | None) -> dict[str, Any]:
@@ -55,9 +46,10 @@ def _group(targets: list[str], grid: Grid, bits: int, act_bits: int | None) -> d
 
 
 def _config(float_linears: list[str], groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    formats = {group["format"] for group in groups.values()}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": next(iter(groups.values()))["format"],
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": list(float_linears),
         "kv_cache_scheme": None,

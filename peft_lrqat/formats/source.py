@@ -58,8 +58,7 @@ class Source(ABC):
         generation_config: a `GenerationConfig`, or None.
         origin: a few words for messages and model cards: a path, or a base model's name.
         recipe: how it was trained, in Markdown, or None if unknown.
-        act_bits: 8 if activations are rounded per token, else None.
-        act_levels: how many steps a token's largest magnitude takes then (`activations.ACTIVATION_LEVELS`).
+        activations: the rule by which inputs are rounded to 8 bits per token (`ops.activations`), or None.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
         float_linears: names of the nn.Linear modules that are not quantized.
         tied: state-dict names that share storage with another tensor and are not written: alias -> name.
@@ -70,12 +69,16 @@ class Source(ABC):
     generation_config: Any = None
     origin: str = ""
     recipe: str | None = None
-    act_bits: int | None = None
-    act_levels: float | None = None
+    activations: str | None = None
     scale_dtype: str | None = None
     float_linears: list[str]
     tied: dict[str, str]
     tokenizer: str | None = None
+
+    @property
+    def act_bits(self) -> int | None:
+        """8 if inputs are rounded, else None."""
+        return None if self.activations is None else 8
 
     @abstractmethod
     def grids(self) -> dict[str, LayerInfo]:

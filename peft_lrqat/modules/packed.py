@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..formats import compressed_tensors
+from ..formats import bitnet, compressed_tensors
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
+from ..ops.dispatch import in_autocast_dtype
 from ..packing import pack, unpack
 from .rounded_input import BitNetLinear, Int8Linear, merged_info
 
@@ -120,8 +121,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
+        input = in_autocast_dtype(input)
         bias = self.bias if self.bias is None else self.bias.to(input.dtype)
         scale = self.weight_scale.float()
         return quantized_linear(
@@ -132,31 +132,71 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-def merged_layer(
-    quantized: GridTensor, bias: nn.Parameter | None, bits: int, dtype: torch.dtype, transposed: bool
-) -> nn.Module:
-    """The module that merging puts in place.
-
-    compressed-tensors has no packed form of GPT-2's Conv1D, so that becomes a dense Conv1D whose weight holds the
-    grid's exact values.
-    """
-    if not transposed:
-        return QuantizedLinear(quantized, bias, bits, dtype)
-    layer = Conv1D(quantized.codes.shape[0], 0)
-    weight = quantized.dequantize(dtype).t().contiguous()
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.nx = quantized.codes.shape[1]
-    layer.register_parameter("bias", bias)
-    return layer
-
-
 #: The layers that merging makes; a model that has one is quantized.
 MERGED: tuple[type[nn.Linear], ...] = (QuantizedLinear, Int8Linear, BitNetLinear)
 
 
-def describe_packed(model: Any) -> None:
-    """Set `config.quantization_config` to what `save_pretrained` would write of a model with `QuantizedLinear`s."""
+def merged_layer(
+    weight: GridTensor,
+    bias: nn.Parameter | None,
+    bits: int,
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+    activations: str | None = None,
+    file_scale_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The layer of a quantized model: the one place that chooses its class.
+
+    Args:
+        weight: (out, in).
+        bias: (out,) or None.
+        bits: width of the stored codes; 8-bit activations and BitNet's format have widths of their own.
+        dtype: the model's.
+        transposed: whether it takes the place of a Conv1D (GPT-2). compressed-tensors has no packed form of that, so
+            it becomes a dense Conv1D whose weight holds the grid's exact values.
+        activations: the rule by which inputs are rounded to 8 bits (`ops.activations`), None: they are floats.
+        file_scale_dtype: of the scales in the file that the layer was read from; they stay in it where `dtype` does
+            not hold them. None: `dtype` holds them.
+
+    Raises:
+        ValueError: BitNet's layer has no place for a bias.
+    """
+    if transposed:
+        layer = Conv1D(weight.codes.shape[0], 0)
+        layer.weight = nn.Parameter(weight.dequantize(dtype).t().contiguous(), requires_grad=False)
+        layer.nx = weight.codes.shape[1]
+        layer.register_parameter("bias", bias)
+        return layer
+    if activations == "bitnet":
+        if bias is not None:
+            raise ValueError("A layer with a bias cannot be stored in BitNet's format. Use 'compressed-tensors'.")
+        return BitNetLinear(weight, dtype)
+    if activations is not None:
+        return Int8Linear(weight, bias, dtype)
+    scale_dtype = dtype
+    if file_scale_dtype is not None and not torch.equal(weight.scale.to(dtype).float(), weight.scale):
+        scale_dtype = file_scale_dtype
+    return QuantizedLinear(weight, bias, bits, scale_dtype, dtype)
+
+
+def describe(model: Any) -> None:
+    """Set `config.quantization_config` to what `save_pretrained` writes of a model with layers of `merged_layer`.
+
+    Raises:
+        ValueError: BitNet's layers stand beside layers of another format, which no `quantization_config` describes.
+    """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    packed = {n: (m.grid, m.bits) for n, m in linears.items() if isinstance(m, QuantizedLinear)}
-    floats = [name for name in linears if name not in packed]
-    model.config.quantization_config = compressed_tensors.mixed_config(floats, packed)
+    floats = [name for name, module in linears.items() if not isinstance(module, MERGED)]
+    kinds = {type(module) for module in linears.values() if isinstance(module, MERGED)}
+    if BitNetLinear in kinds:
+        if len(kinds) > 1:
+            raise ValueError("BitNet's layers stand beside layers of another format. One checkpoint holds one format.")
+        model.config.quantization_config = bitnet.quantization_config(floats)
+        return
+    stored: dict[str, Any] = {name: module for name, module in linears.items() if isinstance(module, MERGED)}
+    schemes = {
+        name: (layer.grid, layer.info.container_bits, 8 if isinstance(layer, Int8Linear) else None)
+        for name, layer in stored.items()
+    }
+    model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes)

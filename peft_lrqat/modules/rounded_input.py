@@ -10,10 +10,8 @@ from torch import nn
 from ..formats import bitnet
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, Grid, GridTensor
-from ..ops.activations import quantize_activations
-
-#: How many steps the largest magnitude of a token takes, by checkpoint format; see `quantize_activations`.
-ACTIVATION_LEVELS = {"compressed-tensors": 127.5, "bitnet": 127.0}
+from ..ops.activations import round_activations
+from ..ops.dispatch import in_autocast_dtype
 
 
 def merged_info(layer: Any, container_bits: int) -> LayerInfo:
@@ -40,6 +38,7 @@ class _StoredWeight(nn.Linear):
     weight_codes: torch.Tensor
     weight_scale: torch.Tensor
     container_bits: int
+    activations: str  # the rule by which inputs are rounded, see `ops.activations`
 
     def __init__(
         self, stored: torch.Tensor, scale: torch.Tensor, shape: torch.Size, bias: nn.Parameter | None, grid: Grid
@@ -85,6 +84,7 @@ class Int8Linear(_StoredWeight):
     """compressed-tensors "int-quantized": 8-bit container, int8 activations per token (W8A8 to the engines)."""
 
     container_bits = 8
+    activations = "compressed-tensors"
 
     def __init__(self, weight: GridTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         """
@@ -101,9 +101,7 @@ class Int8Linear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        x = quantize_activations(input, ACTIVATION_LEVELS["compressed-tensors"])
+        x = round_activations(in_autocast_dtype(input), self.activations)
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
@@ -114,6 +112,7 @@ class BitNetLinear(_StoredWeight):
     """
 
     container_bits = 2
+    activations = "bitnet"
 
     def __init__(self, weight: GridTensor, dtype: torch.dtype) -> None:
         """
@@ -129,5 +128,5 @@ class BitNetLinear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = quantize_activations(input, ACTIVATION_LEVELS["bitnet"])
-        return nn.functional.linear(x, self.codes.to(x.dtype)) * self.weight_scale
+        x = round_activations(in_autocast_dtype(input), self.activations)
+        return nn.functional.linear(x, self.codes.to(x.dtype)) * self.weight_scale.to(x.dtype)

@@ -1,34 +1,60 @@
-"""Rounding a layer's input to 8 bits per token, as the checkpoint's engine will do it."""
+"""Rounding a layer's input to 8 bits per token, as the engine that serves the checkpoint will do it.
+
+Two rules are in use. They differ in how many steps the largest magnitude of a token takes, in the dtype that they
+compute in and in their order of operations, so each is written as its engine writes it, and named after the checkpoint
+format whose engines round so. What is trained is then what is served, to the last bit.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+#: The rules, by the name of the checkpoint format.
+ACTIVATION_RULES = ("compressed-tensors", "bitnet")
 
-def quantize_activations(x: Tensor, levels: float) -> Tensor:
-    """Per-token absmax activations on an 8-bit grid, straight-through (BitNet b1.58, arXiv 2402.17764).
+#: How many steps the largest magnitude of a token takes.
+_LEVELS = {"compressed-tensors": 127.5, "bitnet": 127.0}
+
+
+def round_activations(x: Tensor, rule: str) -> Tensor:
+    """Per-token absmax activations on an 8-bit grid, with a straight-through gradient (BitNet b1.58, arXiv 2402.17764).
 
     Args:
-        x: (..., in), a token per row.
-        levels: how many steps the largest magnitude of a token takes: 127 in BitNet, 127.5 in compressed-tensors.
+        x: (..., in), any float dtype, a token per row.
+        rule: one of `ACTIVATION_RULES`.
 
     Returns:
-        (..., in) in x's dtype: clip(round(x / a), -128, 127) * a with a = max |x| / levels.
+        (..., in) in x's dtype: clip(round(x / a), -128, 127) * a with a = max |x| / levels, where levels is 127 in
+        BitNet and 127.5 in compressed-tensors.
+
+    Raises:
+        ValueError: there is no such rule.
     """
+    if rule not in ACTIVATION_RULES:
+        raise ValueError(f"`rule` is {rule!r}; allowed are {', '.join(map(repr, ACTIVATION_RULES))}.")
     with torch.no_grad():
-        wide = x.float()
-        largest = wide.abs().amax(dim=-1, keepdim=True)
-        if levels == 127:  # the operations, in the order, of transformers' `ActQuant`
-            scale = 127 / largest.clamp(min=1e-5)
-            rounded = ((wide * scale).round().clamp(-128, 127) / scale).to(x.dtype)
-        else:
-            rounded = _compressed_tensors_activations(x, largest, levels)
+        rounded = _bitnet(x) if rule == "bitnet" else _compressed_tensors(x)
     return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
-def _compressed_tensors_activations(x: Tensor, largest: Tensor, levels: float) -> Tensor:
+def describe_rule(rule: str | None) -> str:
+    """A few words for messages: "floats", or the steps that a token's largest magnitude takes."""
+    return "floats" if rule is None else f"{_LEVELS[rule]:g} steps for a token's largest magnitude"
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.float().abs().amax(dim=-1, keepdim=True)
+
+
+def _bitnet(x: Tensor) -> Tensor:
+    # the operations, in the order, of transformers' `ActQuant`
+    scale = 127 / _largest(x).clamp(min=1e-5)
+    return ((x.float() * scale).round().clamp(-128, 127) / scale).to(x.dtype)
+
+
+def _compressed_tensors(x: Tensor) -> Tensor:
     # compressed-tensors keeps the scale in the activations' dtype, and computes in it
-    scale = (largest / levels).to(x.dtype)
+    scale = (_largest(x) / _LEVELS["compressed-tensors"]).to(x.dtype)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     return (x / scale).round().clamp(-128, 127) * scale

@@ -58,7 +58,16 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
-def plain(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager:
+def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that autocast computes in where it is on, as torch's own linear layer takes it; else `x`.
+
+    Every layer calls it first, so that a layer under autocast rounds and multiplies alike before and after merging.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def no_autocast(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager:
     """What an operation works in: no autocast, and the tensor's device as the current one.
 
     Leaving autocast costs as much as a launch, so that is done only where it is on and would change something.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..grid import snap_scale
 from . import reference as reference_backward
-from .dispatch import kernels_for, plain
+from .dispatch import kernels_for, no_autocast
 from .factors import round_factors
 from .reference import build_weight
 from .stored_base import BaseFormat
@@ -84,7 +84,7 @@ def _linear_impl(
 ) -> Tensor:
     fmt = BaseFormat(bits, x.shape[-1], downcast)
     kernels = kernels_for(x)
-    with plain(x, x.dtype):
+    with no_autocast(x, x.dtype):
         if kernels is not None:
             prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
             weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
@@ -117,7 +117,7 @@ def _linear_backward_impl(
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
     needs = (need_x, need_shift, need_AB)
     kernels = kernels_for(dy)
-    with plain(dy):
+    with no_autocast(dy):
         if kernels is not None:
             weight = (base.contiguous(), scale0, shift, zero_point, A, B)
             grads = kernels.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
@@ -181,7 +181,7 @@ def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
-    """The gradients of all tensors; `backward` (the op, or the plain function) does the work."""
+    """The gradients of all tensors; `backward` (the op, or the no_autocast function) does the work."""
     need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     _, _, shift, _, A, B = weight
     need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])

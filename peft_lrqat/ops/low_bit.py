@@ -16,7 +16,7 @@ from torch import Tensor
 from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
-from .dispatch import kernels_for, on_device_of, plain
+from .dispatch import kernels_for, no_autocast, on_device_of
 from .reference import rows_of
 
 _NAMESPACE = "peft_lrqat"
@@ -80,7 +80,7 @@ def _(packed, rows, groups, bits, in_features):
 def _linear_impl(
     x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
-    with plain(x, x.dtype):
+    with no_autocast(x, x.dtype):
         weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
@@ -108,7 +108,7 @@ def _linear_backward_impl(
     in_features = x.shape[-1]
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, in_features)
     dx, dw, ds = x.new_empty(0), scale.new_empty(0), scale.new_empty(0)
-    with plain(dy, dy.dtype):
+    with no_autocast(dy, dy.dtype):
         if need_x:
             weight = low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
             dx = (flat_dy @ weight).view(x.shape)

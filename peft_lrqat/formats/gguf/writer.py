@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...grid import Grid, GridTensor, snap_scale
-from .. import record as trained
+from ..record import KEY
 from ..source import LayerInfo, Source
 from ..writer import Loss, Problem, Settings, Writer, Written
 from . import architectures, choice, floats, tensors
@@ -21,7 +21,7 @@ from .spool import Spool
 from .tokenizer import write_tokenizer
 
 #: Metadata of this package's own: which tensors are on a grid, and on which.
-GRID_KEY, LAYERS_KEY = f"{trained.KEY}.grid", f"{trained.KEY}.layers"
+GRID_KEY, LAYERS_KEY = f"{KEY}.grid", f"{KEY}.layers"
 
 #: What `type` may be: "auto" (the smallest exact one, layer by layer), one of ggml's, or float weights.
 TYPES = ("auto", *BLOCK_TYPES, "f32")

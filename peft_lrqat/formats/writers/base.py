@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...grid import GridTensor
-from .. import record as trained
+from ..record import Record
 from ..shards import ShardWriter
 from ..source import LayerInfo, Source
 from ..writer import Loss, Problem, Settings, Writer, Written
@@ -61,7 +61,7 @@ class SafetensorsWriter(Writer):
         config = copy.deepcopy(source.config)
         config.quantization_config = self.quantization_config(source, settings)
         grid = next(iter(self.packed(source).values())).grid
-        setattr(config, trained.KEY, trained.record(grid, source.scale_dtype, source.recipe))
+        Record(grid, source.scale_dtype, source.recipe).put_into(config)
         config.save_pretrained(folder)
         if source.generation_config is not None:
             source.generation_config.save_pretrained(folder)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ...grid import GridTensor
-from ...modules.rounded_input import ACTIVATION_LEVELS, BitNetLinear
+from ...modules.rounded_input import BitNetLinear
+from ...ops.activations import describe_rule
 from .. import bitnet
 from ..source import LayerInfo, Source
 from ..writer import Loss, Problem, Settings
@@ -50,9 +51,9 @@ model = AutoModelForCausalLM.from_pretrained("path/or/repo")
         if settings.container_bits not in (None, 2):
             found.append(Problem(None, f"container_bits={settings.container_bits}, but BitNet stores 2 bits a code",
                                  "leave container_bits out"))  # fmt: skip
-        if source.act_levels != ACTIVATION_LEVELS["bitnet"]:
-            trained = "floats" if source.act_bits is None else f"{source.act_levels:g} steps a side"
-            reason = f"activations were trained as {trained}, and BitNet's layers round them to 127 steps per token"
+        if source.activations != self.name:
+            trained, here = describe_rule(source.activations), describe_rule(self.name)
+            reason = f"activations were trained as {trained}, and BitNet's layers round them to {here}"
             hint = "train with LowBitSRConfig(bits=1.58, group_size=0, act_bits=8), or allow_inexact=True"
             found.append(Problem(None, reason, hint, inexact=True))
         for name, info in self.packed(source).items():

@@ -13,7 +13,8 @@ import torch
 from ...checkpoint.card import how_to_load
 from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
-from ...modules.rounded_input import ACTIVATION_LEVELS, Int8Linear
+from ...modules.rounded_input import Int8Linear
+from ...ops.activations import describe_rule
 from .. import compressed_tensors
 from ..source import LayerInfo, Source
 from ..writer import Problem, Settings
@@ -33,10 +34,10 @@ class CompressedTensorsWriter(SafetensorsWriter):
         if source.act_bits is None:
             return found + container_problems(self.packed(source), settings, _WIDTHS, "compressed-tensors")
         found += container_problems(self.packed(source), settings, (8,), "the int-quantized format (W8A8)")
-        if source.act_levels != (levels := ACTIVATION_LEVELS["compressed-tensors"]):
+        if source.activations != self.name:
             reason = (
-                f"activations were trained with {source.act_levels:g} steps for a token's largest magnitude (BitNet), "
-                f"and transformers rounds those of this format to {levels:g}"
+                f"activations were trained with {describe_rule(source.activations)} (BitNet), and transformers rounds "
+                f"those of this format with {describe_rule(self.name)}"
             )
             found.append(Problem(None, reason, "use format='bitnet', or allow_inexact=True", inexact=True))
         for name, info in self.packed(source).items():
@@ -48,7 +49,8 @@ class CompressedTensorsWriter(SafetensorsWriter):
     def quantization_config(self, source: Source, settings: Settings) -> dict[str, Any]:
         info = next(iter(self.packed(source).values()))
         bits = self._bits(info, settings, source.act_bits)
-        return compressed_tensors.quantization_config(source.float_linears, info.grid, bits, source.act_bits)
+        layers = dict.fromkeys(self.packed(source), (info.grid, bits, source.act_bits))
+        return compressed_tensors.quantization_config(source.float_linears, layers)
 
     def _bits(self, info: LayerInfo, settings: Settings, act_bits: int | None) -> int:
         return 8 if act_bits is not None else container(info, settings, _WIDTHS)

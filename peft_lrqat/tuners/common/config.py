@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ...checkpoint.card import add_import_note
+from ...formats.record import Record
 from ...grid import Grid
 
 #: How the fingerprint of a base that was quantized already begins.
@@ -52,6 +53,15 @@ class GridConfig(PeftConfigMixin):
     def stored_bits(self) -> int:
         """Width of the codes in the merged checkpoint."""
         return self.container_bits or self.stored_grid.code_bits
+
+    @property
+    def activations(self) -> str | None:
+        """The rule by which inputs are rounded to 8 bits, the checkpoint format's (`ops.activations`), or None."""
+        return None if self.act_bits is None else self.export_format
+
+    def record(self) -> Record:
+        """What a merged checkpoint's config.json says about the training."""
+        return Record(self.stored_grid, self.scale_dtype, self.recipe())
 
     def recipe(self) -> str:
         """What a merged checkpoint's model card says about the training."""

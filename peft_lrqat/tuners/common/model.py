@@ -11,10 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_inc
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...checkpoint.card import attach_card
-from ...formats import bitnet, compressed_tensors
-from ...formats import record as trained
-from ...modules.packed import MERGED, QuantizedLinear, describe_packed
+from ...checkpoint.card import attach_card, merged_card
+from ...modules.packed import MERGED, QuantizedLinear, describe
 from .frozen import packed_state_dict
 from .loss import restore_loss, use_lean_loss
 from .preflight import check_adapter_file, check_base, check_fingerprint, check_targets
@@ -169,18 +167,8 @@ class QuantizingModel(LoraModel):
                     "grid, but are saved as dense floats.",
                     stacklevel=2,
                 )
-            linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-            floats = [name for name, module in linears.items() if not isinstance(module, MERGED)]
-            if len(floats) < len(linears):
-                if config.export_format == "bitnet":
-                    model.config.quantization_config = bitnet.quantization_config(floats)
-                elif config.act_bits is not None:
-                    grid, bits, act_bits = config.stored_grid, config.stored_bits, config.act_bits
-                    model.config.quantization_config = compressed_tensors.quantization_config(
-                        floats, grid, bits, act_bits
-                    )
-                else:
-                    describe_packed(model)
-                setattr(model.config, trained.KEY, trained.describe(config))
-            attach_card(model, config)
+            if any(isinstance(module, MERGED) for module in model.modules()):
+                describe(model)
+                config.record().put_into(model.config)
+            attach_card(model, merged_card(model, config))
         return model

@@ -39,9 +39,9 @@ from transformers.pytorch_utils import Conv1D
 from ...formats.source import LayerInfo
 from ...grid import GridTensor, dequantize, snap_scale
 from ...modules.packed import merged_layer
-from ...modules.rounded_input import ACTIVATION_LEVELS, BitNetLinear, Int8Linear
 from ...ops import trained_scale
-from ...ops.activations import quantize_activations
+from ...ops.activations import round_activations
+from ...ops.dispatch import in_autocast_dtype
 from ...ops.low_bit import low_bit_levels, low_bit_linear, mean_code
 from ...packing import unpack
 from ...rounding import stream_key
@@ -198,8 +198,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         base = self.base_layer
         if isinstance(base, DroppedBase):
             return base(x)  # raises
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast_dtype(x)
         return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
@@ -211,15 +210,15 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
                 "not supported. Use data parallelism (DDP), or LR-QAT (`LRQATConfig`), whose packed base FSDP2 shards."
             )
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            if dtype == torch.float16 and weight.requires_grad and torch.is_grad_enabled():
+            half = torch.get_autocast_dtype(x.device.type) == torch.float16
+            if half and weight.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
-            x = x.to(dtype)
-        if options.act_bits is not None:
-            x = quantize_activations(x, ACTIVATION_LEVELS[options.export_format or ""])
+        x = in_autocast_dtype(x)
+        if options.activations is not None:
+            x = round_activations(x, options.activations)
         scale, ternary, factor = self._scales(adapter)
         bits = weight.grid.code_bits
         if options.export_format == "bitnet":
@@ -287,12 +286,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
     def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
         quantized = self.grid_tensor(adapter, safe_merge)
         frozen, options = self.frozen, self.lowbitsr_options[adapter]
-        if not frozen.transposed:
-            if options.export_format == "bitnet":
-                return BitNetLinear(quantized, frozen.compute_dtype)
-            if options.act_bits is not None:
-                return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
-        return merged_layer(quantized, frozen.bias, options.stored_bits, frozen.compute_dtype, frozen.transposed)
+        return merged_layer(
+            quantized,
+            frozen.bias,
+            options.stored_bits,
+            frozen.compute_dtype,
+            transposed=frozen.transposed,
+            activations=options.activations,
+        )
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -303,7 +304,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             if self.merged:
                 return self.base_layer
             frozen, bits = self.frozen, self.merge_options.stored_bits
-            return merged_layer(self._base_tensor(), frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
+            transposed = frozen.transposed
+            return merged_layer(self._base_tensor(), frozen.bias, bits, frozen.compute_dtype, transposed=transposed)
         return self._float_layer()
 
     def _base_tensor(self) -> GridTensor:

@@ -32,7 +32,7 @@ One learning rate suits it and the adapter, weight decay pulls it back to s0, an
 `snap` (straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored
 scale.
 
-Activations. With `act_bits=8` the layer's input is first rounded to 8 bits per token (`quantize_activations`), with a
+Activations. With `act_bits=8` the layer's input is first rounded to 8 bits per token (`round_activations`), with a
 straight-through gradient, as engines do it with such a checkpoint.
 
 Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
@@ -52,9 +52,9 @@ from transformers.pytorch_utils import Conv1D
 from ...formats.source import LayerInfo
 from ...grid import GridTensor
 from ...modules.packed import merged_layer
-from ...modules.rounded_input import ACTIVATION_LEVELS, Int8Linear
 from ...ops import trained_scale
-from ...ops.activations import quantize_activations
+from ...ops.activations import round_activations
+from ...ops.dispatch import in_autocast_dtype
 from ...ops.reference import codes
 from ..common.frozen import FrozenWeight, local
 from ..common.layer import MergingLayer
@@ -236,10 +236,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast_dtype(x)
         if self.act_bits is not None:
-            x = quantize_activations(x, ACTIVATION_LEVELS["compressed-tensors"])
+            x = round_activations(x, "compressed-tensors")
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -301,10 +300,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
         frozen, quantized = self.frozen, self.grid_tensor(adapters, safe_merge)
-        if self.act_bits is not None:
-            return Int8Linear(quantized, frozen.bias, frozen.compute_dtype)
-        bits = self.container_bits or frozen.grid.bits
-        return merged_layer(quantized, frozen.bias, bits, frozen.compute_dtype, frozen.transposed)
+        return merged_layer(
+            quantized,
+            frozen.bias,
+            self.container_bits or frozen.grid.bits,
+            frozen.compute_dtype,
+            transposed=frozen.transposed,
+            activations=None if self.act_bits is None else "compressed-tensors",
+        )
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
