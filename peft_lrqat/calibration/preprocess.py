@@ -76,8 +76,7 @@ def preprocess_gptq(
         inputs.hidden = inputs.run(index, block)
     model.train(was_training)
     if getattr(model, "config", None) is not None:
-        describe(model)
-        Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)").put_into(model.config)
+        describe(model, Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
 
 
 def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, damping: float) -> nn.Module:

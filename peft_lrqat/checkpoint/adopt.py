@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats.reading import scheme_of
+from ..formats import reading
+from ..formats.compressed_tensors import scheme_of
 from ..formats.record import Record
-from ..formats.scheme import StoredLayer
+from ..formats.scheme import Scheme
 from ..grid import Grid
 from ..modules.packed import describe, merged_layer
-from .load import narrowed, replace_layer
+from .load import replace_layer
 
 
 def adopt_compressed_tensors(model: nn.Module) -> bool:
@@ -38,8 +39,10 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
         return False
     changed: Any = model  # its attributes are transformers', which declares few of them
     record = Record.of(changed.config)
-    recorded = None if record is None else record.grid
-    layers = {name: _packed(name, module, _scheme(name, module), recorded) for name, module in managed.items()}
+    layers = {
+        name: _packed(name, module, _scheme(name, module), None if record is None else record.grid_of(name))
+        for name, module in managed.items()
+    }
     for name, layer in layers.items():
         replace_layer(model, name, layer)
     hook = model.__dict__.pop("ct_decompress_hook", None)
@@ -54,7 +57,7 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
     return True
 
 
-def _scheme(name: str, module: nn.Module) -> StoredLayer:
+def _scheme(name: str, module: nn.Module) -> Scheme:
     if not isinstance(module, nn.Linear):
         raise ValueError(f"Module {name!r} ({type(module).__name__}) is quantized; only linear layers can be read.")
     scheme: Any = module.quantization_scheme
@@ -62,8 +65,8 @@ def _scheme(name: str, module: nn.Module) -> StoredLayer:
 
 
 @torch.no_grad()
-def _packed(name: str, module: Any, stored: StoredLayer, recorded: Grid | None) -> nn.Module:
+def _packed(name: str, module: Any, stored: Scheme, recorded: Grid | None) -> nn.Module:
     tensors = {n: t.detach() for n, t in (*module.named_parameters(), *module.named_buffers()) if n != "bias"}
-    weight = narrowed(stored.read(tensors, module.out_features, module.in_features, name), recorded)
+    weight = reading.read(stored, tensors, module.out_features, module.in_features, name, recorded)
     scale_dtype = tensors["weight_scale"].dtype
     return merged_layer(weight, module.bias, stored.bits, scale_dtype)

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..files import write_atomically
+from ..formats.usage import how_to_load
 from ..modules.packed import MERGED
 
 _IMPORT_LINE = "import peft_lrqat"
@@ -64,20 +65,6 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
         card.data.tags = [*card.data.tags, *(tag for tag in made_tags if tag not in card.data.tags)]
         write_atomically(path, card.content)
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
-
-
-def how_to_load(
-    install: str = "",
-    load: str = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained",
-) -> str:
-    """A card's section on loading, in Markdown.
-
-    Args:
-        install: what pip must install first.
-        load: the lines that load a model, up to the call's parenthesis.
-    """
-    first = f"# pip install {install}\n" if install else ""
-    return f'```python\n{first}{load}("path/or/repo")\n```\n\n```bash\nvllm serve path/or/repo\n```'
 
 
 def merged_card(model: nn.Module, config: Any) -> str:

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,97 +14,23 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
 from ..files import write_atomically
+from ..formats import writer_of
+from ..formats.gguf.reader import GGUFFile
 from ..formats.shards import parse_size
 from ..formats.source import Source
-from ..formats.writer import Loss, Problem, Settings, Writer, Written, make_options, writer
+from ..formats.writer import Settings, Writer, Written, make_options
+from . import compare
 from .card import card_text
+from .findings import Check, Report
+from .folder import FolderSource
 from .open import open_source
+from .verify_gguf import differences, float_differences, gguf_file
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Check:
-    """What `can_export` found. True if the export would be exact (or lossy, where that is allowed).
-
-    Attributes:
-        format: the format that was asked about.
-        problems: everything in the way; those with `inexact` are not if inexactness is allowed.
-        allow_inexact: as given.
-    """
-
-    format: str
-    problems: tuple[Problem, ...]
-    allow_inexact: bool = False
-
-    @property
-    def blocking(self) -> tuple[Problem, ...]:
-        """The problems that stop the export."""
-        return tuple(p for p in self.problems if not (p.inexact and self.allow_inexact))
-
-    def __bool__(self) -> bool:
-        return not self.blocking
-
-    def __str__(self) -> str:
-        if not self.problems:
-            return f"{self.format}: exact."
-        alike: dict[tuple[str, str], list[str]] = {}
-        for problem in self.problems:
-            alike.setdefault((problem.reason, problem.suggestion), []).extend([problem.layer] if problem.layer else [])
-        lines = [f"{self.format}: " + ("not possible." if self.blocking else "possible with a loss.")]
-        for (reason, suggestion), layers in alike.items():
-            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-            where = f"{layers[0]}{more}: " if layers else ""
-            lines.append(f"  {where}{reason}. What helps: {suggestion}.")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `export` wrote.
-
-    Attributes:
-        format, folder: where and as what.
-        container: a few words: "pack-quantized, 4 bits".
-        grid: a few words on the trained grid.
-        layers, weights: number of quantized layers and of their weights.
-        layer_bytes: of those, scales included.
-        total_bytes: of all files.
-        dense: modules on a grid whose weights the format holds as floats.
-        loss: None: every value is as trained.
-        notes: what else to know.
-    """
-
-    format: str
-    folder: Path
-    container: str
-    grid: str
-    layers: int
-    weights: int
-    layer_bytes: int
-    total_bytes: int
-    dense: tuple[str, ...] = ()
-    loss: Loss | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the quantized weights, scales included."""
-        return 8 * self.layer_bytes / self.weights if self.weights else 0.0
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.folder}: {self.format} ({self.container}), {self.layers} layers on the grid {self.grid}, "
-            f"{self.bits_per_weight:.2f} bits a weight, {self.total_bytes / 1e6:.1f} MB",
-            f"NOT exact: {self.loss}" if self.loss else "exact: codes and scales are the trained ones",
-        ]
-        if self.dense:
-            lines.append(f"as floats on the grid: {', '.join(self.dense[:3])}" + " ..." * (len(self.dense) > 3))
-        return "\n".join([*lines, *self.notes])
 
 
 def can_export(
@@ -180,6 +105,8 @@ def export(
     with _temporary_folder(out) as folder:
         with tqdm(total=len(source.grids()), desc=f"Writing {format}", unit="layer", disable=not progress) as bar:
             written = chosen.write(source, folder, settings, lambda name: bar.update())
+        if written.loss is None:
+            _check_written(source, folder, progress)
         if chosen.tokenizer_files:
             _save_tokenizer(settings.tokenizer, folder)
         report = _report(chosen, source, written, folder, out, check)
@@ -190,7 +117,7 @@ def export(
 def _prepare(
     model_or_dir: Any, format: str, container_bits: Any, allow_inexact: bool, options: dict[str, Any]
 ) -> tuple[Source, Writer, Settings]:
-    chosen = writer(format)
+    chosen = writer_of(format)
     made = make_options(chosen, options)
     whole = isinstance(container_bits, int) and not isinstance(container_bits, bool) and 2 <= container_bits <= 8
     if container_bits is not None and not whole:
@@ -228,6 +155,31 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _check_written(source: Source, folder: Path, progress: bool) -> None:
+    """Read the files back, and compare all integers, scales and zero points, and every other tensor, with the source's.
+
+    Raises:
+        RuntimeError: something differs: an error of this package, or of the disk.
+    """
+    if (file := gguf_file(folder)) is not None:
+        stored = GGUFFile(file)
+        wrong = {**differences(stored, source), **float_differences(stored, source)}
+        different = [f"{name}: {what}" for name, what in wrong.items()]
+    else:
+        checkpoint = FolderSource(folder)
+        with tqdm(total=len(checkpoint.grids()), desc="Comparing", unit="layer", disable=not progress) as bar:
+            findings = [
+                compare.integers(checkpoint, source, lambda name: bar.update()),
+                compare.floats(checkpoint, source),
+            ]
+        different = [f"{finding.what}: {finding.detail}" for finding in findings if not finding.equal]
+    if different:
+        raise RuntimeError(
+            f"What was written is not what was trained ({'; '.join(different[:3])}), so it was removed again. Check "
+            "the disk; if it is sound, this is an error of peft-lrqat: please report it."
+        )
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -1,57 +1,65 @@
-"""A `Source` over a checkpoint on disk, read tensor by tensor; the model is never built.
+"""A `Source` over a checkpoint on disk, read tensor by tensor; the model's weights are never built.
 
-What the formats share is here; `layouts.py` has the formats.
+What a layer is, and what its tensors mean, `formats/reading.py` knows. Here is what concerns the folder: which files
+count, whether the model that config.json describes is there as a whole, and whether every layer's small tensors are
+sound. All of that is checked when the folder is opened, before anything is done with it.
 """
 
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
-from collections.abc import Collection, Iterator
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
+from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
+from ..formats import reading
 from ..formats.record import KEY, Record
+from ..formats.scheme import Scheme
+from ..formats.shards import Entry, read_header
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 class FolderSource(Source):
-    """A folder with config.json and model*.safetensors in one of the formats.
-
-    Raises:
-        ValueError: the checkpoint is float, in another format, or uses a part of it that has no exact counterpart.
+    """A folder with config.json and safetensors files in one of the formats that can be read.
 
     Attributes:
-        format: as in `formats.FORMATS`.
-        bits: width of the stored codes.
-        file_group: inputs that share a stored scale; -1: all. (The grid's may be larger, with the scale repeated.)
-        parts: last parts of the names of tensors that belong to a quantized layer's weight.
+        format: `quant_method` of config.json.
+        file_group: inputs that share a stored scale in the first layer; -1: all. (The grid's may be larger, with the
+            scale repeated.)
+        files: tensor name -> entry.
     """
 
-    format: ClassVar[str]
-    parts: tuple[str, ...]
-    bits: int
-    _grid: Grid
-
-    def __init__(self, folder: Path, described: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         """
-        Args:
-            described: the content of config.json.
+        Raises:
+            ValueError: the checkpoint is float, in another format, uses a part of it that has no exact counterpart, is
+                incomplete or damaged.
         """
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        quantization = described.get("quantization_config")
+        if quantization is None:
+            raise ValueError(
+                f"The checkpoint in {str(folder)!r} is float. What can be read: {', '.join(reading.METHODS)}, and "
+                "adapters of LR-QAT and low-bit SR."
+            )
         self.folder, self.origin = folder, folder.resolve().name
-        self.files, self.metadata = _tensor_files(folder)
+        self.files, self._paths, metadata = _tensor_files(folder)
+        scheme_of = reading.describe(quantization, metadata)
+        self.format: str = quantization["quant_method"]
         record = Record.read(described.get(KEY))
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
-        self._read_config(described["quantization_config"])
-        self.file_group = self._grid.group_size or -1
-        self._grid = self._grid if record is None else record.grid
         self.config = AutoConfig.from_pretrained(folder)
         for known in ("quantization_config", KEY):
             if hasattr(self.config, known):
@@ -61,122 +69,205 @@ class FolderSource(Source):
         if (folder / "tokenizer_config.json").exists():
             self.tokenizer = str(folder)
         self.tied = {}
-        if not self._infos:
+        skeleton = _skeleton(self.config)
+        stored = reading.quantized_modules(self.format, self.files)
+        if not stored:
             raise ValueError(f"The checkpoint in {str(folder)!r} has no quantized layer.")
+        order = [name for name, _ in skeleton.named_modules() if name in stored] if skeleton is not None else []
+        self._layers = {
+            name: self._layer(name, stored[name], scheme_of(name), record) for name in dict.fromkeys([*order, *stored])
+        }
+        self.float_linears = self._float_linears(skeleton)
+        self._spare = set() if skeleton is None else self._check_whole(skeleton)
+        self.file_group = next(iter(self._layers.values())).scheme.group_size or -1
 
-    # -- what a format says
-
-    @abstractmethod
-    def _read_config(self, described: dict[str, Any]) -> None:
-        """Set `bits`, `_grid` (of the container), `activations` and `float_linears`; refuse what is not
-        known."""
-
-    @abstractmethod
-    def _shape(self, module: str) -> tuple[int, int] | None:
-        """(out, in) of a module's weight, None if it is not quantized."""
-
-    @abstractmethod
-    def _codes(self, module: str) -> torch.Tensor:
-        """int8 (out, in)."""
-
-    @abstractmethod
-    def _scales(self, module: str) -> torch.Tensor:
-        """(out or 1, groups of the file), any float dtype."""
-
-    def _zero_points(self, module: str) -> torch.Tensor:
-        """int8, as `_scales`; asked for asymmetric grids only."""
-        raise NotImplementedError
-
-    def _dtype(self, module: str) -> torch.dtype:
-        """Of the model, for this layer."""
-        return self.config.dtype or torch.float32
-
-    # -- a source
+    def _layer(self, name: str, parts: dict[str, Entry], scheme: Scheme, record: Record | None) -> _Layer:
+        """A layer whose small tensors have been read and found sound."""
+        tensors = _Tensors({part: self._paths[f"{name}.{part}"] for part in parts if part != "bias"}, name)
+        reading.check_parts(scheme, parts, name)
+        try:
+            sizes = {part: entry.shape for part, entry in parts.items()}
+            out_features, in_features = reading.FORMATS[scheme.method].shape(scheme, sizes, tensors.__getitem__)
+        except (KeyError, ValueError) as error:
+            found = {part: entry.shape for part, entry in parts.items()}
+            raise self._refuse(f"layer {name!r} cannot be read from {found}: {error} is missing or damaged.") from error
+        recorded = None if record is None else record.grid_of(name)
+        scales = reading.read_scales(scheme, tensors, out_features, in_features, name, recorded)
+        dtype = self.config.dtype or scales.dtype
+        info = LayerInfo(
+            out_features, in_features, scales.grid, "linear", "bias" in parts, dtype, scheme.bits, scheme.activations
+        )
+        return _Layer(scheme, info, tensors, recorded)
 
     def _refuse(self, problem: str) -> ValueError:
         return ValueError(f"{self.folder.name}: {problem}")
 
-    def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self.files[name].path, framework="pt") as file:
-            return file.get_tensor(name)
+    def _float_linears(self, skeleton: nn.Module | None) -> list[str]:
+        if skeleton is not None:
+            linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+            return [name for name in linears if name not in self._layers]
+        # an architecture that is not transformers' own: matrices that are not quantized may be such modules
+        names = (name.removesuffix(".weight") for name, e in self.files.items() if len(e.shape) == 2)
+        return [name for name in names if name + ".weight" in self.files and name not in self._layers]
 
-    @cached_property
-    def _infos(self) -> dict[str, LayerInfo]:
-        found = {}
-        for module in dict.fromkeys(name.rpartition(".")[0] for name in self.files):
-            shape = self._shape(module)
-            if shape is not None:
-                bias, dtype = module + ".bias" in self.files, self._dtype(module)
-                found[module] = LayerInfo(*shape, self._grid, "linear", bias, dtype, self.bits)
-        return found
+    def _check_whole(self, skeleton: Any) -> set[str]:
+        """Raise ValueError unless the files hold the whole model, in its shapes.
+
+        Returns:
+            Names of tensors that the model has no place for and may be left out: biases of zeros, which GPTQ's files
+            hold for layers without one.
+        """
+        expected = _shapes_in_files(skeleton)
+        found = {name: entry.shape for name, entry in self.files.items() if not self._belongs(name)}
+        found |= {name + ".weight": (la.info.out_features, la.info.in_features) for name, la in self._layers.items()}
+        kind = type(skeleton).__name__
+        strangers = [name for name in self._layers if name + ".weight" not in expected]
+        strangers += [n for n, m in skeleton.named_modules() if n in self._layers and isinstance(m, nn.Embedding)]
+        if strangers:
+            raise self._refuse(
+                f"it holds quantized weights for {len(strangers)} modules that are no nn.Linear in {kind}, e.g. "
+                f"{strangers[:3]}."
+            )
+        tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+        missing = [name for name in expected if name not in found and tied.get(name, name) not in found.keys() - {name}]
+        if missing:
+            raise self._refuse(
+                f"{len(missing)} tensors of {kind} are missing, e.g. {', '.join(missing[:3])}. The checkpoint is "
+                "incomplete: download or write it again."
+            )
+        wrong = [name for name, size in expected.items() if name in found and found[name] != size]
+        if wrong:
+            name = wrong[0]
+            raise self._refuse(
+                f"{name!r} has shape {found[name]}, but {kind} with this config.json needs {expected[name]}. The "
+                "checkpoint is damaged, or its config.json is another model's."
+            )
+        spare = {f"{name}.bias" for name in self._layers if f"{name}.bias" in found and f"{name}.bias" not in expected}
+        for name in spare:
+            if bool(self._read(name).any()):
+                raise self._refuse(f"it holds a bias {name!r}, but the layer in {kind} has none.")
+        return spare
+
+    def _belongs(self, name: str) -> bool:
+        """Whether a tensor is part of a quantized weight."""
+        module, _, part = name.rpartition(".")
+        return module in self._layers and part in reading.FORMATS[self.format].PARTS
+
+    def _read(self, name: str) -> torch.Tensor:
+        return _read(self._paths[name], name)
+
+    # -- a source
 
     def grids(self) -> dict[str, LayerInfo]:
-        return dict(self._infos)
-
-    def _coarse(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """What the file repeats (a scale per channel in every group, or per tensor in every row), once."""
-        info = self._infos[name]
-        rows, groups = info.grid.scale_shape(info.out_features, info.in_features)
-        stored = stored.expand(info.out_features, -1)
-        once = stored[:rows, :: max(1, stored.shape[1] // groups)]
-        if not torch.equal(once.repeat_interleave(stored.shape[1] // groups, 1).expand(stored.shape), stored):
-            raise self._refuse(f"{name}: scales differ within what config.json records as {info.grid.describe()}.")
-        return once.contiguous()
+        return {name: layer.info for name, layer in self._layers.items()}
 
     def scale(self, name: str) -> torch.Tensor:
-        return self._coarse(name, self._scales(name).float())
+        stored, info = self._layers[name], self._layers[name].info
+        size = (info.out_features, info.in_features)
+        return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).scale
 
     def layer(self, name: str) -> GridTensor:
-        grid, codes = self._infos[name].grid, self._codes(name)
-        if codes.min() < grid.qmin or codes.max() > grid.qmax:
-            raise self._refuse(
-                f"{name} holds codes from {int(codes.min())} to {int(codes.max())}, outside of the grid that "
-                f"config.json records ({grid.describe()}): the checkpoint is damaged or was edited."
-            )
-        zero = None if grid.symmetric else self._coarse(name, self._zero_points(name))
-        return GridTensor(codes, self.scale(name), zero, grid)
+        stored, info = self._layers[name], self._layers[name].info
+        size = (info.out_features, info.in_features)
+        return reading.read(stored.scheme, stored.tensors, *size, name, stored.recorded)
+
+    def layer_bytes(self) -> int:
+        """Bytes of the quantized weights in the files, scales included."""
+        return sum(entry.nbytes for name, entry in self.files.items() if self._belongs(name))
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(entry.nbytes for entry in self.files.values())
 
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.files:
-            module, _, part = name.rpartition(".")
-            if module not in self._infos or part not in self.parts:
+            if not self._belongs(name) and name not in self._spare:
                 yield name, self._read(name)
-            elif part == self.parts[0] and module not in packed:
-                yield module + ".weight", self.layer(module).dequantize(self._infos[module].dtype)
+        for name, stored in self._layers.items():
+            if name not in packed:
+                yield name + ".weight", self.layer(name).dequantize(stored.info.dtype)
 
 
-class Entry(NamedTuple):
-    """A tensor of a file, as the header describes it."""
+@dataclass(frozen=True)
+class _Layer:
+    """A quantized layer of the folder."""
 
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # "F16", "BF16", "I32" ...
+    scheme: Scheme
+    info: LayerInfo
+    tensors: _Tensors
+    recorded: Grid | None
 
 
-def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensor name -> entry, and the files' metadata."""
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise ValueError(f"The folder {str(folder)!r} holds no model*.safetensors.")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(wanted - {path.name for path in paths})
+class _Tensors(Mapping[str, torch.Tensor]):
+    """A layer's tensors, by the last part of their names; each is read when it is asked for."""
+
+    def __init__(self, paths: dict[str, Path], module: str) -> None:
+        self._paths, self._module = paths, module
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return _read(self._paths[part], f"{self._module}.{part}")
+
+    def __contains__(self, part: object) -> bool:
+        return part in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _skeleton(config: Any) -> Any:
+    """The model that a configuration describes, without weights; None for an architecture that is not transformers'."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        return kind._from_config(config)
+
+
+def _shapes_in_files(skeleton: Any) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a float checkpoint of a model, under the names that files of its architecture use."""
+    in_files = revert_weight_conversion(skeleton, skeleton.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in in_files.items()}
+
+
+def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, Path], dict[str, str]]:
+    """Tensor name -> entry, and -> the file that holds it; the files' metadata.
+
+    The files are those that transformers would load: model.safetensors, or else those that the index names. Others in
+    the folder (a backup, an older shard) do not count.
+    """
+    index, weight_map = folder / _INDEX, None
+    if (folder / _SINGLE).exists():
+        paths = [folder / _SINGLE]
+    elif index.exists():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+        missing = [path.name for path in paths if not path.exists()]
         if missing:
             raise ValueError(f"{index.name} of {str(folder)!r} names {', '.join(missing)}, which do not exist.")
-        paths = [path for path in paths if path.name in wanted]
+    else:
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        hint = f" It has {', '.join(others[:3])}, but no {_INDEX} that names them." if others else ""
+        raise ValueError(f"The folder {str(folder)!r} holds no {_SINGLE}.{hint}")
     found: dict[str, Entry] = {}
+    places: dict[str, Path] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata.update(file.metadata() or {})
-                for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
-                    found[name] = Entry(path, tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is truncated or damaged ({error}). Copy or download it again.") from error
-    return found, metadata
-
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        entries, strings = read_header(path)
+        metadata.update(strings)
+        for name, entry in entries.items():
+            if weight_map is None or weight_map.get(name) == path.name:
+                found[name], places[name] = entry, path
+    if weight_map is not None and (lost := sorted(weight_map.keys() - found.keys())):
+        raise ValueError(
+            f"{index.name} of {str(folder)!r} names tensors that its files do not hold: {', '.join(lost[:3])}. The "
+            "checkpoint is incomplete: download or write it again."
+        )
+    return found, places, metadata

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,16 +14,15 @@ from ..formats.gguf.reader import GGUFFile
 from ..formats.gguf.writer import GRID_KEY, LAYERS_KEY
 from ..grid import Grid
 from .engines import Engine
+from .findings import Inspection
 
 
-def inspect_file(path: Path) -> Any:
+def inspect_file(path: Path) -> Inspection:
     """`inspect` for a GGUF file: an `Inspection`. The histogram counts levels, q - z.
 
     Raises:
         ValueError: it is no GGUF file, is damaged, or was not written by this package.
     """
-    from .inspect import Inspection
-
     file = GGUFFile(path)
     names = [name for name in file.metadata.get(LAYERS_KEY, []) if file.tensors[name].type in BLOCK_TYPES]
     if not names:

@@ -1,32 +1,30 @@
-"""`load_quantized`: a checkpoint of compressed-tensors, GPTQ or AWQ as a model that holds its integers, and no floats.
+"""`load_quantized`: a quantized checkpoint as a model that holds its integers, and no floats.
 
 transformers can load the same files, but keeps of them what its kernels want: GPTQ and AWQ need gptqmodel, whose
 kernels repack the codes; asymmetric compressed-tensors files become floats on the way. Here, transformers loads the
-tensors as they are stored (it finds files, shards and devices), into placeholders (`_Stored`); then each becomes a
-`QuantizedLinear`, the very layer that merging makes. Nothing but safetensors is read.
+tensors as they are stored (it finds files, shards and devices), into placeholders (`_Stored`); then each becomes the
+very layer that merging makes. Nothing but safetensors is read. What the tensors mean, `formats/reading.py` knows.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats.reading import describe
+from ..formats import reading
 from ..formats.record import Record
-from ..formats.scheme import StoredLayer
-from ..grid import Grid, GridTensor
-from ..modules.packed import describe as describe_model
-from ..modules.packed import merged_layer
+from ..formats.scheme import Scheme
+from ..formats.shards import DTYPES, Entry, read_header
+from ..grid import Grid
+from ..modules.packed import describe, merged_layer
 
 _METHOD = "peft_lrqat"  # transformers' name for our reader; it is in no file
 _HUB_OPTIONS = (
@@ -38,19 +36,16 @@ _HUB_OPTIONS = (
     "token",
     "trust_remote_code",
 )
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
 
 
 def load_quantized(
     pretrained_model_name_or_path: str | os.PathLike, *, model_class: Any = AutoModelForCausalLM, **kwargs: Any
-) -> PreTrainedModel:
+) -> Any:
     """Load a quantized checkpoint as integers, to train LR-QAT on or to save in another format.
 
-    The checkpoint may be of compressed-tensors (weight-only integers, 2 to 8 bits), GPTQ (2, 3, 4 or 8 bits) or AWQ
-    ("gemm"). Neither compressed-tensors nor gptqmodel need be installed.
+    The checkpoint may be of compressed-tensors (integers of 2 to 8 bits, weight-only or W8A8), GPTQ (2, 3, 4 or 8
+    bits), AWQ ("gemm"), transformers' BitNet, or torchao's `IntxUnpackedToInt8Tensor`. None of their packages need be
+    installed.
 
     Args:
         pretrained_model_name_or_path: a folder or a repository of the Hub, with safetensors files.
@@ -58,10 +53,13 @@ def load_quantized(
         **kwargs: as for `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
     Returns:
-        The model; its quantized layers are `QuantizedLinear`s. `save_pretrained` writes compressed-tensors.
+        The model; its quantized layers are `QuantizedLinear`s (with rounded inputs: `Int8Linear` or `BitNetLinear`).
+        `save_pretrained` writes compressed-tensors (or BitNet's format). With `output_loading_info=True`: the model and
+        transformers' dictionary.
 
     Raises:
-        ValueError: the checkpoint is not quantized, or in a way that has no exact counterpart; the message says which.
+        ValueError: the checkpoint is not quantized, or in a way that has no exact counterpart, or it is incomplete or
+            damaged; the message says which.
     """
     if "quantization_config" in kwargs:
         raise ValueError("`quantization_config` is not for `load_quantized`: the checkpoint's own one is used.")
@@ -76,32 +74,42 @@ def load_quantized(
             f"config.json of {str(pretrained_model_name_or_path)!r} has no `quantization_config`: it is a float model. "
             "Load it with from_pretrained."
         )
-    describe(quantization)  # refuses before anything is downloaded
+    if quantization.get("quant_method") != "torchao":  # which describes its layers in the files themselves
+        reading.describe(quantization)  # refuses before anything is downloaded
     config.quantization_config = {"quant_method": _METHOD, "stored": quantization}
-    return model_class.from_pretrained(pretrained_model_name_or_path, config=config, use_safetensors=True, **kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = model_class.from_pretrained(
+        pretrained_model_name_or_path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{len(missing)} tensors of {type(model).__name__} are missing in {str(pretrained_model_name_or_path)!r}, "
+            f"e.g. {', '.join(missing[:3])}. The checkpoint is incomplete: download or write it again."
+        )
+    return (model, info) if wants_info else model
 
 
 class _Stored(nn.Module):
     """A linear layer's tensors as the file has them."""
 
-    def __init__(self, linear: nn.Linear, tensors: dict[str, tuple[list[int], torch.dtype]]) -> None:
+    def __init__(self, linear: nn.Linear, tensors: dict[str, Entry]) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.names = [name for name in tensors if name != "bias"]
         for name in self.names:
-            shape, dtype = tensors[name]
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+            entry = tensors[name]
+            self.register_buffer(name, torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta"))
         # GPTQ files hold a bias of zeros for layers that have none; it is loaded and dropped
         self.bias, self.wants_bias = None, linear.bias is not None
         if "bias" in tensors:
-            shape = tensors["bias"][0]
+            shape = tensors["bias"].shape
             self.bias = nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device="meta"), requires_grad=False)
 
-    def finish(self, name: str, stored: StoredLayer, recorded: Grid | None, dtype: torch.dtype) -> nn.Module:
+    def finish(self, name: str, scheme: Scheme, recorded: Grid | None, dtype: torch.dtype) -> nn.Module:
         """The layer that the tensors stand for.
 
         Args:
-            recorded: the grid that config.json records, if this package wrote it; else None.
+            recorded: the grid that config.json records for the layer, if this package wrote it; else None.
             dtype: the model's.
         """
         tensors: dict[str, torch.Tensor] = {key: self.get_buffer(key) for key in self.names}
@@ -112,10 +120,15 @@ class _Stored(nn.Module):
             )
         if not self.wants_bias and self.bias is not None and self.bias.any():
             raise ValueError(f"The file holds a bias for layer {name!r}, but the model's layer has none.")
-        weight = narrowed(stored.read(tensors, self.out_features, self.in_features, name), recorded)
-        scale_dtype = tensors["weight_scale" if "weight_scale" in tensors else "scales"].dtype
-        bias = self.bias if self.wants_bias else None
-        return merged_layer(weight, bias, stored.bits, dtype, file_scale_dtype=scale_dtype)
+        weight = reading.read(scheme, tensors, self.out_features, self.in_features, name, recorded)
+        return merged_layer(
+            weight,
+            self.bias if self.wants_bias else None,
+            scheme.bits,
+            dtype,
+            activations=scheme.activations,
+            file_scale_dtype=reading.scale_dtype(tensors, scheme.method),
+        )
 
 
 @register_quantization_config(_METHOD)
@@ -136,7 +149,14 @@ class _Reader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        stored = _quantized_modules(checkpoint_files or [])
+        entries: dict[str, Entry] = {}
+        metadata: dict[str, str] = {}
+        for path in checkpoint_files or []:
+            found, strings = read_header(path)
+            entries |= found
+            metadata |= strings
+        self._scheme_of = reading.describe(self.quantization_config.stored, metadata)
+        stored = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
         modules = dict(model.named_modules())
         unknown = sorted(name for name in stored if not isinstance(modules.get(name), nn.Linear))
         if unknown or not stored:
@@ -148,6 +168,7 @@ class _Reader(HfQuantizer):
             )
         self._dtype = kwargs.get("dtype") or model.dtype
         for name, tensors in stored.items():
+            reading.check_parts(self._scheme_of(name), tensors, name)
             parent, _, last = name.rpartition(".")
             setattr(modules[parent], last, _Stored(modules[name], tensors))
 
@@ -155,13 +176,12 @@ class _Reader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)
         model.config._is_quantized = False
-        layer_of = describe(self.quantization_config.stored)
         record = Record.of(model.config)
-        recorded = None if record is None else record.grid
         rounded = []
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
-                layer: Any = module.finish(name, layer_of(name), recorded, self._dtype)
+                recorded = None if record is None else record.grid_of(name)
+                layer: Any = module.finish(name, self._scheme_of(name), recorded, self._dtype)
                 replace_layer(model, name, layer)
                 if layer.weight_scale.dtype != self._dtype:
                     rounded.append(name)
@@ -173,7 +193,7 @@ class _Reader(HfQuantizer):
                 "them: before merging or saving, call `model.float()` (or load with dtype=torch.float32).",
                 stacklevel=2,
             )
-        describe_model(model)
+        describe(model)
         return model
 
 
@@ -188,42 +208,3 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     layer.train(old.training)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-
-
-def narrowed(weight: GridTensor, grid: Grid | None) -> GridTensor:
-    """The same weight on the grid that config.json records, where the file is wider: in bits, or by repeated scales."""
-    if grid is None or weight.grid.symmetric != grid.symmetric:
-        return weight
-    values = [weight.codes] if weight.zero_point is None else [weight.codes, weight.zero_point]
-    if any(bool((v < grid.qmin).any() or (v > grid.qmax).any()) for v in values):
-        return weight
-    rows, groups = grid.scale_shape(*weight.codes.shape)
-    if weight.scale.shape[1] % groups:
-        return weight
-
-    def shared(stored: torch.Tensor) -> torch.Tensor | None:
-        """(rows, groups), if the file holds the same value wherever the grid has a single one."""
-        per_row = stored.view(stored.shape[0], groups, -1)
-        first = per_row[:rows, :, :1]
-        return first[..., 0].contiguous() if torch.equal(first.expand_as(per_row), per_row) else None
-
-    scale, zero_point = shared(weight.scale), None if weight.zero_point is None else shared(weight.zero_point)
-    if scale is None or (zero_point is None) != grid.symmetric:
-        return weight
-    return GridTensor(weight.codes, scale, zero_point, grid)
-
-
-def _quantized_modules(files: list[str]) -> dict[str, dict[str, tuple[list[int], torch.dtype]]]:
-    """Module name -> tensor name -> shape and dtype in the files, for the modules whose weight is integers."""
-    found: dict[str, dict[str, tuple[list[int], torch.dtype]]] = defaultdict(dict)
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                module, _, name = key.rpartition(".")
-                found[module][name] = (part.get_shape(), _DTYPES.get(part.get_dtype(), torch.float32))
-    return {
-        module: tensors
-        for module, tensors in found.items()
-        if tensors.keys() & {"weight_packed", "qweight"} or ("weight_scale" in tensors and "weight" in tensors)
-    }

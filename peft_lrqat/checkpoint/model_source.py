@@ -81,10 +81,7 @@ class ModelSource(Source):
         self.origin = getattr(base, "name_or_path", "") or type(base).__name__
         if adapter is not None:
             self.origin = adapter.base_model_name_or_path or self.origin
-            record, self.activations = adapter.record(), adapter.activations
-        else:
-            rules = (getattr(module, "activations", None) for module in self._quantized.values())
-            self.activations = next((rule for rule in rules if rule is not None), None)
+            record = adapter.record()
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
 

@@ -1,4 +1,10 @@
-"""Whatever holds a trained model becomes a `Source`."""
+"""Whatever holds a trained model becomes a `Source`.
+
+* a model that `merge_and_unload()` gave                                (`model_source.py`)
+* a PeftModel with LR-QAT or low-bit SR adapters; a layer is merged when it is read, and the model stays as it is
+* a folder with a merged, exported or foreign checkpoint, read tensor by tensor  (`folder.py`)
+* a folder with an adapter: the base model is loaded, and it is a PeftModel again
+"""
 
 from __future__ import annotations
 
@@ -7,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.source import Source
+from .folder import FolderSource
+from .model_source import ModelSource, adapter_source
 
 
 def open_source(model_or_dir: Any) -> Source:
     """Open a model or a folder for export; see the module's docstring.
 
     Raises:
-        ValueError: it holds no quantized layer, or is of a kind that cannot be read; the message says what to do.
+        ValueError: it holds no quantized layer, is of a kind that cannot be read, or is incomplete or damaged; the
+            message says what to do.
         FileNotFoundError: there is no such folder.
     """
     if isinstance(model_or_dir, Source):
         return model_or_dir
     if isinstance(model_or_dir, str | os.PathLike):
         return _open_folder(Path(model_or_dir))
-    from ..checkpoint.model_source import ModelSource
-
     return ModelSource(model_or_dir)
 
 
@@ -29,14 +36,10 @@ def _open_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}. (A repository of the Hub: download it first.)")
     if (folder / "adapter_config.json").exists():
-        from ..checkpoint.model_source import adapter_source
-
         return adapter_source(folder)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"The folder {str(folder)!r} holds neither config.json nor adapter_config.json, so it is neither a merged "
             "checkpoint nor an adapter."
         )
-    from ..checkpoint.layouts import open_checkpoint
-
-    return open_checkpoint(folder)
+    return FolderSource(folder)

@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +14,17 @@ import transformers
 from torch import nn
 
 from ..formats.source import Source
-from ..grid import GridTensor
 from ..modules.packed import merged_layer
+from . import compare
+from .findings import Finding, Verification
 from .folder import FolderSource
 from .open import open_source
 from .verify_gguf import gguf_file, verify_file
 
 #: Format -> packages that transformers needs to load it.
 _NEEDS = {"compressed-tensors": ["compressed_tensors"], "gptq": ["optimum", "gptqmodel"], "torchao": ["torchao"],
-          "bitnet": []}  # fmt: skip
+          "awq": ["gptqmodel"], "bitnet": []}  # fmt: skip
 _TOKENS = 24
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One comparison.
-
-    Attributes:
-        what: what was compared.
-        equal: whether it passed.
-        detail: the numbers.
-    """
-
-    what: str
-    equal: bool
-    detail: str
-
-
-@dataclass
-class Verification:
-    """What `verify` found; true if every comparison passed.
-
-    Attributes:
-        engine: what loaded the checkpoint, None if nothing that could is installed.
-        missing: packages that were not found.
-        skipped: why the engine was not compared although it is installed, or nothing. Not a comparison that passed.
-    """
-
-    engine: str | None = None
-    missing: list[str] = field(default_factory=list)
-    skipped: str = ""
-    findings: list[Finding] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.findings) and all(finding.equal for finding in self.findings)
 
 
 def verify(
@@ -91,7 +57,7 @@ def verify(
     if against is not None:
         progress("integers and scales")
         source = open_source(against)
-        found.findings += [_integers(checkpoint, source), _floats(checkpoint, source)]
+        found.findings += [compare.integers(checkpoint, source), compare.floats(checkpoint, source)]
     if not engine:
         return found
     found.missing = [name for name in _NEEDS[checkpoint.format] if importlib.util.find_spec(name) is None]
@@ -99,12 +65,13 @@ def verify(
         return found
     found.engine = " + ".join([f"transformers {transformers.__version__}", *_NEEDS[checkpoint.format]])
     progress(f"loading with {found.engine}")
-    dtype = torch.float16 if checkpoint.format == "gptq" else checkpoint.config.dtype
+    half = checkpoint.format in ("gptq", "awq")  # its kernels compute in fp16
+    dtype = torch.float16 if half else checkpoint.config.dtype
     model = _architecture(checkpoint).from_pretrained(str(folder), dtype=dtype).eval()
     progress("logits")  # first: transformers unpacks some formats in the first forward
-    found.findings.append(_logits(model, source, exact=checkpoint.format != "gptq"))
+    found.findings.append(_logits(model, source, exact=not half))
     progress("layers")
-    if checkpoint.activations != "compressed-tensors":
+    if "compressed-tensors" not in checkpoint.rules():  # such a layer's answer to unit vectors is rounded
         found.findings.append(_layers(model, source))
     return found
 
@@ -114,46 +81,6 @@ def _architecture(source: Source) -> Any:
     if not hasattr(transformers, name):
         raise ValueError(f"The architecture {name!r} is not one of transformers' own; it cannot be loaded here.")
     return getattr(transformers, name)
-
-
-def _integers(checkpoint: Source, source: Source) -> Finding:
-    what, grids = "codes, scales, zero points", checkpoint.grids()
-    linears = {name for name, info in source.grids().items() if info.kind == "linear"}
-    if linears != set(grids):
-        return Finding(what, False, f"other layers: {sorted(linears ^ set(grids))[:3]}")
-    different = [name for name in grids if not _equal(checkpoint.layer(name), source.layer(name))]
-    weights = sum(info.weights for info in grids.values())
-    if different:
-        return Finding(what, False, f"{len(different)} of {len(grids)} layers differ: {different[0]}, ...")
-    return Finding(what, True, f"{len(grids)} layers, {weights:,} weights: all equal")
-
-
-def _equal(a: GridTensor, b: GridTensor) -> bool:
-    if a.codes.shape != b.codes.shape or not torch.equal(a.codes, b.codes.cpu()):
-        return False
-    pairs = [(a.scale, b.scale)]
-    if a.zero_point is not None or b.zero_point is not None:
-        zeros = [torch.zeros_like(t.scale, dtype=torch.int8) if t.zero_point is None else t.zero_point for t in (a, b)]
-        pairs.append((zeros[0], zeros[1]))
-    for left, right in pairs:
-        rows, groups = max(len(left), len(right)), max(left.shape[1], right.shape[1])
-        spread = [t.cpu().repeat_interleave(groups // t.shape[1], 1).expand(rows, -1) for t in (left, right)]
-        if spread[0].shape != spread[1].shape or not torch.equal(spread[0], spread[1]):
-            return False
-    return True
-
-
-def _floats(checkpoint: Source, source: Source) -> Finding:
-    what, expected = "other tensors", dict(source.floats(checkpoint.grids()))
-    count = 0
-    for name, tensor in checkpoint.floats(checkpoint.grids()):
-        other = expected.pop(name, None)
-        if other is None or other.dtype != tensor.dtype or not torch.equal(tensor, other.cpu()):
-            return Finding(what, False, f"{name} " + ("is not in the source" if other is None else "differs"))
-        count += 1
-    if expected:
-        return Finding(what, False, f"missing: {', '.join(list(expected)[:3])}")
-    return Finding(what, True, f"{count} tensors: all equal")
 
 
 @contextmanager
@@ -207,10 +134,9 @@ def _reference(source: Source, dtype: torch.dtype) -> nn.Module:
     packed = [name for name, info in source.grids().items() if info.kind == "linear"]
     for name in packed:
         old: Any = model.get_submodule(name)
-        bits = source.grids()[name].grid.code_bits
-        model.set_submodule(
-            name, merged_layer(source.layer(name), old.bias, bits, dtype, activations=source.activations)
-        )
+        info = source.grids()[name]
+        layer = merged_layer(source.layer(name), old.bias, info.grid.code_bits, dtype, activations=info.activations)
+        model.set_submodule(name, layer)
     _, unexpected = model.load_state_dict(dict(source.floats(packed)), strict=False)
     assert not unexpected, unexpected
     model.tie_weights()

@@ -15,6 +15,7 @@ from ..formats.gguf import architectures, choice, tensors
 from ..formats.gguf.blocks import BLOCK_TYPES
 from ..formats.gguf.reader import GGUFFile
 from ..formats.source import LayerInfo, Source
+from .findings import Finding, Verification
 
 
 def gguf_file(folder: Path) -> Path | None:
@@ -70,13 +71,11 @@ def float_differences(file: GGUFFile, source: Source) -> dict[str, str]:
     return found
 
 
-def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[str], None]) -> Any:
+def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[str], None]) -> Verification:
     """`verify` for a GGUF file: a `Verification`.
 
     The engine is transformers, which turns the blocks into floats with the package `gguf`.
     """
-    from .verify import Finding, Verification
-
     found = Verification()
     progress("integers and scales")
     file = GGUFFile(path)
@@ -117,9 +116,7 @@ def _loaded_by_transformers(path: Path, source: Source) -> Any:
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
 
 
-def _transformers_reads(model: Any, source: Source) -> Any:
-    from .verify import Finding
-
+def _transformers_reads(model: Any, source: Source) -> Finding:
     names, different = list(source.grids()), []
     for name in names:
         weight: Any = model.get_submodule(name).weight

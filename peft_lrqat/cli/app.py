@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..checkpoint import export as exporting
 from ..checkpoint.inspect import inspect as inspect_folder
 from ..checkpoint.verify import verify as verify_folder
-from ..formats.writer import FORMATS
+from ..formats import FORMATS
 from . import show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -1,10 +1,90 @@
-"""config.json's side of a compressed-tensors checkpoint (format "pack-quantized")."""
+"""compressed-tensors: "pack-quantized" (2 to 8 bits, float activations) and "int-quantized" (W8A8).
+
+    weight_packed        int32 (out, words), codes packed along the inputs (`packing.py`); or
+    weight               int8 (out, in), the codes themselves
+    weight_scale         (out, groups), the model's dtype, weight units per grid step
+    weight_zero_point    int32 (words, groups), packed along the outputs; or int8 (out, groups); asymmetric grids only
+    weight_shape         int64 (2,), (out, in)
+    weight_g_idx         int32 (in,), the group of an input; all -1 where there is no order
+
+    W = scale * (code - zero point),    both centred
+
+A merged module (`modules/packed.py`, `modules/rounded_input.py`) holds the same tensors, so `export` and
+`save_pretrained` of a merged model write the same file.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..grid import Grid
+import torch
+
+from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor, dequantize, quantize
+from ..ops.activations import describe_rule
+from ..packing import pack, unpack, words_per_row
+from .safetensors import (
+    Plan,
+    SafetensorsWriter,
+    container,
+    container_problems,
+    no_linear,
+    round_scale,
+    scale_problems,
+)
+from .scheme import Describe, Scheme, Tensors
+from .source import LayerInfo, Source
+from .usage import how_to_load
+from .writer import Loss, Problem, Settings
+
+NAME = "compressed-tensors"
+PARTS = frozenset({"weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"})
+SCALE = "weight_scale"
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+# How inputs are rounded in the activation rule of the same name.
+_TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+# -- a layer's tensors
+
+
+def packed_tensors(weight: GridTensor, bits: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a "pack-quantized" file holds for a layer.
+
+    Args:
+        weight: (out, in).
+        bits: container width.
+        dtype: of the scales, which it holds exactly. A per-tensor scale is repeated per channel: engines have kernels
+            for that.
+    """
+    rows, columns = weight.codes.shape
+    tensors = {
+        "weight_packed": pack(weight.codes, bits),
+        "weight_scale": weight.scale.expand(rows, -1).to(dtype).contiguous(),
+        "weight_shape": torch.tensor([rows, columns], device=weight.codes.device),
+    }
+    if weight.zero_point is not None:
+        per_row = weight.zero_point.expand(rows, -1)
+        tensors["weight_zero_point"] = pack(per_row.t().contiguous(), bits).t().contiguous()
+    return tensors
+
+
+def integer_tensors(weight: GridTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What an "int-quantized" file holds for a layer: symmetric, scales (out, 1) or (1, 1) that `dtype` holds."""
+    rows = weight.codes.shape[0]
+    return {"weight": weight.codes, "weight_scale": weight.scale.expand(rows, 1).to(dtype).contiguous()}
+
+
+def unpack_zero_point(packed: torch.Tensor, bits: int, out_features: int) -> torch.Tensor:
+    """int8 (out, groups) of a packed `weight_zero_point`."""
+    return _unpack_rows(packed.t().contiguous(), bits, out_features).t().contiguous()
+
+
+# -- config.json
+
 
 #: How a layer is stored: its grid, the width of its codes, and 8 if its input is rounded to 8 bits per token, or None.
 Stored = tuple[Grid, int, int | None]
@@ -62,3 +142,178 @@ def _config(float_linears: list[str], groups: dict[str, dict[str, Any]]) -> dict
         # ignores the key.
         config["dequantize"] = True
     return config
+
+
+# -- reading
+
+
+def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Describe:
+    """See `reading.py`."""
+    for part, what in (
+        ("kv_cache_scheme", "a quantized key-value cache"),
+        ("transform_config", "transforms (rotations) of the activations"),
+        ("sparsity_config", "sparse weights"),
+    ):
+        value = quantization.get(part)
+        if value and not (part == "sparsity_config" and value.get("format") == "dense"):
+            raise ValueError(
+                f"The checkpoint has {what} (`{part}` in config.json), which this package does not train: the model "
+                "would not be the one that was loaded. Start from a checkpoint without, or from the float model."
+            )
+    groups = [
+        (group.get("targets") or [], scheme_of(label, group, quantization.get("format")))
+        for label, group in (quantization.get("config_groups") or {}).items()
+    ]
+
+    def layer(name: str) -> Scheme:
+        for exact in (True, False):  # compressed-tensors: names and patterns come before classes of modules
+            for targets, scheme in groups:
+                if any(_matches(target, name) if exact else target == "Linear" for target in targets):
+                    return scheme
+        raise ValueError(
+            f"Layer {name!r} is stored quantized, but no entry of `config_groups` in config.json names it."
+        )
+
+    return layer
+
+
+def _matches(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def scheme_of(label: str, group: dict[str, Any], fallback: str | None) -> Scheme:
+    """How an entry of `config_groups` stores its layers.
+
+    Args:
+        label: what the entry is, for messages.
+        fallback: the format where the entry names none.
+
+    Raises:
+        ValueError: it is not integers per group, channel or tensor, or rounds activations by another rule than
+            int8 per token.
+    """
+    weights, form = group.get("weights") or {}, str(group.get("format") or fallback)
+    strategies: dict[Any, Any] = {"group": weights.get("group_size"), "channel": PER_CHANNEL, "tensor": PER_TENSOR}
+    known = form in ("pack-quantized", "int-quantized", "naive-quantized")
+    if not known or weights.get("type", "int") != "int" or weights.get("strategy") not in strategies:
+        raise ValueError(
+            f"{label} of the checkpoint has format {form!r} with weights {weights}. Integer weights of 2 to 8 bits per "
+            'group, channel or tensor can be read ("pack-quantized", "int-quantized").'
+        )
+    group_size, symmetric = strategies[weights["strategy"]], weights.get("symmetric", True)
+    inputs, activations = group.get("input_activations"), None
+    if inputs or group.get("output_activations"):
+        per_token = {key: (inputs or {}).get(key) for key in _TOKEN_INT8} == _TOKEN_INT8
+        plain = form != "pack-quantized" and group_size <= 0 and symmetric
+        if not per_token or not plain or group.get("output_activations"):
+            raise ValueError(
+                f"{label} of the checkpoint quantizes activations as well as weights, as {inputs}. Of those, int8 per "
+                f"token ({_TOKEN_INT8}) with symmetric int8 weights per channel or tensor can be read. Start from a "
+                "weight-only checkpoint or from the float model; `act_bits=8`, of either configuration, trains with "
+                "8-bit activations."
+            )
+        activations = NAME
+    return Scheme(NAME, weights["num_bits"], group_size, symmetric, form, activations)
+
+
+def shape(scheme: Scheme, sizes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
+    """See `reading.py`."""
+    if "weight_packed" in sizes:
+        rows, columns = read("weight_shape").tolist()
+    else:
+        rows, columns = sizes["weight"]
+    return rows, columns
+
+
+def read_scales(
+    scheme: Scheme, tensors: Tensors, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `reading.py`."""
+    scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
+    scale = scale.reshape(1, 1) if scheme.group_size == PER_TENSOR else scale.reshape(out_features, -1)
+    if not scheme.symmetric and zero_point is None:
+        raise KeyError("weight_zero_point")
+    if zero_point is not None:
+        if zero_point.dtype == torch.int32 and "weight_packed" in tensors:
+            zero_point = unpack_zero_point(zero_point, scheme.bits, out_features)
+        zero_point = zero_point.reshape(scale.shape).to(torch.int8).contiguous()
+    return scale, zero_point
+
+
+def read_codes(scheme: Scheme, tensors: Tensors, out_features: int, in_features: int) -> torch.Tensor:
+    """See `reading.py`. A float `weight` is one that transformers has decompressed in memory: its codes follow from it,
+    and are checked."""
+    if "weight_packed" in tensors:
+        return _unpack_rows(tensors["weight_packed"], scheme.bits, in_features)
+    codes = tensors["weight"]
+    if codes.is_floating_point():
+        scale, zero_point = read_scales(scheme, tensors, out_features, in_features)
+        scale = scale.float()
+        codes = quantize(tensors["weight"], scale, zero_point, Grid(scheme.bits, PER_CHANNEL, zero_point is None))
+        if not torch.equal(dequantize(codes, scale, zero_point, tensors["weight"].dtype), tensors["weight"]):
+            raise RuntimeError("the weight was changed after it was loaded, and does not lie on its grid any more")
+    elif codes.dtype != torch.int8:
+        raise RuntimeError(f"`weight` is {codes.dtype}, not int8")
+    return codes
+
+
+def _unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Centred codes of packed rows; before compressed-tensors 0.18, no code of odd width straddled two words."""
+    if packed.dtype != torch.int32:
+        raise RuntimeError(f"packed codes are {packed.dtype}, not int32")
+    per_word = 32 // bits
+    if packed.shape[1] == words_per_row(columns, bits):
+        return unpack(packed, bits, columns)
+    if packed.shape[1] != -(-columns // per_word):
+        raise RuntimeError(f"{packed.shape[1]} words a row do not hold {columns} codes of {bits} bits")
+    shifts = torch.arange(per_word, device=packed.device, dtype=torch.int32) * bits
+    unsigned = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return (unsigned.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+
+
+# -- writing
+
+
+class CompressedTensorsWriter(SafetensorsWriter):
+    """Writes the format. Layers may lie on different grids."""
+
+    name = NAME
+    usage = how_to_load('"compressed-tensors>=0.18"')
+
+    def problems(self, source: Source, settings: Settings) -> list[Problem]:
+        packed, found = self.packed(source), no_linear(source, "compressed-tensors")
+        found += scale_problems(source, {name: info.dtype for name, info in packed.items()})
+        rounded = {name: info for name, info in packed.items() if info.activations is not None}
+        found += container_problems(
+            {name: info for name, info in packed.items() if name not in rounded}, settings, WIDTHS, "compressed-tensors"
+        )
+        found += container_problems(rounded, settings, (8,), "the int-quantized format (W8A8)")
+        if others := source.rules() - {None, self.name}:
+            reason = (
+                f"activations were trained with {describe_rule(others.pop())} (BitNet), and transformers rounds those "
+                f"of this format with {describe_rule(self.name)}"
+            )
+            found.append(Problem(None, reason, "use format='bitnet', or allow_inexact=True", inexact=True))
+        for name, info in rounded.items():
+            if info.grid.group_size > 0 or not info.grid.symmetric:
+                reason = f"8-bit activations with the grid {info.grid.describe()}: int8 products take one scale a row"
+                found.append(Problem(name, reason, "train with group_size=-1 or 0, symmetric"))
+        return found
+
+    def plan(self, source: Source, settings: Settings) -> Plan:
+        layers: dict[str, Stored] = {
+            name: (info.grid, container(info, settings, WIDTHS), None)
+            if info.activations is None
+            else (info.grid, 8, 8)
+            for name, info in self.packed(source).items()
+        }
+        described = quantization_config(source.float_linears, layers)
+        widths = sorted({bits for _, bits, _ in layers.values()})
+        return Plan(described, f"{described['format']}, {' and '.join(map(str, widths))} bits", layers)
+
+    def stored(self, name: str, weight: GridTensor, info: LayerInfo, settings: Settings, loss: Loss) -> GridTensor:
+        return round_scale(name, weight, info.dtype, settings, loss)
+
+    def tensors(self, name: str, weight: GridTensor, info: LayerInfo, plan: Plan) -> dict[str, torch.Tensor]:
+        _, bits, act_bits = plan.details[name]
+        return packed_tensors(weight, bits, info.dtype) if act_bits is None else integer_tensors(weight, info.dtype)

@@ -1,126 +1,144 @@
-"""What a checkpoint's `quantization_config` says about each of its linear layers."""
+"""The only reader: config.json says how a module is stored (`Scheme`), and with it its tensors become a `GridTensor`.
+
+Everything that reads a checkpoint comes through here: `export`, `inspect`, `verify`, `load_quantized`, and the adoption
+of a model that transformers loaded. Each format's own file has
+
+    PARTS                                    last parts of the names of a layer's tensors
+    schemes(quantization, metadata)          module name -> `Scheme`; refuses by name what it cannot read
+    shape(scheme, sizes, read)               (out, in) of a layer
+    read_scales(scheme, tensors, out, in)    scales and centred zero points, (rows, groups)
+    read_codes(scheme, tensors, out, in)     centred codes, int8 (out, in)
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
-from ..grid import PER_CHANNEL, PER_TENSOR
-from .scheme import StoredLayer
+import torch
 
-#: Module name -> how its weight is stored.
-Describe = Callable[[str], StoredLayer]
+from ..grid import Grid, GridTensor
+from . import awq, bitnet, compressed_tensors, gptq, torchao
+from .scheme import Describe, Scales, Scheme, Tensors, check_codes, check_order, check_scales, narrow
+from .shards import Entry
 
-METHODS = ("compressed-tensors", "gptq", "awq")
+#: `quant_method` of config.json -> the file that reads it.
+FORMATS: dict[str, ModuleType] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "bitnet": bitnet,
+    "torchao": torchao,
+}
+
+#: The formats that can be read.
+METHODS = tuple(FORMATS)
+
+# Tensors that a layer has beside its weight.
+_BESIDE = {"bias"}
+_INTEGERS = {"I8", "U8", "I16", "I32", "I64"}
 
 
-def describe(quantization: dict[str, Any]) -> Describe:
+def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = None) -> Describe:
     """A function that says how a named layer is stored.
 
     Args:
         quantization: `quantization_config` of config.json.
+        metadata: of the safetensors files' headers, which one format needs.
 
     Raises:
-        ValueError: a method that cannot be read, or one that quantizes more than the weights of linear layers.
+        ValueError: a method that cannot be read, or a part of it that has no exact counterpart here.
     """
     method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        return _compressed_tensors(quantization)
-    if method == "gptq":
-        return _gptq(quantization)
-    if method == "awq":
-        return _awq(quantization)
-    raise ValueError(
-        f"The checkpoint is quantized with {method!r}; {', '.join(METHODS)} can be read. For others, start from the "
-        "float model."
-    )
-
-
-def _compressed_tensors(quantization: dict[str, Any]) -> Describe:
-    for part, what in (
-        ("kv_cache_scheme", "a quantized key-value cache"),
-        ("transform_config", "transforms (rotations) of the activations"),
-        ("sparsity_config", "sparse weights"),
-    ):
-        value = quantization.get(part)
-        if value and not (part == "sparsity_config" and value.get("format") == "dense"):
-            raise ValueError(
-                f"The checkpoint has {what} (`{part}` in config.json), which this package does not train: the model "
-                "would not be the one that was loaded. Start from a checkpoint without, or from the float model."
-            )
-    groups = [
-        (group.get("targets") or [], scheme_of(label, group, quantization.get("format")))
-        for label, group in quantization.get("config_groups", {}).items()
-    ]
-
-    def layer(name: str) -> StoredLayer:
-        for exact in (True, False):  # compressed-tensors: names and patterns come before classes of modules
-            for targets, scheme in groups:
-                if any(_matches(target, name) if exact else target == "Linear" for target in targets):
-                    return scheme
+    if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
-            f"Layer {name!r} is stored quantized, but no entry of `config_groups` in config.json names it."
+            f"The checkpoint is quantized with {method!r}; {', '.join(METHODS)} can be read. For others, start from "
+            "the float model."
+        )
+    return FORMATS[method].schemes(quantization, metadata or {})
+
+
+def quantized_modules(method: str, entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Module name -> last part of the name -> entry, for the modules whose weight is stored as integers.
+
+    A module counts as soon as it has one of the format's tensors, so that one of which some are missing is found (and
+    refused when it is read), not taken for a float layer.
+    """
+    parts = FORMATS[method].PARTS - {"weight"}
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        module, _, part = name.rpartition(".")
+        modules.setdefault(module, {})[part] = entry
+    return {
+        name: tensors
+        for name, tensors in modules.items()
+        if tensors.keys() & parts or ("weight" in tensors and tensors["weight"].dtype in _INTEGERS)
+    }
+
+
+def check_parts(scheme: Scheme, found: Iterable[str], where: str) -> None:
+    """Raise ValueError if a layer has tensors that its format does not know: what they do would be lost."""
+    unknown = sorted(set(found) - FORMATS[scheme.method].PARTS - _BESIDE)
+    if unknown:
+        raise ValueError(
+            f"Layer {where!r} ({scheme.method}) holds {', '.join(map(repr, unknown))}, which cannot be read here: the "
+            "model would not be the one that was stored. Start from a checkpoint without, or from the float model."
         )
 
-    return layer
 
-
-def _matches(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
-
-
-def scheme_of(label: str, group: dict[str, Any], fallback: str | None) -> StoredLayer:
-    """How an entry of `config_groups` stores its layers.
+def read_scales(
+    scheme: Scheme, tensors: Tensors, out_features: int, in_features: int, where: str, recorded: Grid | None = None
+) -> Scales:
+    """The small tensors of a layer, checked; its codes are not touched.
 
     Args:
-        label: what the entry is, for messages.
-        fallback: the format where the entry names none.
+        tensors: what the file holds for the layer, without the layer's name.
+        where: the layer's name, for messages.
+        recorded: the grid that config.json records for the layer (`Record.grid_of`), or None.
 
     Raises:
-        ValueError: it is not weight-only integers, or not per group, channel or tensor.
+        ValueError: something is missing, does not fit, or cannot be held by a `Grid`.
     """
-    weights, form = group.get("weights") or {}, group.get("format") or fallback
-    strategies: dict[Any, Any] = {"group": weights.get("group_size"), "channel": PER_CHANNEL, "tensor": PER_TENSOR}
-    known = form in ("pack-quantized", "int-quantized", "naive-quantized")
-    if not known or weights.get("type", "int") != "int" or weights.get("strategy") not in strategies:
+    check_parts(scheme, tensors, where)
+    try:
+        scale, zero_point = FORMATS[scheme.method].read_scales(scheme, tensors, out_features, in_features)
+    except (KeyError, RuntimeError) as error:
+        raise _unreadable(scheme, tensors, out_features, in_features, where, error) from error
+    scales = check_scales(scheme, scale, zero_point, out_features, in_features, where)
+    for name in ("g_idx", "weight_g_idx"):
+        if name in tensors:
+            check_order(tensors[name], in_features // scales.scale.shape[1], where, name)
+    return scales if recorded is None else narrow(scales, recorded, out_features, in_features, where)
+
+
+def read(
+    scheme: Scheme, tensors: Tensors, out_features: int, in_features: int, where: str, recorded: Grid | None = None
+) -> GridTensor:
+    """A layer's codes, scales and zero points; arguments and errors as for `read_scales`."""
+    scales = read_scales(scheme, tensors, out_features, in_features, where, recorded)
+    try:
+        codes = FORMATS[scheme.method].read_codes(scheme, tensors, out_features, in_features)
+    except (KeyError, RuntimeError) as error:
+        raise _unreadable(scheme, tensors, out_features, in_features, where, error) from error
+    if tuple(codes.shape) != (out_features, in_features):
         raise ValueError(
-            f"{label} of the checkpoint has format {form!r} with weights {weights}. Integer weights of 2 to 8 bits per "
-            'group, channel or tensor can be read ("pack-quantized", "int-quantized").'
+            f"Layer {where!r} has {out_features} x {in_features} weights, but its codes are {tuple(codes.shape)}."
         )
-    if group.get("input_activations") or group.get("output_activations"):
-        raise ValueError(
-            f"{label} of the checkpoint quantizes activations as well as weights (W8A8 and the like). LR-QAT trains "
-            "weights and would drop the other half. Start from a weight-only checkpoint or from the float model; "
-            "`act_bits=8`, of either configuration, trains with 8-bit activations."
-        )
-    return StoredLayer(
-        "compressed-tensors", weights["num_bits"], strategies[weights["strategy"]], weights.get("symmetric", True)
+    return check_codes(scales, codes, where)
+
+
+def _unreadable(
+    scheme: Scheme, tensors: Tensors, out_features: int, in_features: int, where: str, error: Exception
+) -> ValueError:
+    shapes = {name: tuple(tensors[name].shape) for name in tensors}
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return ValueError(
+        f"Layer {where!r} ({out_features} x {in_features}, {scheme.method}, {scheme.bits} bits) cannot be read from "
+        f"{shapes}: {reason}"
     )
 
 
-def _gptq(quantization: dict[str, Any]) -> Describe:
-    version = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if version not in ("gptq", "gptq_v2"):
-        raise ValueError(
-            f'The checkpoint\'s GPTQ format is {version!r}, made for one kernel. "gptq" and "gptq_v2" can be read: '
-            "look for the checkpoint in that format."
-        )
-    overrides = quantization.get("dynamic") or {}
-
-    def layer(name: str) -> StoredLayer:
-        own: dict[str, Any] = next((o for p, o in overrides.items() if re.match(p.removeprefix("+:"), name)), {})
-        said = {**quantization, **own}
-        return StoredLayer("gptq", said["bits"], said["group_size"], said.get("sym", True), version == "gptq")
-
-    return layer
-
-
-def _awq(quantization: dict[str, Any]) -> Describe:
-    bits, version = quantization.get("bits", 4), str(quantization.get("version") or "gemm").lower()
-    if bits != 4 or version != "gemm":
-        raise ValueError(
-            f'The checkpoint\'s AWQ format is version {version!r} with {bits} bits; "gemm" with 4 bits can be read.'
-        )
-    stored = StoredLayer("awq", 4, quantization.get("group_size", 128), not quantization.get("zero_point", True))
-    return lambda name: stored
+def scale_dtype(tensors: Tensors, method: str) -> torch.dtype:
+    """The dtype of a layer's scales in the file."""
+    return tensors[FORMATS[method].SCALE].dtype

@@ -6,7 +6,8 @@ A container may be wider than its grid (3-bit codes in 4-bit words), so the grid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grid import Grid
@@ -23,21 +24,31 @@ class Record:
         grid: what they lie on.
         scale_dtype: what the scales are exact in (`grid.SCALE_DTYPES`), None if unknown.
         recipe: how they were trained, in Markdown, None if unknown.
+        others: layer -> its grid, for layers that lie on another one.
     """
 
     grid: Grid
     scale_dtype: str | None = None
     recipe: str | None = None
+    others: Mapping[str, Grid] = field(default_factory=dict)
+
+    def grid_of(self, layer: str) -> Grid:
+        """What a layer lies on."""
+        return self.others.get(layer, self.grid)
+
+    def with_layers(self, layers: Mapping[str, Grid]) -> Record:
+        """The same record of a model with these layers, which may lie on several grids."""
+        return replace(self, others={name: grid for name, grid in layers.items() if grid != self.grid})
 
     def entry(self) -> dict[str, Any]:
         """The value in config.json."""
-        return {
-            "bits": self.grid.bits,
-            "group_size": self.grid.group_size,
-            "symmetric": self.grid.symmetric,
-            "scale_dtype": self.scale_dtype,
-            "recipe": self.recipe,
-        }
+        found = {**_fields(self.grid), "scale_dtype": self.scale_dtype, "recipe": self.recipe}
+        if self.others:
+            alike: dict[Grid, list[str]] = {}
+            for name, grid in self.others.items():
+                alike.setdefault(grid, []).append(name)
+            found["others"] = [{**_fields(grid), "layers": names} for grid, names in alike.items()]
+        return found
 
     @classmethod
     def read(cls, entry: dict[str, Any] | None) -> Record | None:
@@ -49,12 +60,13 @@ class Record:
         if not entry:
             return None
         try:
-            grid = Grid(entry["bits"], entry["group_size"], entry["symmetric"])
-        except (KeyError, TypeError) as error:
+            grid = _grid(entry)
+            others = {name: _grid(part) for part in entry.get("others") or [] for name in part["layers"]}
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"config.json's {KEY!r} is {entry!r}, which describes no grid. Delete the entry."
             ) from error
-        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"))
+        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"), others)
 
     @classmethod
     def of(cls, config: Any) -> Record | None:
@@ -64,3 +76,11 @@ class Record:
     def put_into(self, config: Any) -> None:
         """Set the entry of a model's configuration, which `save_pretrained` writes to config.json."""
         setattr(config, KEY, self.entry())
+
+
+def _fields(grid: Grid) -> dict[str, Any]:
+    return {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+
+
+def _grid(entry: Mapping[str, Any]) -> Grid:
+    return Grid(entry["bits"], entry["group_size"], entry["symmetric"])

@@ -1,175 +1,209 @@
-"""Codes, scales and zero points out of the tensors that other tools store for one linear layer; no float weight.
+"""How a checkpoint stores one linear layer, and the checks of what was read.
 
-    compressed-tensors, packed     weight_packed (out, words) int32, along inputs; weight_zero_point (words, groups)
-    compressed-tensors, integers   weight (out, in) int8; weight_zero_point (out, groups) int8
-    GPTQ                           qweight (in * bits / 32, out) int32, along inputs; qzeros (groups, out * bits / 32)
-    AWQ (GEMM)                     qweight (in, out / 8) int32, along outputs, columns 0 2 4 6 1 3 5 7; qzeros likewise
-
-all with scales that multiply `code - zero point`: (out, groups) in compressed-tensors, (groups, out) in the others.
-GPTQ and AWQ count codes and zero points from 0; ours are centred (`grid.py`), which is 2^(bits-1) less.
+A `Scheme` is what config.json says of a layer. The small tensors (scales and zero points) are read and checked first,
+for every layer, so that a damaged checkpoint is refused before anything is built or written; the codes come last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
-from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor, dequantize, quantize
-from ..packing import unpack, words_per_row
+from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor
 
+#: What a file holds for a layer: last part of the tensor's name -> tensor.
 Tensors = Mapping[str, torch.Tensor]
 
-#: Where each nibble of a word of AWQ belongs.
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+#: The dtypes that scales may have.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class StoredLayer:
+class Scheme:
     """How a checkpoint stores one linear layer.
 
     Attributes:
-        method: "compressed-tensors", "gptq" or "awq".
+        method: the format, as in `quant_method` of config.json.
         bits: width of the stored codes.
         group_size: as in `Grid`.
-        symmetric: what the checkpoint says; zero points that it stores all the same must then be the middle.
-        gptq_v1: GPTQ's first format, which stores zero points less one.
+        symmetric: what the checkpoint says; the zero points that it stores have the last word.
+        variant: what the method tells apart beside: GPTQ's version, compressed-tensors' kind of file.
+        activations: the rule by which inputs are rounded to 8 bits (`ops.activations`), or None.
+        code_grid: the bits of the grid, where it is not that of `bits`: 1.58 for ternary codes in two bits.
     """
 
-    method: Literal["compressed-tensors", "gptq", "awq"]
+    method: str
     bits: int
     group_size: int
     symmetric: bool
-    gptq_v1: bool = False
+    variant: str = ""
+    activations: str | None = None
+    code_grid: float | None = None
 
-    def read(self, tensors: Tensors, out_features: int, in_features: int, where: str) -> GridTensor:
-        """The layer's codes, scales and zero points.
+    def grid(self, symmetric: bool | None = None, scales_a_row: int | None = None) -> Grid:
+        """The grid of the container: the widest that the codes can use.
 
         Args:
-            tensors: what the file holds for the layer, without the layer's name.
-            where: the layer's name, for messages.
-
-        Raises:
-            ValueError: the tensors do not fit each other, or hold something that a `Grid` cannot.
+            symmetric: None: as the checkpoint says.
+            scales_a_row: how many there are in fact; one makes the grid per channel, whatever the group size.
         """
-        reader = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}[self.method]
-        try:
-            codes, scale, zero_point = reader(self, tensors, out_features, in_features)
-        except (KeyError, RuntimeError) as error:
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise ValueError(
-                f"Layer {where!r} ({out_features} x {in_features}, {self.method}, {self.bits} bits) cannot be read "
-                f"from {shapes}: {error}"
-            ) from error
-        if tuple(codes.shape) != (out_features, in_features):
-            raise ValueError(
-                f"Layer {where!r} has {out_features} x {in_features} weights, but its codes are {codes.shape}."
-            )
-        symmetric = self.symmetric and (zero_point is None or not zero_point.any())
-        if zero_point is None and not symmetric:
-            zero_point = torch.zeros(scale.shape, dtype=torch.int8, device=scale.device)
-        grid = Grid(
-            self.bits,
-            self.group_size if scale.shape[1] > 1 or self.group_size == PER_TENSOR else PER_CHANNEL,
-            symmetric,
-        )
-        if tuple(scale.shape) != grid.scale_shape(out_features, in_features):
-            raise ValueError(
-                f"Layer {where!r} has scales of shape {tuple(scale.shape)}; {grid.describe()} needs "
-                f"{grid.scale_shape(out_features, in_features)}."
-            )
-        _check_groups(tensors, in_features // scale.shape[1], where)
-        return _positive(codes, scale, None if symmetric else zero_point, grid, where)
+        group_size = self.group_size
+        if scales_a_row == 1 and group_size != PER_TENSOR:
+            group_size = PER_CHANNEL
+        bits = self.bits if self.code_grid is None else self.code_grid
+        return Grid(bits, group_size, self.symmetric if symmetric is None else symmetric)  # type: ignore[arg-type] # 1.58
 
 
-def _compressed_tensors(stored: StoredLayer, tensors: Tensors, out_features: int, in_features: int) -> tuple:
-    bits, scale = stored.bits, tensors["weight_scale"].float()
-    scale = scale.reshape(1, 1) if stored.group_size == PER_TENSOR else scale.reshape(out_features, -1)
-    zero_point = tensors.get("weight_zero_point")
-    if zero_point is not None:
-        if zero_point.dtype == torch.int32 and "weight_packed" in tensors:
-            zero_point = _unpack_rows(zero_point.t().contiguous(), bits, out_features).t()
-        zero_point = zero_point.reshape(scale.shape).to(torch.int8).contiguous()
-    if "weight_packed" in tensors:
-        return _unpack_rows(tensors["weight_packed"], bits, in_features), scale, zero_point
-    codes = tensors["weight"]
-    if codes.is_floating_point():  # in memory, after a first forward
-        codes = quantize(tensors["weight"], scale, zero_point, Grid(bits, PER_CHANNEL, zero_point is None))
-        if not torch.equal(dequantize(codes, scale, zero_point, tensors["weight"].dtype), tensors["weight"]):
-            raise RuntimeError("the weight was changed after it was loaded, and does not lie on its grid any more")
-    elif codes.dtype != torch.int8:
-        raise RuntimeError(f"`weight` is {codes.dtype}, not int8")
-    return codes, scale, zero_point
+#: Module name -> how its weight is stored. Raises ValueError for a name that config.json says nothing of.
+Describe = Callable[[str], Scheme]
 
 
-def _unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Centred codes of packed rows; before compressed-tensors 0.18, no code of odd width straddled two words."""
-    per_word = 32 // bits
-    if packed.shape[1] == words_per_row(columns, bits):
-        return unpack(packed, bits, columns)
-    if packed.shape[1] != -(-columns // per_word):
-        raise RuntimeError(f"{packed.shape[1]} words a row do not hold {columns} codes of {bits} bits")
-    shifts = torch.arange(per_word, device=packed.device, dtype=torch.int32) * bits
-    unsigned = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (unsigned.flatten(1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+@dataclass(frozen=True)
+class Scales:
+    """The small tensors of a layer, checked.
+
+    Attributes:
+        scale: fp32 (rows, groups) of `grid`, weight units per grid step, finite and not negative.
+        zero_point: int8 (rows, groups) in grid steps, None if the grid is symmetric.
+        grid: of the container, or the narrower one that was recorded.
+        dtype: of the scales in the file.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    grid: Grid
+    dtype: torch.dtype
 
 
-def _gptq(stored: StoredLayer, tensors: Tensors, out_features: int, in_features: int) -> tuple:
-    bits = stored.bits
-    codes = unpack(tensors["qweight"].t().contiguous(), bits, in_features)
-    zero_point = unpack(tensors["qzeros"], bits, out_features)
-    if stored.gptq_v1:
-        top = (1 << (bits - 1)) - 1
-        if (zero_point == top).any():
-            raise RuntimeError(
-                f"a zero point is stored as {2**bits - 1}, which format v1 reads as {2**bits} or 0, depending on the "
-                'program; store the checkpoint as "gptq_v2"'
-            )
-        zero_point = zero_point + 1
-    return codes, tensors["scales"].float().t().contiguous(), zero_point.t().contiguous()
+def check_scales(
+    scheme: Scheme,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    out_features: int,
+    in_features: int,
+    where: str,
+) -> Scales:
+    """Scales and zero points on the grid of the container.
 
+    Args:
+        scale, zero_point: as the file has them, (rows, groups); the zero point centred.
+        where: the layer's name, for messages.
 
-def _awq(stored: StoredLayer, tensors: Tensors, out_features: int, in_features: int) -> tuple:
-    codes, zero_point = (_unpack_awq(tensors[name]) for name in ("qweight", "qzeros"))
-    return codes.t().contiguous(), tensors["scales"].float().t().contiguous(), zero_point.t().contiguous()
-
-
-def _unpack_awq(packed: torch.Tensor) -> torch.Tensor:
-    """Centred int8 (rows, 8 * words)."""
-    plain = unpack(packed, 4, packed.shape[1] * 8).view(packed.shape[0], -1, 8)
-    codes = torch.empty_like(plain)
-    codes[..., list(AWQ_ORDER)] = plain
-    return codes.view(packed.shape[0], -1)
-
-
-def _check_groups(tensors: Tensors, per_scale: int, where: str) -> None:
-    """Raise ValueError if inputs belong to scales in any but their own order."""
-    for name in ("g_idx", "weight_g_idx"):
-        index = tensors.get(name)
-        if index is None or (index < 0).all():  # compressed-tensors writes -1 where there is no order
-            continue
-        plain = torch.arange(index.numel(), device=index.device) // per_scale
-        if not torch.equal(index.to(plain.dtype), plain):
-            raise ValueError(
-                f'Layer {where!r} assigns inputs to scales by activation order (`{name}`; "desc_act": true in GPTQ, '
-                '"actorder": "group" in compressed-tensors). A grid with groups needs neighbouring inputs to share a '
-                "scale: quantize again with static groups or without activation order."
-            )
-
-
-def _positive(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid, where: str
-) -> GridTensor:
-    if not torch.isfinite(scale).all() or (scale < 0).any():
+    Raises:
+        ValueError: a shape or a dtype is not what the scheme needs; a scale is negative, infinite or NaN.
+    """
+    dtype = scale.dtype
+    if dtype not in _FLOATS:
         raise ValueError(
-            f"Layer {where!r} has scales that are negative, infinite or NaN. A trained grid has positive scales; "
-            "quantize the model again with a tool that writes them."
+            f"Layer {where!r} has scales of dtype {dtype}; float32, bfloat16 and float16 can be read. The checkpoint "
+            "is damaged, or of another format than its config.json says."
         )
-    if (scale == 0).any():  # such weights are 0: so they are with the middle code and any scale
-        per_weight = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1).expand(codes.shape)
-        middle: Any = 0 if zero_point is None else zero_point.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
-        codes = torch.where(per_weight == 0, middle, codes)
+    symmetric = scheme.symmetric and (zero_point is None or not bool(zero_point.any()))
+    grid = scheme.grid(symmetric, scale.shape[1] if scale.dim() == 2 else None)
+    grid.check_divides(in_features, f"layer {where!r}")
+    wanted = grid.scale_shape(out_features, in_features)
+    if tuple(scale.shape) != wanted:
+        raise ValueError(f"Layer {where!r} has scales of shape {tuple(scale.shape)}; {grid.describe()} needs {wanted}.")
+    if zero_point is not None and tuple(zero_point.shape) != wanted:
+        raise ValueError(
+            f"Layer {where!r} has zero points of shape {tuple(zero_point.shape)}; {grid.describe()} needs {wanted}."
+        )
+    scale = scale.float()
+    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+        raise ValueError(
+            f"Layer {where!r} has scales that are negative, infinite or NaN. A trained grid has positive scales: the "
+            "checkpoint is damaged, or its tool writes others. Download it again, or quantize the model again."
+        )
+    if bool((scale == 0).all()):
+        raise ValueError(f"Layer {where!r} has only scales of zero: the checkpoint is damaged. Download it again.")
+    if symmetric:
+        zero_point = None
+    elif zero_point is None:
+        zero_point = torch.zeros(wanted, dtype=torch.int8, device=scale.device)
+    return Scales(scale.contiguous(), zero_point, grid, dtype)
+
+
+def check_order(index: torch.Tensor, per_scale: int, where: str, name: str) -> None:
+    """Raise ValueError if inputs belong to scales in any but their own order.
+
+    Args:
+        index: int (in,), the group of each input; all -1 where there is no order, as compressed-tensors writes it.
+        per_scale: inputs that share a scale.
+        name: of the tensor.
+    """
+    if bool((index < 0).all()):
+        return
+    plain = torch.arange(index.numel(), device=index.device) // per_scale
+    if not torch.equal(index.to(plain.dtype), plain):
+        raise ValueError(
+            f'Layer {where!r} assigns inputs to scales by activation order (`{name}`; "desc_act": true in GPTQ, '
+            '"actorder": "group" in compressed-tensors). A grid with groups needs neighbouring inputs to share a '
+            "scale: quantize again with static groups or without activation order."
+        )
+
+
+def narrow(scales: Scales, recorded: Grid, out_features: int, in_features: int, where: str) -> Scales:
+    """The same scales on the grid that config.json records, where the file is wider: in bits, or by repeating them.
+
+    Raises:
+        ValueError: the recorded grid is not that of the file.
+    """
+    rows, groups = recorded.scale_shape(out_features, in_features) if _divides(recorded, in_features) else (0, 0)
+    zero_point = scales.zero_point
+    if zero_point is None and not recorded.symmetric:  # all of them are zero
+        zero_point = torch.zeros_like(scales.scale, dtype=torch.int8)
+    fits = recorded.symmetric == (zero_point is None) and recorded.code_bits <= scales.grid.code_bits
+    if not groups or scales.scale.shape[1] % groups or rows > scales.scale.shape[0] or not fits:
+        raise ValueError(
+            f"{where}: config.json records the grid {recorded.describe()}, but the file holds {scales.grid.describe()}:"
+            " the checkpoint was edited. Delete the entry 'peft_lrqat' of config.json to read the file's own grid."
+        )
+
+    def shared(stored: torch.Tensor) -> torch.Tensor:
+        per_row = stored.view(stored.shape[0], groups, -1)
+        first = per_row[:rows, :, :1]
+        if not torch.equal(first.expand_as(per_row), per_row):
+            raise ValueError(
+                f"{where}: scales differ within what config.json records as {recorded.describe()}: the checkpoint is "
+                "damaged or was edited. Delete the entry 'peft_lrqat' of config.json to read the file's own grid."
+            )
+        return first[..., 0].contiguous()
+
+    return Scales(shared(scales.scale), None if zero_point is None else shared(zero_point), recorded, scales.dtype)
+
+
+def _divides(grid: Grid, in_features: int) -> bool:
+    return grid.group_size <= 0 or in_features % grid.group_size == 0
+
+
+def check_codes(scales: Scales, codes: torch.Tensor, where: str) -> GridTensor:
+    """Codes on the grid of their scales.
+
+    A group of zeros may have a scale of zero, which no grid has: any scale stands for the same weights, so it gets
+    2^-24.
+
+    Args:
+        codes: int8 (out, in), centred.
+
+    Raises:
+        ValueError: a code lies outside of the grid; a scale is zero although its codes are not.
+    """
+    grid, scale, zero_point = scales.grid, scales.scale, scales.zero_point
+    low, high = int(codes.min()), int(codes.max())
+    if low < grid.qmin or high > grid.qmax:
+        raise ValueError(
+            f"{where} holds codes from {low} to {high}, outside of the grid that config.json records "
+            f"({grid.describe()}): the checkpoint is damaged or was edited."
+        )
+    if bool((scale == 0).any()):
+        per_group = codes.view(codes.shape[0], scale.shape[1], -1)
+        levels = per_group if zero_point is None else per_group - zero_point.unsqueeze(-1)
+        if bool((levels.any(dim=-1) & (scale == 0)).any()):
+            raise ValueError(
+                f"Layer {where!r} has scales of zero whose codes are not zero: the checkpoint is damaged. Download it "
+                "again, or quantize the model again."
+            )
         scale = torch.where(scale == 0, 2.0**-24, scale)
     return GridTensor(codes, scale, zero_point, grid)

@@ -1,4 +1,4 @@
-"""Writing safetensors files as the tensors come, so that a checkpoint never stands in memory as a whole.
+"""safetensors files: their headers, and writing them as the tensors come, so that no checkpoint stands in memory whole.
 
 A safetensors file is
 
@@ -12,15 +12,48 @@ safetensors' own writer does it.
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+#: safetensors' names of dtypes.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """A tensor of a file, as its header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # a name of `DTYPES`, or of a dtype that is not read here
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * (DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1)
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensor name -> entry, and the metadata of a safetensors file; its data is not read.
+
+    Raises:
+        ValueError: the file is truncated, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            entries = {name: Entry(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return entries, dict(file.metadata() or {})
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is truncated or damaged ({error}). Copy or download it again.") from error
 
 
 class ShardWriter:
@@ -46,7 +79,7 @@ class ShardWriter:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors added."""
+        """The names of all tensors that were added."""
         return [name for shard in self._shards for name in shard]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -99,9 +132,7 @@ class ShardWriter:
         header: dict = {"__metadata__": self.metadata}
         for name, entry in entries.items():
             begin = starts[entry["size"]] + entry["start"]
-            nbytes = entry["size"]
-            for length in entry["shape"]:
-                nbytes *= length
+            nbytes = entry["size"] * math.prod(entry["shape"])
             header[name] = {
                 "dtype": _NAMES[entry["dtype"]], "shape": entry["shape"], "data_offsets": [begin, begin + nbytes]
             }  # fmt: skip

@@ -1,12 +1,7 @@
 """What a checkpoint is written from: codes, scales and zero points, one layer at a time, and every other tensor.
 
-An exporter reads a `Source` and nothing else, so that no format is ever written from dequantized floats. `open_source`
-makes one from
-
-* a model that `merge_and_unload()` gave                                (`memory.py`)
-* a PeftModel with LR-QAT or low-bit SR adapters; a layer is merged when it is read, and the model stays as it is
-* a folder with a merged or exported checkpoint, read tensor by tensor  (`folder.py`, `layouts.py`)
-* a folder with an adapter: the base model is loaded, and it is a PeftModel again
+An exporter reads a `Source` and nothing else, so that no format is ever written from dequantized floats. What makes one
+of a model or a folder is `checkpoint/open.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +29,7 @@ class LayerInfo:
         bias: whether the module has one; it is among `Source.floats()`.
         dtype: of the model, in which the merged checkpoint stores scales.
         container_bits: width of the codes that the training configuration, or the folder, gives the merged checkpoint.
+        activations: the rule by which inputs are rounded to 8 bits per token (`ops.activations`), None: not at all.
     """
 
     out_features: int
@@ -43,6 +39,7 @@ class LayerInfo:
     bias: bool
     dtype: torch.dtype
     container_bits: int
+    activations: str | None = None
 
     @property
     def weights(self) -> int:
@@ -58,7 +55,6 @@ class Source(ABC):
         generation_config: a `GenerationConfig`, or None.
         origin: a few words for messages and model cards: a path, or a base model's name.
         recipe: how it was trained, in Markdown, or None if unknown.
-        activations: the rule by which inputs are rounded to 8 bits per token (`ops.activations`), or None.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
         float_linears: names of the nn.Linear modules that are not quantized.
         tied: state-dict names that share storage with another tensor and are not written: alias -> name.
@@ -69,16 +65,19 @@ class Source(ABC):
     generation_config: Any = None
     origin: str = ""
     recipe: str | None = None
-    activations: str | None = None
     scale_dtype: str | None = None
     float_linears: list[str]
     tied: dict[str, str]
     tokenizer: str | None = None
 
+    def rules(self) -> set[str | None]:
+        """The rules by which the inputs of linear layers are rounded; None among them: some are floats."""
+        return {info.activations for info in self.grids().values() if info.kind == "linear"}
+
     @property
     def act_bits(self) -> int | None:
-        """8 if inputs are rounded, else None."""
-        return None if self.activations is None else 8
+        """8 if the inputs of some layer are rounded, else None."""
+        return 8 if self.rules() - {None} else None
 
     @abstractmethod
     def grids(self) -> dict[str, LayerInfo]:

@@ -1,13 +1,11 @@
-"""The formats that a trained grid can be written in, and what a writer of one has to offer.
+"""What a writer of a format has to offer, and what it is told and tells.
 
-A format is a subclass of `Writer`, named in `FORMATS` and imported when it is asked for, so that what it needs beyond
-the core (`gguf`, `torchao`) is needed by its users only.
+A format's writer is a subclass of `Writer`, named in `FORMATS` (`formats/__init__.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,15 +16,6 @@ import torch
 
 from ..grid import GridTensor
 from .source import Source
-
-#: Format -> "module:class", relative to this package.
-FORMATS = {
-    "compressed-tensors": ".writers.compressed_tensors:CompressedTensorsWriter",
-    "gptq": ".writers.gptq:GPTQWriter",
-    "bitnet": ".writers.bitnet:BitNetWriter",
-    "torchao": ".writers.torchao:TorchAOWriter",
-    "gguf": ".gguf.writer:GGUFWriter",
-}
 
 
 @dataclass(frozen=True)
@@ -146,23 +135,6 @@ class Writer(ABC):
         Raises:
             ValueError: a value cannot be stored exactly, and `settings.allow_inexact` is False.
         """
-
-
-def writer(format: str) -> Writer:
-    """The writer of a format.
-
-    Raises:
-        ValueError: there is no such format.
-        ImportError: it needs a package that is not installed; the message names the extra.
-    """
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ValueError(f"`format` is {format!r}; the formats are {', '.join(FORMATS)}.")
-    module, _, name = FORMATS[format].partition(":")
-    found: type[Writer] = getattr(importlib.import_module(module, __package__), name)
-    for package, extra in found.needs.items():
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"`format={format!r}` needs the package {package!r}: pip install 'peft-lrqat[{extra}]'.")
-    return found()
 
 
 def make_options(writer: Writer, options: dict[str, Any]) -> Any:

@@ -9,11 +9,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..formats import bitnet, compressed_tensors
+from ..formats.record import Record
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
 from ..ops.dispatch import in_autocast_dtype
-from ..packing import pack, unpack
+from ..packing import unpack
 from .rounded_input import BitNetLinear, Int8Linear, merged_info
 
 
@@ -53,6 +54,7 @@ class QuantizedLinear(nn.Linear):
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     weight_shape: torch.Tensor
+    weight_zero_point: torch.Tensor | None
 
     def __init__(
         self,
@@ -72,14 +74,10 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.grid = bits, weight.grid
         self.compute_dtype = compute_dtype or dtype
-        rows = self.out_features
-        self.register_buffer("weight_packed", pack(weight.codes, bits))
-        self.register_buffer("weight_scale", weight.scale.expand(rows, -1).to(dtype).contiguous())
-        self.register_buffer("weight_shape", torch.tensor([rows, self.in_features], device=weight.codes.device))
-        if weight.zero_point is not None:
-            per_row = weight.zero_point.expand(rows, -1)
-            self.register_buffer("weight_zero_point", pack(per_row.t().contiguous(), bits).t().contiguous())
-        else:
+        tensors = compressed_tensors.packed_tensors(weight, bits, dtype)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        if "weight_zero_point" not in tensors:
             self.weight_zero_point = None
         self.register_parameter("bias", bias)
 
@@ -87,9 +85,7 @@ class QuantizedLinear(nn.Linear):
     def zero_point(self) -> torch.Tensor | None:
         """int8 (out, groups), or None."""
         packed = self.weight_zero_point
-        return (
-            None if packed is None else unpack(packed.t().contiguous(), self.bits, self.out_features).t().contiguous()
-        )
+        return None if packed is None else compressed_tensors.unpack_zero_point(packed, self.bits, self.out_features)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -160,7 +156,8 @@ def merged_layer(
             not hold them. None: `dtype` holds them.
 
     Raises:
-        ValueError: BitNet's layer has no place for a bias.
+        ValueError: BitNet's layer has no place for a bias; `dtype` does not hold the scales of a layer whose inputs are
+            rounded.
     """
     if transposed:
         layer = Conv1D(weight.codes.shape[0], 0)
@@ -168,20 +165,26 @@ def merged_layer(
         layer.nx = weight.codes.shape[1]
         layer.register_parameter("bias", bias)
         return layer
+    exact = file_scale_dtype is None or torch.equal(weight.scale.to(dtype).float(), weight.scale)
+    if activations is not None and not exact:
+        raise ValueError(
+            f"The scales of a layer with rounded activations are {file_scale_dtype} numbers that {dtype} does not hold."
+            f" Load the model with `dtype={file_scale_dtype}`, or in torch.float32."
+        )
     if activations == "bitnet":
         if bias is not None:
             raise ValueError("A layer with a bias cannot be stored in BitNet's format. Use 'compressed-tensors'.")
         return BitNetLinear(weight, dtype)
     if activations is not None:
         return Int8Linear(weight, bias, dtype)
-    scale_dtype = dtype
-    if file_scale_dtype is not None and not torch.equal(weight.scale.to(dtype).float(), weight.scale):
-        scale_dtype = file_scale_dtype
-    return QuantizedLinear(weight, bias, bits, scale_dtype, dtype)
+    return QuantizedLinear(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype)
 
 
-def describe(model: Any) -> None:
+def describe(model: Any, record: Record | None = None) -> None:
     """Set `config.quantization_config` to what `save_pretrained` writes of a model with layers of `merged_layer`.
+
+    Args:
+        record: how they were trained, for config.json's own entry; None: that stays as it is.
 
     Raises:
         ValueError: BitNet's layers stand beside layers of another format, which no `quantization_config` describes.
@@ -189,14 +192,16 @@ def describe(model: Any) -> None:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     floats = [name for name, module in linears.items() if not isinstance(module, MERGED)]
     kinds = {type(module) for module in linears.values() if isinstance(module, MERGED)}
+    stored: dict[str, Any] = {name: module for name, module in linears.items() if isinstance(module, MERGED)}
+    if record is not None:
+        record.with_layers({name: layer.grid for name, layer in stored.items()}).put_into(model.config)
     if BitNetLinear in kinds:
         if len(kinds) > 1:
             raise ValueError("BitNet's layers stand beside layers of another format. One checkpoint holds one format.")
         model.config.quantization_config = bitnet.quantization_config(floats)
         return
-    stored: dict[str, Any] = {name: module for name, module in linears.items() if isinstance(module, MERGED)}
     schemes = {
-        name: (layer.grid, layer.info.container_bits, 8 if isinstance(layer, Int8Linear) else None)
+        name: (layer.grid, layer.info.container_bits, None if layer.info.activations is None else 8)
         for name, layer in stored.items()
     }
     model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats import bitnet
+from ..formats import bitnet, compressed_tensors
 from ..formats.source import LayerInfo
-from ..grid import PER_TENSOR, Grid, GridTensor
+from ..grid import PER_TENSOR, GridTensor
 from ..ops.activations import round_activations
 from ..ops.dispatch import in_autocast_dtype
 
@@ -24,6 +24,7 @@ def merged_info(layer: Any, container_bits: int) -> LayerInfo:
         bias=layer.bias is not None,
         dtype=layer.weight_scale.dtype,
         container_bits=container_bits,
+        activations=getattr(layer, "activations", None),
     )
 
 
@@ -40,14 +41,16 @@ class _StoredWeight(nn.Linear):
     container_bits: int
     activations: str  # the rule by which inputs are rounded, see `ops.activations`
 
-    def __init__(
-        self, stored: torch.Tensor, scale: torch.Tensor, shape: torch.Size, bias: nn.Parameter | None, grid: Grid
-    ) -> None:
+    def __init__(self, weight: GridTensor, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None) -> None:
+        """
+        Args:
+            tensors: "weight" and "weight_scale", as the format stores `weight`.
+        """
         nn.Module.__init__(self)
-        self.out_features, self.in_features = shape
-        self.grid = grid
-        self.register_buffer("weight_codes", stored)
-        self.register_buffer("weight_scale", scale)
+        self.out_features, self.in_features = weight.codes.shape
+        self.grid = weight.grid
+        self.register_buffer("weight_codes", tensors["weight"])
+        self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_parameter("bias", bias)
 
     @property
@@ -91,9 +94,7 @@ class Int8Linear(_StoredWeight):
         Args:
             weight: (out, in), symmetric; scales (out, 1) or (1, 1), exactly representable in `dtype`.
         """
-        codes = weight.codes
-        scale = weight.scale.expand(codes.shape[0], 1).to(dtype).contiguous()
-        super().__init__(codes, scale, codes.shape, bias, weight.grid)
+        super().__init__(weight, compressed_tensors.integer_tensors(weight, dtype), bias)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -119,8 +120,7 @@ class BitNetLinear(_StoredWeight):
         Args:
             weight: (out, in), ternary; `out` a multiple of 4; one scale, exactly representable in `dtype`.
         """
-        scale = weight.scale.view(1).to(dtype)
-        super().__init__(bitnet.pack(weight.codes), scale, weight.codes.shape, None, weight.grid)
+        super().__init__(weight, bitnet.layer_tensors(weight, dtype), None)
 
     @property
     def codes(self) -> torch.Tensor:

@@ -11,9 +11,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from peft_lrqat import can_export, export
+from peft_lrqat import can_export, export, formats
 from peft_lrqat.checkpoint.open import open_source
-from peft_lrqat.formats import writer as formats
 from peft_lrqat.formats.shards import ShardWriter, parse_size
 from peft_lrqat.grid import Grid
 from tests.checkpoint.test_merge import read
@@ -154,12 +153,10 @@ class TestRefusals:
         model = on_grid(GRID)
         with pytest.raises(ValueError, match="no option 'group_size'; its options are checkpoint_format"):
             export(model, tmp_path / "out", "gptq", group_size=64)
-        with pytest.raises(ValueError, match="no option 'linear_class'; it has no options"):
-            can_export(model, "compressed-tensors", linear_class="bitlinear")
+        with pytest.raises(ValueError, match="no option 'no_such'; it has no options"):
+            can_export(model, "compressed-tensors", no_such="x")
         with pytest.raises(ValueError, match=r"`checkpoint_format` is 'v3'; allowed are 'gptq', 'gptq_v2'"):
             can_export(model, "gptq", checkpoint_format="v3")
-        with pytest.raises(ValueError, match="`linear_class` is 'x'"):
-            can_export(model, "bitnet", linear_class="x")
 
     @pytest.mark.parametrize("bits", [1, 9, 4.0, True, "4"])
     def test_containers_that_do_not_exist(self, bits):
@@ -215,7 +212,7 @@ class TestRefusals:
         assert can_export(model, "compressed-tensors")
 
     def test_an_extra_that_is_missing(self, monkeypatch):
-        monkeypatch.setattr(formats.writer("torchao").__class__, "needs", {"no_such_package": "torchao"})
+        monkeypatch.setattr(formats.writer_of("torchao").__class__, "needs", {"no_such_package": "torchao"})
         with pytest.raises(ImportError, match=r"pip install 'peft-lrqat\[torchao\]'"):
             can_export(on_grid(GRID), "torchao")
 

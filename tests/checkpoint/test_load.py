@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import Grid, LRQATConfig, export, load_quantized
 from peft_lrqat.modules.packed import QuantizedLinear
+from peft_lrqat.packing import pack, unpack
 from tests.models import logits, tiny, tokens, train
 from tests.quantized_files import Spec, quantization_config, write
 
@@ -228,6 +229,12 @@ def test_a_group_of_zeros_whose_scale_is_zero(tmp_path: Path):
     name = "model.layers.0.mlp.up_proj"
     state = load_file(tmp_path / "model.safetensors")
     state[name + ".weight_scale"][3, 1] = 0
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="scales of zero whose codes are not zero"):  # a damaged file
+        load_quantized(tmp_path)
+    codes = unpack(state[name + ".weight_packed"], 4, 64)
+    codes[3, 16:32] = 0
+    state[name + ".weight_packed"] = pack(codes, 4)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     float_model.get_submodule(name).weight.data[3, 16:32] = 0
     assert torch.equal(logits(adapt(load_quantized(tmp_path)), IDS), logits(float_model, IDS))

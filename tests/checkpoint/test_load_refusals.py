@@ -24,7 +24,8 @@ _A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dy
 @pytest.mark.parametrize(
     ("spec", "config", "match"),
     [
-        (Spec("packed"), {"quant_method": "bitnet"}, "with 'bitnet'; compressed-tensors, gptq, awq can be read"),
+        (Spec("packed"), {"quant_method": "hqq"}, "with 'hqq'; compressed-tensors, gptq, awq, bitnet"),
+        (Spec("packed"), {"quant_method": "bitnet", "linear_class": "bitlinear"}, "holds a rounded inverse"),
         (Spec("packed"), {"kv_cache_scheme": {"num_bits": 8}}, "a quantized key-value cache"),
         (Spec("packed"), {"transform_config": {"config_groups": {}}}, r"transforms \(rotations\)"),
         (Spec("packed"), {"config_groups": {"group_0": {**_CT, "input_activations": _A8}}}, "activations as well as"),

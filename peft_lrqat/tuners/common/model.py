@@ -168,7 +168,6 @@ class QuantizingModel(LoraModel):
                     stacklevel=2,
                 )
             if any(isinstance(module, MERGED) for module in model.modules()):
-                describe(model)
-                config.record().put_into(model.config)
+                describe(model, config.record())
             attach_card(model, merged_card(model, config))
         return model

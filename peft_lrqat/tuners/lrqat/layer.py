@@ -280,8 +280,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """What merging makes of the layer."""
         frozen, kind = self.frozen, self.kind
         dtype, bits = frozen.compute_dtype, self.container_bits or frozen.grid.bits
+        rule = None if self.act_bits is None else "compressed-tensors"
         return LayerInfo(
-            frozen.out_features, frozen.in_features, frozen.grid, kind, frozen.bias is not None, dtype, bits
+            frozen.out_features, frozen.in_features, frozen.grid, kind, frozen.bias is not None, dtype, bits, rule
         )
 
     @torch.no_grad()

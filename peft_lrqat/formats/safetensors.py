@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...grid import GridTensor
-from ..record import Record
-from ..shards import ShardWriter
-from ..source import LayerInfo, Source
-from ..writer import Loss, Problem, Settings, Writer, Written
+from ..grid import GridTensor
+from .record import Record
+from .shards import ShardWriter
+from .source import LayerInfo, Source
+from .writer import Loss, Problem, Settings, Writer, Written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before the first layer is written. (A writer itself keeps nothing between calls.)
+
+    Attributes:
+        quantization_config: config.json's entry.
+        container: a few words: "pack-quantized, 4 bits".
+        details: what `tensors` needs of the format's own.
+        metadata: strings for the files' headers; `tensors` may add to it.
+    """
+
+    quantization_config: dict[str, Any]
+    container: str
+    details: Any = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 class SafetensorsWriter(Writer):
@@ -26,11 +44,11 @@ class SafetensorsWriter(Writer):
         return {name: info for name, info in source.grids().items() if info.kind == "linear"}
 
     @abstractmethod
-    def quantization_config(self, source: Source, settings: Settings) -> dict[str, Any]:
-        """config.json's entry."""
+    def plan(self, source: Source, settings: Settings) -> Plan:
+        """How the layers will be stored; `problems` found nothing in the way."""
 
     @abstractmethod
-    def tensors(self, name: str, weight: GridTensor, info: LayerInfo, settings: Settings) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str, weight: GridTensor, info: LayerInfo, plan: Plan) -> dict[str, torch.Tensor]:
         """What the file holds for a layer, by the last part of its name."""
 
     def stored(self, name: str, weight: GridTensor, info: LayerInfo, settings: Settings, loss: Loss) -> GridTensor:
@@ -38,12 +56,12 @@ class SafetensorsWriter(Writer):
         return weight
 
     def write(self, source: Source, folder: Path, settings: Settings, progress: Callable[[str], None]) -> Written:
-        packed, loss = self.packed(source), Loss()
+        packed, loss, plan = self.packed(source), Loss(), self.plan(source, settings)
         shards = ShardWriter(folder, settings.max_shard_size)
-        written = Written(dense=[name for name in source.grids() if name not in packed])
+        written = Written(dense=[name for name in source.grids() if name not in packed], container=plan.container)
         for name, info in packed.items():
             weight = self.stored(name, source.layer(name), info, settings, loss)
-            for part, tensor in self.tensors(name, weight, info, settings).items():
+            for part, tensor in self.tensors(name, weight, info, plan).items():
                 shards.add(f"{name}.{part}", tensor)
                 written.layer_bytes += tensor.nbytes
             written.weights += info.weights
@@ -51,17 +69,18 @@ class SafetensorsWriter(Writer):
             progress(name)
         for name, tensor in source.floats(packed):
             shards.add(name, tensor)
-        self.finish(shards, folder, source, settings)
+        self.finish(shards, folder, source, plan)
         shards.close()
         written.loss = loss if loss.layers else None
         return written
 
-    def finish(self, shards: ShardWriter, folder: Path, source: Source, settings: Settings) -> None:
+    def finish(self, shards: ShardWriter, folder: Path, source: Source, plan: Plan) -> None:
         """Write the configuration files; a format may add to the shards' metadata."""
         config = copy.deepcopy(source.config)
-        config.quantization_config = self.quantization_config(source, settings)
-        grid = next(iter(self.packed(source).values())).grid
-        Record(grid, source.scale_dtype, source.recipe).put_into(config)
+        config.quantization_config = plan.quantization_config
+        grids = {name: info.grid for name, info in self.packed(source).items()}
+        most = Counter(grids.values()).most_common(1)[0][0]
+        Record(most, source.scale_dtype, source.recipe).with_layers(grids).put_into(config)
         config.save_pretrained(folder)
         if source.generation_config is not None:
             source.generation_config.save_pretrained(folder)
@@ -100,13 +119,17 @@ def float_activations(source: Source, what: str) -> list[Problem]:
     return [Problem(None, reason, "use the format that it was trained for, or allow_inexact=True", inexact=True)]
 
 
-def scale_problems(source: Source, names: Iterable[str], dtype: torch.dtype) -> list[Problem]:
-    """Layers with a scale that `dtype` cannot hold exactly. Scales are read only where the training does not tell."""
-    kept = {torch.float16: ("auto", "fp16"), torch.bfloat16: ("auto", "bf16")}.get(dtype, ())
-    if source.scale_dtype in kept:
-        return []
+def scale_problems(source: Source, dtypes: Mapping[str, torch.dtype]) -> list[Problem]:
+    """Layers with a scale that cannot be held exactly. Scales are read only where the training does not tell.
+
+    Args:
+        dtypes: layer -> the dtype that its scales will be stored in.
+    """
     problems = []
-    for name in names:
+    for name, dtype in dtypes.items():
+        kept = {torch.float16: ("auto", "fp16"), torch.bfloat16: ("auto", "bf16")}.get(dtype, ())
+        if source.scale_dtype in kept or dtype == torch.float32:
+            continue
         scale = source.scale(name)
         changed = scale.to(dtype).float() != scale
         if bool(changed.any()):

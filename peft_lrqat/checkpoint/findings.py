@@ -1,0 +1,177 @@
+"""What the commands find and say: results, apart from what produces them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..formats.writer import Loss, Problem
+from .engines import Engine
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `can_export` found. True if the export would be exact (or lossy, where that is allowed).
+
+    Attributes:
+        format: the format that was asked about.
+        problems: everything in the way; those with `inexact` are not if inexactness is allowed.
+        allow_inexact: as given.
+    """
+
+    format: str
+    problems: tuple[Problem, ...]
+    allow_inexact: bool = False
+
+    @property
+    def blocking(self) -> tuple[Problem, ...]:
+        """The problems that stop the export."""
+        return tuple(p for p in self.problems if not (p.inexact and self.allow_inexact))
+
+    def __bool__(self) -> bool:
+        return not self.blocking
+
+    def __str__(self) -> str:
+        if not self.problems:
+            return f"{self.format}: exact."
+        alike: dict[tuple[str, str], list[str]] = {}
+        for problem in self.problems:
+            alike.setdefault((problem.reason, problem.suggestion), []).extend([problem.layer] if problem.layer else [])
+        lines = [f"{self.format}: " + ("not possible." if self.blocking else "possible with a loss.")]
+        for (reason, suggestion), layers in alike.items():
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            where = f"{layers[0]}{more}: " if layers else ""
+            lines.append(f"  {where}{reason}. What helps: {suggestion}.")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `export` wrote.
+
+    Attributes:
+        format, folder: where and as what.
+        container: a few words: "pack-quantized, 4 bits".
+        grid: a few words on the trained grid.
+        layers, weights: number of quantized layers and of their weights.
+        layer_bytes: of those, scales included.
+        total_bytes: of all files.
+        dense: modules on a grid whose weights the format holds as floats.
+        loss: None: every value is as trained.
+        notes: what else to know.
+    """
+
+    format: str
+    folder: Path
+    container: str
+    grid: str
+    layers: int
+    weights: int
+    layer_bytes: int
+    total_bytes: int
+    dense: tuple[str, ...] = ()
+    loss: Loss | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized weights, scales included."""
+        return 8 * self.layer_bytes / self.weights if self.weights else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.format} ({self.container}), {self.layers} layers on the grid {self.grid}, "
+            f"{self.bits_per_weight:.2f} bits a weight, {self.total_bytes / 1e6:.1f} MB",
+            f"NOT exact: {self.loss}" if self.loss else "exact: codes and scales are the trained ones",
+        ]
+        if self.dense:
+            lines.append(f"as floats on the grid: {', '.join(self.dense[:3])}" + " ..." * (len(self.dense) > 3))
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        folder, format: of the checkpoint; the format of an adapter's folder is "adapter".
+        grid: what was trained, in words; `bits`, `group_size`, `symmetric` in numbers.
+        container_bits: width of the stored codes.
+        layers, weights: how many are quantized.
+        layer_bytes, total_bytes: of the quantized weights with their scales, and of all tensors; None for an adapter.
+        scales: how many there are.
+        inexact_scales: dtype -> how many of them it cannot hold exactly.
+        scale_dtype: what they were trained to be exact in, None if unknown.
+        histogram: code -> how many weights have it.
+        engines: which load it.
+    """
+
+    folder: str
+    format: str
+    grid: str
+    bits: float
+    group_size: int
+    symmetric: bool
+    act_bits: int | None
+    container_bits: int
+    layers: int
+    weights: int
+    layer_bytes: int | None
+    total_bytes: int | None
+    scales: int
+    inexact_scales: dict[str, int]
+    scale_dtype: str | None
+    recipe: str | None
+    histogram: dict[int, int]
+    engines: list[Engine]
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the quantized weights, scales included."""
+        return None if self.layer_bytes is None else 8 * self.layer_bytes / self.weights
+
+    @property
+    def entropy(self) -> float:
+        """Bits a code, as information: what a perfect packing of the codes would take."""
+        shares = [count / self.weights for count in self.histogram.values() if count]
+        return -sum(share * math.log2(share) for share in shares)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "bits_per_weight": self.bits_per_weight, "entropy": self.entropy}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison.
+
+    Attributes:
+        what: what was compared.
+        equal: whether it passed.
+        detail: the numbers.
+    """
+
+    what: str
+    equal: bool
+    detail: str
+
+
+@dataclass
+class Verification:
+    """What `verify` found; true if every comparison passed.
+
+    Attributes:
+        engine: what loaded the checkpoint, None if nothing that could is installed.
+        missing: packages that were not found.
+        skipped: why the engine was not compared although it is installed, or nothing. Not a comparison that passed.
+    """
+
+    engine: str | None = None
+    missing: list[str] = field(default_factory=list)
+    skipped: str = ""
+    findings: list[Finding] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.findings) and all(finding.equal for finding in self.findings)

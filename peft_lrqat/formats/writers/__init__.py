@@ -1,1 +1,0 @@
-"""Writers of the formats that are safetensors files with a `quantization_config`."""
