@@ -25,7 +25,7 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 class Spec:
     """A checkpoint to write."""
 
-    method: str  # "packed" and "integers" (compressed-tensors), "gptq", "gptq_v2", "awq"
+    method: str  # "packed", "integers" and "w8a8" (compressed-tensors), "gptq", "gptq_v2", "awq"
     bits: int = 4
     group_size: int = 32
     symmetric: bool = True
@@ -85,9 +85,9 @@ def random_layer(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.
 def pack(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: Spec) -> dict[str, torch.Tensor]:
     """What the format stores for a layer."""
     half, bits = 1 << (spec.bits - 1), spec.bits
-    if spec.method in ("packed", "integers"):
+    if spec.method in ("packed", "integers", "w8a8"):
         stored = {"weight_scale": scale.view(1) if spec.group_size == 0 else scale}
-        if spec.method == "integers":
+        if spec.method != "packed":
             stored["weight"] = codes.to(torch.int8)
             if not spec.symmetric:
                 stored["weight_zero_point"] = zero.to(torch.int8)
@@ -147,10 +147,15 @@ def quantization_config(spec: Spec) -> dict[str, Any]:
         "group_size": spec.group_size if strategy == "group" else None,
         "dynamic": False,
     }
+    group = {"targets": ["Linear"], "weights": weights}
+    if spec.method == "w8a8":
+        group["input_activations"] = {
+            "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True
+        }  # fmt: skip
     return {
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": group},
     }
