@@ -168,7 +168,7 @@ def _check_written(source: Source, folder: Path, progress: bool) -> None:
         wrong = {**differences(stored, source), **float_differences(stored, source)}
         different = [f"{name}: {what}" for name, what in wrong.items()]
     else:
-        checkpoint = FolderSource(folder)
+        checkpoint = FolderSource(folder, source.config)
         with tqdm(total=len(checkpoint.grids()), desc="Comparing", unit="layer", disable=not progress) as bar:
             findings = [
                 compare.integers(checkpoint, source, lambda name: bar.update()),

@@ -7,6 +7,7 @@ sound. All of that is checked when the folder is opened, before anything is done
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,8 +41,11 @@ class FolderSource(Source):
         files: tensor name -> entry.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Any = None) -> None:
         """
+        Args:
+            config: the model's configuration where it is at hand; None: that of config.json.
+
         Raises:
             ValueError: the checkpoint is float, in another format, uses a part of it that has no exact counterpart, is
                 incomplete or damaged.
@@ -60,7 +64,7 @@ class FolderSource(Source):
         record = Record.read(described.get(KEY))
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = AutoConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
         for known in ("quantization_config", KEY):
             if hasattr(self.config, known):
                 delattr(self.config, known)

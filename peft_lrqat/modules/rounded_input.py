@@ -61,7 +61,11 @@ class _StoredWeight(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
         """The weight that codes and scales stand for, (out, in) in the model's dtype. Built anew."""
-        return (self.codes.float() * self.weight_scale.float()).to(self.weight_scale.dtype)
+        return self.weight_in(self.weight_scale.dtype)
+
+    def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, (out, in), rounded once to `dtype`."""
+        return (self.codes.float() * self.weight_scale.float()).to(dtype)
 
     @property
     def info(self) -> LayerInfo:
@@ -103,7 +107,7 @@ class Int8Linear(_StoredWeight):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         x = round_activations(in_autocast_dtype(input), self.activations)
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.weight_in(x.dtype), self.bias)
 
 
 class BitNetLinear(_StoredWeight):
