@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lrqat.formats.record import Record
 from peft_lrqat.grid import Grid, GridTensor, snap_scale
 from peft_lrqat.modules.packed import describe, merged_layer
-from tests.models import tiny
+from tests.models import adapted, tiny
 
 #: Both divide by 32, as GPTQ wants it; 96 does not divide by 64.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -58,3 +59,9 @@ def on_grid(
     describe(model)
     Record(grid, scale_dtype).put_into(model.config)
     return model
+
+
+def adapted_for_gguf(**config) -> PeftModel:
+    """A randomly adapted llama whose layers divide into GGUF's blocks of 32."""
+    settings = {"bits": 4, "group_size": 32, "range_method": "minmax", "init_lora_weights": False, **config}
+    return adapted(tiny("llama", **SIZES), **settings)

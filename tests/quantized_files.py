@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_lrqat import Grid
+from peft_lrqat import Grid, LRQATConfig
 from tests.models import tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -159,3 +160,9 @@ def quantization_config(spec: Spec) -> dict[str, Any]:
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
+
+
+def adapt(model: nn.Module, **options) -> PeftModel:
+    """LR-QAT on all linear layers of a quantized model, on its own grid."""
+    settings = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LRQATConfig(**{**settings, **options}))

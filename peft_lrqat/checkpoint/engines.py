@@ -49,6 +49,12 @@ def engines(
                 "vLLM on a CPU + torchao", bits in (2, 3, 4, 8), "" if bits in (2, 3, 4, 8) else f"{bits} bits: not run"
             ),
         ]
+    if format == "awq":
+        return [
+            Engine("transformers + gptqmodel", True, run=False),
+            Engine("vLLM on a GPU", True, run=False),
+            Engine("others", False, "write it as compressed-tensors or gptq"),
+        ]
     if format == "bitnet":
         return [
             Engine("transformers", True),

@@ -22,7 +22,7 @@ def merged_info(layer: Any, container_bits: int) -> LayerInfo:
         layer.grid,
         kind="linear",
         bias=layer.bias is not None,
-        dtype=layer.weight_scale.dtype,
+        dtype=layer.compute_dtype,
         container_bits=container_bits,
         activations=getattr(layer, "activations", None),
     )
@@ -52,6 +52,11 @@ class _StoredWeight(nn.Linear):
         self.register_buffer("weight_codes", tensors["weight"])
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_parameter("bias", bias)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The model's dtype, in which the weight is built."""
+        return self.weight_scale.dtype
 
     @property
     def codes(self) -> torch.Tensor:

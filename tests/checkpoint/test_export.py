@@ -11,11 +11,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from peft_lrqat import can_export, export, formats
+from peft_lrqat import can_export, export
 from peft_lrqat.checkpoint.open import open_source
-from peft_lrqat.formats.shards import ShardWriter, parse_size
 from peft_lrqat.grid import Grid
-from tests.checkpoint.test_merge import read
+from tests.files import read
 from tests.grids import on_grid
 from tests.memory import LiveBytes
 from tests.models import adapted, logits, tiny, tokens, train
@@ -144,20 +143,6 @@ def test_memory_does_not_grow_with_the_model(format: str, tmp_path: Path):
 
 
 class TestRefusals:
-    def test_unknown_formats_list_those_that_exist(self, tmp_path):
-        for call in (lambda: export({}, tmp_path / "out", "awq"), lambda: can_export({}, "awq")):
-            with pytest.raises(ValueError, match=r"'awq'; the formats are compressed-tensors, gptq, .*bitnet"):
-                call()
-
-    def test_unknown_options(self, tmp_path):
-        model = on_grid(GRID)
-        with pytest.raises(ValueError, match="no option 'group_size'; its options are checkpoint_format"):
-            export(model, tmp_path / "out", "gptq", group_size=64)
-        with pytest.raises(ValueError, match="no option 'no_such'; it has no options"):
-            can_export(model, "compressed-tensors", no_such="x")
-        with pytest.raises(ValueError, match=r"`checkpoint_format` is 'v3'; allowed are 'gptq', 'gptq_v2'"):
-            can_export(model, "gptq", checkpoint_format="v3")
-
     @pytest.mark.parametrize("bits", [1, 9, 4.0, True, "4"])
     def test_containers_that_do_not_exist(self, bits):
         with pytest.raises(ValueError, match="`container_bits` is"):
@@ -167,9 +152,6 @@ class TestRefusals:
     def test_shard_sizes(self, size, tmp_path):
         with pytest.raises(ValueError, match="`max_shard_size` is"):
             export(on_grid(GRID), tmp_path / "out", max_shard_size=size)
-
-    def test_shard_sizes_are_read(self):
-        assert [parse_size(size) for size in (1000, "1000", "2KB", "1.5 GB")] == [1000, 1000, 2000, 1_500_000_000]
 
     @pytest.mark.parametrize(("format", "grid", "settings", "said"), [
         ("compressed-tensors", Grid(4, 32), {"container_bits": 3}, "container_bits=3, but compressed-tensors holds"),
@@ -195,12 +177,6 @@ class TestRefusals:
         assert check
         assert str(check) == "gptq: exact."
 
-    def test_layers_alike_share_a_line(self):
-        check = can_export(on_grid(Grid(4, 8), num_hidden_layers=3), "gptq")
-        assert len(check.problems) == 21
-        assert str(check).count("\n") == 1
-        assert "model.layers.0.self_attn.q_proj and 20 more: groups of 8" in str(check)
-
     def test_gpt2_has_no_linear_layer_to_pack(self):
         model = adapted(tiny("gpt2"), group_size=8)
         for format in ("compressed-tensors", "gptq", "torchao", "bitnet"):
@@ -210,11 +186,6 @@ class TestRefusals:
         model = adapted(tiny(hidden_size=64, intermediate_size=96), group_size=32, target_modules=["lm_head", "q_proj"])
         assert "outside of the model's blocks" in str(can_export(model, "gptq"))
         assert can_export(model, "compressed-tensors")
-
-    def test_an_extra_that_is_missing(self, monkeypatch):
-        monkeypatch.setattr(formats.writer_of("torchao").__class__, "needs", {"no_such_package": "torchao"})
-        with pytest.raises(ImportError, match=r"pip install 'peft-lrqat\[torchao\]'"):
-            can_export(on_grid(GRID), "torchao")
 
 
 def test_embeddings_on_a_grid_become_dense(tmp_path: Path):
@@ -227,26 +198,3 @@ def test_embeddings_on_a_grid_become_dense(tmp_path: Path):
     table = open_source(model).layer("model.embed_tokens").dequantize(torch.float32)
     assert torch.equal(read(tmp_path / "out")["model.embed_tokens.weight"], table)
     assert torch.equal(reloaded(tmp_path / "out"), expected)
-
-
-class TestShardWriter:
-    def test_every_dtype_is_read_back(self, tmp_path):
-        dtypes = (torch.uint8, torch.bool, torch.float16, torch.int64, torch.bfloat16, torch.int32, torch.float64)
-        tensors = {str(dtype): torch.randn(3, 5).mul(9).to(dtype) for dtype in dtypes}
-        tensors |= {"empty": torch.empty(0, 4), "scalar": torch.tensor(1.5), "turned": torch.randn(4, 3).t()}
-        shards = ShardWriter(tmp_path, 10**9)
-        for name, tensor in tensors.items():
-            shards.add(name, tensor)
-        shards.close()
-        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-        found = read(tmp_path)
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[n], tensors[n]) and found[n].dtype == tensors[n].dtype for n in tensors)
-
-    def test_names_come_once(self, tmp_path):
-        shards = ShardWriter(tmp_path, 10**9)
-        shards.add("a", torch.zeros(1))
-        with pytest.raises(ValueError, match="'a'"):
-            shards.add("a", torch.zeros(1))
-        with pytest.raises(ValueError, match="complex64"):
-            shards.add("b", torch.zeros(1, dtype=torch.complex64))

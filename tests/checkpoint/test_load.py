@@ -14,7 +14,7 @@ from peft_lrqat import Grid, LRQATConfig, export, load_quantized
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.packing import pack, unpack
 from tests.models import logits, tiny, tokens, train
-from tests.quantized_files import Spec, quantization_config, write
+from tests.quantized_files import Spec, adapt, quantization_config, write
 
 IDS = tokens()
 SPECS = [
@@ -34,11 +34,6 @@ SPECS = [
     Spec("awq", 4, group_size=32),
     Spec("awq", 4, group_size=16, symmetric=False),
 ]
-
-
-def adapt(model: torch.nn.Module, **options) -> PeftModel:
-    settings = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return get_peft_model(model, LRQATConfig(**{**settings, **options}))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -87,19 +82,6 @@ def test_gptq_in_gptq_out(method: str, tmp_path: Path):
 def test_every_downcast_holds_the_codes(downcast: str, symmetric: bool, tmp_path: Path):
     expected = logits(write(tmp_path, Spec("gptq_v2", 3, 32, symmetric)), IDS)
     assert torch.equal(logits(adapt(load_quantized(tmp_path), downcast=downcast), IDS), expected)
-
-
-@pytest.mark.parametrize("ran", [False, True], ids=["packed", "after a forward"])
-@pytest.mark.parametrize("spec", [Spec("packed", 3, 16), Spec("packed", 8, -1, dtype=torch.bfloat16)], ids=str)
-def test_a_model_that_transformers_loaded(spec: Spec, ran: bool, tmp_path: Path):
-    expected = logits(write(tmp_path, spec), IDS)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    if ran:
-        assert torch.equal(logits(model, IDS), expected)
-    adapted = adapt(model)
-    assert torch.equal(logits(adapted, IDS), expected)
-    adapted.unload().save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), IDS), expected)
 
 
 def test_a_merged_model_goes_on_training_in_memory_and_keeps_its_grid_in_a_wider_container(tmp_path: Path):

@@ -6,21 +6,14 @@ import pytest
 import torch
 
 from peft_lrqat import export
-from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.checkpoint.verify import verify
+from tests.grids import adapted_for_gguf
 from tests.models import adapted, tiny
-
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
-
-
-def quantized(**config) -> torch.nn.Module:
-    settings = {"bits": 4, "group_size": 32, "range_method": "minmax", "init_lora_weights": False, **config}
-    return adapted(tiny("llama", **SIZES), **settings)
 
 
 @pytest.mark.parametrize("options", [{}, {"embedding_type": "q8_0"}, {"type": "f32"}], ids=str)
 def test_a_file_is_equal_to_its_source(options, tmp_path):
-    model = quantized()
+    model = adapted_for_gguf()
     export(model, tmp_path / "out", format="gguf", vocabulary=False, progress=False, **options)
     found = verify(tmp_path / "out", model)
     assert found
@@ -30,13 +23,13 @@ def test_a_file_is_equal_to_its_source(options, tmp_path):
 
 
 def test_another_adapter_is_told_apart(tmp_path):
-    export(quantized(), tmp_path / "out", format="gguf", vocabulary=False, progress=False)
-    found = verify(tmp_path / "out", quantized())
+    export(adapted_for_gguf(), tmp_path / "out", format="gguf", vocabulary=False, progress=False)
+    found = verify(tmp_path / "out", adapted_for_gguf())
     assert [finding.equal for finding in found.findings] == [False, True, False]
 
 
 def test_a_changed_norm_is_noticed(tmp_path):
-    model = quantized()
+    model = adapted_for_gguf()
     export(model, tmp_path / "out", format="gguf", vocabulary=False, progress=False)
     with torch.no_grad():
         model.base_model.model.model.norm.weight[3] += 1
@@ -46,7 +39,7 @@ def test_a_changed_norm_is_noticed(tmp_path):
 
 
 def test_a_type_that_transformers_does_not_know_is_compared_all_the_same(tmp_path):
-    model = quantized(bits=2, group_size=-1, target_modules=["q_proj"])
+    model = adapted_for_gguf(bits=2, group_size=-1, target_modules=["q_proj"])
     report = export(model, tmp_path / "out", format="gguf", vocabulary=False, progress=False)
     assert "Q2_0" in report.container
     found = verify(tmp_path / "out", model)
@@ -59,21 +52,8 @@ def test_a_type_that_transformers_does_not_know_is_compared_all_the_same(tmp_pat
 
 
 def test_the_source_and_the_same_architecture_are_needed(tmp_path):
-    export(quantized(), tmp_path / "out", format="gguf", vocabulary=False, progress=False)
+    export(adapted_for_gguf(), tmp_path / "out", format="gguf", vocabulary=False, progress=False)
     with pytest.raises(ValueError, match="against"):
         verify(tmp_path / "out")
     with pytest.raises(ValueError, match=r"'llama'.*'qwen2'"):
         verify(tmp_path / "out", adapted(tiny("qwen2")))
-
-
-def test_inspect_counts_what_is_in_the_blocks(tmp_path):
-    model = quantized(bits=3)
-    report = export(model, tmp_path / "out", format="gguf", vocabulary=False, embedding_type="q8_0", progress=False)
-    found = inspect(tmp_path / "out")
-    assert found.format == "gguf (Q4_0: 7)"
-    assert (found.bits, found.group_size, found.symmetric) == (3, 32, True)
-    assert found.weights == report.weights
-    assert found.bits_per_weight == report.bits_per_weight == 4.5
-    assert set(found.histogram) == set(range(-4, 4))
-    assert sum(found.histogram.values()) == found.weights
-    assert found.inexact_scales == {"float16": 0, "bfloat16": 0}

@@ -14,7 +14,7 @@ from peft_lrqat.modules.packed import MERGED, QuantizedLinear
 from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
 from peft_lrqat.tuners.lowbit_sr import LowBitSRLinear
 from peft_lrqat.tuners.lrqat import LRQATLinear
-from tests.checkpoint.test_merge import read
+from tests.files import read
 from tests.models import adapted, logits, low_bit, reload_clean, tiny, tokens, train
 
 # qwen2 has biases on q, k and v; 40 columns of 3 bits do not fill their last word

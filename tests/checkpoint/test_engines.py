@@ -1,0 +1,35 @@
+"""Which engines are said to load a checkpoint; the rules themselves come from real runs (`make engines`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_lrqat.checkpoint.engines import engines
+from peft_lrqat.formats.source import LayerInfo
+from peft_lrqat.grid import Grid
+
+
+def verdicts(format: str, bits: int, group: int, act_bits: int | None = None, size: int = 64) -> dict[str, bool]:
+    info = LayerInfo(size, size, Grid(bits, group), "linear", False, torch.bfloat16, bits)
+    return {engine.name: engine.loads for engine in engines(format, [info], bits, group or -1, act_bits)}
+
+
+@pytest.mark.parametrize(("format", "bits", "group", "engine", "loads"), [
+    ("compressed-tensors", 4, 32, "vLLM on a CPU", True),
+    ("compressed-tensors", 3, 32, "vLLM on a CPU", False),
+    ("compressed-tensors", 8, 32, "vLLM on a GPU", True),
+    ("gptq", 3, 32, "vLLM on a CPU", False),
+    ("gptq", 4, -1, "onnxruntime-genai, by its model builder", False),
+    ("torchao", 2, 32, "vLLM on a CPU + torchao", True),
+    ("torchao", 5, 32, "vLLM on a CPU + torchao", False),
+    ("bitnet", 2, 0, "vLLM", False),
+])  # fmt: skip
+def test_the_rules(format: str, bits: int, group: int, engine: str, loads: bool):
+    assert verdicts(format, bits, group)[engine] is loads
+
+
+def test_int8_activations_and_odd_layers():
+    assert all(verdicts("compressed-tensors", 8, -1, act_bits=8).values())
+    assert not verdicts("compressed-tensors", 4, -1, size=40)["vLLM on a CPU"]
+    assert verdicts("a format of somebody else", 4, 32) == {}

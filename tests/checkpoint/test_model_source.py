@@ -1,0 +1,60 @@
+"""A model in memory, merged or adapted, as a source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from peft_lrqat.checkpoint.open import open_source
+from tests.files import read
+from tests.models import adapted, tiny
+from tests.trained import trained
+
+
+def test_a_head_trained_apart_is_not_tied(tmp_path: Path):
+    model = adapted(tiny("llama", tie=True), modules_to_save=["lm_head"])
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.add_(1.0)
+    source = open_source(model)
+    assert source.config.tie_word_embeddings is False
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= dict(source.floats()).keys()
+    tied = open_source(adapted(tiny("llama", tie=True)))
+    assert tied.config.tie_word_embeddings is True
+    assert "lm_head.weight" not in dict(tied.floats())
+
+
+def test_models_whose_files_are_cut_otherwise(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads), dtype=torch.bfloat16)
+    model = adapted(model, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="save_pretrained, and export that folder"):
+        open_source(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    assert list(source.grids()) == ["model.layers.0.self_attn.q_proj"]
+    floats = dict(source.floats(source.grids()))
+    saved = read(tmp_path)
+    assert floats.keys() == {name for name in saved if ".weight_" not in name}
+
+
+def test_float_models():
+    with pytest.raises(ValueError, match="no layer of this package"):
+        open_source(tiny())
+
+
+def test_float_adapters():
+    with pytest.raises(ValueError, match="floats"):
+        open_source(get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_adapters_without_their_base(tmp_path):
+    model = trained("ternary")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="base model"):
+        open_source(tmp_path / "adapter")

@@ -1,0 +1,32 @@
+"""What config.json says of the training comes back as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from peft_lrqat.formats.record import Record
+from peft_lrqat.grid import Grid
+
+
+@pytest.mark.parametrize("others", [{}, {"a": Grid(8, -1), "b": Grid(8, -1), "c": Grid(2, 32, False)}])
+def test_a_record_survives_json(others: dict):
+    record = Record(Grid(1.58, 0), "auto", "a recipe", others)
+    again = Record.read(json.loads(json.dumps(record.entry())))
+    assert again == record
+    assert again.grid_of("a") == others.get("a", Grid(1.58, 0))
+    assert again.grid_of("elsewhere") == Grid(1.58, 0)
+
+
+def test_only_layers_on_another_grid_are_listed():
+    record = Record(Grid(3, 32)).with_layers({"x": Grid(3, 32), "y": Grid(4, 32)})
+    assert record.others == {"y": Grid(4, 32)}
+    assert "others" not in Record(Grid(3, 32)).with_layers({"x": Grid(3, 32)}).entry()
+
+
+@pytest.mark.parametrize("entry", [{"bits": 4}, {"bits": 4, "group_size": 32, "symmetric": True, "others": [{}]}, "x"])
+def test_an_entry_that_describes_no_grid(entry):
+    with pytest.raises(ValueError, match="describes no grid. Delete the entry"):
+        Record.read(entry)
+    assert Record.read(None) is None
