@@ -27,6 +27,6 @@ def test_only_layers_on_another_grid_are_listed():
 
 @pytest.mark.parametrize("entry", [{"bits": 4}, {"bits": 4, "group_size": 32, "symmetric": True, "others": [{}]}, "x"])
 def test_an_entry_that_describes_no_grid(entry):
-    with pytest.raises(ValueError, match="describes no grid. Delete the entry"):
+    with pytest.raises(ValueError, match=r"describes no grid\. Delete the entry"):
         Record.read(entry)
     assert Record.read(None) is None

@@ -39,7 +39,7 @@ def test_a_wider_file_is_read_on_the_recorded_grid():
 
 @pytest.mark.parametrize("recorded", [Grid(5, 16), Grid(4, 8), Grid(4, 12)])
 def test_a_record_that_does_not_fit(recorded: Grid):
-    with pytest.raises(ValueError, match="config.json records the grid .* Delete the entry"):
+    with pytest.raises(ValueError, match=r"config\.json records the grid .* Delete the entry"):
         narrow(scales(), recorded, 8, 32, "x")
 
 

@@ -268,8 +268,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         """What merging makes of the layer."""
         frozen, options = self.frozen, self.merge_options
         shape, bias = (frozen.out_features, frozen.in_features), frozen.bias is not None
-        stored = options.stored_grid, self.kind, bias, frozen.compute_dtype, options.stored_bits
-        return LayerInfo(*shape, *stored, options.activations)
+        grid, dtype, bits = options.stored_grid, frozen.compute_dtype, options.stored_bits
+        return LayerInfo(*shape, grid, self.kind, bias, dtype, bits, options.activations)
 
     def grid_tensor(self, adapter: str | None = None, safe_merge: bool = False) -> GridTensor:
         """The integers that merging stores, without merging.
