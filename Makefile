@@ -9,9 +9,12 @@ TORCH_INDEX ?=
 ARGS ?=
 # processes that run tests
 JOBS ?= 2
+# which versions; each file has an environment of its own: constraints-lowest.txt has .venv-lowest
+CONSTRAINTS ?= constraints.txt
 
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV := .venv$(subst constraints,,$(basename $(notdir $(CONSTRAINTS))))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow engines grids quality style venv clean
@@ -47,12 +50,12 @@ style: $(STAMP) ## Format, and repair what the linter can
 venv: $(STAMP) ## Only make .venv
 
 clean: ## Remove .venv and the tools' caches
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 # torch first and alone: then nothing that follows can ask for another build of it
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@

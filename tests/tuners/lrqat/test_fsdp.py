@@ -15,6 +15,10 @@ from torch.distributed.tensor import DTensor
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests.models import adapted, tiny, tokens
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="FSDP2 shards no integer parameters before torch 2.12"
+)
+
 WORLD = 2
 CASES = {
     "channel": {"bits": 4},
