@@ -31,7 +31,7 @@ SIBLINGS = ("tuners.lrqat", "tuners.lowbit_sr")
 # not grow: a new file comes with its test.
 WITHOUT_TEST = {
     "one constant": ("_version",),
-    "a few lines, behind everything that is made of them": ("chunks", "files", "registration"),
+    "a few lines, behind everything that is made of them": ("chunks", "registration"),
     "all kernels beside their references, in tests/ops/test_kernels.py and test_low_bit_kernels.py": (
         "ops.kernels.backward",
         "ops.kernels.launch",
@@ -51,18 +51,8 @@ WITHOUT_TEST = {
         "ops.stored_base",
     ),
     "all formats at all grids, in tests/formats/test_formats.py and test_reading.py": (
-        "formats.awq",
-        "formats.bitnet",
-        "formats.compressed_tensors",
-        "formats.gptq",
-        "formats.record",
-        "formats.safetensors",
-        "formats.scheme",
-        "formats.shards",
         "formats.source",
-        "formats.torchao",
         "formats.usage",
-        "formats.writer",
     ),
     "whole files, in tests/formats/gguf/test_models.py": (
         "formats.gguf.architectures",
@@ -74,19 +64,7 @@ WITHOUT_TEST = {
         "formats.gguf.tensors",
         "formats.gguf.writer",
     ),
-    "merged models and their folders, in tests/checkpoint": (
-        "modules.packed",
-        "checkpoint.adopt",
-        "checkpoint.compare",
-        "checkpoint.engines",
-        "checkpoint.findings",
-        "checkpoint.folder",
-        "checkpoint.inspect",
-        "checkpoint.inspect_gguf",
-        "checkpoint.model_source",
-        "checkpoint.open",
-        "checkpoint.verify",
-    ),
+    "merged models and their folders, in tests/checkpoint": ("checkpoint.verify",),
     "what a method does has a file each (saving, wrapping, refusing), not what it is made of": (
         "tuners.common.config",
         "tuners.common.fingerprint",
