@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from peft_lrqat.grid import Grid, GridTensor
+
 pytest.importorskip("xllamacpp", reason="ggml comes with xllamacpp")
 
 _VOID, _INT = ctypes.c_void_p, ctypes.c_int32
@@ -131,3 +133,13 @@ class Llama:
         assert self.lib.llama_decode(self.context, batch) == 0
         rows = [np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (words,)) for i in range(count)]
         return torch.from_numpy(np.stack(rows))
+
+
+def filled(grid: Grid, rows: int = 4, columns: int = 512) -> GridTensor:
+    """Random codes with both ends of the grid in every row, random scales and zero points."""
+    codes = torch.randint(grid.qmin, grid.qmax + 1, (rows, columns)).to(torch.int8)
+    codes[:, 0], codes[:, -1] = grid.qmin, grid.qmax
+    shape = grid.scale_shape(rows, columns)
+    scale = (torch.rand(shape) * 0.1 + 0.01).bfloat16().float()
+    zero_point = None if grid.symmetric else torch.randint(grid.qmin, grid.qmax + 1, shape).to(torch.int8)
+    return GridTensor(codes, scale, zero_point, grid)

@@ -8,8 +8,7 @@ import pytest
 
 from peft_lrqat import export
 from tests.models import adapted, tiny
-
-from ...tokenizers import VOCAB, bytewise, sentencepiece
+from tests.tokenizers import VOCAB, bytewise, sentencepiece
 
 xllamacpp = pytest.importorskip("xllamacpp")
 

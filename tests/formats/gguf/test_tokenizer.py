@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from peft_lrqat import export
 from peft_lrqat.formats.gguf.reader import GGUFFile
 from peft_lrqat.formats.gguf.tokenizer import PRE_TOKENIZERS, UnsupportedTokenizer
+from tests.ggml import Llama
 from tests.models import adapted, tiny
-
-from ...ggml import Llama
-from ...tokenizers import CHAT_TEMPLATE, HARD, TEXT, VOCAB, bytewise, sentencepiece
+from tests.tokenizers import CHAT_TEMPLATE, HARD, TEXT, VOCAB, bytewise, sentencepiece
 
 KINDS = {name: lambda name=name: bytewise(name) for name in PRE_TOKENIZERS.values()} | {
     "sentencepiece": lambda: sentencepiece(prefix=False),
