@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ class FolderSource(Source):
             Names of tensors that the model has no place for and may be left out: biases of zeros, which GPTQ's files
             hold for layers without one.
         """
-        expected = _shapes_in_files(skeleton)
+        expected, aliases = _expected_in_files(skeleton)
         found = {name: entry.shape for name, entry in self.files.items() if not self._belongs(name)}
         found |= {name + ".weight": (la.info.out_features, la.info.in_features) for name, la in self._layers.items()}
         kind = type(skeleton).__name__
@@ -132,8 +133,7 @@ class FolderSource(Source):
                 f"it holds quantized weights for {len(strangers)} modules that are no nn.Linear in {kind}, e.g. "
                 f"{strangers[:3]}."
             )
-        tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
-        missing = [name for name in expected if name not in found and tied.get(name, name) not in found.keys() - {name}]
+        missing = [name for name in expected if not any(alias in found for alias in aliases.get(name, [name]))]
         if missing:
             raise self._refuse(
                 f"{len(missing)} tensors of {kind} are missing, e.g. {', '.join(missing[:3])}. The checkpoint is "
@@ -235,10 +235,21 @@ def _skeleton(config: Any) -> Any:
         return kind._from_config(config)
 
 
-def _shapes_in_files(skeleton: Any) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of a float checkpoint of a model, under the names that files of its architecture use."""
-    in_files = revert_weight_conversion(skeleton, skeleton.state_dict())
-    return {name: tuple(tensor.shape) for name, tensor in in_files.items()}
+def _expected_in_files(skeleton: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
+    """Name -> shape of every parameter in a float checkpoint of a model, under the names that files of its architecture
+    use; and, of those that are tied, name -> the names of which a file holds one."""
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    together: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        together.setdefault(id(parameter), []).append(name)
+    aliases = {name: names for names in together.values() if len(names) > 1 for name in names}
+    spared = [*(skeleton._keys_to_ignore_on_load_missing or ()), *(skeleton._keys_to_ignore_on_save or ())]
+    in_files = revert_weight_conversion(skeleton, parameters)
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in in_files.items()
+        if not any(re.search(pattern, name) for pattern in spared)
+    }, aliases
 
 
 def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, Path], dict[str, str]]:
