@@ -12,19 +12,15 @@ are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in th
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from ..low_bit_step import BLOCK, Rule
 from .launch import Launch, launched
 from .tiles import ceil_div, scale_stride
 
-if TYPE_CHECKING:
-    from ..low_bit_step import Rule  # the one value that names the arithmetic; nothing is imported upwards
-
-BLOCK = 256
 ROWS = 4
 
 
@@ -274,17 +270,9 @@ def low_bit_update(
     step: torch.Tensor,
     rule: Rule,
 ) -> None:
-    """Update a weight in place; never waits for the device.
+    """`low_bit_step.low_bit_update`, equal bit for bit; never waits for the device.
 
-    Args:
-        packed: int32 (out, words), contiguous. Updated.
-        scale: fp32 (out or 1, groups), contiguous; NaN afterwards if an update was not finite.
-        stream: int64 (2,), key and step of the random numbers.
-        grad: (out, in), any float dtype.
-        state: the tensors of `new_state`, contiguous. Updated, but for the factored second moment, which the caller
-            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows.
-        lr: fp32 scalar on the device.
-        step: fp32 scalar on the device, this step's number t, from 1.
+    What is updated must be contiguous, and `lr` and `step` must lie on the device. The weight is one row chunk here.
     """
     rows, words = packed.shape
     if not rows or not rule.columns:

@@ -47,6 +47,12 @@ def round_half_even(z):
 
 
 @triton.jit
+def clip(z, BITS: tl.constexpr):
+    """`grid.code_range` applied: fp32 levels cut to what BITS bits hold; NaN stays NaN."""
+    return tl.clamp(z, -1.0 * (1 << (BITS - 1)), 1.0 * (1 << (BITS - 1)) - 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def tile_columns(n, GROUP: tl.constexpr, BN: tl.constexpr):
     """Column indices (BN,) of tile `n`, whether each belongs to it, its group, and its first column."""
     tiles_a_group: tl.constexpr = (GROUP + BN - 1) // BN
