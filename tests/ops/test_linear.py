@@ -183,8 +183,9 @@ def test_opcheck(group_size, symmetric):
     torch.library.opcheck(torch.ops.peft_lrqat.quantized_linear.default, p.operands)
 
 
-@pytest.mark.parametrize("group_size", GRANULARITY)
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize(
+    ("group_size", "needs"), [(9, (True, True, True)), (-1, (False, True, True)), (0, (True, False, False))]
+)
 def test_opcheck_backward(group_size, needs):
     p = problem(group_size=group_size)
     y = ours(p).detach()
