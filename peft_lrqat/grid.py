@@ -31,7 +31,7 @@ SCALE_DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
 def code_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest of the centred codes that `bits` bits hold, in grid steps: -2^(bits-1), 2^(bits-1) - 1."""
+    """Return qmin and qmax, the smallest and largest centred code of `bits` bits: -2^(bits-1) and 2^(bits-1) - 1."""
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
@@ -95,7 +95,7 @@ class Grid:
             )
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape (rows, groups) of the scales of an (out, in) weight."""
+        """Return the shape (rows, groups) of the scales of an (out, in) weight."""
         if self.group_size == PER_TENSOR:
             return (1, 1)
         if self.group_size == PER_CHANNEL:
@@ -103,7 +103,7 @@ class Grid:
         return (out_features, in_features // self.group_size)
 
     def describe(self) -> str:
-        """A few words for people: "4 bits, symmetric, groups of 128"."""
+        """Describe it in a few words for people: "4 bits, symmetric, groups of 128"."""
         share = {PER_CHANNEL: "per channel", PER_TENSOR: "per tensor"}.get(
             self.group_size, f"groups of {self.group_size}"
         )
@@ -128,7 +128,7 @@ class GridTensor:
     grid: Grid
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in) weights in `dtype`, rounded once."""
+        """Compute the weights: (out, in) in `dtype`, rounded once."""
         return dequantize(self.codes, self.scale, self.zero_point, dtype)
 
 
@@ -142,7 +142,7 @@ def rows_of(per_row: torch.Tensor, rows: slice) -> torch.Tensor: ...
 @overload
 def rows_of(per_row: None, rows: slice) -> None: ...
 def rows_of(per_row: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    """The scales, or zero points, of some rows of a weight: a view.
+    """Select the scales, or zero points, of some rows of a weight: a view.
 
     Args:
         per_row: (out, groups); (1, groups) serves all rows, and comes back whole; None (no zero points) stays None.
@@ -187,7 +187,7 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`s * (q - z)` in `dtype`, rounded once, exactly as compressed-tensors decompresses.
+    """Compute `s * (q - z)` in `dtype`, rounded once, exactly as compressed-tensors decompresses.
 
     Args:
         codes: (out, in) codes, any dtype that holds them.
@@ -204,7 +204,7 @@ def dequantize(
 
 
 def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
-    """The nearest positive scale that a checkpoint stores exactly (design principle 1).
+    """Round a scale to the nearest positive one that a checkpoint stores exactly (design principle 1).
 
     "auto" gives numbers that are exact in bf16 *and* fp16: 8 significant bits, and multiples of 2^-24 below 2^-17 where
     fp16 runs out of exponent. One checkpoint is then exact whatever dtype an engine computes in.
@@ -214,7 +214,10 @@ def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
         scale_dtype: one of `SCALE_DTYPES`.
 
     Returns:
-        fp32 tensor of the same shape. Idempotent: `snap(snap(s)) == snap(s)`.
+        fp32 tensor of the same shape. Idempotent: `snap(snap(s)) == snap(s)`. NaN stays NaN.
+
+    Raises:
+        ValueError: there is no such `scale_dtype`.
     """
     if scale_dtype == "fp32":
         return scale.clamp(min=torch.finfo(torch.float32).tiny)

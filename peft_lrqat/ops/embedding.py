@@ -72,7 +72,7 @@ def _embedding_backward(
     bits: int,
     downcast: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of scale, A and B, fp32: `tuners/lrqat/layer.py`, with G = dY scattered to its rows."""
+    """Compute the gradients of scale, A and B, fp32 (`tuners/lrqat/layer.py`), with G = dY scattered to its rows."""
     width = dy.shape[-1]
     fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
     factors = optional_factors(A, B, c)

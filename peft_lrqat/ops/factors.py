@@ -48,7 +48,7 @@ def round_factors(A: torch.Tensor, B: torch.Tensor, c: float = 1.0) -> Factors:
 
 
 def optional_factors(A: torch.Tensor | None, B: torch.Tensor | None, c: float) -> Factors | None:
-    """`round_factors` of an adapter, or None where there is none (A or B is None)."""
+    """Round the factors of an adapter (`round_factors`); None where there is none (A or B is None)."""
     return None if A is None or B is None else round_factors(A, B, c)
 
 

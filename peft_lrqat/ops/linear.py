@@ -44,8 +44,8 @@ _scale_op.register_autograd(_scale_backward, setup_context=_scale_setup)
 
 
 def trained_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
-    """s = snap(s0 (1 + shift)), with a straight-through gradient: the master moves freely, the forward sees what is
-    stored.
+    """Compute s = snap(s0 (1 + shift)), with a straight-through gradient: the master moves freely, the forward sees
+    what is stored.
 
     Args:
         scale0: fp32 (rows, groups), weight units per grid step.
@@ -151,7 +151,7 @@ def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
-    """Gradients of all tensors; `backward` (the op, or the function that it registers) does the work."""
+    """Compute the gradients of all tensors; `backward` is the op, or the function that it registers."""
     need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     _, _, shift, _, A, B = weight
     need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
@@ -186,7 +186,7 @@ _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
-    """How often each tensor was changed in place; None for inference tensors (several adapters add up to one under
+    """Tell how often each tensor was changed in place; None for inference tensors (several adapters add up to one under
     `torch.inference_mode`), which do not count."""
     return [None if t is None or t.is_inference() else t._version for t in tensors]
 
@@ -230,7 +230,7 @@ def quantized_linear(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
-    """y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z), s = snap(s0 (1 + shift)) (LR-QAT, arXiv
+    """Compute y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z) and s = snap(s0 (1 + shift)) (LR-QAT, arXiv
     2406.06385, eq. 8).
 
     Args:

@@ -147,7 +147,7 @@ def low_bit_linear(
     bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
+    """Compute y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
     Args:
         x: (..., in), the compute dtype; W^ is built in it. Differentiable.

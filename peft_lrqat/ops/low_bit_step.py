@@ -70,6 +70,7 @@ class Rule(NamedTuple):
 
 
 def _root(v: torch.Tensor) -> torch.Tensor:
+    """Take the root of fp32 v, rounded once, on every device."""
     # torch's fp32 root on a CPU is not always the nearest, as a GPU's and a kernel's are
     return v.double().sqrt_().float() if v.device.type == "cpu" else v.sqrt()
 
@@ -80,6 +81,7 @@ def _blocks(values: torch.Tensor) -> torch.Tensor:
 
 
 def _unblock(blocks: torch.Tensor, columns: int) -> torch.Tensor:
+    """Undo `_blocks`: (rows, columns)."""
     return blocks.reshape(blocks.shape[0], -1)[:, :columns]
 
 
@@ -163,7 +165,7 @@ def update_rows(
     step: torch.Tensor,
     rule: Rule,
 ) -> None:
-    """Update some rows in place.
+    """Update some rows in place: the formulas above.
 
     Args:
         packed: int32 (n, words). Updated.

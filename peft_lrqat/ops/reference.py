@@ -26,7 +26,7 @@ from .stored_base import BaseFormat, decode_base
 
 @contextlib.contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
-    """Full-precision fp32 products whatever the caller allows elsewhere (TF32, bf16 passes, autocast).
+    """Multiply in full fp32 inside, whatever the caller allows elsewhere (TF32, bf16 passes, autocast).
 
     Codes are rounded from Phi + B A: in another precision they would be others.
     """
@@ -215,8 +215,8 @@ def _per_row(dy: Tensor, y: Tensor) -> Tensor:
 def _low_rank_by_rows(
     dy: Tensor, x: Tensor, scale: Tensor, factors: Factors, clipped: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A~ (R, in) and B~ (out, R), from LoRA-sized products: dZ = s * G but for the clipped entries, where
-    it is 0."""
+    """Compute the gradients of A~ (R, in) and B~ (out, R), fp32, from LoRA-sized products: dZ = s * G but for the
+    clipped entries, where it is 0."""
     A, B = factors
     xA = torch.mm(x, A.to(x.dtype).t())  # (T, R)
     dB = torch.mm(dy.t(), xA).float() * scale
@@ -247,7 +247,7 @@ def _by_G(
     need_scale: bool,
     need_AB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """W^ in dy's dtype, and the gradients of s, A~ and B~, through G = dY^T X, a chunk of rows at a time.
+    """Build W^ in dy's dtype, and compute the gradients of s, A~ and B~, through G = dY^T X, a chunk of rows at a time.
 
     No host-device synchronisation.
     """

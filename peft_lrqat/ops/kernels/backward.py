@@ -69,7 +69,7 @@ def linear_backward(
     need_shift: bool,
     need_AB: bool,
 ) -> Gradients:
-    """`reference.linear_backward`, up to the order of the sums."""
+    """Compute what `reference.linear_backward` does, up to the order of the sums."""
     rows, groups = base.shape[0], scale0.shape[1]
     if A is None or B is None:
         need_AB = False
@@ -98,7 +98,7 @@ def linear_backward(
 
 
 def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32, from operands of one dtype, without rounding to that dtype on the way."""
+    """Multiply two matrices of one dtype to fp32, without rounding to that dtype on the way."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     if a.device.type == "cuda":
@@ -161,7 +161,12 @@ def _by_rows(
     fmt: BaseFormat,
     flags: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the shift (where y is given), A and B (where flags are), fp32; `prepared.b_low` holds s B~."""
+    """Compute the gradients of the shift (where y is given), A and B (where flags are), all fp32.
+
+    Args:
+        prepared: with s B~ in `b_low`.
+        flags: int32 (tiles,), 1 for each tile with a clipped entry; None: no gradient of A and B is wanted.
+    """
     (tokens, rows), device = dy.shape, dy.device
     dshift = xA = dA = dB = None
     if y is not None:
@@ -187,7 +192,7 @@ def _row_sums_kernel(
     dB, dshift, dy, y, xA, scale0, scale, c, scale_stride, tokens, rows, RANK: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
+    """Compute dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
 
     A program owns BC rows of W and BR columns of dB, so the order of the sums does not vary.
     """
@@ -324,7 +329,7 @@ def _by_G(
     need_shift: bool,
     need_AB: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the shift, A and B, fp32, as far as needed, through G."""
+    """Compute the gradients of the shift, A and B, all fp32 and None where not needed, through G."""
     G = torch.mm(dy.t(), x)
     rows, words = base.shape
     launch, columns = _launch_by_G(rows, words, scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB)
@@ -369,7 +374,7 @@ def _by_G_kernel(
     FULL: tl.constexpr,
     WRITE: tl.constexpr,
 ):
-    """G to M s G in place, and the sum of G Q over each row of the tile."""
+    """Turn G into M s G in place, and sum G Q over each row of the tile."""
     n, m = tl.program_id(0), tl.program_id(1)
     j = m * BM + tl.arange(0, BM)
     row_ok = j < out_features

@@ -93,7 +93,8 @@ class Launch:
         found = self.compiled.get(key)
         if found is None:
             compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
-            if takes_known_order(type(compiled.run)):
+            launcher: Any = type(compiled.run)
+            if takes_known_order(launcher):
                 # no metadata for, and no calls of, Triton's launch hooks: they cost more than the launch
                 self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         else:
@@ -123,5 +124,5 @@ class Kernel:
 
 
 def launched(kernel: Any) -> Kernel:
-    """Decorator over `triton.jit`."""
+    """Wrap a function that `triton.jit` made: a decorator."""
     return Kernel(kernel)

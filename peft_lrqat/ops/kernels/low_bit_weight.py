@@ -24,7 +24,7 @@ def _levels(
     packed, scale, ternary_scale, scale_stride, j, i, first, group, row_ok, column_ok, words, BITS: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """`low_bit.low_bit_levels` (BM, BN). For launches without fused operations: q r is rounded before its ties are."""
+    """Build `reference.low_bit_levels` (BM, BN). Launch it without fused operations: q r is rounded on its own."""
     q = stored_levels(packed, j, i, first, row_ok, column_ok, words, BITS, "int", FULL)
     if ternary_scale is not None:
         s = tl.load(scale + j * scale_stride + group, mask=row_ok, other=1.0)
@@ -66,7 +66,7 @@ def _scale_sums_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _launch(kernel: Kernel, rows: int, in_features: int, words: int, scales: tuple[int, int], bits: int) -> Launch:
-    """One of the two kernels above: they cut the weight into the same tiles."""
+    """Fix a launch of one of the two kernels above, which cut the weight into the same tiles."""
     tiles = tiling(rows, in_features, scales[1], loops=False)
     return kernel.launch(
         tiles.grid,
@@ -91,7 +91,7 @@ def low_bit_weight(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`reference.low_bit_weight`, equal bit for bit."""
+    """Build what `reference.low_bit_weight` does, bit for bit."""
     rows, words = packed.shape
     packed, scale = packed.contiguous(), scale.contiguous()
     if ternary_scale is None:
@@ -107,7 +107,7 @@ def low_bit_weight(
 def scale_gradient(
     grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, ternary_scale: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """`reference.scale_gradient`, up to the order of the sums."""
+    """Compute what `reference.scale_gradient` does, up to the order of the sums."""
     rows, in_features = grad.shape
     if not grad.numel():
         return torch.zeros_like(scale)

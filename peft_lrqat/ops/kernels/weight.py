@@ -86,7 +86,7 @@ def linear_weight(
     scale_dtype: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`reference.linear_weight`, equal bit for bit."""
+    """Build what `reference.linear_weight` does, bit for bit."""
     prepared = prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
     return prepared_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, dtype)
 
