@@ -13,12 +13,12 @@ GPU_CHUNK = 1 << 25
 
 
 def chunk_size(device: torch.device) -> int:
-    """Elements of a chunk on this device."""
+    """Return how many elements a chunk has on this device."""
     return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def row_chunks(rows: int, cols: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover `rows` rows of `cols` elements, each within the chunk size of the device."""
+    """Cover `rows` rows of `cols` elements with slices, each within the chunk size of the device, or of one row."""
     step = max(1, chunk_size(device) // max(1, cols))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

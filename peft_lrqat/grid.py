@@ -16,7 +16,7 @@ Scales have shape (rows, groups): (out, in / group_size) per group, (out, 1) per
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -28,6 +28,11 @@ TERNARY: Any = 1.58  # the one `bits` that is no int; Any, so that `bits` may be
 
 #: What `scale_dtype` may be called; "auto" means: exact in both bf16 and fp16.
 SCALE_DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Return qmin and qmax, the smallest and largest centred code of `bits` bits: -2^(bits-1) and 2^(bits-1) - 1."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,12 @@ class Grid:
     @property
     def qmin(self) -> int:
         """Smallest code, in grid steps."""
-        return -1 if self.ternary else -(1 << (self.code_bits - 1))
+        return -1 if self.ternary else code_range(self.code_bits)[0]
 
     @property
     def qmax(self) -> int:
         """Largest code, in grid steps."""
-        return (1 << (self.code_bits - 1)) - 1
+        return code_range(self.code_bits)[1]
 
     def check_divides(self, in_features: int, where: str = "the weight") -> None:
         """Raise ValueError if `group_size` does not divide `in_features`, naming what would."""
@@ -90,7 +95,7 @@ class Grid:
             )
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape (rows, groups) of the scales of an (out, in) weight."""
+        """Return the shape (rows, groups) of the scales of an (out, in) weight."""
         if self.group_size == PER_TENSOR:
             return (1, 1)
         if self.group_size == PER_CHANNEL:
@@ -98,7 +103,7 @@ class Grid:
         return (out_features, in_features // self.group_size)
 
     def describe(self) -> str:
-        """A few words for people: "4 bits, symmetric, groups of 128"."""
+        """Describe it in a few words for people: "4 bits, symmetric, groups of 128"."""
         share = {PER_CHANNEL: "per channel", PER_TENSOR: "per tensor"}.get(
             self.group_size, f"groups of {self.group_size}"
         )
@@ -123,13 +128,42 @@ class GridTensor:
     grid: Grid
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in) weights in `dtype`, rounded once."""
+        """Compute the weights: (out, in) in `dtype`, rounded once."""
         return dequantize(self.codes, self.scale, self.zero_point, dtype)
 
 
 def grouped(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """View an (out, in) matrix as (out, groups, in / groups), so that `scale[:, :, None]` broadcasts against it."""
     return matrix.view(matrix.shape[0], scale.shape[1], -1)
+
+
+@overload
+def rows_of(per_row: torch.Tensor, rows: slice) -> torch.Tensor: ...
+@overload
+def rows_of(per_row: None, rows: slice) -> None: ...
+def rows_of(per_row: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """Select the scales, or zero points, of some rows of a weight: a view.
+
+    Args:
+        per_row: (out, groups); (1, groups) serves all rows, and comes back whole; None (no zero points) stays None.
+        rows: of the weight.
+    """
+    return per_row if per_row is None or per_row.shape[0] == 1 else per_row[rows]
+
+
+def sum_per_scale(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Add up what belongs to the weights that share a scale.
+
+    Args:
+        values: (out, n), where n is a multiple of the groups, or already `grouped`.
+        scale: (rows, groups); rows is out, or 1 where all rows share.
+
+    Returns:
+        (rows, groups), in the dtype of `values`. To add up a weight chunk by chunk:
+        `rows_of(total, rows).add_(sum_per_scale(values, rows_of(scale, rows)))`, from zeros.
+    """
+    sums = values if values.shape == (values.shape[0], scale.shape[1]) else grouped(values, scale).sum(dim=-1)
+    return sums.sum(dim=0, keepdim=True) if scale.shape[0] == 1 < sums.shape[0] else sums
 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid) -> torch.Tensor:
@@ -153,7 +187,7 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`s * (q - z)` in `dtype`, rounded once, exactly as compressed-tensors decompresses.
+    """Compute `s * (q - z)` in `dtype`, rounded once, exactly as compressed-tensors decompresses.
 
     Args:
         codes: (out, in) codes, any dtype that holds them.
@@ -170,7 +204,7 @@ def dequantize(
 
 
 def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
-    """The nearest positive scale that a checkpoint stores exactly (design principle 1).
+    """Round a scale to the nearest positive one that a checkpoint stores exactly (design principle 1).
 
     "auto" gives numbers that are exact in bf16 *and* fp16: 8 significant bits, and multiples of 2^-24 below 2^-17 where
     fp16 runs out of exponent. One checkpoint is then exact whatever dtype an engine computes in.
@@ -180,7 +214,10 @@ def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
         scale_dtype: one of `SCALE_DTYPES`.
 
     Returns:
-        fp32 tensor of the same shape. Idempotent: `snap(snap(s)) == snap(s)`.
+        fp32 tensor of the same shape. Idempotent: `snap(snap(s)) == snap(s)`. NaN stays NaN.
+
+    Raises:
+        ValueError: there is no such `scale_dtype`.
     """
     if scale_dtype == "fp32":
         return scale.clamp(min=torch.finfo(torch.float32).tiny)

@@ -19,7 +19,7 @@ from .chunks import row_chunks
 
 
 def words_per_row(in_features: int, bits: int) -> int:
-    """int32 words that hold a row of `in_features` codes."""
+    """Count the int32 words that hold a row of `in_features` codes."""
     return -(-in_features * bits // 32)
 
 
@@ -68,7 +68,7 @@ def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
-    """Inverse of `pack`.
+    """Read the codes that `pack` stored.
 
     Args:
         packed: int32 (out, ceil(in * bits / 32)).

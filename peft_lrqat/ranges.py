@@ -42,6 +42,9 @@ def choose_range(
     Returns:
         scale: fp32 (rows, groups), positive, already snapped; zero_point: int8 (rows, groups) or None if symmetric.
 
+    Raises:
+        ValueError: the group size does not divide `in`; there is no such `scale_dtype`.
+
     Memory: a few row chunks of fp32 above the inputs and outputs.
     """
     out_features, in_features = weight.shape
@@ -71,7 +74,8 @@ def choose_range(
 def _search(
     parts: list[torch.Tensor], grid: Grid, method: str, p: float, scale_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best (scale, centred zero point) of each line; `parts` are (lines, n) tensors that together make up the lines."""
+    """Find the best (scale, centred zero point) of each line, fp32 (lines,); `parts` are (lines, n) tensors that
+    together make up the lines."""
     lo = torch.stack([part.float().amin(dim=1) for part in parts]).amin(dim=0).clamp_(max=0)
     hi = torch.stack([part.float().amax(dim=1) for part in parts]).amax(dim=0).clamp_(min=0)
 
@@ -115,7 +119,7 @@ def _search(
 def _least_clipping(
     lo: torch.Tensor, hi: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """A lower bound, in weight units, of a line's largest error: what the grid's ends cut off its extremes; fp64."""
+    """Bound a line's largest error from below, in weight units, by what the grid's ends cut off its extremes; fp64."""
     step, zero = scale.double(), zero.double()
     below = step * (grid.qmin - zero) - lo
     above = hi - step * (grid.qmax - zero)
@@ -125,7 +129,7 @@ def _least_clipping(
 def _smallest_that_clips_nothing(
     lo: torch.Tensor, hi: torch.Tensor, grid: Grid, scale_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and centred zero point of each line by its extremes."""
+    """Choose the scale and centred zero point of each line by its extremes; fp32 (lines,)."""
     if grid.symmetric:
         top, bottom = torch.tensor([[grid.qmax], [grid.qmin]], dtype=torch.float32, device=lo.device)
         scale = snap_scale(torch.maximum(hi / top, lo / bottom), scale_dtype)
@@ -137,8 +141,8 @@ def _smallest_that_clips_nothing(
 def _candidates(
     lo: torch.Tensor, hi: torch.Tensor, divisors: list[float], grid: Grid, scale_dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and centred zero points (divisors, lines): the largest magnitude (asymmetric: the span) makes so many
-    steps."""
+    """Compute scales and centred zero points (divisors, lines): the largest magnitude (asymmetric: the span) makes so
+    many steps."""
     # tensors on the device: a GPU divides by a Python number by multiplying with its rounded inverse
     steps = torch.tensor(divisors, dtype=torch.float32, device=lo.device).unsqueeze(1)
     if grid.symmetric:
@@ -161,7 +165,7 @@ def _error(
     levels: torch.Tensor,
     nearest: torch.Tensor,
 ) -> torch.Tensor:
-    """sum |x - round(x)|^p over each of the `lines` (lines, n), x in grid steps, for each candidate scale.
+    """Sum |x - round(x)|^p over each of the `lines` (lines, n), x in grid steps, for each candidate scale.
 
     Args:
         scale, zero: (candidates, lines).
@@ -177,14 +181,14 @@ def _error(
     if grid.symmetric:
         nearest.clamp_(grid.qmin, grid.qmax)
     else:
-        shift = zero.unsqueeze(2)
-        nearest.add_(shift).clamp_(grid.qmin, grid.qmax).sub_(shift)
+        zero = zero.unsqueeze(2)
+        nearest.add_(zero).clamp_(grid.qmin, grid.qmax).sub_(zero)
     powers = _power(levels.sub_(nearest).abs_(), p, nearest)
     return _line_sum(powers.view(-1, shape[2])).view(scale.shape)
 
 
 def _line_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum of each line, fp64 (lines,), equal on every device. Overwrites `values`."""
+    """Sum each line of fp32 (lines, n) to fp64 (lines,), equal on every device. Overwrites `values`."""
     # fold in halves a few times (elementwise, so equal on every device), then add up what is left in fp64
     width = values.shape[1]
     while width > 32:
@@ -197,7 +201,7 @@ def _line_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def _power(miss: torch.Tensor, p: float, out: torch.Tensor) -> torch.Tensor:
-    """miss^p for miss >= 0, written to `out`.
+    """Compute miss^p for miss >= 0, written to `out`.
 
     Products and square roots are rounded as IEEE says on every device; `pow` is not, and many times slower. So whole
     and half p, and those a quarter above a whole number, are made of the former.

@@ -35,7 +35,7 @@ SPARE_BITS = 9
 
 
 def stream_key(seed: int, name: str) -> int:
-    """The 64-bit key of a parameter, as a signed integer that fits torch.int64."""
+    """Hash a seed and a parameter's name to its 64-bit key, a signed integer that fits torch.int64."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -49,7 +49,7 @@ def _mul_hi_lo(value: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torc
 def philox(
     c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+    """Draw four 32-bit words from a 128-bit counter and a 64-bit key: Philox4x32-10.
 
     Args:
         c0, c1, c2, c3: int64 tensors that broadcast together, each in [0, 2^32).
@@ -68,7 +68,7 @@ def philox(
 
 
 def random_words(rows: torch.Tensor, columns: int, step: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The words of some rows of a weight.
+    """Draw the words of some rows of a weight.
 
     Args:
         rows: int64 (n,), row numbers.
@@ -85,17 +85,18 @@ def random_words(rows: torch.Tensor, columns: int, step: torch.Tensor, key: torc
 
 
 def uniform(words: torch.Tensor) -> torch.Tensor:
-    """fp32 in (0, 1), the odd multiples of 2^-24, from the upper 23 bits of each word."""
+    """Take the upper 23 bits of each word (int64) as fp32 in (0, 1): the odd multiples of 2^-24."""
     return ((words >> SPARE_BITS).float() + 0.5) * 2.0**-23
 
 
 def spare_dither(words: torch.Tensor, low: int, width: int) -> torch.Tensor:
-    """fp32 in (0, 1): `width` of the spare bits from bit `low` on, as the middle of their cell."""
+    """Make fp32 in (0, 1) of `width` spare bits of each word (int64), from bit `low` on: the middle of their cell."""
     return (((words >> low) & ((1 << width) - 1)).float() + 0.5) * 2.0**-width
 
 
 def round_stochastically(codes: torch.Tensor, move: torch.Tensor, u: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """clip(q + floor(d + u)): DQT's SR(q + d) (arXiv 2412.04787, eq. 1), up with probability equal to the fraction.
+    """Compute clip(q + floor(d + u)), DQT's SR(q + d) (arXiv 2412.04787, eq. 1): up with probability equal to the
+    fraction.
 
     The integer stays out of the floating-point sum: d + u is exact to 2^-24 whatever q is, and d = 0 changes nothing.
 

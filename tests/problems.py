@@ -1,4 +1,9 @@
-"""Random layers for the tests of the operation, and its formula in plain fp32 PyTorch, differentiated by autograd."""
+"""Random layers for the tests of the operations, and their formula in plain fp32 PyTorch, differentiated by autograd.
+
+What interacts decides what the tests cross. The bits and how the base is stored (`KINDS`) meet in decoding, which gives
+one fp32 matrix whatever they were. Granularity, zero points, clipping, a bias and the gradients asked for meet in which
+way the backward takes and how it adds up. So tests go through all of the one with some of the other, and the reverse.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,14 @@ import torch
 from peft_lrqat.grid import Grid, grouped
 from peft_lrqat.ops import quantized_linear, trained_scale
 from peft_lrqat.ops.factors import round_factors
-from peft_lrqat.ops.stored_base import BaseFormat, decode_base, encode_base
+from peft_lrqat.ops.stored_base import DOWNCASTS, BaseFormat, decode_base, encode_base
 from peft_lrqat.ranges import choose_range
 
 ROWS, COLS, RANK = 13, 45, 5
+GRANULARITY = (9, -1, 0)
+KINDS = [(bits, downcast) for bits in (2, 3, 4, 8) for downcast in DOWNCASTS if (bits, downcast) != (8, "fx8")]
+#: Where kernels are tested: on a GPU where there is one, else in Triton's interpreter.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -55,13 +64,17 @@ class Problem:
         )
 
     @property
+    def fmt(self) -> BaseFormat:
+        return BaseFormat(self.grid.bits, self.x.shape[-1], self.downcast)
+
+    @property
     def scale(self) -> torch.Tensor:
         """s, with a straight-through gradient to `shift`."""
         return trained_scale(self.scale0, self.shift, "auto")
 
     def clipped(self) -> torch.Tensor:
         """bool (out, in): where the clip acts."""
-        levels = decode_base(self.base, BaseFormat(self.grid.bits, self.x.shape[-1], self.downcast))
+        levels = decode_base(self.base, self.fmt)
         if self.A is not None:
             A, B = round_factors(self.A.detach(), self.B.detach(), self.c)
             levels = levels + B @ A
@@ -74,6 +87,17 @@ class Problem:
             return None if tensor is None else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
         return replace(self, x=cast(self.x), bias=cast(self.bias), dy=cast(self.dy))
+
+    def there(self) -> Problem:
+        """All of it on `DEVICE`, as leaves again."""
+        names = ("x", "base", "scale0", "shift", "zero_point", "A", "B", "bias", "dy")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {
+            name: tensor.detach().to(DEVICE).requires_grad_(tensor.requires_grad)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        return replace(self, **moved)
 
 
 def problem(
@@ -120,9 +144,9 @@ def problem(
     return made
 
 
-def plain(p: Problem, weight_dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The formula as the paper writes it: straight-through rounding (of the factors too), clip, scale, product."""
-    z = decode_base(p.base, BaseFormat(p.grid.bits, p.x.shape[-1], p.downcast))
+def plain_weight(p: Problem) -> torch.Tensor:
+    """W^, fp32, as the paper writes it: straight-through rounding (of the factors too), clip, scale."""
+    z = decode_base(p.base, p.fmt)
     if p.A is not None:
         A, B = p.A.float(), p.B.float() * p.c
         near_A, near_B = round_factors(p.A.detach(), p.B.detach(), p.c)
@@ -131,8 +155,12 @@ def plain(p: Problem, weight_dtype: torch.dtype = torch.float32) -> torch.Tensor
     levels = grouped(rounded.clamp(p.grid.qmin, p.grid.qmax), p.scale)
     if p.zero_point is not None:
         levels = levels - p.zero_point.unsqueeze(-1).float()
-    weight = (levels * p.scale.unsqueeze(-1)).view(z.shape).to(weight_dtype)
-    return torch.nn.functional.linear(p.x, weight, p.bias)
+    return (levels * p.scale.unsqueeze(-1)).view(z.shape)
+
+
+def plain(p: Problem, weight_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The layer with `plain_weight`."""
+    return torch.nn.functional.linear(p.x, plain_weight(p).to(weight_dtype), p.bias)
 
 
 def ours(p: Problem) -> torch.Tensor:
@@ -141,3 +169,40 @@ def ours(p: Problem) -> torch.Tensor:
 
 def gradients(y: torch.Tensor, p: Problem) -> dict[str, torch.Tensor]:
     return dict(zip(p.leaves, torch.autograd.grad(y, list(p.leaves.values()), p.dy), strict=True))
+
+
+def results(y: torch.Tensor, p: Problem) -> dict[str, torch.Tensor]:
+    """An output and its gradients, by name."""
+    return {"y": y, **gradients(y, p)}
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, name: str = "", rtol: float = 2e-5) -> None:
+    """Equal up to fp32 summation order: the error is measured against the tensor's largest entry."""
+    assert found.shape == expected.shape, name
+    assert found.dtype == expected.dtype, name
+    assert torch.isfinite(found).all(), name
+    if found.numel():
+        assert (found - expected).abs().max() <= rtol * expected.abs().max() + 1e-7, name
+
+
+def check(p: Problem) -> None:
+    """Output and every gradient are the formula's."""
+    found, truth = results(ours(p), p), results(plain(p), p)
+    for name, exact in truth.items():
+        assert_close(found[name], exact, name)
+        assert exact.abs().max() > 0, name
+
+
+def check_low_precision(low: Problem, slack: float) -> None:
+    """Against the formula in fp32, what is ours is off by no more than the formula in low precision.
+
+    Args:
+        low: a problem in bf16 or fp16.
+        slack: machine epsilons that ours may be worse by.
+    """
+    exact = low.to(torch.float32)
+    truth, usual, found = results(plain(exact), exact), results(plain(low, low.x.dtype), low), results(ours(low), low)
+    for name, true in truth.items():
+        assert found[name].dtype == usual[name].dtype, name
+        ours_off, usual_off = (((v[name].float() - true).norm() / true.norm()).item() for v in (found, usual))
+        assert ours_off <= usual_off + slack * torch.finfo(low.x.dtype).eps, name

@@ -6,7 +6,9 @@ from peft import LoraRuntimeConfig
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitAdamW
+from peft_lrqat.ops import use_kernels
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
+from tests.problems import ours, problem, results
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -74,3 +76,24 @@ def test_a_gpu_converts_what_lies_on_the_cpu_to_the_same_integers(config):
     expected, found = here.base_model.state_dict(), there.base_model.state_dict()
     for name in expected:
         assert "lora_A" in name or torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_launches_by_position_and_through_triton_are_the_same(group_size, monkeypatch):
+    from peft_lrqat.ops.kernels import launch
+
+    made, init = [], launch.Launch.__init__
+    monkeypatch.setattr(launch.Launch, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+    # a shape of its own, so that nothing is compiled yet; shares of clipped entries would be added in any order
+    p = problem(4, group_size, False, "int", clip="none", rows=83, cols=352, shape=(37,)).to(torch.bfloat16).there()
+    with use_kernels(True):
+        with monkeypatch.context() as forced:
+            forced.setattr(launch, "takes_known_order", lambda launcher: False)
+            through_triton = [results(ours(p), p) for _ in range(2)]
+        assert made
+        assert not any(one.compiled for one in made)
+        by_position = [results(ours(p), p) for _ in range(2)]  # the first one notes what was compiled
+    assert all(one.compiled for one in made), "a Triton not known yet: read its launcher, then add it to launch.py"
+    for found in (*through_triton[1:], *by_position):
+        for name, value in through_triton[0].items():
+            assert torch.equal(found[name], value), name

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from peft_lrqat import Grid
-from peft_lrqat.grid import SCALE_DTYPES, dequantize, quantize, snap_scale
+from peft_lrqat.grid import SCALE_DTYPES, code_range, dequantize, quantize, rows_of, snap_scale, sum_per_scale
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bounds(bits):
     grid = Grid(bits, -1)
-    assert (grid.qmin, grid.qmax) == (-(2**bits) // 2, 2**bits // 2 - 1)
+    assert (grid.qmin, grid.qmax) == code_range(bits) == (-(2**bits) // 2, 2**bits // 2 - 1)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 4.0, "4", True, None])
@@ -115,3 +115,22 @@ def test_snapping_is_to_the_nearest_number_that_both_dtypes_hold():
 def test_unknown_scale_dtype():
     with pytest.raises(ValueError, match="scale_dtype"):
         snap_scale(torch.ones(1), "fp8")
+
+
+@pytest.mark.parametrize("scales", [(6, 3), (6, 1), (1, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_what_shares_a_scale_is_added_up_whatever_the_chunks(scales, step):
+    values = torch.arange(72.0).view(6, 12)
+    expected = values.view(6, scales[1], -1).sum(-1)
+    expected = expected.sum(0, keepdim=True) if scales[0] == 1 else expected
+    assert torch.equal(sum_per_scale(values, torch.ones(scales)), expected)
+    assert torch.equal(sum_per_scale(values.view(6, scales[1], -1), torch.ones(scales)), expected)
+    total = torch.zeros(scales)
+    for start in range(0, 6, step):
+        rows = slice(start, min(start + step, 6))
+        rows_of(total, rows).add_(sum_per_scale(values[rows], rows_of(torch.ones(scales), rows)))
+    assert torch.equal(total, expected)
+
+
+def test_rows_of_no_zero_points_are_none():
+    assert rows_of(None, slice(0, 2)) is None

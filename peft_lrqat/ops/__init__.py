@@ -1,6 +1,32 @@
-"""The few operations that cost time: plain PyTorch references, Triton kernels, and `torch.library` over both."""
+"""The few operations that cost time, listed below: plain PyTorch references, Triton kernels, `torch.library` over both.
 
+One scheme for all of them. An operation's file holds the public function and, where a model's graph runs through it,
+its registration with `torch.library` (schema, fake implementation, autograd), and says where its reference is:
+
+    linear.py, low_bit.py           reference.py; kernels/weight.py, backward.py, low_bit_weight.py
+    embedding.py, activations.py    the file itself; no kernel
+    low_bit_step.py                 the file itself; kernels/low_bit_step.py
+
+A reference and its kernel have one name, one signature and one result (`kernels/__init__.py` lists the pairs, a test
+compares them), so an operation only chooses between them: `kernels_for(x) or reference`. `dispatch.py` decides which
+runs, `stored_base.py` and `factors.py` say how the frozen weight and the adapter become numbers that every device
+computes alike.
+"""
+
+from .activations import round_activations
 from .dispatch import use_kernels
+from .embedding import quantized_embedding
 from .linear import quantized_linear, trained_scale
+from .low_bit import low_bit_linear, mean_code
+from .low_bit_step import step_codes
 
-__all__ = ["quantized_linear", "trained_scale", "use_kernels"]
+__all__ = [
+    "low_bit_linear",  # y = x W^T over packed codes that are trained themselves
+    "mean_code",  # mean |q| over the weights that share a scale
+    "quantized_embedding",  # rows of W^, the adapter inside the rounding
+    "quantized_linear",  # y = x W^T + bias, the adapter inside the rounding
+    "round_activations",  # 8 bits per token, as an engine does it
+    "step_codes",  # one AdamW step on packed codes, which ends in stochastic rounding
+    "trained_scale",  # s0 and its learned change, snapped to what a checkpoint stores
+    "use_kernels",  # not an operation: switches the kernels on or off
+]

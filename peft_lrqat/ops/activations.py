@@ -18,7 +18,7 @@ _LEVELS = {"compressed-tensors": 127.5, "bitnet": 127.0}
 
 
 def round_activations(x: Tensor, rule: str) -> Tensor:
-    """Per-token absmax activations on an 8-bit grid, with a straight-through gradient (BitNet b1.58, arXiv 2402.17764).
+    """Round each token to an 8-bit grid by its largest magnitude, straight through (BitNet b1.58, arXiv 2402.17764).
 
     Args:
         x: (..., in), any float dtype, a token per row.
@@ -39,11 +39,12 @@ def round_activations(x: Tensor, rule: str) -> Tensor:
 
 
 def describe_rule(rule: str | None) -> str:
-    """A few words for messages: "floats", or the steps that a token's largest magnitude takes."""
+    """Describe a rule in a few words for messages; None: "floats"."""
     return "floats" if rule is None else f"{_LEVELS[rule]:g} steps for a token's largest magnitude"
 
 
 def _largest(x: Tensor) -> Tensor:
+    """Find each token's largest magnitude: fp32 (..., 1)."""
     return x.float().abs().amax(dim=-1, keepdim=True)
 
 

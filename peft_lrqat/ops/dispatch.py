@@ -26,12 +26,12 @@ def _kernels() -> ModuleType | None:
 
 @functools.cache
 def _capable(device: torch.device) -> bool:
-    """Whether this is a GPU that the kernels were made for: NVIDIA's from Ampere on, which have bf16."""
+    """Tell whether this is a GPU that the kernels were made for: NVIDIA's from Ampere on, which have bf16."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
-    """The module `ops.kernels` if it is to work on this tensor, else None."""
+    """Choose for a tensor: the module `ops.kernels`, or None where the reference is to work on it."""
     if _forced is False or (_forced is None and (tensor.device.type != "cuda" or not _capable(tensor.device))):
         return None
     return _kernels()
@@ -39,7 +39,7 @@ def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
 
 @contextlib.contextmanager
 def use_kernels(use: bool) -> Iterator[None]:
-    """Inside, operations run with (True) or without (False) the Triton kernels, whatever the device. For all threads.
+    """Run operations with (True) or without (False) the Triton kernels inside, whatever the device, in all threads.
 
     True needs a GPU or Triton's interpreter (`TRITON_INTERPRET=1`); results differ by rounding only, codes not at all.
     """
@@ -52,14 +52,14 @@ def use_kernels(use: bool) -> Iterator[None]:
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """A kernel goes to the current device; this makes it the tensor's."""
+    """Return a context in which the tensor's device is the current one, where kernels are launched."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the dtype that autocast computes in where it is on, as torch's own linear layer takes it; else `x`.
+    """Cast `x` to the dtype that autocast computes in, as torch's own linear layer does; without autocast return `x`.
 
     Every layer calls it first, so that a layer under autocast rounds and multiplies alike before and after merging.
     """
@@ -68,7 +68,7 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
 
 
 def no_autocast(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager:
-    """What an operation works in: no autocast, and the tensor's device as the current one.
+    """Return the context that an operation works in: no autocast, and the tensor's device as the current one.
 
     Leaving autocast costs as much as a launch, so that is done only where it is on and would change something.
 

@@ -1,4 +1,5 @@
-"""The embedding lookup with the adapter inside the rounding: rows of W^ instead of a product with W^.
+"""The embedding lookup with the adapter inside the rounding: rows of W^ instead of a product with W^. No kernel does
+this: the functions that are registered here are the reference.
 
 Only the row chunks that hold a looked-up token are built, one at a time, with the same chunk boundaries as everywhere
 else, so that a row's codes are the ones that merging stores.
@@ -10,18 +11,15 @@ import torch
 from torch import Tensor
 
 from ..chunks import row_chunks
-from ..grid import grouped
-from .factors import round_factors
+from ..grid import grouped, rows_of, sum_per_scale
+from .dispatch import no_autocast
+from .factors import optional_factors
 from .reference import build_weight, rounded_levels
 from .stored_base import BaseFormat
 
 
-def _rows_of(per_row: Tensor | None, rows: slice) -> Tensor | None:
-    return per_row if per_row is None or per_row.shape[0] == 1 else per_row[rows]
-
-
 def _tokens_in(ids: Tensor, rows: slice) -> Tensor:
-    """Positions in the flat `ids` whose token is one of `rows`: int64 (n,)."""
+    """Find the positions in the flat `ids` whose token is one of `rows`: int64 (n,)."""
     return ((ids >= rows.start) & (ids < rows.stop)).nonzero().squeeze(1)
 
 
@@ -45,14 +43,14 @@ def _embedding(
             f"token ids reach from {int(flat.min())} to {int(flat.max())}; the table has {len(base)} rows."
         )
     out = torch.empty(flat.shape[0], width, dtype=dtype, device=base.device)
-    factors = None if A is None or B is None else round_factors(A, B, c)
-    for rows in row_chunks(base.shape[0], width, base.device):
-        here = _tokens_in(flat, rows)
-        if here.numel():
-            s, z = (_rows_of(t, rows) for t in (scale, zero_point))
-            assert s is not None
-            part = build_weight(base[rows], s, z, factors and factors.rows(rows), fmt, dtype)
-            out[here] = part[flat[here] - rows.start]
+    with no_autocast(base):
+        factors = optional_factors(A, B, c)
+        for rows in row_chunks(base.shape[0], width, base.device):
+            here = _tokens_in(flat, rows)
+            if here.numel():
+                s, z = rows_of(scale, rows), rows_of(zero_point, rows)
+                part = build_weight(base[rows], s, z, factors and factors.rows(rows), fmt, dtype)
+                out[here] = part[flat[here] - rows.start]
     return out.view(*ids.shape, width)
 
 
@@ -74,33 +72,27 @@ def _embedding_backward(
     bits: int,
     downcast: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scale, A and B, fp32; the formulas of `tuners/lrqat/layer.py` with G = dY scattered to its rows."""
+    """Compute the gradients of scale, A and B, fp32 (`tuners/lrqat/layer.py`), with G = dY scattered to its rows."""
     width = dy.shape[-1]
     fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
-    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    factors = None if A is None or B is None else round_factors(A, B, c)
+    factors = optional_factors(A, B, c)
     ds = torch.zeros_like(scale)
     dA = torch.zeros(A.shape if A is not None else (0,), device=base.device)
     dB = torch.zeros(B.shape if B is not None else (0,), device=base.device)
-    for rows in row_chunks(base.shape[0], width, base.device):
-        here = _tokens_in(flat, rows)
-        if not here.numel():
-            continue
-        s, z = (_rows_of(t, rows) for t in (scale, zero_point))
-        assert s is not None
-        levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
-        G = torch.zeros_like(levels).index_add_(0, flat[here] - rows.start, dy[here])
-        inside = (levels >= qmin) & (levels <= qmax)
-        Q = grouped(levels.clamp_(qmin, qmax), s)
-        Q = Q if z is None else Q - z.unsqueeze(-1)
-        per_scale = (grouped(G, s) * Q).sum(dim=-1)
-        if scale.shape[0] == 1 < base.shape[0]:
-            ds += per_scale.sum(dim=0)
-        else:
-            ds[rows] = per_scale
-        if factors is not None:
-            dZ = (grouped(G, s) * s.unsqueeze(-1)).view_as(G).mul_(inside)
-            with torch.autocast(dy.device.type, enabled=False):
+    with no_autocast(dy):
+        for rows in row_chunks(base.shape[0], width, base.device):
+            here = _tokens_in(flat, rows)
+            if not here.numel():
+                continue
+            s, z = rows_of(scale, rows), rows_of(zero_point, rows)
+            levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
+            G = torch.zeros_like(levels).index_add_(0, flat[here] - rows.start, dy[here])
+            inside = (levels >= fmt.qmin) & (levels <= fmt.qmax)
+            Q = grouped(levels.clamp_(fmt.qmin, fmt.qmax), s)
+            Q = Q if z is None else Q - z.unsqueeze(-1)
+            rows_of(ds, rows).add_(sum_per_scale(grouped(G, s) * Q, s))
+            if factors is not None:
+                dZ = (grouped(G, s) * s.unsqueeze(-1)).view_as(G).mul_(inside)
                 dB[rows] = torch.mm(dZ, factors.A.t())
                 dA += torch.mm(factors.B[rows].t(), dZ)
     return ds, dA, dB.mul_(c)
@@ -151,12 +143,15 @@ def quantized_embedding(
     downcast: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows `ids` of W^ = s * (clip(round(Phi + c B A)) - z).
+    """Look up the rows `ids` of W^ = s * (clip(round(Phi + c B A)) - z).
 
     Args:
         ids: integers (...), each in [0, rows of the table).
         base: (table rows, words), as `encode_base` stores it.
-        scale, zero_point, A, B, c: as for `quantized_linear`, with out = table rows and in = `width`. Differentiable.
+        scale: fp32 (rows, groups), s itself (`trained_scale`). Differentiable.
+        zero_point, A, B, c: as for `quantized_linear`, with out = table rows and in = `width`.
+        bits, downcast: how `base` is stored.
+        width: of the embedding.
         dtype: of the result.
 
     Returns:

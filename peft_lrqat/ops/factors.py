@@ -32,19 +32,24 @@ class Factors(NamedTuple):
     B: torch.Tensor
 
     def rows(self, rows: slice) -> Factors:
-        """The factors of some output rows."""
+        """Select the factors of some output rows: A~ as it is, B~ (rows, R), a view."""
         return Factors(self.A, self.B[rows])
 
 
 def factor_bits(rank: int) -> int:
-    """k: magnitude bits of the rounded factors, such that every partial sum over `rank` products fits in 24 bits."""
+    """Compute k, the magnitude bits of the rounded factors: every partial sum over `rank` products fits in 24 bits."""
     return min(11, (24 - max(0, rank - 1).bit_length()) // 2)
 
 
 def round_factors(A: torch.Tensor, B: torch.Tensor, c: float = 1.0) -> Factors:
-    """A~ and B~ (see above) of lora_A (R, in), any float dtype, and lora_B (out, R); NaN and infinity stay."""
+    """Round lora_A (R, in) and c lora_B (out, R), any float dtype, to A~ and B~ (see above); NaN and infinity stay."""
     bits = factor_bits(A.shape[0])
     return Factors(_fixed_point(A.float(), 0, bits), _fixed_point(B.float() * c, 1, bits))
+
+
+def optional_factors(A: torch.Tensor | None, B: torch.Tensor | None, c: float) -> Factors | None:
+    """Round the factors of an adapter (`round_factors`); None where there is none (A or B is None)."""
+    return None if A is None or B is None else round_factors(A, B, c)
 
 
 def _fixed_point(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ Each operation is a `torch.library` op (schema, fake implementation, autograd), 
 with known shapes and no graph break. Outside of a compiled region the same functions are called through an ordinary
 `autograd.Function`, whose dispatch costs a fifth: on a GPU, small batches wait for Python.
 
-On a GPU with Triton the work is done by `kernels/`, elsewhere by the references; both give the same codes.
+On a GPU with Triton the work is done by `kernels/`, elsewhere by `reference.py`; both give the same codes.
 """
 
 from __future__ import annotations
@@ -14,21 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import snap_scale
-from . import reference as reference_backward
+from . import reference
 from .dispatch import kernels_for, no_autocast
-from .factors import round_factors
-from .reference import build_weight
 from .stored_base import BaseFormat
 
 _NAMESPACE = "peft_lrqat"
 
 
 # -- the scale
-
-
-def _snapped(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
-    return scale0 if shift is None else snap_scale(scale0 * (1 + shift.float()), scale_dtype)
 
 
 def _scale_backward(ctx: Any, grad: Tensor):
@@ -43,7 +36,7 @@ def _scale_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 @torch.library.custom_op(f"{_NAMESPACE}::trained_scale", mutates_args=())
 def _scale_op(scale0: Tensor, shift: Tensor, scale_dtype: str) -> Tensor:
-    return _snapped(scale0, shift, scale_dtype)
+    return reference.snapped_scale(scale0, shift, scale_dtype)
 
 
 _scale_op.register_fake(lambda scale0, shift, scale_dtype: torch.empty_like(scale0))
@@ -51,8 +44,8 @@ _scale_op.register_autograd(_scale_backward, setup_context=_scale_setup)
 
 
 def trained_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
-    """s = snap(s0 (1 + shift)), with a straight-through gradient: the master moves freely, the forward sees what is
-    stored.
+    """Compute s = snap(s0 (1 + shift)), with a straight-through gradient: the master moves freely, the forward sees
+    what is stored.
 
     Args:
         scale0: fp32 (rows, groups), weight units per grid step.
@@ -83,14 +76,9 @@ def _linear_impl(
     scale_dtype: str,
 ) -> Tensor:
     fmt = BaseFormat(bits, x.shape[-1], downcast)
-    kernels = kernels_for(x)
+    implementation = kernels_for(x) or reference
     with no_autocast(x, x.dtype):
-        if kernels is not None:
-            prepared = kernels.prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
-            weight = kernels.build_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, x.dtype)
-        else:
-            factors = None if A is None or B is None else round_factors(A, B, c)
-            weight = build_weight(base, _snapped(scale0, shift, scale_dtype), zero_point, factors, fmt, x.dtype)
+        weight = implementation.linear_weight(base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype, x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -115,22 +103,11 @@ def _linear_backward_impl(
     fmt = BaseFormat(bits, x.shape[-1], downcast)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
+    weight = (base, scale0, shift, zero_point, A, B)
     needs = (need_x, need_shift, need_AB)
-    kernels = kernels_for(dy)
+    implementation = kernels_for(dy) or reference
     with no_autocast(dy):
-        if kernels is not None:
-            weight = (base.contiguous(), scale0, shift, zero_point, A, B)
-            grads = kernels.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
-        else:
-            scale = _snapped(scale0, shift, scale_dtype)
-            factors = None if A is None or B is None else round_factors(A, B, c)
-            grads = reference_backward.linear_backward(
-                flat_dy, flat_x, flat_y, base, scale, zero_point, factors, fmt, *needs
-            )
-            grads = grads._replace(
-                shift=None if grads.shift is None else grads.shift * scale0,
-                B=None if grads.B is None else grads.B.mul_(c),
-            )
+        grads = implementation.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
     dx = x.new_empty(0) if grads.x is None else grads.x.view(x.shape)
     # an op cannot return None, so what was not asked for is empty
     dshift, dA, dB = (scale0.new_empty(0) if g is None else g for g in grads[1:])
@@ -159,20 +136,13 @@ def _(dy, x, y, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_
     )
 
 
-def _keeps_output(x: Tensor, scale0: Tensor, bits: int) -> bool:
-    kernels = kernels_for(x)
-    if kernels is not None:
-        return kernels.keeps_output(scale0.shape[1], bits)
-    return reference_backward.keeps_output(scale0, x.device)
-
-
 def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-    """Put what is no tensor into ctx; x and y as far as backward wants them, and the weight's side."""
+    """Put what is no tensor into ctx, and return x and y as far as backward wants them, and the weight's side."""
     x, base, scale0, shift, zero_point, A, B, bias, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype = inputs
     need = ctx.needs_input_grad
-    # Y spares the scale gradient a dense product where a scale belongs to a whole row. With a bias, Y - bias would
+    # Y spares the scale gradient the product dY^T X where a scale belongs to a whole row. With a bias, Y - bias would
     # cancel in low precision, so there the product is made.
-    keep_y = need[3] and bias is None and _keeps_output(x, scale0, ctx.bits)
+    keep_y = need[3] and bias is None and (kernels_for(x) or reference).keeps_output(scale0, ctx.bits)
     # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -181,7 +151,7 @@ def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
-    """The gradients of all tensors; `backward` (the op, or the no_autocast function) does the work."""
+    """Compute the gradients of all tensors; `backward` is the op, or the function that it registers."""
     need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     _, _, shift, _, A, B = weight
     need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
@@ -216,7 +186,8 @@ _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
-    """Inference tensors (several adapters add up to one under `torch.inference_mode`) have none."""
+    """Tell how often each tensor was changed in place; None for inference tensors (several adapters add up to one under
+    `torch.inference_mode`), which do not count."""
     return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
@@ -259,7 +230,7 @@ def quantized_linear(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
-    """y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z), s = snap(s0 (1 + shift)) (LR-QAT, arXiv
+    """Compute y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z) and s = snap(s0 (1 + shift)) (LR-QAT, arXiv
     2406.06385, eq. 8).
 
     Args:

@@ -1,11 +1,12 @@
-"""The linear layer over packed, *trainable* codes: y = x W^T, with a dense gradient for W.
+"""The linear layer over packed, *trainable* codes: y = x W^T, with a gradient for W itself.
 
 Two differences from `quantized_linear`: the gradient of the whole weight is returned, because it is what the optimizer
 rounds from; and the weight may go through a ternary projection on its way (`ternary_scale`). The gradient is taken at
 the weight that the forward used; no straight-through estimator is involved, except through the projection.
 
-W^ and the gradient of a learned scale come from Triton's kernels where those run, W^ equal bit for bit. `mean_code`,
-which a projection needs once a forward, stays with torch: it is a sum of integers, not of the cost of a product.
+W^ and the gradient of a learned scale come from `kernels/` where those run, from `reference.py` elsewhere, W^ equal bit
+for bit. `mean_code`, which a projection needs once a forward, stays with torch: it is a sum of integers, and costs less
+than a product.
 """
 
 from __future__ import annotations
@@ -16,50 +17,24 @@ from torch import Tensor
 from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
-from .dispatch import kernels_for, no_autocast, on_device_of
-from .reference import rows_of
+from . import reference
+from .dispatch import kernels_for, no_autocast
+from .reference import low_bit_levels
+
+__all__ = ["low_bit_levels", "low_bit_linear", "mean_code"]
 
 _NAMESPACE = "peft_lrqat"
 
 
-def low_bit_levels(packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int) -> Tensor:
-    """The integers that the forward multiplies with its scale: fp32 (rows, in).
-
-    Without a projection the codes q; with one, clip(round(q * scale / ternary_scale), -1, 1).
-
-    Args:
-        packed: int32 (rows, words).
-        scale, ternary_scale: fp32 (rows or 1, groups).
-    """
-    codes = unpack(packed, bits, in_features).float()
-    if ternary_scale is None:
-        return codes
-    ratio = (scale / ternary_scale).unsqueeze(-1)
-    return (grouped(codes, scale) * ratio).round_().clamp_(-1, 1).view_as(codes)
-
-
-def low_bit_weight(
-    packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
-    """W^ = s * q (or ternary_scale * t), (out, in), rounded once to `dtype`; in row chunks."""
-    kernels = kernels_for(packed)
-    if kernels is not None:
-        with on_device_of(packed):
-            return kernels.low_bit_weight(packed, scale, ternary_scale, bits, in_features, dtype)
-    weight = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
-    for rows in row_chunks(packed.shape[0], in_features, packed.device):
-        s = rows_of(scale, rows)
-        t = None if ternary_scale is None else rows_of(ternary_scale, rows)
-        levels = low_bit_levels(packed[rows], s, t, bits, in_features)
-        weight[rows] = (grouped(levels, s) * (s if t is None else t).unsqueeze(-1)).view_as(levels)
-    return weight
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::mean_code", mutates_args=())
 def mean_code(packed: Tensor, rows: int, groups: int, bits: int, in_features: int) -> Tensor:
-    """mean |q| over the weights that share a scale, at least half a code: fp32 (rows, groups).
+    """Average |q| over the weights that share a scale, at least half a code: fp32 (rows, groups).
 
     A sum of integers, so equal on every device and in every order.
+
+    Args:
+        packed: int32 (out, words), codes of `bits` bits.
+        rows, groups: the scales' shape; rows is out, or 1 where all rows share.
     """
     sums = torch.empty(packed.shape[0], groups, dtype=torch.int64, device=packed.device)
     for part in row_chunks(packed.shape[0], in_features, packed.device):
@@ -81,7 +56,8 @@ def _linear_impl(
     x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     with no_autocast(x, x.dtype):
-        weight = low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
+        implementation = kernels_for(packed) or reference
+        weight = implementation.low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -108,28 +84,16 @@ def _linear_backward_impl(
     in_features = x.shape[-1]
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, in_features)
     dx, dw, ds = x.new_empty(0), scale.new_empty(0), scale.new_empty(0)
+    implementation = kernels_for(packed) or reference
     with no_autocast(dy, dy.dtype):
         if need_x:
-            weight = low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
+            weight = implementation.low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
             dx = (flat_dy @ weight).view(x.shape)
             del weight
         if need_weight or need_scale:
             dw = (flat_dy.t() @ flat_x).float()
-    kernels = kernels_for(packed) if need_scale else None
-    if kernels is not None:
-        with on_device_of(packed):
-            ds = kernels.scale_gradient(dw, packed, scale, ternary_scale, bits)
-    elif need_scale:
-        ds = torch.zeros_like(scale)
-        for rows in row_chunks(packed.shape[0], in_features, packed.device):
-            s = rows_of(scale, rows)
-            t = None if ternary_scale is None else rows_of(ternary_scale, rows)
-            levels = low_bit_levels(packed[rows], s, t, bits, in_features)
-            part = grouped(levels.mul_(dw[rows]), scale).sum(dim=-1)
-            if scale.shape[0] == 1:
-                ds += part.sum(dim=0, keepdim=True)
-            else:
-                ds[rows] = part
+        if need_scale:
+            ds = implementation.scale_gradient(dw, packed, scale, ternary_scale, bits)
     return dx, dw if need_weight else scale.new_empty(0), ds
 
 
@@ -148,7 +112,7 @@ def _(dy, x, packed, scale, ternary_scale, bits, need_x, need_weight, need_scale
 
 
 class _LowBitLinear(torch.autograd.Function):
-    """Ties the two ops to the parameter: `weight` has no float storage, and receives a dense gradient."""
+    """Ties the two ops to the parameter: `weight` has no float storage, and receives a gradient of its full size."""
 
     @staticmethod
     def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits):
@@ -183,7 +147,7 @@ def low_bit_linear(
     bias: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
+    """Compute y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
     Args:
         x: (..., in), the compute dtype; W^ is built in it. Differentiable.

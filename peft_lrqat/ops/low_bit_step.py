@@ -1,10 +1,10 @@
-"""One AdamW step on packed codes, a row chunk at a time: the reference of `LowBitAdamW`'s arithmetic.
+"""One AdamW step on packed codes (`LowBitAdamW`): `step_codes`, and its reference, a row chunk at a time.
 
-On a GPU `ops/kernels/low_bit_step.py` does the same, bit for bit, in one launch.
+On a GPU `kernels/low_bit_step.py` does the same, bit for bit, in one launch.
 
 Everything happens in fp32 on the rows at hand; in and out go packed codes and the compact state:
 
-    g  dense gradient                      q  codes           w = s q
+    g  gradient of the weight              q  codes           w = s q
     m = b1 m + (1 - b1) g                  v = b2 v + (1 - b2) g^2           m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
     d = -(eta m^ / (sqrt(v^) + eps) / s + eta0 lambda q)                     the move, in grid steps
     q' = clip(q + floor(d + u))                                              u from `rounding.py`
@@ -30,13 +30,17 @@ The factored state (Adafactor, arXiv 1804.04235) keeps row and column means of v
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
-from ..grid import Grid, grouped
+from ..chunks import row_chunks
+from ..grid import Grid, grouped, rows_of
 from ..packing import pack, unpack
 from ..rounding import poison, random_words, round_stochastically, spare_dither, uniform
+from .dispatch import kernels_for, on_device_of
 
 BLOCK = 256
 _V_SHIFT = 19  # fp32 bits below the four mantissa bits
@@ -44,7 +48,14 @@ _V_LEVELS = 255
 
 
 class Rule(NamedTuple):
-    """What does not change from step to step."""
+    """What does not change from step to step.
+
+    Attributes:
+        columns: in_features.
+        lr_unit: "weight" or "grid".
+        state: the kind of second moment, see `new_state`.
+        compile: whether the reference goes through torch.compile.
+    """
 
     grid: Grid
     columns: int
@@ -55,24 +66,31 @@ class Rule(NamedTuple):
     error_feedback: bool
     lr_unit: str
     state: str
+    compile: bool = False
 
 
 def _root(v: torch.Tensor) -> torch.Tensor:
+    """Take the root of fp32 v, rounded once, on every device."""
     # torch's fp32 root on a CPU is not always the nearest, as a GPU's and a kernel's are
     return v.double().sqrt_().float() if v.device.type == "cpu" else v.sqrt()
 
 
 def _blocks(values: torch.Tensor) -> torch.Tensor:
-    """(rows, columns) as (rows, blocks, BLOCK), padded with zeros."""
+    """View (rows, columns) as (rows, blocks, BLOCK), padded with zeros."""
     return torch.nn.functional.pad(values, (0, -values.shape[1] % BLOCK)).view(values.shape[0], -1, BLOCK)
 
 
 def _unblock(blocks: torch.Tensor, columns: int) -> torch.Tensor:
+    """Undo `_blocks`: (rows, columns)."""
     return blocks.reshape(blocks.shape[0], -1)[:, :columns]
 
 
 def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 (rows, columns) and fp32 (rows, blocks); `dither` uniform in (0, 1)."""
+    """Store fp32 m (rows, columns) as int8 (rows, columns), and a step, fp32 (rows, blocks), for each block.
+
+    Args:
+        dither: fp32 (rows, columns), uniform in (0, 1).
+    """
     blocks = _blocks(m)
     step = blocks.abs().amax(dim=-1) * (1 / 127)  # a GPU divides by a constant like this; so does every device
     safe = torch.where(step > 0, step, 1.0).unsqueeze(-1)
@@ -81,12 +99,16 @@ def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor
 
 
 def decode_momentum(codes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Inverse of `encode_momentum`: fp32."""
+    """Read what `encode_momentum` stored: fp32 (rows, columns)."""
     return _unblock(_blocks(codes.float()) * step.unsqueeze(-1), codes.shape[1])
 
 
 def encode_second_moment(v: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (rows, columns) and int16 (rows, blocks); `dither` uniform in (0, 1)."""
+    """Store fp32 v (rows, columns) as uint8 (rows, columns), and the largest k, int16 (rows, blocks), of each block.
+
+    Args:
+        dither: fp32 (rows, columns), uniform in (0, 1).
+    """
     low = _root(v).view(torch.int32) >> _V_SHIFT
     below = (low << _V_SHIFT).view(torch.float32).square()
     above = ((low + 1) << _V_SHIFT).view(torch.float32).square()
@@ -98,13 +120,13 @@ def encode_second_moment(v: torch.Tensor, dither: torch.Tensor) -> tuple[torch.T
 
 
 def decode_second_moment(codes: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Inverse of `encode_second_moment`: fp32, v."""
+    """Read what `encode_second_moment` stored: v, fp32 (rows, columns)."""
     k = (_blocks(codes.to(torch.int32)) + top.to(torch.int32).unsqueeze(-1) - _V_LEVELS).clamp(min=0)
     return _unblock((k << _V_SHIFT).view(torch.float32).square(), codes.shape[1])
 
 
 def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """Zeros: the state of an (out, in) weight before its first step.
+    """Make the state of an (out, in) weight before its first step: zeros, by name.
 
     Args:
         kind: "8bit", "factored" or "fp32".
@@ -143,7 +165,7 @@ def update_rows(
     step: torch.Tensor,
     rule: Rule,
 ) -> None:
-    """Update some rows in place.
+    """Update some rows in place: the formulas above.
 
     Args:
         packed: int32 (n, words). Updated.
@@ -216,11 +238,17 @@ def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: to
 
 
 @torch.no_grad()
-def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float, chunks: Any) -> torch.Tensor:
-    """Row and column means of g^2 into the factored second moment; returns the mean over its rows (fp32 scalar).
+def update_factors(
+    state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float, chunks: Iterable[slice]
+) -> torch.Tensor:
+    """Take the row and column means of g^2 into the factored second moment.
 
     Args:
+        grad: (out, in), any float dtype.
         chunks: slices over the rows of `grad`.
+
+    Returns:
+        The mean over its rows: fp32 scalar.
     """
     columns = torch.zeros_like(state["exp_avg_sq_columns"])
     for rows in chunks:
@@ -229,3 +257,73 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
         columns += square.sum(dim=0, keepdim=True)
     state["exp_avg_sq_columns"].mul_(beta2).add_(columns, alpha=(1 - beta2) / grad.shape[0])
     return state["exp_avg_sq_rows"].mean()
+
+
+# -- the whole weight
+
+_OF_ALL_ROWS = ("exp_avg_sq_columns", "exp_avg_sq_mean")
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(update_rows, dynamic=False)
+
+
+def low_bit_update(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    stream: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    lr: torch.Tensor,
+    step: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Update a weight in place: the reference of `kernels.low_bit_update`.
+
+    Args:
+        packed: int32 (out, words). Updated.
+        scale: fp32 (out or 1, groups). Where an update was not finite, those of its row chunk are NaN afterwards.
+        stream: int64 (2,), key and step of the random numbers.
+        grad: (out, in), any float dtype.
+        state: the tensors of `new_state`, by name. Updated, but for the factored second moment, which the caller
+            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows.
+        lr: fp32 scalar.
+        step: fp32 scalar, this step's number t, from 1.
+    """
+    update = _compiled() if rule.compile else update_rows
+    numbers = torch.arange(packed.shape[0], device=packed.device)
+    parts = {name: value for name, value in state.items() if name != "step"}
+    for rows in row_chunks(packed.shape[0], rule.columns, packed.device):
+        some = {name: value if name in _OF_ALL_ROWS else value[rows] for name, value in parts.items()}
+        update(packed[rows], rows_of(scale, rows), stream, grad[rows], some, numbers[rows], lr, step, rule)
+
+
+@torch.no_grad()
+def step_codes(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    stream: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    lr: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Take one optimizer step on a weight, in place; never waits for the device.
+
+    Args:
+        packed, scale, grad, lr: as for `low_bit_update`.
+        stream: int64 (2,), key and step of the random numbers. The latter moves on by one.
+        state: the tensors of `new_state`, by name. All are updated; "step" counts on by one.
+    """
+    state["step"] += 1
+    with on_device_of(packed):
+        operands = dict(state)
+        if rule.state == "factored":
+            chunks = row_chunks(packed.shape[0], rule.columns, packed.device)
+            operands["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
+        # the kernel writes in place, to where tensors without gaps have their elements
+        kernels = kernels_for(packed) if packed.is_contiguous() and scale.is_contiguous() else None
+        update = low_bit_update if kernels is None else kernels.low_bit_update
+        update(packed, scale, stream, grad, operands, lr, state["step"], rule)
+    stream[1] += 1

@@ -1,4 +1,7 @@
-"""References, in plain PyTorch with fp32 inside, of the operations in this folder.
+"""The references, in plain PyTorch with fp32 inside, of the two linear layers: `linear.py` and `low_bit.py`.
+
+A function that `kernels/` has too bears the same name there, takes the same arguments and returns the same things.
+(Embeddings have no kernel: `embedding.py` is its own reference. That of the optimizer step is in `low_bit_step.py`.)
 
 Names: `base` is the frozen weight in grid steps as `stored_base.py` stores it, `factors` are the low-rank factors
 A~ (R, in) and B~ (out, R) in grid steps as `factors.py` rounds them, T is the number of tokens. Everything weight-sized
@@ -8,24 +11,27 @@ in fp32 lives for one row chunk only.
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..chunks import row_chunks
-from ..grid import grouped
-from .factors import Factors, round_factors
+from ..grid import grouped, rows_of, snap_scale, sum_per_scale
+from ..packing import unpack
+from .factors import Factors, optional_factors
 from .stored_base import BaseFormat, decode_base
 
 
 @contextlib.contextmanager
-def exact_fp32(device: torch.device):
-    """Full-precision fp32 products whatever the caller allows elsewhere (TF32, bf16 passes, autocast).
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """Multiply in full fp32 inside, whatever the caller allows elsewhere (TF32, bf16 passes, autocast).
 
     Codes are rounded from Phi + B A: in another precision they would be others.
     """
-    # torch's type stubs do not know mkldnn's switches
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore
+    mkldnn: Any = torch.backends.mkldnn  # torch's type stubs do not know its switches
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else mkldnn.matmul
     before = backend.fp32_precision
     try:
         if before != "ieee":
@@ -37,8 +43,16 @@ def exact_fp32(device: torch.device):
             backend.fp32_precision = before
 
 
-def rounded_levels(base: torch.Tensor, factors: Factors | None, fmt: BaseFormat) -> torch.Tensor:
-    """round(Phi + B~ A~), before clipping: fp32 (rows, in), centred grid steps, ties to even.
+# -- the weight of LR-QAT
+
+
+def snapped_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
+    """Compute s = snap(s0 (1 + shift)): fp32 (rows, groups), weight units per grid step; s0 itself without a shift."""
+    return scale0 if shift is None else snap_scale(scale0 * (1 + shift.float()), scale_dtype)
+
+
+def rounded_levels(base: Tensor, factors: Factors | None, fmt: BaseFormat) -> Tensor:
+    """Build round(Phi + B~ A~), before clipping: fp32 (rows, in), centred grid steps, ties to even.
 
     The one place where codes come from: forward, backward and merge all call it. B~ A~ is exact (`factors.py`), the sum
     is rounded once to fp32, so the result is the same on every device and for every choice of rows. (Not addmm, which
@@ -51,46 +65,38 @@ def rounded_levels(base: torch.Tensor, factors: Factors | None, fmt: BaseFormat)
     return levels.round_()
 
 
-def codes(
-    base: torch.Tensor, A: torch.Tensor | None, B: torch.Tensor | None, fmt: BaseFormat, c: float = 1.0
-) -> torch.Tensor:
-    """The trained codes round(Phi + c B A), clipped: int8 (out, in) in [qmin, qmax]. What merging stores."""
-    factors = None if A is None or B is None else round_factors(A, B, c)
-    qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
+def codes(base: Tensor, A: Tensor | None, B: Tensor | None, fmt: BaseFormat, c: float = 1.0) -> Tensor:
+    """Build the trained codes round(Phi + c B A), clipped: int8 (out, in) in [qmin, qmax]. What merging stores."""
+    factors = optional_factors(A, B, c)
     out = torch.empty(base.shape[0], fmt.in_features, dtype=torch.int8, device=base.device)
     for rows in row_chunks(out.shape[0], out.shape[1], out.device):
         part = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
-        out[rows] = part.clamp_(qmin, qmax).to(torch.int8)
+        out[rows] = part.clamp_(fmt.qmin, fmt.qmax).to(torch.int8)
     return out
 
 
-def rows_of(scale: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The scales (or zero points) of some rows; a per-tensor scale serves all."""
-    return scale if scale.shape[0] == 1 else scale[rows]
-
-
 def build_weight(
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+    base: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
     factors: Factors | None,
     fmt: BaseFormat,
     dtype: torch.dtype,
-    clipped: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-) -> torch.Tensor:
-    """W^ = s * (clip(round(Phi + B~ A~)) - z), rounded once to `dtype`: (out, in), weight units (LR-QAT eq. 8).
+    clipped: list[tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Build W^ = s * (clip(round(Phi + B~ A~)) - z), rounded once to `dtype`: (out, in), weight units (LR-QAT eq. 8).
 
     Args:
+        scale: fp32 (rows, groups), s itself.
         clipped: if a list, receives the (row, column) indices of the clipped entries, a pair of tensors per chunk.
     """
-    qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
     weight = torch.empty(base.shape[0], fmt.in_features, dtype=dtype, device=base.device)
     for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
         levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
         if clipped is not None:
-            row, column = _outside(levels, qmin, qmax)
+            row, column = _outside(levels, fmt)
             clipped.append((row + rows.start, column))
-        levels = grouped(levels.clamp_(qmin, qmax), scale)
+        levels = grouped(levels.clamp_(fmt.qmin, fmt.qmax), scale)
         if zero_point is not None:
             levels -= rows_of(zero_point, rows).unsqueeze(-1)
         levels *= rows_of(scale, rows).unsqueeze(-1)
@@ -98,99 +104,119 @@ def build_weight(
     return weight
 
 
-def _outside(levels: torch.Tensor, qmin: int, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _outside(levels: Tensor, fmt: BaseFormat) -> tuple[Tensor, Tensor]:
+    """Find the entries that the clip changes: int64 (n,) rows and columns."""
     lo, hi = torch.aminmax(levels)
-    if lo >= qmin and hi <= qmax:  # the usual case, at the price of one pass
+    if lo >= fmt.qmin and hi <= fmt.qmax:  # the usual case, at the price of one pass
         empty = torch.empty(0, dtype=torch.int64, device=levels.device)
         return empty, empty
-    row, column = ((levels < qmin) | (levels > qmax)).nonzero(as_tuple=True)
+    row, column = ((levels < fmt.qmin) | (levels > fmt.qmax)).nonzero(as_tuple=True)
     return row, column
 
 
-# -- backward
+def linear_weight(
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    fmt: BaseFormat,
+    scale_dtype: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Build W^ of `quantized_linear`, rounded once to `dtype`: (out, in). See there for the arguments."""
+    scale = snapped_scale(scale0, shift, scale_dtype)
+    return build_weight(base, scale, zero_point, optional_factors(A, B, c), fmt, dtype)
 
-# Above this share of clipped entries, correcting them one by one costs more than the dense product.
+
+# -- the backward of LR-QAT
+
+# Above this share of clipped entries, correcting them one by one costs more than forming G.
 _SPARSE_LIMIT = 0.02
 
 
-def keeps_output(scale: torch.Tensor, device: torch.device) -> bool:
-    """Whether the backward goes without G, and then wants Y: where one scale serves a row, on a CPU."""
-    return scale.shape[1] == 1 and device.type == "cpu"
+def keeps_output(scale0: Tensor, bits: int) -> bool:
+    """Tell whether the backward goes without G, and then wants Y: where one scale serves a row, on a CPU."""
+    return scale0.shape[1] == 1 and scale0.device.type == "cpu"
 
 
 class Gradients(NamedTuple):
-    """Gradients of `quantized_linear`; None where not asked for. (In this module `shift` holds that of the scale s.)"""
+    """Gradients of `quantized_linear`; None where not asked for. That of x in x's dtype, the others fp32."""
 
-    x: torch.Tensor | None
-    shift: torch.Tensor | None
-    A: torch.Tensor | None
-    B: torch.Tensor | None
+    x: Tensor | None
+    shift: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
 
 
 def linear_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    factors: Factors | None,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
     fmt: BaseFormat,
+    scale_dtype: str,
     need_x: bool,
-    need_scale: bool,
+    need_shift: bool,
     need_AB: bool,
 ) -> Gradients:
-    """Gradients of y = x W^T (see `tuners/lrqat/layer.py` for the formulas).
+    """Compute the gradients of y = x W^T, whose formulas are in `tuners/lrqat/layer.py`.
 
     Args:
         dy, x: (T, out) and (T, in), one dtype.
-        y: (T, out), the output without bias, or None; spares the dense product for the scale gradient.
-
-    Returns:
-        dx in x's dtype; the others fp32. A's and B's are those of A~ and B~.
+        y: (T, out), the output without bias, or None; spares the gradient of the shift the product dY^T X.
+        base to scale_dtype: as for `quantized_linear`.
+        need_x, need_shift, need_AB: what is asked for.
 
     On a CPU, with one scale per row or per tensor, G = dY^T X is never formed: A and B cost what they cost in LoRA and
     the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is formed a row chunk at a time.
     """
-    if not (need_scale or need_AB):
-        weight = build_weight(base, scale, zero_point, factors, fmt, dy.dtype)
-        return Gradients(torch.mm(dy, weight), None, None, None)
-    if not keeps_output(scale, dy.device) or (need_scale and y is None):
-        return _dense_backward(dy, x, base, scale, zero_point, factors, fmt, need_x, need_scale, need_AB)
-
-    clipped: list[tuple[torch.Tensor, torch.Tensor]] = []
-    weight = build_weight(base, scale, zero_point, factors, fmt, dy.dtype, clipped if need_AB else None)
-    dx = torch.mm(dy, weight) if need_x else None
-    del weight
-    if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
-        return _dense_backward(dy, x, base, scale, zero_point, factors, fmt, False, need_scale, need_AB)._replace(x=dx)
+    scale, factors = snapped_scale(scale0, shift, scale_dtype), optional_factors(A, B, c)
+    need_AB = need_AB and factors is not None
+    by_rows = keeps_output(scale0, fmt.bits) and (y is not None or not need_shift)
     ds = dA = dB = None
-    if need_scale:
-        assert y is not None
-        ds = _per_row(dy, y).unsqueeze(1)  # sum_t dY Y = s * sum_i G Q
-        ds = (ds / scale).sum().view(1, 1) if scale.shape[0] == 1 else ds / scale
-    if need_AB:
-        assert factors is not None
-        dA, dB = _low_rank_backward(dy, x, scale, factors, clipped)
-    return Gradients(dx, ds, dA, dB)
+    if by_rows or not (need_shift or need_AB):
+        clipped: list[tuple[Tensor, Tensor]] = []
+        dx = None
+        if need_x or need_AB:
+            built = build_weight(base, scale, zero_point, factors, fmt, dy.dtype, clipped if need_AB else None)
+            dx = torch.mm(dy, built) if need_x else None
+            del built
+        if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
+            _, ds, dA, dB = _by_G(dy, x, base, scale, zero_point, factors, fmt, False, need_shift, need_AB)
+        else:
+            if need_shift and y is not None:  # sum_t dY Y = s * sum_i G Q
+                ds = sum_per_scale(_per_row(dy, y).unsqueeze(1) / scale, scale)
+            if need_AB and factors is not None:
+                dA, dB = _low_rank_by_rows(dy, x, scale, factors, clipped)
+    else:
+        weight, ds, dA, dB = _by_G(dy, x, base, scale, zero_point, factors, fmt, need_x, need_shift, need_AB)
+        dx = None if weight is None else torch.mm(dy, weight)
+    # B~ is c B, and s is s0 (1 + shift)
+    return Gradients(dx, None if ds is None else ds * scale0, dA, None if dB is None else dB.mul_(c))
 
 
-def _per_row(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """sum over tokens of dy * y, fp32 (out,), without a (T, out) temporary in fp32 for low-precision inputs."""
+def _per_row(dy: Tensor, y: Tensor) -> Tensor:
+    """Sum dy * y over tokens, fp32 (out,), without a (T, out) temporary in fp32 for low-precision inputs."""
     total = torch.zeros(dy.shape[1], device=dy.device)
     for tokens in row_chunks(dy.shape[0], dy.shape[1], dy.device):
         total += (dy[tokens].float() * y[tokens].float()).sum(dim=0)
     return total
 
 
-def _low_rank_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    factors: Factors,
-    clipped: list[tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dA (R, in) and dB (out, R) from LoRA-sized products: dZ = s * G but for the clipped entries, where it is 0."""
+def _low_rank_by_rows(
+    dy: Tensor, x: Tensor, scale: Tensor, factors: Factors, clipped: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of A~ (R, in) and B~ (out, R), fp32, from LoRA-sized products: dZ = s * G but for the
+    clipped entries, where it is 0."""
     A, B = factors
     xA = torch.mm(x, A.to(x.dtype).t())  # (T, R)
     dB = torch.mm(dy.t(), xA).float() * scale
@@ -209,42 +235,92 @@ def _low_rank_backward(
     return dA, dB
 
 
-def _dense_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+def _by_G(
+    dy: Tensor,
+    x: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
     factors: Factors | None,
     fmt: BaseFormat,
-    need_x: bool,
+    need_weight: bool,
     need_scale: bool,
     need_AB: bool,
-) -> Gradients:
-    """All gradients through G = dY^T X, a chunk of rows at a time. No host-device synchronisation."""
-    qmin, qmax = -(1 << (fmt.bits - 1)), (1 << (fmt.bits - 1)) - 1
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Build W^ in dy's dtype, and compute the gradients of s, A~ and B~, through G = dY^T X, a chunk of rows at a time.
+
+    No host-device synchronisation.
+    """
     ds = torch.zeros_like(scale) if need_scale else None
     dB = torch.empty_like(factors.B) if need_AB and factors else None
     dA = torch.zeros_like(factors.A) if need_AB and factors else None
-    weight = torch.empty(base.shape[0], fmt.in_features, dtype=dy.dtype, device=dy.device) if need_x else None
+    weight = torch.empty(base.shape[0], fmt.in_features, dtype=dy.dtype, device=dy.device) if need_weight else None
     for rows in row_chunks(base.shape[0], fmt.in_features, dy.device):
-        s = rows_of(scale, rows).unsqueeze(-1)
+        s = rows_of(scale, rows)
         levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
-        inner = levels.clamp(qmin, qmax)
+        inner = levels.clamp(fmt.qmin, fmt.qmax)
         Q = grouped(inner, scale)
         if zero_point is not None:
             Q = Q - rows_of(zero_point, rows).unsqueeze(-1)
         if weight is not None:
-            weight[rows] = (Q * s).view_as(levels)
+            weight[rows] = (Q * s.unsqueeze(-1)).view_as(levels)
         G = torch.mm(dy[:, rows].t(), x).float()
         if ds is not None:
-            per_scale = (grouped(G, scale) * Q).sum(dim=-1)
-            if scale.shape[0] == 1:
-                ds += per_scale.sum(dim=0, keepdim=True)  # per tensor; or one row of groups
-            else:
-                ds[rows] = per_scale
+            rows_of(ds, rows).add_(sum_per_scale(grouped(G, scale) * Q, s))
         if dA is not None and dB is not None and factors is not None:
-            dZ = (grouped(G, scale) * s).view_as(G).mul_(levels == inner)
+            dZ = (grouped(G, scale) * s.unsqueeze(-1)).view_as(G).mul_(levels == inner)
             dB[rows] = torch.mm(dZ, factors.A.t())
             dA.addmm_(factors.B[rows].t(), dZ)
-    return Gradients(None if weight is None else torch.mm(dy, weight), ds, dA, dB)
+    return weight, ds, dA, dB
+
+
+# -- low-bit SR
+
+
+def low_bit_levels(packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int) -> Tensor:
+    """Build the integers that the forward multiplies with its scale: fp32 (rows, in).
+
+    Without a projection the codes q; with one, clip(round(q * scale / ternary_scale), -1, 1).
+
+    Args:
+        packed: int32 (rows, words).
+        scale, ternary_scale: fp32 (rows or 1, groups).
+    """
+    levels = unpack(packed, bits, in_features).float()
+    if ternary_scale is None:
+        return levels
+    ratio = (scale / ternary_scale).unsqueeze(-1)
+    return (grouped(levels, scale) * ratio).round_().clamp_(-1, 1).view_as(levels)
+
+
+def low_bit_weight(
+    packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Build W^ = s * q, or t_s * clip(round(q * s / t_s), -1, 1): (out, in), rounded once to `dtype`.
+
+    Args:
+        packed: int32 (out, words).
+        scale, ternary_scale: fp32 (out or 1, groups), s and t_s; without t_s, no projection.
+        bits: width of a packed code.
+    """
+    weight = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
+    for rows in row_chunks(packed.shape[0], in_features, packed.device):
+        s, t = rows_of(scale, rows), rows_of(ternary_scale, rows)
+        levels = low_bit_levels(packed[rows], s, t, bits, in_features)
+        weight[rows] = (grouped(levels, s) * (s if t is None else t).unsqueeze(-1)).view_as(levels)
+    return weight
+
+
+def scale_gradient(grad: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int) -> Tensor:
+    """Sum G q (or G t, the projected codes) over the weights that share a scale: fp32, `scale`'s shape.
+
+    Args:
+        grad: fp32 (out, in): G = dL/dW^.
+        packed, scale, ternary_scale, bits: as for `low_bit_weight`.
+    """
+    ds = torch.zeros_like(scale)
+    for rows in row_chunks(grad.shape[0], grad.shape[1], grad.device):
+        s, t = rows_of(scale, rows), rows_of(ternary_scale, rows)
+        levels = low_bit_levels(packed[rows], s, t, bits, grad.shape[1])
+        rows_of(ds, rows).add_(sum_per_scale(levels.mul_(grad[rows]), s))
+    return ds

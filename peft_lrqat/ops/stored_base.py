@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from ..grid import code_range
 from ..packing import pack, unpack
 
 #: What a frozen base can be stored as: fixed point, packed codes, or floats (kept as raw bits).
 DOWNCASTS = ("fx8", "int", "bf16", "fp16", "fp32")
-
 
 _FLOAT_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -21,6 +21,16 @@ class BaseFormat(NamedTuple):
     bits: int
     in_features: int
     downcast: str
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code, in grid steps (of two bits: -2, though the ternary grid does not use it)."""
+        return code_range(self.bits)[0]
+
+    @property
+    def qmax(self) -> int:
+        """Largest code, in grid steps."""
+        return code_range(self.bits)[1]
 
 
 def encode_base(levels: torch.Tensor, bits: int, downcast: str) -> torch.Tensor:
@@ -33,12 +43,14 @@ def encode_base(levels: torch.Tensor, bits: int, downcast: str) -> torch.Tensor:
 
     Args:
         levels: (rows, in) fp32, centred grid steps. Overwritten.
+        bits: of the grid, 2 to 8; below 8 for fx8, which needs a fraction bit.
+        downcast: one of `DOWNCASTS`.
 
     Returns:
         An integer tensor (rows, words), so that no `.to(dtype)` ever changes it: int8 for fx8, packed int32 for int,
         int16 / int32 bit patterns for the float formats.
     """
-    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    qmin, qmax = code_range(bits)
     if downcast == "fx8":
         return levels.clamp_(qmin, qmax).mul_(1 << (8 - bits)).floor_().to(torch.int8)
     if downcast == "int":
@@ -47,7 +59,7 @@ def encode_base(levels: torch.Tensor, bits: int, downcast: str) -> torch.Tensor:
 
 
 def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
-    """Inverse of `encode_base` up to its rounding: fp32 (rows, in), centred grid steps."""
+    """Read what `encode_base` stored: fp32 (rows, in), centred grid steps, the caller's to overwrite."""
     if fmt.downcast == "fx8":
         step = 2.0 ** (fmt.bits - 8)
         return torch.add(torch.tensor(0.5 * step, dtype=torch.float32), base, alpha=step)  # one kernel

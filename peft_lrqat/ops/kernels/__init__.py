@@ -1,4 +1,6 @@
-"""Triton kernels of the operations in `ops/linear.py`; the references beside them say what they compute.
+"""Triton kernels. Each function listed here has its reference's name, arguments and results (a test compares them).
+
+References: `ops/reference.py`; of the optimizer step `ops/low_bit_step.py`. Files:
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point
@@ -11,15 +13,13 @@ low_bit_step.py   the optimizer step on packed codes
 from .backward import keeps_output, linear_backward
 from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
-from .prepare import prepare
-from .weight import build_weight
+from .weight import linear_weight
 
 __all__ = [
-    "build_weight",
     "keeps_output",
     "linear_backward",
+    "linear_weight",
     "low_bit_update",
     "low_bit_weight",
-    "prepare",
     "scale_gradient",
 ]

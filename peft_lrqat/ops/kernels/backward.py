@@ -7,7 +7,7 @@ host. Two ways:
 LoRA, and G = dY^T X is formed only in tiles that hold a clipped entry, to take that entry's share out again
 (`_clipped_kernel`; tiles without one return at once). The shares are added atomically, in no fixed order.
 
-*Dense*, everywhere else and under `torch.use_deterministic_algorithms(True)`: G by one product; a kernel turns it into
+*By G*, everywhere else and under `torch.use_deterministic_algorithms(True)`: G by one product; a kernel turns it into
 dZ = M s G in place and sums G Q over each scale; then two thin products for A and B.
 """
 
@@ -20,23 +20,36 @@ import torch
 import triton
 import triton.language as tl
 
+from ...grid import sum_per_scale
 from ..reference import Gradients
 from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared, prepare
-from .tiles import INTERPRETED, a_tile, b_tile, ceil_div, load, power_of_2, rounded_levels, store, tile_columns, tiling
-from .weight import build_weight
+from .tiles import (
+    INTERPRETED,
+    a_tile,
+    b_tile,
+    ceil_div,
+    clip,
+    load,
+    power_of_2,
+    rounded_levels,
+    store,
+    tile_columns,
+    tiling,
+)
+from .weight import prepared_weight
 
 #: Grids coarser than this hold so many weights at their ends that nearly every tile has a clipped entry.
 _BY_ROWS_FROM_BITS = 4
 
 
-def keeps_output(groups: int, bits: int) -> bool:
-    """Whether the backward goes by rows, and then wants Y for the scales."""
+def keeps_output(scale0: torch.Tensor, bits: int) -> bool:
+    """Tell whether the backward goes by rows, and then wants Y for the scales."""
     required = (
         torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     )
-    return groups == 1 and bits >= _BY_ROWS_FROM_BITS and not required
+    return scale0.shape[1] == 1 and bits >= _BY_ROWS_FROM_BITS and not required
 
 
 def linear_backward(
@@ -56,12 +69,16 @@ def linear_backward(
     need_shift: bool,
     need_AB: bool,
 ) -> Gradients:
-    """Gradients of y = x W^T, as `ops/linear.py` wants them: of x, the shift, A and B; see there for the arguments."""
+    """Compute what `reference.linear_backward` does, up to the order of the sums."""
     rows, groups = base.shape[0], scale0.shape[1]
-    by_rows = keeps_output(groups, fmt.bits) and (y is not None or not need_shift)
-    if need_AB and not (A is not None and B is not None and A.shape[0]):
-        need_AB = False  # rank 0: there is nothing to compute
-    dy, x = dy.contiguous(), x.contiguous()
+    if A is None or B is None:
+        need_AB = False
+    elif need_AB and not A.shape[0]:  # rank 0: gradients without entries
+        weight_side = (base, scale0, shift, zero_point, A, B)
+        grads = linear_backward(dy, x, y, *weight_side, c, fmt, scale_dtype, need_x, need_shift, False)
+        return grads._replace(A=torch.zeros_like(A, dtype=torch.float32), B=torch.zeros_like(B, dtype=torch.float32))
+    by_rows = keeps_output(scale0, fmt.bits) and (y is not None or not need_shift)
+    dy, x, base = dy.contiguous(), x.contiguous(), base.contiguous()
     low = dy.dtype if need_AB else None
     prepared = prepare(scale0, shift, scale_dtype, A, B, c, rows, low, by_rows)
     dshift = dA = dB = flags = None
@@ -69,10 +86,10 @@ def linear_backward(
         tiles = tiling(rows, fmt.in_features, groups)
         flags = torch.empty(tiles.columns * tiles.rows, dtype=torch.int32, device=base.device)
     elif not by_rows and (need_shift or need_AB):
-        dshift, dA, dB = _dense(dy, x, base, scale0, zero_point, prepared, c, fmt, need_shift, need_AB)
+        dshift, dA, dB = _by_G(dy, x, base, scale0, zero_point, prepared, c, fmt, need_shift, need_AB)
     dx = None
     if need_x or flags is not None:
-        weight = build_weight(base, groups, zero_point, prepared, fmt, dy.dtype, flags)
+        weight = prepared_weight(base, groups, zero_point, prepared, fmt, dy.dtype, flags)
         dx = torch.mm(dy, weight) if need_x else None
         del weight
     if by_rows and (need_shift or need_AB):
@@ -81,7 +98,7 @@ def linear_backward(
 
 
 def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32, from operands of one dtype, without rounding to that dtype on the way."""
+    """Multiply two matrices of one dtype to fp32, without rounding to that dtype on the way."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     if a.device.type == "cuda":
@@ -103,7 +120,7 @@ class _RowLaunches(NamedTuple):
 def _row_launches(
     tokens: int, rows: int, words: int, fmt: BaseFormat, offsets: Offsets, rank: int, c: float, wide: bool
 ) -> _RowLaunches:
-    """`wide`: whether the compute dtype is fp32, whose tiles take twice the space."""
+    """Fix both launches; `wide`: whether the compute dtype is fp32, whose tiles take twice the space."""
     padded = max(16, power_of_2(rank))
     BR = min(padded, 64)
     sums = _row_sums_kernel.launch(
@@ -144,7 +161,12 @@ def _by_rows(
     fmt: BaseFormat,
     flags: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dshift (where y is given), dA (R, in) and dB (out, R) (where flags are), fp32; `prepared.b_low` holds s B~."""
+    """Compute the gradients of the shift (where y is given), A and B (where flags are), all fp32.
+
+    Args:
+        prepared: with s B~ in `b_low`.
+        flags: int32 (tiles,), 1 for each tile with a clipped entry; None: no gradient of A and B is wanted.
+    """
     (tokens, rows), device = dy.shape, dy.device
     dshift = xA = dA = dB = None
     if y is not None:
@@ -161,9 +183,7 @@ def _by_rows(
     launches.sums(dB, dshift, dy, y, xA, scale0, prepared.scale)
     if flags is not None:
         launches.clipped(dA, dB, dy, x, flags, base, prepared.scale, prepared.buffer)
-    if dshift is not None and scale0.shape[0] == 1 < rows:
-        dshift = dshift.sum(dim=0, keepdim=True)
-    return dshift, dA, dB
+    return None if dshift is None else sum_per_scale(dshift, scale0), dA, dB
 
 
 @launched
@@ -172,7 +192,7 @@ def _row_sums_kernel(
     dB, dshift, dy, y, xA, scale0, scale, c, scale_stride, tokens, rows, RANK: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
+    """Compute dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
 
     A program owns BC rows of W and BR columns of dB, so the order of the sums does not vary.
     """
@@ -256,7 +276,7 @@ def _clipped_kernel(
                 base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK,
                 BITS, DOWNCAST, FULL,
             )  # fmt: skip
-            clipped = ((z < -(1 << (BITS - 1))) | (z > (1 << (BITS - 1)) - 1)) & row_ok[:, None] & column_ok[None, :]
+            clipped = (clip(z, BITS) != z) & row_ok[:, None] & column_ok[None, :]
             s = load(scale + j * scale_stride, row_ok, FULL)
             dZ = tl.where(clipped, G * s[:, None], 0.0)
             of_a = load(factors + a_step + i, column_ok, FULL)
@@ -275,16 +295,16 @@ def _clipped_kernel(
                 )
 
 
-# -- dense
+# -- by G
 
 
 @functools.lru_cache(maxsize=4096)
-def _dense_launch(
+def _launch_by_G(
     rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, write: bool
 ) -> tuple[Launch, int]:
-    """And how many sums a row gets."""
+    """Fix the launch; also returns how many sums a row gets."""
     tiles = tiling(rows, fmt.in_features, groups, BM=64, loops=False)
-    launch = _dense_kernel.launch(
+    launch = _by_G_kernel.launch(
         tiles.grid,
         *offsets,
         words,
@@ -297,7 +317,7 @@ def _dense_launch(
     return launch, tiles.columns
 
 
-def _dense(
+def _by_G(
     dy: torch.Tensor,
     x: torch.Tensor,
     base: torch.Tensor,
@@ -309,19 +329,16 @@ def _dense(
     need_shift: bool,
     need_AB: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dshift (rows, groups), dA, dB, through G."""
+    """Compute the gradients of the shift, A and B, all fp32 and None where not needed, through G."""
     G = torch.mm(dy.t(), x)
     rows, words = base.shape
-    launch, columns = _dense_launch(rows, words, scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB)
+    launch, columns = _launch_by_G(rows, words, scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB)
     sums = torch.empty(rows, columns, device=base.device) if need_shift else None
     zero_point = None if zero_point is None else zero_point.contiguous()
     launch(G, sums, base, zero_point, prepared.scale, prepared.buffer)
     dshift = dA = dB = None
     if sums is not None:
-        dshift = sums if columns == scale0.shape[1] else sums.view(rows, scale0.shape[1], -1).sum(dim=-1)
-        if scale0.shape[0] == 1:
-            dshift = dshift.sum(dim=0, keepdim=True)
-        dshift = dshift * scale0
+        dshift = sum_per_scale(sums, scale0) * scale0
     if need_AB:
         assert prepared.a_low is not None
         assert prepared.b_low is not None
@@ -333,7 +350,7 @@ def _dense(
 
 @launched
 @triton.jit
-def _dense_kernel(
+def _by_G_kernel(
     G,
     sums,
     base,
@@ -357,7 +374,7 @@ def _dense_kernel(
     FULL: tl.constexpr,
     WRITE: tl.constexpr,
 ):
-    """G to M s G in place, and the sum of G Q over each row of the tile."""
+    """Turn G into M s G in place, and sum G Q over each row of the tile."""
     n, m = tl.program_id(0), tl.program_id(1)
     j = m * BM + tl.arange(0, BM)
     row_ok = j < out_features
@@ -366,7 +383,7 @@ def _dense_kernel(
         base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK, BITS,
         DOWNCAST, FULL,
     )  # fmt: skip
-    q = tl.minimum(tl.maximum(z, -1.0 * (1 << (BITS - 1))), 1.0 * (1 << (BITS - 1)) - 1.0)
+    q = clip(z, BITS)
     inside = row_ok[:, None] & column_ok[None, :]
     at = G + j.to(tl.int64)[:, None] * in_features + i[None, :]
     g = load(at, inside, FULL).to(tl.float32)

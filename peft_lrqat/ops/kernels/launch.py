@@ -4,15 +4,61 @@
 several times as long as the launch itself; a training step makes thousands of launches, and small batches wait for
 them. Here everything but the tensors is fixed once for each geometry (`Kernel.launch`, which the callers cache), and a
 `Launch` calls the compiled kernel's own function, as Inductor does.
+
+That function is no interface of Triton's, and takes everything by position: in another order it would take a pointer
+for a size. So it is called only where its order is known (`takes_known_order`); elsewhere every launch is
+`kernel[grid](...)`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
+import triton
 
 from .tiles import INTERPRETED
+
+#: The versions whose sources were read. In all of them `JITFunction.run` ends in
+#: `kernel.run(x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments)`.
+_VERSIONS_READ = ("3.6", "3.7", "3.8", "3.9")
+
+#: The parameters of the launchers there (`CudaLauncher.__call__`): of 3.6, which hands the rest on, and of later ones.
+_PARAMETERS_READ = (
+    ("gridX", "gridY", "gridZ", "stream", "function", "args"),
+    (
+        "gridX",
+        "gridY",
+        "gridZ",
+        "stream",
+        "function",
+        "kernel_metadata",
+        "launch_metadata",
+        "launch_enter_hook",
+        "launch_exit_hook",
+        "args",
+    ),
+)
+
+
+@functools.cache
+def takes_known_order(launcher: type) -> bool:
+    """Tell whether a compiled kernel's launcher is one that `Launch` may call with positional arguments.
+
+    Args:
+        launcher: the class of `CompiledKernel.run`.
+
+    Returns:
+        True if Triton's version is one that was read, and the launcher has the parameters that were read.
+    """
+    if ".".join(triton.__version__.split(".")[:2]) not in _VERSIONS_READ:
+        return False
+    try:
+        return tuple(inspect.signature(launcher.__call__).parameters)[1:] in _PARAMETERS_READ
+    except ValueError:  # written in C, without a signature
+        return False
 
 
 class Launch:
@@ -30,7 +76,7 @@ class Launch:
         self.scalars, self.constants = scalars, constants
         self.rest = (*scalars, *constants.values())
         self.blocks = (*grid, 1, 1)[:3]
-        self.compiled: dict[tuple, tuple] = {}
+        self.compiled: dict[tuple, tuple] = {}  # filled where `takes_known_order`
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Launch on the current device and stream. Tensors have no gaps: kernels compute addresses themselves."""
@@ -47,8 +93,10 @@ class Launch:
         found = self.compiled.get(key)
         if found is None:
             compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
-            # no metadata for, and no calls of, Triton's launch hooks: they cost more than the launch
-            self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+            launcher: Any = type(compiled.run)
+            if takes_known_order(launcher):
+                # no metadata for, and no calls of, Triton's launch hooks: they cost more than the launch
+                self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         else:
             run, after_stream = found
             run(*self.blocks, torch._C._cuda_getCurrentRawStream(device), *after_stream, *tensors, *self.rest)
@@ -76,5 +124,5 @@ class Kernel:
 
 
 def launched(kernel: Any) -> Kernel:
-    """Decorator over `triton.jit`."""
+    """Wrap a function that `triton.jit` made: a decorator."""
     return Kernel(kernel)

@@ -12,25 +12,21 @@ are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in th
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from ..low_bit_step import BLOCK, Rule
 from .launch import Launch, launched
 from .tiles import ceil_div, scale_stride
 
-if TYPE_CHECKING:
-    from ..low_bit_step import Rule  # the one value that names the arithmetic; nothing is imported upwards
-
-BLOCK = 256
 ROWS = 4
 
 
 @triton.jit
 def _random_words(stream, j, block, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """`rounding.random_words` of BM rows and one block of columns: uint32 (BM, BLOCK)."""
+    """Draw `rounding.random_words` of BM rows and one block of columns: uint32 (BM, BLOCK)."""
     key = tl.load(stream)
     step = (tl.load(stream + 1) & 0xFFFFFFFF).to(tl.uint32)
     zero = tl.zeros((BM, BLOCK // 4), dtype=tl.uint32)
@@ -42,14 +38,14 @@ def _random_words(stream, j, block, BM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _uniform(words, LOW: tl.constexpr, WIDTH: tl.constexpr):
-    """fp32 in (0, 1): WIDTH bits from bit LOW on, as the middle of their cell (`rounding.uniform`, `spare_dither`)."""
+    """Make fp32 in (0, 1) of WIDTH bits from LOW on: the middle of their cell (`rounding.uniform`, `spare_dither`)."""
     bits = (words >> LOW) & ((1 << WIDTH) - 1)
     return (bits.to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << WIDTH))
 
 
 @triton.jit
 def _load_codes(row, block, i, row_ok, column_ok, words, BITS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """Centred codes (BM, BLOCK), int32, of the rows that `row` (BM, 1) points to."""
+    """Load the centred codes (BM, BLOCK), int32, of the rows that `row` (BM, 1) points to."""
     MASK: tl.constexpr = (1 << BITS) - 1
     if 32 % BITS == 0:  # each word is read once and opened in registers
         CODES: tl.constexpr = 32 // BITS
@@ -71,7 +67,7 @@ def _load_codes(row, block, i, row_ok, column_ok, words, BITS: tl.constexpr, BM:
 
 @triton.jit
 def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """Inverse of `_load_codes`; `unsigned`: int32 (BM, BLOCK), codes + 2^(BITS-1), 0 past the end of the row.
+    """Store what `_load_codes` reads; `unsigned`: int32 (BM, BLOCK), codes + 2^(BITS-1), 0 past the end of the row.
 
     Bits of a word do not overlap, so their sum is the word.
     """
@@ -94,7 +90,7 @@ def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl
 
 @triton.jit
 def _encode_second_moment(v, dither, inside):
-    """`low_bit_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
+    """Encode as `low_bit_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
     low = tl.sqrt_rn(v).to(tl.int32, bitcast=True) >> 19
     below = (low << 19).to(tl.float32, bitcast=True)
     above = ((low + 1) << 19).to(tl.float32, bitcast=True)
@@ -106,7 +102,7 @@ def _encode_second_moment(v, dither, inside):
 
 @triton.jit
 def _encode_momentum(m, dither, inside):
-    """`low_bit_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
+    """Encode as `low_bit_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
     m = tl.where(inside, m, 0.0)
     step = tl.max(tl.abs(m), 1) * (1.0 / 127)
     step = tl.where(tl.max((m != m).to(tl.int32), 1) > 0, float("nan"), step)
@@ -274,17 +270,9 @@ def low_bit_update(
     step: torch.Tensor,
     rule: Rule,
 ) -> None:
-    """Update a weight in place; never waits for the device.
+    """Do what `low_bit_step.low_bit_update` does, bit for bit; never waits for the device.
 
-    Args:
-        packed: int32 (out, words), contiguous. Updated.
-        scale: fp32 (out or 1, groups), contiguous; NaN afterwards if an update was not finite.
-        stream: int64 (2,), key and step of the random numbers.
-        grad: (out, in), any float dtype.
-        state: the tensors of `new_state`, contiguous. Updated, but for the factored second moment, which the caller
-            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows.
-        lr: fp32 scalar on the device.
-        step: fp32 scalar on the device, this step's number t, from 1.
+    What is updated must be contiguous, and `lr` and `step` must lie on the device. The weight is one row chunk here.
     """
     rows, words = packed.shape
     if not rows or not rule.columns:

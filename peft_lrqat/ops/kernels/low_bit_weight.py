@@ -11,11 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ...grid import sum_per_scale
 from ..stored_base import BaseFormat
 from .launch import Kernel, Launch, launched
 from .prepare import prepare
 from .tiles import load, round_half_even, scale_stride, store, stored_levels, tile_columns, tiling
-from .weight import build_weight
+from .weight import prepared_weight
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def _levels(
     packed, scale, ternary_scale, scale_stride, j, i, first, group, row_ok, column_ok, words, BITS: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """`low_bit.low_bit_levels` (BM, BN). For launches without fused operations: q r is rounded before its ties are."""
+    """Build `reference.low_bit_levels` (BM, BN). Launch it without fused operations: q r is rounded on its own."""
     q = stored_levels(packed, j, i, first, row_ok, column_ok, words, BITS, "int", FULL)
     if ternary_scale is not None:
         s = tl.load(scale + j * scale_stride + group, mask=row_ok, other=1.0)
@@ -65,7 +66,7 @@ def _scale_sums_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _launch(kernel: Kernel, rows: int, in_features: int, words: int, scales: tuple[int, int], bits: int) -> Launch:
-    """One of the two kernels above: they cut the weight into the same tiles."""
+    """Fix a launch of one of the two kernels above, which cut the weight into the same tiles."""
     tiles = tiling(rows, in_features, scales[1], loops=False)
     return kernel.launch(
         tiles.grid,
@@ -90,18 +91,12 @@ def low_bit_weight(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W^ = s * q, or t_s * clip(round(q * s / t_s), -1, 1): (out, in) in `dtype`; the reference's, bit for bit.
-
-    Args:
-        packed: int32 (out, words).
-        scale, ternary_scale: fp32 (out or 1, groups).
-        bits: width of a packed code.
-    """
+    """Build what `reference.low_bit_weight` does, bit for bit."""
     rows, words = packed.shape
     packed, scale = packed.contiguous(), scale.contiguous()
     if ternary_scale is None:
         prepared = prepare(scale, None, "auto", None, None, 1.0, rows)  # launches nothing
-        return build_weight(packed, scale.shape[1], None, prepared, BaseFormat(bits, in_features, "int"), dtype)
+        return prepared_weight(packed, scale.shape[1], None, prepared, BaseFormat(bits, in_features, "int"), dtype)
     weight = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
     if weight.numel():
         launch = _launch(_ternary_kernel, rows, in_features, words, tuple(scale.shape), bits)
@@ -112,19 +107,13 @@ def low_bit_weight(
 def scale_gradient(
     grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, ternary_scale: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """The sum of G q (or of G t) over the weights that share a scale: fp32, `scale`'s shape.
-
-    Args:
-        grad: fp32 (out, in), contiguous: G = dL/dW^.
-        packed, scale, ternary_scale, bits: as for `low_bit_weight`.
-    """
-    (rows, in_features), groups = grad.shape, scale.shape[1]
+    """Compute what `reference.scale_gradient` does, up to the order of the sums."""
+    rows, in_features = grad.shape
     if not grad.numel():
         return torch.zeros_like(scale)
-    columns = tiling(rows, in_features, groups, loops=False).columns
+    columns = tiling(rows, in_features, scale.shape[1], loops=False).columns
     sums = torch.empty(rows, columns, device=grad.device)
     ternary_scale = None if ternary_scale is None else ternary_scale.contiguous()
     launch = _launch(_scale_sums_kernel, rows, in_features, packed.shape[1], tuple(scale.shape), bits)
-    launch(sums, grad, packed.contiguous(), scale.contiguous(), ternary_scale)
-    sums = sums if columns == groups else sums.view(rows, groups, -1).sum(dim=-1)
-    return sums.sum(dim=0, keepdim=True) if scale.shape[0] == 1 else sums
+    launch(sums, grad.contiguous(), packed.contiguous(), scale.contiguous(), ternary_scale)
+    return sum_per_scale(sums, scale)

@@ -35,8 +35,10 @@ class Offsets(NamedTuple):
 
 
 def layout(stride: int, scales: int, rows: int, cols: int, rank: int) -> tuple[Offsets, int]:
-    """Where things are, and the buffer's size. Every part starts at a multiple of 64 bytes, so that loads can be
-    wide."""
+    """Lay out the buffer; also returns its size, in fp32 elements.
+
+    Every part starts at a multiple of 64 bytes, so that loads can be wide.
+    """
     starts = [0]
     for size in (scales, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2)):
         starts.append(starts[-1] + ceil_div(size, 16) * 16)
@@ -56,7 +58,7 @@ class Prepared(NamedTuple):
 
 @triton.jit
 def _snap(s, SNAP: tl.constexpr):
-    """`grid.snap_scale`, equal bit for bit; NaN stays NaN."""
+    """Snap as `grid.snap_scale` does, bit for bit; NaN stays NaN."""
     if SNAP == 0:  # exact in bf16 and fp16
         kept = tl.clamp(s, 5.9604644775390625e-08, 65280.0)
         small = round_half_even(kept * 16777216.0) * 5.9604644775390625e-08
@@ -72,7 +74,7 @@ def _snap(s, SNAP: tl.constexpr):
 
 @triton.jit
 def trained_scale(scale0, shift, at, ok, SNAP: tl.constexpr):
-    """s = snap(s0 (1 + shift)) of some entries."""
+    """Compute s = snap(s0 (1 + shift)) of some entries."""
     s = tl.load(scale0 + at, mask=ok, other=1.0)
     if shift is not None:
         s = _snap(s * (1.0 + tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)), SNAP)
@@ -81,7 +83,7 @@ def trained_scale(scale0, shift, at, ok, SNAP: tl.constexpr):
 
 @triton.jit
 def _split(values, AXIS: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """Integers and their common power of two along AXIS."""
+    """Split values into integers and their common power of two along AXIS."""
     peak = tl.max(tl.abs(values), axis=AXIS)
     exponent = peak.to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST) + 1 - BITS
@@ -191,7 +193,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(scales: tuple[int, int], rows: int, cols: int, rank: int, c: float, scale_dtype: str, scaled: bool) -> _Plan:
-    """What depends on shapes and constants only."""
+    """Work out what depends on shapes and constants only."""
     count = scales[0] * scales[1]
     offsets, size = layout(scale_stride(scales), count, rows, cols, rank)
     padded = max(1, power_of_2(rank))
@@ -228,7 +230,14 @@ def prepare(
     low: torch.dtype | None = None,
     scaled: bool = False,
 ) -> Prepared:
-    """Operands of a layer with `rows` output rows; `low`: also A~ and B~ (s B~ if `scaled`) in this dtype."""
+    """Prepare the operands of a layer for the kernels.
+
+    Args:
+        scale0 to c: as for `quantized_linear`.
+        rows: output rows of the layer.
+        low: also make A~ and B~ in this dtype; None: do not.
+        scaled: make s B~ of the latter.
+    """
     scale0 = scale0.contiguous()
     if A is None or B is None or not A.shape[0]:
         if shift is None:

@@ -24,7 +24,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def bf16_bits(values):
-    """fp32 rounded to bf16's 8 significant bits, ties to even: still fp32, and exact in bf16. NaN may change."""
+    """Round fp32 to bf16's 8 significant bits, ties to even: still fp32, and exact in bf16. NaN may change."""
     bits = values.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
@@ -42,13 +42,19 @@ def store(pointer, values, ok, FULL: tl.constexpr):
 
 @triton.jit
 def round_half_even(z):
-    """As torch.round, for |z| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Larger z keep their order."""
+    """Round as torch.round, for |z| < 2^22: adding 1.5 * 2^23 leaves no fraction bits. Larger z keep their order."""
     return (z + 12582912.0) - 12582912.0
 
 
 @triton.jit
+def clip(z, BITS: tl.constexpr):
+    """Cut fp32 levels to `grid.code_range` of BITS bits; NaN stays NaN."""
+    return tl.clamp(z, -1.0 * (1 << (BITS - 1)), 1.0 * (1 << (BITS - 1)) - 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def tile_columns(n, GROUP: tl.constexpr, BN: tl.constexpr):
-    """Column indices (BN,) of tile `n`, whether each belongs to it, its group, and its first column."""
+    """Return the column indices (BN,) of tile `n`, whether each belongs to it, its group, and its first column."""
     tiles_a_group: tl.constexpr = (GROUP + BN - 1) // BN
     group = n // tiles_a_group
     within = (n % tiles_a_group) * BN + tl.arange(0, BN)
@@ -68,7 +74,7 @@ def load(pointer, ok, FULL: tl.constexpr):
 def stored_levels(
     base, j, i, first, row_ok, column_ok, words, BITS: tl.constexpr, DOWNCAST: tl.constexpr, FULL: tl.constexpr
 ):
-    """Phi (BM, BN): the stored base in centred grid steps, fp32."""
+    """Load Phi (BM, BN): the stored base in centred grid steps, fp32."""
     row = base + j.to(tl.int64)[:, None] * words
     ok = row_ok[:, None] & column_ok[None, :]
     if DOWNCAST == "fx8":
@@ -118,14 +124,14 @@ def stored_levels(
 
 @triton.jit
 def a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, EVEN: tl.constexpr):
-    """a_int[k, i] (BR, BN), fp16."""
+    """Load a_int[k, i] (BR, BN), fp16."""
     pointer = (factors + a_int).to(tl.pointer_type(tl.float16))
     return load(pointer + k[:, None] * in_features + i[None, :], k_ok[:, None] & column_ok[None, :], EVEN)
 
 
 @triton.jit
 def b_tile(factors, b_int, j, k, row_ok, k_ok, RANK: tl.constexpr, EVEN: tl.constexpr):
-    """b_int[j, k] (BM, BR), fp16."""
+    """Load b_int[j, k] (BM, BR), fp16."""
     pointer = (factors + b_int).to(tl.pointer_type(tl.float16))
     return load(pointer + j[:, None] * RANK + k[None, :], row_ok[:, None] & k_ok[None, :], EVEN)
 
@@ -150,7 +156,7 @@ def rounded_levels(
     DOWNCAST: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """round(Phi + B~ A~) (BM, BN) before clipping, fp32. RANK 0: no adapter. `factors` and offsets: `prepare.py`."""
+    """Build round(Phi + B~ A~) (BM, BN) before clipping, fp32. RANK 0: no adapter. `factors`, offsets: `prepare.py`."""
     z = stored_levels(base, j, i, first, row_ok, column_ok, words, BITS, DOWNCAST, FULL)
     if RANK > 0:
         BR: tl.constexpr = 16 if RANK <= 16 else 32
@@ -184,18 +190,18 @@ class Tiling(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Programs: the columns first, so that neighbours share rows of the base."""
+        """Numbers of programs: the columns first, so that neighbours share rows of the base."""
         return self.columns, ceil_div(self.rows, self.loop)
 
     def constants(self, fmt: BaseFormat, rank: int) -> dict[str, Any]:
-        """What kernels that call `rounded_levels` on these tiles take first."""
+        """Name the constants that kernels which call `rounded_levels` on these tiles take first."""
         shape = {"BM": self.BM, "BN": self.BN, "FULL": self.full}
         return {"GROUP": self.group, "RANK": rank, "BITS": fmt.bits, "DOWNCAST": fmt.downcast, **shape}
 
 
 @functools.lru_cache(maxsize=1024)
 def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool = True) -> Tiling:
-    """The tiles of a (rows, in) weight with `groups` scales a row.
+    """Cut a (rows, in) weight with `groups` scales a row into tiles.
 
     A program that works on several tiles loads the next while it computes one, which was the fastest of what was tried
     on an H100. But there must be programs enough.
@@ -210,7 +216,7 @@ def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool =
 
 
 def scale_stride(scales: tuple[int, ...]) -> int:
-    """Elements from the scales of one row to those of the next: 0 where all rows share them."""
+    """Count the elements from the scales of one row to those of the next: 0 where all rows share them."""
     return 0 if scales[0] == 1 else scales[1]
 
 
@@ -218,10 +224,10 @@ def scale_stride(scales: tuple[int, ...]) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """The quotient, rounded up."""
+    """Divide, rounding up."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is not smaller than n."""
+    """Find the smallest power of two that is not smaller than n (n > 0)."""
     return 1 << (n - 1).bit_length()

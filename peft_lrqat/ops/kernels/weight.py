@@ -10,8 +10,8 @@ import triton.language as tl
 
 from ..stored_base import BaseFormat
 from .launch import Launch, launched
-from .prepare import Offsets, Prepared
-from .tiles import load, rounded_levels, store, tile_columns, tiling
+from .prepare import Offsets, Prepared, prepare
+from .tiles import clip, load, rounded_levels, store, tile_columns, tiling
 
 
 @launched
@@ -50,7 +50,7 @@ def _weight_kernel(
             base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK, BITS,
             DOWNCAST, FULL,
         )  # fmt: skip
-        q = tl.clamp(z, -1.0 * (1 << (BITS - 1)), 1.0 * (1 << (BITS - 1)) - 1.0, propagate_nan=tl.PropagateNan.ALL)
+        q = clip(z, BITS)
         inside = row_ok[:, None] & column_ok[None, :]
         if flags is not None:
             tl.store(flags + m * tl.num_programs(0) + n, tl.max(tl.max((inside & (q != z)).to(tl.int32), 1), 0))
@@ -74,7 +74,24 @@ def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offset
     )
 
 
-def build_weight(
+def linear_weight(
+    base: torch.Tensor,
+    scale0: torch.Tensor,
+    shift: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    c: float,
+    fmt: BaseFormat,
+    scale_dtype: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Build what `reference.linear_weight` does, bit for bit."""
+    prepared = prepare(scale0, shift, scale_dtype, A, B, c, base.shape[0])
+    return prepared_weight(base.contiguous(), scale0.shape[1], zero_point, prepared, fmt, dtype)
+
+
+def prepared_weight(
     base: torch.Tensor,
     groups: int,
     zero_point: torch.Tensor | None,
@@ -83,7 +100,7 @@ def build_weight(
     dtype: torch.dtype,
     flags: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W^ = s * (clip(round(Phi + B~ A~)) - z), (out, in) in `dtype`; equal to the reference bit for bit.
+    """Build W^ from a contiguous base and what `prepare` made of the rest: (out, in) in `dtype`.
 
     Args:
         groups: scales a row has.

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...chunks import row_chunks
-from ...grid import Grid, GridTensor, grouped, snap_scale
+from ...grid import Grid, GridTensor, grouped, rows_of, snap_scale
 from ...modules.packed import QuantizedLinear
 from ...ops import quantized_linear
 from ...ops.reference import build_weight
@@ -126,10 +126,9 @@ class FrozenWeight(nn.Module):
         scale, zero_point = choose_range(weight, self.grid, self.range_method, self.range_p, self.scale_dtype)
         parts = []
         for rows in row_chunks(self.out_features, self.in_features, weight.device):
-            per_row = rows if scale.shape[0] > 1 else slice(None)
-            levels = grouped(weight[rows].float().contiguous(), scale) / scale[per_row].unsqueeze(-1)
+            levels = grouped(weight[rows].float().contiguous(), scale) / rows_of(scale, rows).unsqueeze(-1)
             if zero_point is not None:
-                levels += zero_point[per_row].unsqueeze(-1)
+                levels += rows_of(zero_point, rows).unsqueeze(-1)
             if self.grid.ternary:  # two-bit codes, of which -2 is not used
                 levels.clamp_(self.grid.qmin, self.grid.qmax)
             parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))

@@ -17,10 +17,8 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from ...chunks import row_chunks
 from ...grid import TERNARY
-from ...ops.dispatch import kernels_for, on_device_of
-from ...ops.low_bit_step import Rule, new_state, update_factors, update_rows
+from ...ops.low_bit_step import Rule, new_state, step_codes
 from .tensor import LowBitTensor
 
 STATES = ("8bit", "factored", "fp32")
@@ -135,7 +133,7 @@ class LowBitAdamW(Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "state": state, "error_feedback": error_feedback, "lr_unit": lr_unit})
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self._update: Callable[..., None] = torch.compile(update_rows, dynamic=False) if compile else update_rows
+        self._compile = compile
         self._arrived: dict[torch.Tensor, int] = {}
         self.fused_backward = fused_backward
         for group in self.param_groups:
@@ -212,6 +210,7 @@ class LowBitAdamW(Optimizer):
             feedback,
             group["lr_unit"],
             group["state"],
+            self._compile,
         )
 
     def _step_codes(self, parameter: LowBitTensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
@@ -219,43 +218,11 @@ class LowBitAdamW(Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, parameter.device))
-        state["step"] += 1
         lr = group["lr"]
         if not isinstance(lr, torch.Tensor):
             lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
-        rows, columns = parameter.shape
-        extra = {}
-        if rule.state == "factored":
-            chunks = list(row_chunks(rows, columns, parameter.device))
-            extra["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
-        kernels = kernels_for(parameter.packed)
-        if kernels is not None and parameter.packed.is_contiguous() and parameter.scale.is_contiguous():
-            lr = lr.to(parameter.device, torch.float32)
-            codes = parameter.packed, parameter.scale, parameter.stream
-            with on_device_of(parameter.packed):
-                kernels.low_bit_update(*codes, grad, {**state, **extra}, lr, state["step"], rule)
-            parameter.stream[1] += 1
-            return
-        numbers = torch.arange(rows, device=parameter.device)
-        per_tensor = parameter.scale.shape[0] == 1
-        for part in row_chunks(rows, columns, parameter.device):
-            inner = {
-                name: value if name == "exp_avg_sq_columns" else value[part]
-                for name, value in state.items()
-                if name != "step"
-            }
-            self._update(
-                parameter.packed[part],
-                parameter.scale if per_tensor else parameter.scale[part],
-                parameter.stream,
-                grad[part],
-                {**inner, **extra},
-                numbers[part],
-                lr,
-                state["step"],
-                rule,
-            )
-        parameter.stream[1] += 1
+        lr = lr.to(parameter.device, torch.float32)
+        step_codes(parameter.packed, parameter.scale, parameter.stream, grad, state, lr, rule)
 
     def _step_floats(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

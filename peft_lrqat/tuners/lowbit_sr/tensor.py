@@ -31,8 +31,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ...chunks import row_chunks
-from ...grid import Grid, grouped
-from ...ops.reference import rows_of
+from ...grid import Grid, grouped, rows_of
 from ...packing import pack, unpack, words_per_row
 from ...rounding import poison, random_words, round_stochastically, uniform
 
