@@ -33,22 +33,11 @@ WITHOUT_TEST = {
     "one constant": ("_version",),
     "a few lines, behind everything that is made of them": ("chunks", "registration"),
     "all kernels beside their references, in tests/ops/test_kernels.py and test_low_bit_kernels.py": (
-        "ops.kernels.backward",
-        "ops.kernels.launch",
-        "ops.kernels.low_bit_step",
-        "ops.kernels.low_bit_weight",
-        "ops.kernels.prepare",
         "ops.kernels.tiles",
-        "ops.kernels.weight",
     ),
     "parts of the operations that tests/ops compares with autograd": (
-        "ops.activations",
         "ops.dispatch",
-        "ops.embedding",
-        "ops.factors",
         "ops.low_bit_step",
-        "ops.reference",
-        "ops.stored_base",
     ),
     "all formats at all grids, in tests/formats/test_formats.py and test_reading.py": (
         "formats.source",

@@ -5,7 +5,7 @@ its registration with `torch.library` (schema, fake implementation, autograd), a
 
     linear.py, low_bit.py           reference.py; kernels/weight.py, backward.py, low_bit_weight.py
     embedding.py, activations.py    the file itself; no kernel
-    low_bit_step.py                 the file itself; kernels/low_bit_step.py
+    low_bit_step.py                 reference_step.py; kernels/low_bit_step.py
 
 A reference and its kernel have one name, one signature and one result (`kernels/__init__.py` lists the pairs, a test
 compares them), so an operation only chooses between them: `kernels_for(x) or reference`. `dispatch.py` decides which

@@ -1,7 +1,7 @@
 """The references, in plain PyTorch with fp32 inside, of the two linear layers: `linear.py` and `low_bit.py`.
 
 A function that `kernels/` has too bears the same name there, takes the same arguments and returns the same things.
-(Embeddings have no kernel: `embedding.py` is its own reference. That of the optimizer step is in `low_bit_step.py`.)
+(Embeddings have no kernel: `embedding.py` is its own reference. That of the optimizer step is `reference_step.py`.)
 
 Names: `base` is the frozen weight in grid steps as `stored_base.py` stores it, `factors` are the low-rank factors
 A~ (R, in) and B~ (out, R) in grid steps as `factors.py` rounds them, T is the number of tokens. Everything weight-sized

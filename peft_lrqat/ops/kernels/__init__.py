@@ -1,6 +1,6 @@
 """Triton kernels. Each function listed here has its reference's name, arguments and results (a test compares them).
 
-References: `ops/reference.py`; of the optimizer step `ops/low_bit_step.py`. Files:
+References: `ops/reference.py`; of the optimizer step `ops/reference_step.py`. Files:
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point

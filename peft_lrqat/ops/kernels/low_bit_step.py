@@ -1,4 +1,4 @@
-"""The step of `LowBitAdamW` on packed codes in one launch; the reference is `ops/low_bit_step.py`.
+"""The step of `LowBitAdamW` on packed codes in one launch; the reference is `ops/reference_step.py`.
 
 A program owns BM rows of one block of 256 columns: whole words for every width of code, the blocks that share a number
 of the 8-bit state, and whole Philox evaluations (four columns each). So nothing is shared between programs, and every
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..low_bit_step import BLOCK, Rule
+from ..reference_step import BLOCK, Rule
 from .launch import Launch, launched
 from .tiles import ceil_div, scale_stride
 
@@ -90,7 +90,7 @@ def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl
 
 @triton.jit
 def _encode_second_moment(v, dither, inside):
-    """Encode as `low_bit_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
+    """Encode as `reference_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
     low = tl.sqrt_rn(v).to(tl.int32, bitcast=True) >> 19
     below = (low << 19).to(tl.float32, bitcast=True)
     above = ((low + 1) << 19).to(tl.float32, bitcast=True)
@@ -102,7 +102,7 @@ def _encode_second_moment(v, dither, inside):
 
 @triton.jit
 def _encode_momentum(m, dither, inside):
-    """Encode as `low_bit_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
+    """Encode as `reference_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
     m = tl.where(inside, m, 0.0)
     step = tl.max(tl.abs(m), 1) * (1.0 / 127)
     step = tl.where(tl.max((m != m).to(tl.int32), 1) > 0, float("nan"), step)
@@ -270,7 +270,7 @@ def low_bit_update(
     step: torch.Tensor,
     rule: Rule,
 ) -> None:
-    """Do what `low_bit_step.low_bit_update` does, bit for bit; never waits for the device.
+    """Do what `reference_step.low_bit_update` does, bit for bit; never waits for the device.
 
     What is updated must be contiguous, and `lr` and `step` must lie on the device. The weight is one row chunk here.
     """

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from ...grid import TERNARY
-from ...ops.low_bit_step import Rule, new_state, step_codes
+from ...ops.low_bit_step import step_codes
+from ...ops.reference_step import Rule, new_state
 from .tensor import LowBitTensor
 
 STATES = ("8bit", "factored", "fp32")
@@ -75,7 +76,7 @@ class _UpdateInBackward:
 
 
 class LowBitAdamW(Optimizer):
-    """AdamW (arXiv 1711.05101) whose step on low-bit weights ends in one stochastic rounding (`ops/low_bit_step.py`).
+    """AdamW (arXiv 1711.05101) whose step on low-bit weights ends in one stochastic rounding (`ops/reference_step.py`).
 
     Other parameters (scales, norms, biases, `modules_to_save`) take torch's own AdamW step with fp32 state.
     """

@@ -7,7 +7,7 @@ import torch
 
 from peft_lrqat.grid import Grid
 from peft_lrqat.ops import step_codes, use_kernels
-from peft_lrqat.ops.low_bit_step import (
+from peft_lrqat.ops.reference_step import (
     Rule,
     decode_momentum,
     decode_second_moment,

@@ -1,0 +1,298 @@
+"""The reference of one AdamW step on packed codes (`LowBitAdamW`), a row chunk at a time.
+
+On a GPU `kernels/low_bit_step.py` does the same, bit for bit, in one launch.
+
+Everything happens in fp32 on the rows at hand; in and out go packed codes and the compact state:
+
+    g  gradient of the weight              q  codes           w = s q
+    m = b1 m + (1 - b1) g                  v = b2 v + (1 - b2) g^2           m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
+    d = -(eta m^ / (sqrt(v^) + eps) / s + eta0 lambda q)                     the move, in grid steps
+    q' = clip(q + floor(d + u))                                              u from `rounding.py`
+    e = (clip(q + d) - q') s                                                 what the rounding lost, weight units
+    m += (1 - b1^t) (1 - 1/b1) (sqrt(v^) + eps) e / eta                      error feedback (ECO, arXiv 2601.22101)
+
+eta is the learning rate eta0 in weight units, or eta0 s with lr_unit="grid", where the learning rate counts grid steps.
+The remainder e is taken inside the grid, so that a weight at the end of its range does not wind up a momentum that
+points outwards. With eta = 0 nothing moves, and nothing is fed back.
+
+The 8-bit state. Blocks of 256 neighbours of a row share one number:
+
+    m   int8, linear in the block's largest magnitude, rounded stochastically: a momentum of which a tenth is new each
+        step must not lose small gradients beside a large remainder
+    v   uint8, the position of r = sqrt(v) below the block's largest, in sixteenths of an octave (four mantissa bits; 16
+        octaves), rounded stochastically so that E[r^2] = v:
+
+        r = | sign 0 | exponent, 8 bits | mantissa, 23 bits |      k = upper 13 bits = 16 * exponent + 4 mantissa bits
+        stored: k of the block's largest r (int16), and max(0, 255 - (k_largest - k)) of each r (uint8)
+
+The factored state (Adafactor, arXiv 1804.04235) keeps row and column means of v in fp32 instead of v.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..chunks import row_chunks
+from ..grid import Grid, grouped, rows_of
+from ..packing import pack, unpack
+from ..rounding import poison, random_words, round_stochastically, spare_dither, uniform
+
+BLOCK = 256
+_V_SHIFT = 19  # fp32 bits below the four mantissa bits
+_V_LEVELS = 255
+
+
+class Rule(NamedTuple):
+    """What does not change from step to step.
+
+    Attributes:
+        columns: in_features.
+        lr_unit: "weight" or "grid".
+        state: the kind of second moment, see `new_state`.
+        compile: whether the reference goes through torch.compile.
+    """
+
+    grid: Grid
+    columns: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    error_feedback: bool
+    lr_unit: str
+    state: str
+    compile: bool = False
+
+
+def _root(v: torch.Tensor) -> torch.Tensor:
+    """Take the root of fp32 v, rounded once, on every device."""
+    # torch's fp32 root on a CPU is not always the nearest, as a GPU's and a kernel's are
+    return v.double().sqrt_().float() if v.device.type == "cpu" else v.sqrt()
+
+
+def _blocks(values: torch.Tensor) -> torch.Tensor:
+    """View (rows, columns) as (rows, blocks, BLOCK), padded with zeros."""
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % BLOCK)).view(values.shape[0], -1, BLOCK)
+
+
+def _unblock(blocks: torch.Tensor, columns: int) -> torch.Tensor:
+    """Undo `_blocks`: (rows, columns)."""
+    return blocks.reshape(blocks.shape[0], -1)[:, :columns]
+
+
+def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store fp32 m (rows, columns) as int8 (rows, columns), and a step, fp32 (rows, blocks), for each block.
+
+    Args:
+        dither: fp32 (rows, columns), uniform in (0, 1).
+    """
+    blocks = _blocks(m)
+    step = blocks.abs().amax(dim=-1) * (1 / 127)  # a GPU divides by a constant like this; so does every device
+    safe = torch.where(step > 0, step, 1.0).unsqueeze(-1)
+    codes = torch.floor(blocks / safe + _blocks(dither)).clamp(-127, 127)
+    return _unblock(codes, m.shape[1]).to(torch.int8), step
+
+
+def decode_momentum(codes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Read what `encode_momentum` stored: fp32 (rows, columns)."""
+    return _unblock(_blocks(codes.float()) * step.unsqueeze(-1), codes.shape[1])
+
+
+def encode_second_moment(v: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store fp32 v (rows, columns) as uint8 (rows, columns), and the largest k, int16 (rows, blocks), of each block.
+
+    Args:
+        dither: fp32 (rows, columns), uniform in (0, 1).
+    """
+    low = _root(v).view(torch.int32) >> _V_SHIFT
+    below = (low << _V_SHIFT).view(torch.float32).square()
+    above = ((low + 1) << _V_SHIFT).view(torch.float32).square()
+    k = low + (dither * (above - below) < v - below).to(torch.int32)
+    blocks = _blocks(k)
+    top = blocks.amax(dim=-1)
+    codes = (blocks - top.unsqueeze(-1) + _V_LEVELS).clamp(min=0)
+    return _unblock(codes, v.shape[1]).to(torch.uint8), top.to(torch.int16)
+
+
+def decode_second_moment(codes: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """Read what `encode_second_moment` stored: v, fp32 (rows, columns)."""
+    k = (_blocks(codes.to(torch.int32)) + top.to(torch.int32).unsqueeze(-1) - _V_LEVELS).clamp(min=0)
+    return _unblock((k << _V_SHIFT).view(torch.float32).square(), codes.shape[1])
+
+
+def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    """Make the state of an (out, in) weight before its first step: zeros, by name.
+
+    Args:
+        kind: "8bit", "factored" or "fp32".
+        momentum: False leaves the first moment out (betas[0] = 0).
+    """
+    rows, columns = shape
+    blocks = -(-columns // BLOCK)
+
+    def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    state = {"step": zeros()}
+    if momentum and kind == "fp32":
+        state["exp_avg"] = zeros(rows, columns)
+    elif momentum:
+        state["exp_avg_codes"] = zeros(rows, columns, dtype=torch.int8)
+        state["exp_avg_step"] = zeros(rows, blocks)
+    if kind == "fp32":
+        state["exp_avg_sq"] = zeros(rows, columns)
+    elif kind == "8bit":
+        state["exp_avg_sq_codes"] = zeros(rows, columns, dtype=torch.uint8)
+        state["exp_avg_sq_top"] = zeros(rows, blocks, dtype=torch.int16)
+    else:
+        state["exp_avg_sq_rows"], state["exp_avg_sq_columns"] = zeros(rows, 1), zeros(1, columns)
+    return state
+
+
+def update_rows(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    stream: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    row: torch.Tensor,
+    lr: torch.Tensor,
+    step: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Update some rows in place: the formulas above.
+
+    Args:
+        packed: int32 (n, words). Updated.
+        scale: fp32 (n or 1, groups); NaN afterwards if the gradient is not finite.
+        stream: int64 (2,), key and step of the random numbers.
+        grad: (n, in), any float dtype.
+        state: the rows of `new_state`'s tensors, by name. Updated, but for the factored second moment, which the
+            caller keeps: "exp_avg_sq_mean" is the mean of all its rows.
+        row: int64 (n,), row numbers.
+        lr: fp32 scalar.
+        step: fp32 scalar, this step's number t, from 1.
+    """
+    grad = grad.float()
+    words = random_words(row, rule.columns, stream[1], stream[0])
+    correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
+
+    m = _read_momentum(state)
+    m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
+    v = _second_moment(state, grad, words, rule)
+    denominator = _root(v / correction2) + rule.eps
+
+    codes = unpack(packed, rule.grid.code_bits, rule.columns).float()
+    step_size = scale.unsqueeze(-1)
+    adam = m / denominator
+    if rule.beta1:
+        adam = adam / correction1
+    adam = grouped(adam, scale) if rule.lr_unit == "grid" else grouped(adam, scale) / step_size
+    move = -lr * (adam.reshape_as(codes) + rule.weight_decay * codes)
+    rounded = round_stochastically(codes, move, uniform(words), rule.grid)
+
+    if rule.error_feedback:
+        lost = (codes + move).clamp(rule.grid.qmin, rule.grid.qmax) - rounded
+        if rule.lr_unit != "grid":
+            lost = (grouped(lost, scale) * step_size).reshape_as(codes)
+        factor = correction1 * (1 - 1 / rule.beta1) / torch.where(lr > 0, lr, torch.inf)
+        m = m + factor * denominator * lost
+    _write_momentum(state, m, words)
+    packed.copy_(pack(rounded.to(torch.int8), rule.grid.code_bits))
+    poison(scale, move)
+
+
+def _read_momentum(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    if "exp_avg" in state:
+        return state["exp_avg"]
+    if "exp_avg_codes" in state:
+        return decode_momentum(state["exp_avg_codes"], state["exp_avg_step"])
+    return None
+
+
+def _write_momentum(state: dict[str, torch.Tensor], m: torch.Tensor, words: torch.Tensor) -> None:
+    if "exp_avg" in state:
+        state["exp_avg"].copy_(m)
+    elif "exp_avg_codes" in state:
+        codes, step = encode_momentum(m, spare_dither(words, 4, 5))
+        state["exp_avg_codes"].copy_(codes)
+        state["exp_avg_step"].copy_(step)
+
+
+def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: torch.Tensor, rule: Rule) -> torch.Tensor:
+    if rule.state == "factored":  # the caller has updated it
+        return state["exp_avg_sq_rows"] * state["exp_avg_sq_columns"] / state["exp_avg_sq_mean"]
+    square = grad.square() * (1 - rule.beta2)
+    if rule.state == "fp32":
+        return state["exp_avg_sq"].mul_(rule.beta2).add_(square)
+    v = decode_second_moment(state["exp_avg_sq_codes"], state["exp_avg_sq_top"]) * rule.beta2 + square
+    codes, top = encode_second_moment(v, spare_dither(words, 0, 4))
+    state["exp_avg_sq_codes"].copy_(codes)
+    state["exp_avg_sq_top"].copy_(top)
+    return v
+
+
+@torch.no_grad()
+def update_factors(
+    state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float, chunks: Iterable[slice]
+) -> torch.Tensor:
+    """Take the row and column means of g^2 into the factored second moment.
+
+    Args:
+        grad: (out, in), any float dtype.
+        chunks: slices over the rows of `grad`.
+
+    Returns:
+        The mean over its rows: fp32 scalar.
+    """
+    columns = torch.zeros_like(state["exp_avg_sq_columns"])
+    for rows in chunks:
+        square = grad[rows].float().square().add_(1e-30)
+        state["exp_avg_sq_rows"][rows].mul_(beta2).add_(square.mean(dim=1, keepdim=True), alpha=1 - beta2)
+        columns += square.sum(dim=0, keepdim=True)
+    state["exp_avg_sq_columns"].mul_(beta2).add_(columns, alpha=(1 - beta2) / grad.shape[0])
+    return state["exp_avg_sq_rows"].mean()
+
+
+# -- the whole weight
+
+_OF_ALL_ROWS = ("exp_avg_sq_columns", "exp_avg_sq_mean")
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(update_rows, dynamic=False)
+
+
+def low_bit_update(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    stream: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    lr: torch.Tensor,
+    step: torch.Tensor,
+    rule: Rule,
+) -> None:
+    """Update a weight in place: the reference of `kernels.low_bit_update`.
+
+    Args:
+        packed: int32 (out, words). Updated.
+        scale: fp32 (out or 1, groups). Where an update was not finite, those of its row chunk are NaN afterwards.
+        stream: int64 (2,), key and step of the random numbers.
+        grad: (out, in), any float dtype.
+        state: the tensors of `new_state`, by name. Updated, but for the factored second moment, which the caller
+            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows.
+        lr: fp32 scalar.
+        step: fp32 scalar, this step's number t, from 1.
+    """
+    update = _compiled() if rule.compile else update_rows
+    numbers = torch.arange(packed.shape[0], device=packed.device)
+    parts = {name: value for name, value in state.items() if name != "step"}
+    for rows in row_chunks(packed.shape[0], rule.columns, packed.device):
+        some = {name: value if name in _OF_ALL_ROWS else value[rows] for name, value in parts.items()}
+        update(packed[rows], rows_of(scale, rows), stream, grad[rows], some, numbers[rows], lr, step, rule)
