@@ -33,7 +33,7 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
         config.adopt_defaults()
         return
     if not packed:
-        if adapted[0].frozen.from_codes:  # a second adapter
+        if adapted[0].frozen.quantized_before:  # a second adapter
             frozen = adapted[0].frozen
             theirs = {name: getattr(frozen.grid, name) for name in _FIELDS}
             config.adopt(**theirs, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)

@@ -25,7 +25,7 @@ def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
 
 
 def freeze(layer: nn.Module, bits: int = 4, group_size: int = -1, symmetric: bool = True, kind: str = "fx8", **kwargs):
-    return FrozenWeight(layer, Grid(bits, group_size, symmetric), kind, **kwargs)
+    return FrozenWeight.of_floats(layer, Grid(bits, group_size, symmetric), kind, **kwargs)
 
 
 def stored_codes(frozen: FrozenWeight) -> torch.Tensor:
