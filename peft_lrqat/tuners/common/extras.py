@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...modules.packed import QuantizedLinear
+from .layer import MergingLayer
 
 # What PEFT adds to `modules_to_save` by itself for some tasks, whether the model has it or not.
 _ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")
@@ -38,11 +39,11 @@ def _check_modules_to_save(modules: dict[str, nn.Module], targets: dict[str, nn.
                     f"`modules_to_save` names {name!r}, a {type(module).__name__}, which has no forward to be trained. "
                     "Name the modules in it."
                 )
-            inside = next((target for target in targets if f"{target}.".startswith(f"{name}.")), None)
-            if inside is not None or isinstance(module, BaseTunerLayer):
+            # PEFT leaves what it saves out of this adapter's targets; the layers of others are there all the same
+            if name in targets or any(isinstance(part, MergingLayer) for part in module.modules()):
                 raise ValueError(
-                    f"`modules_to_save` names {name!r}, in which {inside or name!r} is quantized: one weight cannot be "
-                    "trained both ways. Leave one of them out (`exclude_modules`)."
+                    f"`modules_to_save` names {name!r}, which is quantized, or has quantized layers in it: one weight "
+                    "cannot be trained both ways. Leave one of them out (`exclude_modules`)."
                 )
             _check_saved(name, module, config)
 

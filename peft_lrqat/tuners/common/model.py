@@ -89,6 +89,8 @@ class QuantizingModel(LoraModel):
         adopted = self._adopt_base(model, config, state_dict)
         self._check_new_adapter_config(config)
         targets = self._targets(model, config, state_dict)
+        for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
+            self._check_shared(config, _adapters_of(module))
         checksums = self._check(model, targets, config)
         config.base_fingerprint = fingerprint(targets, checksums)
         check_fingerprint(config.base_fingerprint, config._required_fingerprint)
@@ -172,7 +174,10 @@ class QuantizingModel(LoraModel):
         super()._check_new_adapter_config(config)
         if not isinstance(config, self.config_cls):
             raise ValueError(f"{type(self).__name__} needs a {self.config_cls.__name__}, got {type(config).__name__}.")
-        for name, other in self.peft_config.items():
+        self._check_shared(config, self.peft_config)
+
+    def _check_shared(self, config: Any, others: dict[str, Any]) -> None:
+        for name, other in others.items():
             if other is config or not isinstance(other, self.config_cls):
                 continue
             for option in self.shared_options:
