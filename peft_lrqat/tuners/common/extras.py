@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -67,7 +68,9 @@ def _check_tokens(model: Any, modules: dict[str, nn.Module], targets: dict[str, 
     if wanted is None:
         return
     if not isinstance(wanted, dict):
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding = None
+        with contextlib.suppress(AttributeError, NotImplementedError):  # then PEFT takes it for `embed_tokens`
+            embedding = model.get_input_embeddings()
         name = next((name for name, module in modules.items() if module is embedding), "embed_tokens")
         wanted = {name: wanted}
     for layer, indices in wanted.items():

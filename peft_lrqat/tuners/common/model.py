@@ -99,13 +99,13 @@ class QuantizingModel(LoraModel):
         undo.keep(targets.values(), config.bytes_per_weight)
         if adopted and not undo.keeps:
             undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory
+        known = _layers_with(adapter_name, model)  # PEFT lets a name be used again, and warns
         self._conversion = _Conversion(undo, checksums)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._conversion
-        adapted = {name for name, module in model.named_modules() if adapter_name in _adapters_of(module)}
-        if adapted != targets.keys():
+        if other := (_layers_with(adapter_name, model) ^ targets.keys()) - known:
             raise RuntimeError(
-                f"PEFT adapted other modules than were checked before ({sorted(adapted ^ targets.keys())[:3]} ...). "
+                f"PEFT adapted other modules than were checked before ({sorted(other)[:3]} ...). "
                 "This version of PEFT chooses them otherwise than the versions that this package knows: please "
                 "report it, with your configuration."
             )
@@ -220,13 +220,13 @@ class QuantizingModel(LoraModel):
 
     # -- the checkpoint
 
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, but returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:  # PEFT's annotation is None, but it returns the model
+    ) -> nn.Module:
         config = self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
         with merging(config):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -247,6 +247,10 @@ class QuantizingModel(LoraModel):
 
 def _adapters_of(module: nn.Module) -> dict[str, Any]:
     return module.adapter_options if isinstance(module, MergingLayer) else {}
+
+
+def _layers_with(adapter: str, model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if adapter in _adapters_of(module)}
 
 
 def _check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ...formats.reading import METHODS
 from ...modules.packed import MERGED, QuantizedLinear
 from .fingerprint import codes_checksum, float_checksum
+from .layer import MergingLayer
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,9 +55,14 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
     """
     owners = _owners(model)
     for name, module in targets.items():
-        if isinstance(module, BaseTunerLayer):
-            continue
         where = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, MergingLayer):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"`target_modules` names {where}, which carries an adapter of another method. Unload that first, or "
+                "leave the module out with `exclude_modules`."
+            )
         _check_kind(module, config, where)
         if isinstance(module, QuantizedLinear) and config.takes_quantized:
             _check_quantized(module, config, where)
@@ -155,8 +161,8 @@ def _check_untied(name: str, where: str, owners: list[str]) -> None:
 
 
 def _checksum(name: str, module: Any) -> int:
-    if isinstance(module, BaseTunerLayer):
-        return module.frozen.source_checksum  # type: ignore[attr-defined]  # a layer of ours
+    if isinstance(module, MergingLayer):
+        return module.frozen.source_checksum
     if isinstance(module, QuantizedLinear):
         return codes_checksum(module.grid_tensor())
     checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)

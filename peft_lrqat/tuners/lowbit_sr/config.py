@@ -170,8 +170,12 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     def recipe(self) -> str:
         extras = [f"{self.bits}-bit codes, ranges by {self.range_method}"]
-        extras += ["error feedback"] * self.error_feedback + ["learned scales"] * self.learn_scales
-        extras += [f"{self.act_bits}-bit activations"] * (self.act_bits is not None)
+        if self.error_feedback:
+            extras.append("error feedback")
+        if self.learn_scales:
+            extras.append("learned scales")
+        if self.act_bits is not None:
+            extras.append(f"{self.act_bits}-bit activations")
         return (
             "direct low-bit training with stochastic rounding ([DQT, arXiv 2412.04787]"
             f"(https://arxiv.org/abs/2412.04787)): {', '.join(extras)}"

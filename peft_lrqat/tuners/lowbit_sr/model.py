@@ -51,7 +51,7 @@ class LowBitSRModel(QuantizingModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """LoRA replicates layers here; there is nothing to do."""
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(  # type: ignore[override]  # LoRA's has another configuration
         self,
         config: LowBitSRConfig,
         adapter_name: str,

@@ -191,7 +191,7 @@ class LowBitTensor(torch.Tensor):
         inner = (self.packed, self.scale, self.stream, *self._meta)
         return _rebuild, (inner, isinstance(self, nn.Parameter), self.requires_grad)
 
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # torch's has a keyword
         return f"LowBitTensor({tuple(self.shape)}, {self.grid.describe()}, device={self.device})"
 
     @classmethod

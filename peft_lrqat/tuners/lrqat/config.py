@@ -69,14 +69,14 @@ class LRQATConfig(GridConfig, LoraConfig):
     bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
         default=None, metadata={"help": "Bits of the weight grid, 2 to 8. None: the quantized base's, or else 4."}
     )
-    group_size: int = field(  # type: ignore[assignment]
+    group_size: int = field(  # type: ignore[assignment]  # as for bits
         default=None,
         metadata={
             "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
             "output channel, 0 for the whole tensor. None: the quantized base's, or else 128."
         },
     )
-    symmetric: bool = field(  # type: ignore[assignment]
+    symmetric: bool = field(  # type: ignore[assignment]  # as for bits
         default=None,
         metadata={
             "help": "False adds a frozen integer zero point to every scale, which 2-bit grids want. None: the "
@@ -97,7 +97,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
     learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
-        default=None,  # type: ignore[arg-type]
+        default=None,  # type: ignore[arg-type]  # as for bits
         metadata={
             "help": "What the checkpoint will store for a scale; training sees exactly that. 'auto': numbers that are "
             "exact in bf16 and fp16, so that one checkpoint is exact in every engine. None: 'auto', or else the first "

@@ -103,8 +103,12 @@ class LRQATModel(QuantizingModel):
         self._combining = True
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name in self.peft_config:  # PEFT adds it before it combines the others
+                self.delete_adapter(adapter_name)
+            raise
         finally:
-            self._combining = False
+            del self._combining
         for layer in self.modules():
             if isinstance(layer, LRQATLayer) and adapter_name in layer.lora_scale_shift:
                 target = layer.lora_scale_shift[adapter_name]

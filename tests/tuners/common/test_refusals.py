@@ -185,6 +185,13 @@ def test_methods_are_not_mixed_on_one_model(method: ModuleType):
     assert list(model.peft_config) == ["default"]
 
 
+def test_layers_that_carry_an_adapter_of_another_method(method: ModuleType):
+    model, config = tiny(), method.config()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "first")
+    with refused(model, "q_proj' .* carries an adapter of another method", config=config):
+        model.add_adapter(config, "second")
+
+
 @pytest.mark.parametrize("option", [{"bits": 3}, {"group_size": 16}, {"range_method": "lp"}, {"scale_dtype": "fp32"}])
 def test_adapters_of_one_model_share_a_grid(method: ModuleType, option: dict):
     model = method.adapt(tiny(), bits=4, group_size=8, range_method="minmax")

@@ -215,6 +215,9 @@ def test_a_second_model_of_one_name(method: ModuleType, base: PreTrainedModel):
     with pytest.warns(UserWarning, match="second time"), refused(inner, "share its converted base|does not divide"):
         get_peft_model(inner, method.config(group_size=5))
     assert inner.peft_config["default"].group_size == 8
+    with pytest.warns(UserWarning, match="second time"):
+        again = get_peft_model(inner, method.other())
+    assert len(method.layers(again)) == 14
 
 
 # -- files
