@@ -1,18 +1,31 @@
-"""What several test files of this folder use."""
+"""Low-bit SR as the tests of both methods see it (`tests/tuners/conftest.py`: `method`)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lrqat import LowBitSRConfig
-from peft_lrqat.tuners.lowbit_sr import LowBitSRLinear
+from peft_lrqat.tuners.lowbit_sr import LowBitSRLinear, LowBitTensor
 from tests.models import low_bit, tiny, tokens
 
+NAME, TYPE, LAYER = "Low-bit SR", "LOWBITSR", "lowbitsr.LowBitSRLinear"
 IDS = tokens(batch=4)
 GRID = {"bits": 4, "group_size": 8, "range_method": "minmax"}
 ATTENTION = ["q_proj", "v_proj"]
+#: Adapters that start away from the base.
+MOVED = {"init_weights": False}
+ONLY = "lowbitsr_only"
+STORED = {"lowbitsr_codes", "lowbitsr_scale", "lowbitsr_stream"}
+adapt = low_bit
+
+
+def config(**options: Any) -> LowBitSRConfig:
+    return LowBitSRConfig(**{**GRID, "target_modules": "all-linear", **options})
 
 
 def on_grid() -> PreTrainedModel:
@@ -20,16 +33,22 @@ def on_grid() -> PreTrainedModel:
     return low_bit(tiny(), **GRID).unload()
 
 
-def random_adapter(model: PreTrainedModel, **config) -> PeftModel:
-    return low_bit(model, **{**GRID, "init_weights": False, **config}).eval()
+def random_adapter(model: PreTrainedModel, **options) -> PeftModel:
+    return low_bit(model, **{**GRID, **MOVED, **options}).eval()
 
 
 def layers(model: nn.Module) -> dict[str, LowBitSRLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowBitSRLinear)}
 
 
+def integers(model: nn.Module) -> list[torch.Tensor]:
+    """Codes, scales and random streams."""
+    weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
+    return [t for p in weights for t in (p.packed, p.scale, p.stream)]
+
+
 def other(**options) -> LowBitSRConfig:
-    return LowBitSRConfig(**{**GRID, "init_weights": False, "target_modules": ATTENTION, **options})
+    return config(**{**MOVED, "target_modules": ATTENTION, **options})
 
 
 def two_adapters(base: PreTrainedModel) -> PeftModel:

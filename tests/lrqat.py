@@ -1,6 +1,8 @@
-"""What several test files of this folder use."""
+"""LR-QAT as the tests of both methods see it (`tests/tuners/conftest.py`: `method`), and helpers of its own tests."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,9 +14,19 @@ from peft_lrqat.ops.reference import codes
 from peft_lrqat.tuners.lrqat import LRQATLinear
 from tests.models import adapted, tiny, tokens
 
+NAME, TYPE, LAYER = "LR-QAT", "LRQAT", "lrqat.LRQATLinear"
 IDS = tokens(batch=4)
 GRID = {"bits": 4, "group_size": 8}
 ATTENTION = ["q_proj", "v_proj"]
+#: Adapters that start away from the base.
+MOVED = {"init_lora_weights": False}
+ONLY = "lora_only"
+STORED = {"lora_A.weight", "lora_B.weight", "lora_scale_shift"}
+adapt = adapted
+
+
+def config(**options: Any) -> LRQATConfig:
+    return LRQATConfig(**{**GRID, "r": 4, "target_modules": "all-linear", **options})
 
 
 def on_grid() -> PreTrainedModel:
@@ -22,8 +34,8 @@ def on_grid() -> PreTrainedModel:
     return adapted(tiny(), **GRID).unload()
 
 
-def random_adapter(model: PreTrainedModel, **config) -> PeftModel:
-    return adapted(model, **{**GRID, "init_lora_weights": False, **config}).eval()
+def random_adapter(model: PreTrainedModel, **options) -> PeftModel:
+    return adapted(model, **{**GRID, **MOVED, **options}).eval()
 
 
 def layers(model: nn.Module) -> dict[str, LRQATLinear]:
@@ -35,8 +47,17 @@ def codes_of(layer: LRQATLinear, *adapters: str) -> torch.Tensor:
     return codes(layer.frozen.base, A, B, layer.frozen.fmt, c)
 
 
+def integers(model: nn.Module) -> list[torch.Tensor]:
+    """Codes and scales of the active adapters."""
+    found = []
+    for layer in layers(model).values():
+        shift, A, B, c = layer._operands(layer.active_adapters)
+        found += [codes(layer.frozen.base, A, B, layer.frozen.fmt, c), layer._scale(shift)]
+    return found
+
+
 def other(**options) -> LRQATConfig:
-    return LRQATConfig(**{**GRID, "r": 2, "target_modules": ATTENTION, "init_lora_weights": False, **options})
+    return config(**{"r": 2, "target_modules": ATTENTION, **MOVED, **options})
 
 
 def two_adapters(base: PreTrainedModel) -> PeftModel:

@@ -57,7 +57,6 @@ WITHOUT_TEST = {
         "tuners.common.frozen",
         "tuners.common.model",
         "tuners.common.preflight",
-        "tuners.lowbit_sr.any_optimizer",
         "tuners.lowbit_sr.config",
         "tuners.lowbit_sr.dropped",
         "tuners.lowbit_sr.layer",

@@ -55,9 +55,7 @@ class ModelSource(Source):
             if getattr(base.config, "quantization_config", None) is not None:
                 hint = " It was loaded from a quantized checkpoint; give that checkpoint's folder instead."
             raise ValueError(f"The model ({type(base).__name__}) has no layer of this package's merged kinds.{hint}")
-        for layer in self._quantized.values():
-            if adapter is not None and isinstance(layer, BaseTunerLayer):
-                tuner._prepare_merge(layer, adapter)
+        self._options = adapter
         self._describe(base, adapter)
         self.float_linears = [
             name
@@ -86,10 +84,15 @@ class ModelSource(Source):
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
 
     def grids(self) -> dict[str, LayerInfo]:
-        return {name: module.info for name, module in self._quantized.items()}
+        return {name: self._info(name) for name in self._quantized}
 
     def layer(self, name: str) -> GridTensor:
-        return self._quantized[name].grid_tensor()
+        module = self._quantized[name]
+        return module.grid_tensor(options=self._options) if _is_adapted(module) else module.grid_tensor()
+
+    def _info(self, name: str) -> LayerInfo:
+        module = self._quantized[name]
+        return module.info_for(self._options) if _is_adapted(module) else module.info
 
     @torch.no_grad()
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -103,8 +106,8 @@ class ModelSource(Source):
         prefix = name + "." if name else ""
         if name in self._quantized:
             if dense:
-                info = module.info
-                weight = module.grid_tensor().dequantize(info.dtype)
+                info = self._info(name)
+                weight = self.layer(name).dequantize(info.dtype)
                 yield prefix + "weight", weight.t().contiguous() if info.kind == "conv1d" else weight
             bias = getattr(module, "frozen", module).bias
             if bias is not None:
@@ -138,7 +141,7 @@ class ModelSource(Source):
         here: dict[str, torch.Tensor] = {}
         for name, module in self._modules.items():
             if name in self._quantized:
-                info: LayerInfo = self._quantized[name].info
+                info = self._info(name)
                 here[name + ".weight"] = torch.empty(info.out_features, info.in_features, device="meta")
             else:
                 here |= {key: t.to("meta") for key, t in module.named_parameters(name, recurse=False)}
@@ -154,6 +157,11 @@ class ModelSource(Source):
         expected = getattr(base, "all_tied_weights_keys", None) or {}
         if getattr(self.config, "tie_word_embeddings", False) and expected:
             self.config.tie_word_embeddings = all(a in self.tied or b in self.tied for a, b in expected.items())
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether a layer with `grid_tensor` has adapters, which merging puts into its integers."""
+    return isinstance(module, BaseTunerLayer)
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -187,7 +195,6 @@ def adapter_source(folder: Path) -> ModelSource:
     """
     from peft import auto
 
-    from ..tuners.common.config import QUANTIZED_BASE
     from .load import load_quantized
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -203,7 +210,7 @@ def adapter_source(folder: Path) -> ModelSource:
              "FEATURE_EXTRACTION": "FeatureExtraction"}  # fmt: skip
     loader = by_task.get(names.get(str(getattr(config.task_type, "value", config.task_type)), ""), auto.AutoPeftModel)
     try:
-        if str(config.base_fingerprint).startswith(QUANTIZED_BASE):
+        if config.wants_quantized_base:
             base = load_quantized(config.base_model_name_or_path or "", model_class=loader._target_class)
             model = loader._target_peft_class.from_pretrained(base, str(folder))
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from numbers import Integral, Real
 from typing import Any, ClassVar, cast
 
 from peft import PeftType
@@ -13,10 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from ...checkpoint.card import add_import_note
 from ...formats.record import Record
-from ...grid import Grid
-
-#: How the fingerprint of a base that was quantized already begins.
-QUANTIZED_BASE = "int:"
+from ...grid import SCALE_DTYPES, Grid
+from .fingerprint import QUANTIZED_BASE
 
 
 class GridConfig(PeftConfigMixin):
@@ -35,7 +35,12 @@ class GridConfig(PeftConfigMixin):
     group_size: int
     container_bits: int | None
     scale_dtype: str
+    range_p: float
     base_model_name_or_path: str | None
+    base_fingerprint: str | None
+    modules_to_save: list[str] | None
+    layers_to_transform: list[int] | int | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
     export_format: str | None = "compressed-tensors"
     act_bits: int | None = None
 
@@ -58,6 +63,16 @@ class GridConfig(PeftConfigMixin):
     def activations(self) -> str | None:
         """The rule by which inputs are rounded to 8 bits, the checkpoint format's (`ops.activations`), or None."""
         return None if self.act_bits is None else self.export_format
+
+    @property
+    def wants_quantized_base(self) -> bool:
+        """Whether the adapter was made for a base that was quantized already."""
+        return str(self.base_fingerprint).startswith(QUANTIZED_BASE)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """How large a converted layer is, without scales and low-rank factors."""
+        raise NotImplementedError
 
     def record(self) -> Record:
         """What a merged checkpoint's config.json says about the training."""
@@ -87,9 +102,49 @@ class GridConfig(PeftConfigMixin):
             )
         self.container_bits = 8
 
-    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
-        """Tensor name -> shape (None: any) of what an adapter's file holds for a layer."""
+    def check_shared_options(self) -> None:
+        """Raise ValueError if an option that both methods have is out of range."""
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if not is_positive(self.range_p):
+            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
+        least = self.stored_grid.code_bits
+        if self.container_bits is not None and not (
+            is_index(self.container_bits) and least <= self.container_bits <= 8
+        ):
+            raise ValueError(
+                f"`container_bits` is {self.container_bits!r}, but the codes of the checkpoint "
+                f"({self.stored_grid.describe()}) take {least} bits; it must be an integer from {least} to 8, or None."
+            )
+        if self.modules_to_save is not None and (
+            isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save)
+        ):
+            raise ValueError(
+                f"`modules_to_save` is {self.modules_to_save!r}; it must be a list of module names, or None."
+            )
+        self._check_indices()
+
+    def _check_indices(self) -> None:
+        layers = self.layers_to_transform
+        if layers is not None and not (is_index(layers) or are_indices(layers)):
+            raise ValueError(f"`layers_to_transform` is {layers!r}; it must be an index, a list of indices, or None.")
+        tokens = self.trainable_token_indices
+        by_layer = tokens.items() if isinstance(tokens, dict) else [("", tokens)]
+        if tokens is not None and not all(isinstance(name, str) and are_indices(rows) for name, rows in by_layer):
+            raise ValueError(
+                f"`trainable_token_indices` is {tokens!r}; it must be a list of token indices (0 or more), or a "
+                "dictionary from names of embeddings to such lists."
+            )
+
+    def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
+        """Tensor name -> shape of what an adapter's file holds for the layer of that name."""
         raise NotImplementedError
+
+    def check_values(self, widths: dict[str, int]) -> None:
+        """Raise ValueError if the adapter's file holds values that this configuration cannot mean.
+
+        Args:
+            widths: name of a layer -> its number of input features.
+        """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -98,11 +153,12 @@ class GridConfig(PeftConfigMixin):
         Raises:
             ValueError: the adapter's weight file is truncated or not a safetensors file.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        shapes = _adapter_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        path = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        shapes = _adapter_shapes(path)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, GridConfig):
             config._adapter_shapes = shapes
+            config._adapter_path = None if shapes is None else path
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -110,14 +166,36 @@ class GridConfig(PeftConfigMixin):
         super().save_pretrained(save_directory, **kwargs)
         add_import_note(save_directory, self.method, PeftType(self.peft_type).value, self.grid.describe())
 
-    # What the adapter's file holds (name -> shape), if this config was loaded from a folder; not saved.
-    _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)  # without an annotation: it is no field
+    # The adapter's file, and what it holds (name -> shape), if this config was loaded from a folder; not saved.
+    _adapter_path = cast("str | None", None)  # without annotations: they are no fields
+    _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)
 
 
 def check_choice(name: str, value: Any, allowed: tuple) -> None:
     """Raise ValueError unless `value`, of the option `name`, is among `allowed`."""
     if value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(repr(a) for a in allowed if a is not None)}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless `value`, of the option `name`, is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` is {value!r}; allowed are True, False.")
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value is an integer from 0; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def are_indices(values: Any) -> bool:
+    """Whether values are a list, tuple, set or range of such integers."""
+    return isinstance(values, (list, tuple, set, range)) and all(map(is_index, values))
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0, and finite; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def _adapter_shapes(path: str) -> dict[str, tuple[int, ...]] | None:

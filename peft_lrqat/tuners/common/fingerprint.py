@@ -1,32 +1,119 @@
-"""Numbers that tell two weights apart: an adapter is loaded on the base that it was trained on, or not at all."""
+"""Which base an adapter was made for: an adapter is loaded on the base that it was trained on, or not at all.
+
+Two numbers tell, each a sum over everything times a number for its position, modulo 2^64. The *fingerprint* is that of
+the weights before conversion, floats or integers; it is known, and refused, before anything is changed. The *checksum*
+is that of the integers that the base converted to, so it also tells two conversions of one base apart.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ...chunks import row_chunks
 from ...grid import GridTensor
+from ...modules.packed import QuantizedLinear
+
+#: How the fingerprint of a base that was quantized already begins.
+QUANTIZED_BASE = "int:"
 
 
 def position_weighted_sum(matrix: torch.Tensor, salt: int) -> torch.Tensor:
     """int64 scalar, modulo 2^64: a sum of integers or fp32 bit patterns, each times a number for its position."""
+    return _sum_and_finite(matrix, salt)[0]
+
+
+def _sum_and_finite(matrix: torch.Tensor, salt: int) -> tuple[torch.Tensor, torch.Tensor]:
     total = torch.zeros((), dtype=torch.int64, device=matrix.device)
+    finite = torch.ones((), dtype=torch.bool, device=matrix.device)
     columns = torch.arange(matrix.shape[1], device=matrix.device) * 2654435761 + salt
     for rows in row_chunks(matrix.shape[0], matrix.shape[1], matrix.device):
         part = matrix[rows]
-        bits = part.float().contiguous().view(torch.int32) if part.is_floating_point() else part
+        if part.is_floating_point():
+            part = part.float().contiguous()
+            finite &= torch.isfinite(part).all()
+            part = part.view(torch.int32)
         row = torch.arange(rows.start, rows.stop, device=matrix.device) * 2246822519 + 1
-        total += ((bits.to(torch.int64) * columns).sum(dim=1) * row).sum()
-    return total
+        total += ((part.to(torch.int64) * columns).sum(dim=1) * row).sum()
+    return total, finite
 
 
-def float_checksum(weight: torch.Tensor) -> int:
-    """A number that tells two float (out, in) weights apart. It depends on values only: a bf16 weight and its copy in
-    fp32 have the same."""
-    return int(position_weighted_sum(weight.detach(), 1))
+def float_checksum(weight: torch.Tensor) -> int | None:
+    """A number that tells two float (out, in) weights apart, None if not all of it is finite; the weight is read once.
+
+    It depends on values only: a bf16 weight and its copy in fp32 have the same.
+    """
+    total, finite = _sum_and_finite(weight.detach(), 1)
+    return int(total) if finite else None
 
 
 def codes_checksum(weight: GridTensor) -> int:
     """A number that tells two quantized (out, in) weights apart."""
     total = position_weighted_sum(weight.codes, 1) + position_weighted_sum(weight.scale, 2)
     return int(total if weight.zero_point is None else total + position_weighted_sum(weight.zero_point, 3))
+
+
+def in_order(checksums: Iterable[int]) -> str:
+    """One number, 16 hexadecimal digits, for the checksums of several layers, which count by their order.
+
+    Not by their names: PEFT and transformers prefix them differently.
+    """
+    total = sum(checksum * (2 * index + 1) for index, checksum in enumerate(checksums))
+    return f"{total % 2**64:016x}"
+
+
+def as_tensor(checksum: str) -> torch.Tensor:
+    """int64 (1,): a number of `in_order` as files of tensors hold it; `in_order` of its entry is the number again."""
+    value = int(checksum, 16)
+    return torch.tensor([value - 2**64 if value >= 2**63 else value])
+
+
+def fingerprint(targets: dict[str, nn.Module], checksums: dict[str, int]) -> str:
+    """The fingerprint of targeted modules; that of integers starts with `QUANTIZED_BASE`.
+
+    Args:
+        checksums: of their weights, by the modules' names.
+    """
+    integers = any(map(_holds_integers, targets.values()))
+    return (QUANTIZED_BASE if integers else "") + in_order(checksums[name] for name in targets)
+
+
+def _holds_integers(module: Any) -> bool:
+    frozen = module.frozen if isinstance(module, BaseTunerLayer) else None  # type: ignore[attr-defined]  # ours has it
+    return isinstance(module, QuantizedLinear) if frozen is None else frozen.quantized_before
+
+
+def check_fingerprint(found: str, required: str | None) -> None:
+    """Raise ValueError if an adapter was made for a base with another fingerprint (None: for any)."""
+    if required is None or required == found:
+        return
+    wanted = "integers" if required.startswith(QUANTIZED_BASE) else "float weights"
+    here = "integers" if found.startswith(QUANTIZED_BASE) else "float weights"
+    how = (
+        "Load it on the quantized model that it was trained on, with `peft_lrqat.load_quantized(...)`"
+        if wanted == "integers"
+        else "Load it on the float model, in the dtype, that it was trained on"
+    )
+    raise ValueError(
+        f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
+        f"targeted modules of this model have {here} with {found}. On other weights it means something else, so it "
+        f"was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new adapter, make a "
+        "new LRQATConfig, or set `base_fingerprint=None`."
+    )
+
+
+def check_checksum(found: str, required: str | None) -> None:
+    """Raise ValueError if an adapter was trained over other integers than those of the base at hand (None: any)."""
+    if required is None or required == found:
+        return
+    raise ValueError(
+        f"This adapter was trained on another base: its integers have the checksum {required}, but those of this "
+        f"model have {found}. On other integers it means something else, so it was not loaded. Load it on the same "
+        "float model, in the same dtype and with the same options, that it was trained on (see "
+        "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig, or set "
+        "`base_checksum=None`."
+    )

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...chunks import row_chunks
-from ...grid import Grid, GridTensor, grouped, rows_of, snap_scale
+from ...grid import Grid, grouped, rows_of, snap_scale
 from ...modules.packed import QuantizedLinear
 from ...ops import quantized_linear
 from ...ops.reference import build_weight
@@ -35,8 +35,8 @@ def packed_state_dict() -> Iterator[None]:
         _PACKED.reset(token)
 
 
-def local(tensor: Any) -> Any:
-    """The whole of a tensor that FSDP2 may have sharded (a collective call then: every rank must make it)."""
+def whole(tensor: Any) -> Any:
+    """All of a tensor that FSDP2 may have sharded (a collective call then: every rank must make it)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -56,8 +56,8 @@ class PackedParameter(nn.Parameter):
 class FrozenWeight(nn.Module):
     """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
 
-    A layer that is quantized already gives its own codes, scales and zero points (`from_codes`), which every downcast
-    holds exactly.
+    `of_floats` rounds a float layer; `of_codes` takes the codes, scales and zero points of one that was quantized
+    before, which every downcast holds exactly.
 
     Everything is stored in *integer* parameters: they are frozen by nature, FSDP2 shards them, and no `.to(dtype)`,
     `.half()` or mixed-precision policy can change a bit of them.
@@ -67,6 +67,9 @@ class FrozenWeight(nn.Module):
         scale0_bits: int32 (rows, groups), the bit patterns of the fp32 scales s0 (weight units per grid step).
         zero_point: int8 (rows, groups) or None, grid steps.
         bias: (out,) or None, as in the original layer.
+
+    Attributes:
+        source_checksum: of the weight that it was made from, see `fingerprint.py`; None where that was not finite.
     """
 
     base: nn.Parameter
@@ -75,55 +78,105 @@ class FrozenWeight(nn.Module):
     bias: nn.Parameter | None
     out_features: int
     in_features: int
+    source_checksum: int | None
 
-    @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
     def __init__(
         self,
-        linear: nn.Linear | QuantizedLinear | Conv1D | nn.Embedding,
+        shape: tuple[int, int],
+        grid: Grid,
+        downcast: str,
+        scale_dtype: str,
+        compute_dtype: torch.dtype,
+        ranges: tuple[str, float] | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """A description without tensors; `of_floats` and `of_codes` make a base.
+
+        Args:
+            shape: (out, in).
+            ranges: method and exponent by which the scales of a float weight are chosen; None: it was quantized before.
+        """
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
+        self.compute_dtype, self.ranges = compute_dtype, ranges
+        self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
+
+    @classmethod
+    @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
+    def of_floats(
+        cls,
+        layer: Any,
         grid: Grid,
         downcast: str,
         range_method: str = "lp",
         range_p: float = 2.5,
         scale_dtype: str = "auto",
+        *,
         transposed: bool = False,
         convert_on: torch.device | None = None,
-    ) -> None:
-        """
+        source_checksum: int | None = None,
+    ) -> FrozenWeight:
+        """The base of a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
+
         Args:
-            linear: a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D); or a
-                `QuantizedLinear` whose codes lie on `grid`.
-            convert_on: where a float weight is converted; the result, the same on every device, goes to the layer's
-                own. None: there.
+            convert_on: where the weight is converted; the result, the same on every device, goes to the layer's own.
+                None: there.
+            source_checksum: `float_checksum` of the weight, if it is known.
         """
-        super().__init__()
-        self.from_codes = isinstance(linear, QuantizedLinear)
-        self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
-        self.range_method, self.range_p = range_method, range_p
-        if isinstance(linear, QuantizedLinear):
-            self.compute_dtype = linear.compute_dtype
-            self.out_features, self.in_features = linear.out_features, linear.in_features
-        else:
-            weight = linear.weight.detach()
-            weight = weight.t() if transposed else weight
-            self.compute_dtype = weight.dtype
-            self.out_features, self.in_features = weight.shape
-        self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
-        if isinstance(linear, QuantizedLinear):
-            base, scale, zero_point, self.source_checksum = self._take(linear.grid_tensor())
-        else:
-            there = weight if convert_on is None else weight.to(convert_on)
-            base, scale, zero_point, self.source_checksum = self._convert(there)
-            base, scale = base.to(weight.device), scale.to(weight.device)
-            zero_point = None if zero_point is None else zero_point.to(weight.device)
+        weight = layer.weight.detach()
+        weight = weight.t() if transposed else weight
+        out_features, in_features = weight.shape
+        ranges = (range_method, range_p)
+        frozen = cls((out_features, in_features), grid, downcast, scale_dtype, weight.dtype, ranges, transposed)
+        there = weight if convert_on is None else weight.to(convert_on)
+        base, scale, zero_point = frozen._convert(there)
+        zero_point = None if zero_point is None else zero_point.to(weight.device)
+        frozen._hold(base.to(weight.device), scale.to(weight.device), zero_point, getattr(layer, "bias", None))
+        frozen.source_checksum = float_checksum(there) if source_checksum is None else source_checksum
+        return frozen
+
+    @classmethod
+    @skip_init_on_device
+    def of_codes(
+        cls, layer: QuantizedLinear, grid: Grid, downcast: str, scale_dtype: str, *, source_checksum: int | None = None
+    ) -> FrozenWeight:
+        """The base of a layer that was quantized before, whose codes lie on `grid`; they are taken as they are.
+
+        Args:
+            source_checksum: `codes_checksum` of the layer, if it is known.
+        """
+        weight = layer.grid_tensor()
+        frozen = cls((layer.out_features, layer.in_features), grid, downcast, scale_dtype, layer.compute_dtype)
+        with torch.no_grad():
+            base = torch.cat(
+                [
+                    encode_base(weight.codes[rows].float(), frozen.fmt.bits, downcast)
+                    for rows in row_chunks(frozen.out_features, frozen.in_features, weight.codes.device)
+                ]
+            )
+        frozen._hold(base, snap_scale(weight.scale, scale_dtype), weight.zero_point, layer.bias)
+        frozen.source_checksum = codes_checksum(weight) if source_checksum is None else source_checksum
+        return frozen
+
+    @property
+    def quantized_before(self) -> bool:
+        """Whether the codes are those of a layer that was quantized already, and stand for it exactly."""
+        return self.ranges is None
+
+    def _hold(
+        self, base: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bias: nn.Parameter | None
+    ) -> None:
         self.base = PackedParameter(base)
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
-        self.register_parameter("bias", getattr(linear, "bias", None))
+        self.register_parameter("bias", bias)
 
     @torch.no_grad()
-    def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-        """(base, s0, zero point, `float_checksum`) of a float (out, in) weight, a row chunk at a time."""
-        scale, zero_point = choose_range(weight, self.grid, self.range_method, self.range_p, self.scale_dtype)
+    def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(base, s0, zero point) of a float (out, in) weight, a row chunk at a time."""
+        assert self.ranges is not None
+        scale, zero_point = choose_range(weight, self.grid, *self.ranges, self.scale_dtype)
         parts = []
         for rows in row_chunks(self.out_features, self.in_features, weight.device):
             levels = grouped(weight[rows].float().contiguous(), scale) / rows_of(scale, rows).unsqueeze(-1)
@@ -132,21 +185,12 @@ class FrozenWeight(nn.Module):
             if self.grid.ternary:  # two-bit codes, of which -2 is not used
                 levels.clamp_(self.grid.qmin, self.grid.qmax)
             parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))
-        return torch.cat(parts), scale, zero_point, float_checksum(weight)
-
-    @torch.no_grad()
-    def _take(self, weight: GridTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-        """(base, s0, zero point, `codes_checksum`) of a quantized weight, as it is."""
-        parts = [
-            encode_base(weight.codes[rows].float(), self.fmt.bits, self.downcast)
-            for rows in row_chunks(self.out_features, self.in_features, weight.codes.device)
-        ]
-        return torch.cat(parts), snap_scale(weight.scale, self.scale_dtype), weight.zero_point, codes_checksum(weight)
+        return torch.cat(parts), scale, zero_point
 
     @property
     def scale0(self) -> torch.Tensor:
         """s0: fp32 (rows, groups), weight units per grid step."""
-        return local(self.scale0_bits).view(torch.float32)
+        return whole(self.scale0_bits).view(torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +199,7 @@ class FrozenWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base rounded to its grid, in the original dtype and orientation: the model at step 0. Built anew."""
-        weight = build_weight(local(self.base), self.scale0, local(self.zero_point), None, self.fmt, self.compute_dtype)
+        weight = build_weight(whole(self.base), self.scale0, whole(self.zero_point), None, self.fmt, self.compute_dtype)
         return weight.t() if self.transposed else weight
 
     def float_layer(self) -> nn.Module:
@@ -174,8 +218,9 @@ class FrozenWeight(nn.Module):
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for index, tensor in enumerate((self.base, self.scale0_bits, self.zero_point)):
             if tensor is not None:
-                whole = local(tensor.detach()).contiguous()
-                total += position_weighted_sum(whole.view(torch.uint8).reshape(whole.shape[0], -1), 40503 * (index + 1))
+                stored = whole(tensor.detach()).contiguous()
+                stored = stored.view(torch.uint8).reshape(stored.shape[0], -1)
+                total += position_weighted_sum(stored, 40503 * (index + 1))
         return total
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
@@ -226,11 +271,13 @@ class FrozenWeight(nn.Module):
         if tuple(weight.shape) != (self.out_features, self.in_features):
             errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
             return
-        if self.from_codes:
+        if self.quantized_before:
             if not torch.equal(weight.to(self.device, self.compute_dtype), self.weight):
                 errors.append(f"{prefix}weight is another than the quantized one that {self!r} was made from.")
             return
-        base, scale, zero_point, self.source_checksum = self._convert(weight.to(self.device, self.compute_dtype))
+        weight = weight.to(self.device, self.compute_dtype)
+        base, scale, zero_point = self._convert(weight)
+        self.source_checksum = float_checksum(weight)
         self.base.data.copy_(base)
         self.scale0_bits.data.copy_(scale.view(torch.int32))
         if zero_point is not None and self.zero_point is not None:

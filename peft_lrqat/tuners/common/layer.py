@@ -1,23 +1,56 @@
-"""What the layers of both methods share: a base of integers that merging replaces and unmerging puts back."""
+"""What the layers of both methods share: a base of integers that merging replaces and unmerging puts back.
+
+What merging makes of a layer depends on options (container width, activations ...), which belong to an adapter. Each
+layer keeps them by adapter, and merging takes those of the first adapter that is merged. A layer that has none of the
+adapters is quantized all the same, with the options of the model: they are an argument, or, where PEFT is between
+caller and layer, the `merging` context; nothing of that stays behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
+
+from ...formats.source import LayerInfo
+from ...grid import GridTensor
+from ...modules.packed import merged_layer
+
+_MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)
+
+
+@contextlib.contextmanager
+def merging(options: Any) -> Iterator[None]:
+    """Layers that are merged in this context, and have none of the adapters, are merged with these options."""
+    token = _MODEL_OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _MODEL_OPTIONS.reset(token)
 
 
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
-    A subclass sets `_before_merge` to None, has `_run_one(x, adapter)`, and calls `_put_merged`.
+    A subclass sets `_before_merge` to None, and has `_run_one`, `grid_tensor` and `_float_layer`.
+
+    Attributes:
+        adapter_options: adapter -> its configuration.
     """
 
     base_layer: Any
+    named_parameters: Any  # of nn.Module, which a subclass is as well
     _before_merge: Any
+    adapter_options: dict[str, Any]
+
+    other_param_names = (*LoraLayer.other_param_names, "adapter_options")
 
     @property
     def frozen(self) -> Any:
@@ -56,6 +89,101 @@ class MergingLayer(LoraLayer):
             out[index] = part
         return out if out is not None else self._run_one(x, "__base__")
 
+    # -- what merging makes of the layer
+
+    def options_for(self, adapters: list[str], options: Any = None) -> Any:
+        """The options of the first of these adapters that the layer has, or else `options`, the model's.
+
+        Raises:
+            ValueError: the layer has none of them, and `options` is None.
+        """
+        own = next((self.adapter_options[name] for name in adapters if name in self.adapter_options), None)
+        # a model into which adapters were injected has no options of its own
+        found = own or options or _MODEL_OPTIONS.get() or next(iter(self.adapter_options.values()), None)
+        if found is None:
+            raise ValueError("No adapter is left, so nothing says how to merge. Add one, or call `unload()`.")
+        return found
+
+    def _adapters_at_work(self) -> list[str]:
+        """The merged adapters, or else the active ones, as far as the layer has them."""
+        return [name for name in self.merged_adapters or self.active_adapters if name in self.adapter_options]
+
+    def info_for(self, options: Any = None) -> LayerInfo:
+        """What merging makes of the layer.
+
+        Args:
+            options: the model's, for a layer that has none of its adapters.
+        """
+        frozen, options = self.frozen, self.options_for(self._adapters_at_work(), options)
+        return LayerInfo(
+            frozen.out_features,
+            frozen.in_features,
+            options.stored_grid,
+            self.kind,
+            frozen.bias is not None,
+            frozen.compute_dtype,
+            options.stored_bits,
+            options.activations,
+        )
+
+    def grid_tensor(
+        self, adapters: list[str] | None = None, options: Any = None, safe_merge: bool = False
+    ) -> GridTensor:
+        """The integers that merging stores, without merging.
+
+        Args:
+            adapters: None: the merged ones, or else the active ones.
+            options: the model's, for a layer that has none of its adapters.
+            safe_merge: refuse values that are not finite.
+        """
+        raise NotImplementedError
+
+    def _merged(self, adapters: list[str], options: Any = None, safe_merge: bool = False) -> nn.Module:
+        """The layer of a quantized model that takes the place of this one."""
+        frozen, options = self.frozen, self.options_for(adapters, options)
+        return merged_layer(
+            self.grid_tensor(adapters, options, safe_merge),
+            frozen.bias,
+            options.stored_bits,
+            frozen.compute_dtype,
+            transposed=frozen.transposed,
+            activations=options.activations,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the integers: `base_layer` becomes what the checkpoint will hold.
+
+        The codes come from the same function as in forward, so the output does not change by a bit.
+
+        Args:
+            safe_merge: refuse adapters that are not finite.
+            adapter_names: None: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` and a value is NaN or infinite; the method cannot add these adapters up.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapter_options]
+        if not names:
+            return
+        merged = self._merged([*self.merged_adapters, *names], safe_merge=safe_merge)
+        # kept outside of the module tree: it is neither saved nor trained while the layer is merged
+        object.__setattr__(self, "_before_merge", self.frozen)
+        self.base_layer = merged
+        self.merged_adapters.extend(names)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer that replaces this one: the quantized layer, or the base at step 0 as the kind of layer it was."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return self.base_layer if self.merged else self._merged([])
+        return self._float_layer()
+
+    def _float_layer(self) -> nn.Module:
+        """The base at step 0 as the kind of layer that it was."""
+        return self.frozen.float_layer()
+
     def _check_scale(self, adapter: str, safe_merge: bool, scale: torch.Tensor, *others: torch.Tensor | None) -> None:
         """ValueError unless the checkpoint can hold these scales; `safe_merge`: and all is finite."""
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, *others) if t is not None):
@@ -67,12 +195,6 @@ class MergingLayer(LoraLayer):
                 "exactly. Call `model.float()` before merging (or cast the model back to what it was), or train with "
                 "`scale_dtype='auto'`."
             )
-
-    def _put_merged(self, merged: nn.Module, adapters: list[str]) -> None:
-        # kept outside of the module tree: it is neither saved nor trained while the layer is merged
-        object.__setattr__(self, "_before_merge", self.frozen)
-        self.base_layer = merged
-        self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
         """Put the base back; nothing was lost."""

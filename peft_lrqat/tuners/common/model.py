@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
@@ -13,15 +13,27 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
+from .extras import check_adapter_file, check_extras
+from .fingerprint import check_fingerprint, fingerprint
 from .frozen import packed_state_dict
+from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
-from .preflight import check_adapter_file, check_base, check_fingerprint, check_targets
+from .preflight import check_base, check_targets
+from .undo import Undo
+
+
+class _Conversion(NamedTuple):
+    """What is at hand while layers are converted."""
+
+    undo: Undo
+    checksums: dict[str, int]  # of the weights, by the modules' names
 
 
 class QuantizingModel(LoraModel):
     """PEFT's LoRA tuner with another kind of layer, over a base that is converted to a grid.
 
-    Conversion goes layer by layer: above the loaded model, it needs the memory of one layer.
+    An error leaves the model, the configuration and the other adapters as they were. Where memory is short, conversion
+    goes layer by layer instead, and needs the memory of one layer above the loaded model (`undo.py`).
 
     Attributes:
         config_cls: the configuration that the tuner takes.
@@ -31,35 +43,94 @@ class QuantizingModel(LoraModel):
     config_cls: Any
     shared_options: tuple[str, ...]
     peft_config: dict[str, Any]  # PEFT's annotation, PeftConfig, does not know our fields
+    _conversion: _Conversion | None = None  # while layers are converted
 
-    # -- before anything is changed
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # PEFT, or transformers' add_adapter, writes these two before an adapter is looked at
+        known: Any = vars(model).get("peft_config")
+        adapters = dict(known) if isinstance(known, dict) else None
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if adapters is None:
+                vars(model).pop("_hf_peft_config_loaded", None)
+            else:
+                known.clear()
+                known.update(adapters)
+            raise
+
+    # -- before anything is changed, and the way back
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`, after every targeted module has been looked at.
 
         Raises:
             ValueError: the model or one of its targeted modules cannot be quantized as asked. Nothing was changed then.
+            RuntimeError: another error came when there was no room to keep what had been converted already.
         """
         config = self.peft_config[adapter_name]
+        undo = Undo([*self.modules(), config, getattr(model, "config", None)])
         try:
-            self._before_checks(model, config, kwargs.get("state_dict"))
-            self._check_new_adapter_config(config)
-            targets = self._targets(model, config, kwargs.get("state_dict"))
-            check_base(model, config)
-            check_targets(model, targets, config)
-            self._check_targets(targets, config)
-            fingerprint = check_fingerprint(targets, config)
-            check_adapter_file(targets, config)
-        except ValueError:
-            if len(self.peft_config) > 1:  # PEFT registers the adapter before it injects it
-                del self.peft_config[adapter_name]
-            raise
-        config.base_fingerprint = fingerprint
+            self._inject(model, adapter_name, undo, *args, **kwargs)
+        except BaseException as error:
+            restored = undo.restore()
+            vars(self).pop("_conversion", None)
+            self.peft_config.pop(adapter_name, None)  # PEFT registers the adapter before it injects it
+            if restored:
+                raise
+            if not isinstance(error, Exception):  # somebody interrupts, and shall not be taken for an error
+                error.add_note(undo.explain())
+                raise
+            raise RuntimeError(undo.explain()) from error
+        undo.done()
+
+    def _inject(self, model: nn.Module, adapter_name: str, undo: Undo, *args: Any, **kwargs: Any) -> None:
+        config, state_dict = self.peft_config[adapter_name], kwargs.get("state_dict")
+        adopted = self._adopt_base(model, config, state_dict)
+        self._check_new_adapter_config(config)
+        targets = self._targets(model, config, state_dict)
+        for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
+            self._check_shared(config, _adapters_of(module))
+        checksums = self._check(model, targets, config)
+        config.base_fingerprint = fingerprint(targets, checksums)
+        check_fingerprint(config.base_fingerprint, config._required_fingerprint)
+        check_adapter_file(targets, config)
+        check_extras(model, targets, config)
+        undo.keep(targets.values(), config.bytes_per_weight)
+        if adopted and not undo.keeps:
+            undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory
+        known = _layers_with(adapter_name, model)  # PEFT lets a name be used again, and warns
+        self._conversion = _Conversion(undo, checksums)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._conversion
+        if other := (_layers_with(adapter_name, model) ^ targets.keys()) - known:
+            raise RuntimeError(
+                f"PEFT adapted other modules than were checked before ({sorted(other)[:3]} ...). "
+                "This version of PEFT chooses them otherwise than the versions that this package knows: please "
+                "report it, with your configuration."
+            )
+        self._check_converted(targets, config)
         use_lean_loss(model)
 
-    def _before_checks(self, model: nn.Module, config: Any, state_dict: dict | None) -> None:
-        """For subclasses: what a new adapter's configuration needs before it is looked at."""
+    def _adopt_base(self, model: nn.Module, config: Any, state_dict: dict | None) -> bool:
+        """For subclasses: make a base that others quantized into one of this package. Returns whether it was."""
+        return False
+
+    def _check(self, model: nn.Module, targets: dict[str, nn.Module], config: Any) -> dict[str, int]:
+        """Name -> checksum of the weight, for modules that can all be converted as `config` says; or ValueError."""
+        check_base(model, config)
+        checksums = check_targets(model, targets, config)
+        self._check_targets(targets, config)
+        for name in targets:
+            self._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
+        return checksums
+
+    def _check_converted(self, targets: dict[str, nn.Module], config: Any) -> None:
+        """For subclasses: what can be checked only when the layers are converted. Raises ValueError."""
+
+    def _source_checksum(self, name: str) -> int | None:
+        """The checksum of the weight that is being converted, where it is known."""
+        return None if self._conversion is None else self._conversion.checksums.get(name)
 
     def _check_targets(self, targets: dict[str, nn.Module], config: Any) -> None:
         """Raise ValueError if a targeted module cannot be converted as `config` says; subclasses add to it."""
@@ -88,8 +159,8 @@ class QuantizingModel(LoraModel):
         plan = _maybe_include_all_linear_layers(plan, model)
         named = {name: module for name, module in model.named_modules() if name}
         if state_dict is not None:
-            wanted = {key.rsplit("." + self.prefix, 1)[0] for key in state_dict}
-            return {name: module for name, module in named.items() if name in wanted}
+            wanted = {key.rsplit("." + self.prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            return {name: module for name, module in named.items() if name.removeprefix("_orig_mod.") in wanted}
         inside = tuple(name + "." for name, module in named.items() if isinstance(module, BaseTunerLayer))
         return {
             name: module
@@ -103,7 +174,10 @@ class QuantizingModel(LoraModel):
         super()._check_new_adapter_config(config)
         if not isinstance(config, self.config_cls):
             raise ValueError(f"{type(self).__name__} needs a {self.config_cls.__name__}, got {type(config).__name__}.")
-        for name, other in self.peft_config.items():
+        self._check_shared(config, self.peft_config)
+
+    def _check_shared(self, config: Any, others: dict[str, Any]) -> None:
+        for name, other in others.items():
             if other is config or not isinstance(other, self.config_cls):
                 continue
             for option in self.shared_options:
@@ -119,12 +193,10 @@ class QuantizingModel(LoraModel):
         if packed:  # PEFT asks the first of `qweight` and `weight` for its device, and `weight` would be built for that
             child.qweight = child.weight_packed
         super()._replace_module(parent, child_name, new_module, child)
-        if packed and isinstance(new_module, BaseTunerLayer):
-            child._buffers.clear()
+        if packed:
             del child.qweight
-        elif isinstance(new_module, BaseTunerLayer):
-            # PEFT keeps every replaced module until all are replaced; with them it would keep the whole float model
-            child.register_parameter("weight", None)
+        if self._conversion is not None:
+            self._conversion.undo.replaced(child)
 
     # -- state dicts
 
@@ -136,7 +208,11 @@ class QuantizingModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         with packed_state_dict():
-            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if isinstance(layer, MergingLayer):
+                _check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
+        return remapped
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: rounding is not additive."""
@@ -144,21 +220,16 @@ class QuantizingModel(LoraModel):
 
     # -- the checkpoint
 
-    def _prepare_merge(self, layer: Any, config: Any) -> None:
-        """For subclasses: tell a layer with which configuration it will be merged."""
-
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, but returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:  # PEFT's annotation is None, but it returns the model
+    ) -> nn.Module:
         config = self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
-        for layer in self.modules():
-            if isinstance(layer, self.tuner_layer_cls):
-                self._prepare_merge(layer, config)
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with merging(config):
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_loss(model)
         if merge and getattr(model, "config", None) is not None:
             if any(isinstance(module, Conv1D) for module in model.modules()):
@@ -171,3 +242,23 @@ class QuantizingModel(LoraModel):
                 describe(model, config.record())
             attach_card(model, merged_card(model, config))
         return model
+
+
+def _adapters_of(module: nn.Module) -> dict[str, Any]:
+    return module.adapter_options if isinstance(module, MergingLayer) else {}
+
+
+def _layers_with(adapter: str, model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if adapter in _adapters_of(module)}
+
+
+def _check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise ValueError if tensors of an adapter's file do not fit, before the first of them is copied."""
+    for key in here.keys() & found.keys():
+        shapes = tuple(found[key].shape), tuple(here[key].shape)
+        if shapes[0] != shapes[1] and len(shapes[0]) == len(shapes[1]):  # FSDP1 shows flat shards
+            raise ValueError(
+                f"In the adapter file {key!r} has shape {shapes[0]}, but this model needs {shapes[1]}. The adapter was "
+                "made for another grid or architecture, rank or group size: load it on the model, with the "
+                "configuration, that it was trained with. Nothing was loaded."
+            )

@@ -10,11 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...chunks import row_chunks
 from ...formats.reading import METHODS
 from ...modules.packed import MERGED, QuantizedLinear
-from .config import QUANTIZED_BASE
 from .fingerprint import codes_checksum, float_checksum
+from .layer import MergingLayer
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,76 +47,56 @@ def check_base(model: nn.Module, config: Any) -> None:
         )
 
 
-def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:
-    """Raise ValueError if a targeted module cannot be converted."""
-    owners: dict[int, list[str]] = {}  # weight -> the slots that hold it; a slot of a shared parent counts once
+def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> dict[str, int]:
+    """Read every targeted weight once, and raise ValueError if a module cannot be converted.
+
+    Returns:
+        Name -> a number that tells its weight from another (`fingerprint.py`).
+    """
+    owners = _owners(model)
+    for name, module in targets.items():
+        where = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, MergingLayer):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"`target_modules` names {where}, which carries an adapter of another method. Unload that first, or "
+                "leave the module out with `exclude_modules`."
+            )
+        _check_kind(module, config, where)
+        if isinstance(module, QuantizedLinear) and config.takes_quantized:
+            _check_quantized(module, config, where)
+        else:
+            weight = _float_weight(module, config, where)
+            _check_scale_dtype(weight, config, where)
+            _check_untied(name, where, owners[id(weight)])
+            config.grid.check_divides(weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1], where)
+    return {name: _checksum(name, module) for name, module in targets.items()}
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Identity of a weight -> the slots that hold it; a slot of a shared parent counts once."""
+    owners: dict[int, list[str]] = {}
     for parent_name, parent in model.named_modules():
         for child_name, child in parent._modules.items():
             weight = None if child is None else child._parameters.get("weight")
             if weight is not None:
                 owners.setdefault(id(weight), []).append(f"{parent_name}.{child_name}".lstrip("."))
+    return owners
 
-    for name, module in targets.items():
-        if isinstance(module, BaseTunerLayer):
-            continue
-        where = f"module {name!r} ({type(module).__name__})"
-        if not isinstance(module, config.quantizes):
-            *others, last = ("nn." * (kind is not Conv1D) + kind.__name__ for kind in config.quantizes)
-            raise ValueError(
-                f"`target_modules` names {where}, but {config.method} quantizes {', '.join(others)} and {last} only. "
-                "Use 'all-linear', or leave the module out with `exclude_modules`."
-            )
-        if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-            raise ValueError(
-                f"`target_modules` names {where}, whose `max_norm` or `sparse` needs a float table. Leave it out, or "
-                "train it in float with `modules_to_save` or `trainable_token_indices`."
-            )
-        if isinstance(module, QuantizedLinear) and config.takes_quantized:
-            _check_quantized(module, config, where)
-            continue
-        weight = module._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or weight.dtype not in _FLOATS:
-            kind = (
-                "no float weight (it seems to be quantized)" if weight is None else f"a weight of dtype {weight.dtype}"
-            )
-            raise ValueError(
-                f"{where} has {kind}; {config.method} needs float32, bfloat16 or float16 weights. Load the float model."
-            )
-        if hasattr(weight, "full_tensor"):
-            raise ValueError(
-                f"The weight of {where} is sharded (a DTensor). Adapt the whole model first, then shard it with "
-                "`fully_shard`; tensor-parallel models are not supported."
-            )
-        if type(weight.data) is not torch.Tensor:
-            raise ValueError(
-                f"The weight of {where} is a {type(weight.data).__name__}, no plain tensor: it seems to be quantized "
-                "already. Load the float model."
-            )
-        if weight.device.type == "meta":
-            raise ValueError(
-                f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with "
-                "its weights (without `init_empty_weights`, and without offloading this module to disk)."
-            )
-        if config.scale_dtype not in _STORABLE[weight.dtype]:
-            raise ValueError(
-                f"`scale_dtype` is {config.scale_dtype!r}, but {where} is {weight.dtype}, and so will the checkpoint's "
-                f"scales be. Allowed for it: {_STORABLE[weight.dtype]}; 'auto' is exact everywhere."
-            )
-        shared = [other for other in owners[id(weight)] if other != name]
-        if shared:
-            raise ValueError(
-                f"The weight of {where} is tied to {shared[0]!r}, which would stay float. Leave {name!r} out of "
-                "`target_modules`, or untie it first: set `model.config.tie_word_embeddings = False` and give it a "
-                "clone of the weight as its own nn.Parameter."
-            )
-        in_features = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
-        config.grid.check_divides(in_features, where)
-        for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
-            if not torch.isfinite(weight[rows]).all():
-                raise ValueError(
-                    f"The weight of {where} holds NaN or infinite values. Load an intact checkpoint, or repair the "
-                    "weight before adapting the model."
-                )
+
+def _check_kind(module: nn.Module, config: Any, where: str) -> None:
+    if not isinstance(module, config.quantizes):
+        names = [kind.__name__ if kind is Conv1D else f"nn.{kind.__name__}" for kind in config.quantizes]
+        raise ValueError(
+            f"`target_modules` names {where}, but {config.method} quantizes {', '.join(names[:-1])} and {names[-1]} "
+            "only. Use 'all-linear', or leave the module out with `exclude_modules`."
+        )
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        raise ValueError(
+            f"`target_modules` names {where}, whose `max_norm` or `sparse` needs a float table. Leave it out, or "
+            "train it in float with `modules_to_save` or `trainable_token_indices`."
+        )
 
 
 def _check_quantized(layer: QuantizedLinear, config: Any, where: str) -> None:
@@ -132,62 +111,64 @@ def _check_quantized(layer: QuantizedLinear, config: Any, where: str) -> None:
         )
 
 
-def check_fingerprint(targets: dict[str, Any], config: Any) -> str:
-    """The fingerprint of the targeted modules' weights, floats or integers; ValueError if `config` comes with another.
-
-    That of integers starts with `QUANTIZED_BASE`.
-    """
-    total, integers = 0, False
-    for index, module in enumerate(targets.values()):
-        if isinstance(module, BaseTunerLayer):
-            checksum: int = module.frozen.source_checksum  # type: ignore[attr-defined]  # a layer of ours
-            integers |= module.frozen.from_codes  # type: ignore[attr-defined]
-        elif isinstance(module, QuantizedLinear):
-            checksum, integers = codes_checksum(module.grid_tensor()), True
-        else:
-            checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)
-        total += checksum * (2 * index + 1)  # by order, not by name: PEFT and transformers prefix names differently
-    fingerprint = f"{QUANTIZED_BASE * integers}{total % 2**64:016x}"
-    required = config._required_fingerprint
-    if required is not None and required != fingerprint:
-        kinds = ["float weights", "integers"]
-        wanted, here = (kinds[str(print_).startswith(QUANTIZED_BASE)] for print_ in (required, fingerprint))
-        how = (
-            "Load it on the quantized model that it was trained on, with `peft_lrqat.load_quantized(...)`"
-            if wanted == "integers"
-            else "Load it on the float model, in the dtype, that it was trained on"
-        )
+def _float_weight(module: nn.Module, config: Any, where: str) -> torch.Tensor:
+    """The weight of a module, which is a plain float tensor with values; ValueError if it is not."""
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or weight.dtype not in _FLOATS:
+        kind = "no float weight (it seems to be quantized)" if weight is None else f"a weight of dtype {weight.dtype}"
         raise ValueError(
-            f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
-            f"targeted modules of this model have {here} with {fingerprint}. On other weights it means something else, "
-            f"so it was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new "
-            "adapter, make a new LRQATConfig, or set `base_fingerprint=None`."
+            f"{where} has {kind}; {config.method} needs float32, bfloat16 or float16 weights. Load the float model."
         )
-    return fingerprint
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"The weight of {where} is sharded (a DTensor). Adapt the whole model first, then shard it with "
+            "`fully_shard`; tensor-parallel models are not supported."
+        )
+    if type(weight.data) is not torch.Tensor:
+        raise ValueError(
+            f"The weight of {where} is a {type(weight.data).__name__}, no plain tensor: it seems to be quantized "
+            "already. Load the float model."
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with "
+            "its weights (without `init_empty_weights`, and without offloading this module to disk)."
+        )
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(
+            f"The weight of {where} has shape {tuple(weight.shape)}, so there is nothing to quantize. Leave the module "
+            "out with `exclude_modules`; a model that DeepSpeed ZeRO-3 has partitioned must be adapted before."
+        )
+    return weight
 
 
-def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
-    """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
-    shapes = config._adapter_shapes
-    if shapes is None:
-        return
-    for name, module in targets.items():
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = module  # LoraLayer has these; its base class does not declare them
-            in_features, out_features = layer.in_features, layer.out_features
-        elif isinstance(module, QuantizedLinear):
-            in_features, out_features = module.in_features, module.out_features
-        else:
-            out_features, in_features = module.weight.shape
-            if isinstance(module, Conv1D):
-                out_features, in_features = in_features, out_features
-        for part, shape in config.expected_shapes(out_features, in_features).items():
-            key = f"base_model.model.{name}.{part}"
-            saved = shapes.get(key)
-            if saved is None:
-                continue  # PEFT warns about missing tensors, and its `key_mapping` may rename them
-            if len(saved) != len(shape) or any(e is not None and e != s for e, s in zip(shape, saved, strict=True)):
-                raise ValueError(
-                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "
-                    "made for another architecture or group size: load it on the model it was trained on."
-                )
+def _check_scale_dtype(weight: torch.Tensor, config: Any, where: str) -> None:
+    if config.scale_dtype not in _STORABLE[weight.dtype]:
+        raise ValueError(
+            f"`scale_dtype` is {config.scale_dtype!r}, but {where} is {weight.dtype}, and so will the checkpoint's "
+            f"scales be. Allowed for it: {_STORABLE[weight.dtype]}; 'auto' is exact everywhere."
+        )
+
+
+def _check_untied(name: str, where: str, owners: list[str]) -> None:
+    shared = [other for other in owners if other != name]
+    if shared:
+        raise ValueError(
+            f"The weight of {where} is tied to {shared[0]!r}, which would stay float. Leave {name!r} out of "
+            "`target_modules`, or untie it first: set `model.config.tie_word_embeddings = False` and give it a "
+            "clone of the weight as its own nn.Parameter."
+        )
+
+
+def _checksum(name: str, module: Any) -> int:
+    if isinstance(module, MergingLayer):
+        return module.frozen.source_checksum
+    if isinstance(module, QuantizedLinear):
+        return codes_checksum(module.grid_tensor())
+    checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)
+    if checksum is None:
+        raise ValueError(
+            f"The weight of module {name!r} ({type(module).__name__}) holds NaN or infinite values. Load an intact "
+            "checkpoint, or repair the weight before adapting the model."
+        )
+    return checksum

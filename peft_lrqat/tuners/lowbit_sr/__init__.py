@@ -1,6 +1,5 @@
 """Low-bit SR: integer weights trained directly, with stochastic rounding (DQT, arXiv 2412.04787)."""
 
-from . import any_optimizer as _bridge  # noqa: F401  # registers the hooks by which other optimizers train packed codes
 from .config import LowBitSRConfig
 from .layer import LowBitSRLayer, LowBitSRLinear
 from .model import LowBitSRModel

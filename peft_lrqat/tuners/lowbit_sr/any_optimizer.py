@@ -1,6 +1,7 @@
 """How any `torch.optim.Optimizer` trains packed codes.
 
-torch calls global hooks before and after the `step()` of every optimizer. Before it, each low-bit parameter in the
+torch calls global hooks before and after the `step()` of every optimizer; ours are installed with the first low-bit
+weight. Before it, each low-bit parameter in the
 optimizer's groups is replaced by a plain fp32 parameter with the same values and the same gradient (and the optimizer's
 state follows); after it, the values are rounded into the codes, once, and the groups are put back. So the rule itself
 does not matter, nor how it is implemented: in Python, `foreach`, fused, compiled, in 8 bits. The same hook steps aside
@@ -75,5 +76,13 @@ def _put_back(optimizer: Optimizer) -> None:
             optimizer.state[parameter] = optimizer.state.pop(stand_in)
 
 
-register_optimizer_step_pre_hook(_before)
-register_optimizer_step_post_hook(_after)
+_installed = False
+
+
+def install() -> None:
+    """Register the hooks, once in a process: `tensor.py` does, with the first low-bit weight."""
+    global _installed
+    if not _installed:
+        _installed = True
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from peft import PeftConfig
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...grid import PER_CHANNEL, PER_TENSOR, SCALE_DTYPES, TERNARY, Grid
-from ...packing import words_per_row
+from ...grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
+from ...packing import unpack, words_per_row
 from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
-from ..common.config import GridConfig, check_choice
+from ..common.config import GridConfig, check_choice, check_flag
 
 #: The grids that can be trained.
 BITS = (TERNARY, 2, 3, 4, 8)
@@ -135,7 +137,28 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     def stored_grid(self) -> Grid:
         return Grid(self.forward_bits or self.bits, self.group_size)
 
-    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
+    @property
+    def bytes_per_weight(self) -> float:
+        return 2 * self.grid.code_bits / 8  # the base, and the adapter that starts as its copy
+
+    def check_values(self, widths: dict[str, int]) -> None:
+        if not self.grid.ternary or self._adapter_path is None:
+            return
+        with safe_open(self._adapter_path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no dictionary
+                layer = name.removeprefix("base_model.model.").removesuffix(".lowbitsr_codes")
+                if name.endswith(".lowbitsr_codes") and layer in widths:
+                    self.check_codes(layer, file.get_tensor(name), widths[layer])
+
+    def check_codes(self, layer: str, packed: torch.Tensor, in_features: int) -> None:
+        """Raise ValueError if a layer's packed codes, int32 (out, words), hold -2, which the ternary grid has not."""
+        if self.grid.ternary and int(unpack(packed, 2, in_features).min()) < self.grid.qmin:
+            raise ValueError(
+                f"The adapter file holds two-bit codes for module {layer!r}, but this model's grid is ternary: the "
+                "adapter was made for another grid. Load it with the configuration that it was trained with."
+            )
+
+    def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
         scales = self.grid.scale_shape(out_features, in_features)
         shapes: dict[str, tuple] = {
             "lowbitsr_codes": (out_features, words_per_row(in_features, self.grid.code_bits)),
@@ -147,8 +170,12 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     def recipe(self) -> str:
         extras = [f"{self.bits}-bit codes, ranges by {self.range_method}"]
-        extras += ["error feedback"] * self.error_feedback + ["learned scales"] * self.learn_scales
-        extras += [f"{self.act_bits}-bit activations"] * (self.act_bits is not None)
+        if self.error_feedback:
+            extras.append("error feedback")
+        if self.learn_scales:
+            extras.append("learned scales")
+        if self.act_bits is not None:
+            extras.append(f"{self.act_bits}-bit activations")
         return (
             "direct low-bit training with stochastic rounding ([DQT, arXiv 2412.04787]"
             f"(https://arxiv.org/abs/2412.04787)): {', '.join(extras)}"
@@ -172,24 +199,15 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     def _check_choices(self) -> None:
         check_choice("range_method", self.range_method, (None, *LOW_BIT_RANGE_METHODS))
-        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         check_choice("bias", self.bias, ("none", "all", "lowbitsr_only"))
         check_choice("export_format", self.export_format, (None, *EXPORT_FORMATS))
         for name in ("learn_scales", "error_feedback", "keep_base", "init_weights"):
-            check_choice(name, getattr(self, name), (True, False))
-        if not isinstance(self.range_p, (int, float)) or not 0 < self.range_p < float("inf"):
-            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
+            check_flag(name, getattr(self, name))
+        self.check_shared_options()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"`seed` is {self.seed!r}; it must be an integer.")
 
     def _check_export(self) -> None:
-        least = self.stored_grid.code_bits
-        whole = isinstance(self.container_bits, int) and not isinstance(self.container_bits, bool)
-        if self.container_bits is not None and not (whole and least <= self.container_bits <= 8):
-            raise ValueError(
-                f"`container_bits` is {self.container_bits!r}, but the codes of the checkpoint "
-                f"({self.stored_grid.describe()}) take {least} bits; it must be an integer from {least} to 8, or None."
-            )
         bitnet = self.stored_grid.ternary and self.group_size == PER_TENSOR and self.act_bits == 8
         if self.export_format is None:
             self.export_format = "bitnet" if bitnet and self.container_bits is None else "compressed-tensors"

@@ -1,8 +1,8 @@
-"""The base under the adapters: LR-QAT's `FrozenWeight` with packed codes, or what is left where it was dropped."""
+"""What is left of the base under an adapter where it was dropped."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -15,6 +15,7 @@ class DroppedBase(nn.Module):
     """What stays of a layer whose base codes were dropped (`keep_base=False`): its shape, dtype and bias."""
 
     bias: nn.Parameter | None
+    quantized_before = False
 
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; the bias is the model's own
     def __init__(self, frozen: FrozenWeight) -> None:
@@ -35,6 +36,10 @@ class DroppedBase(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raise ValueError: somebody needs the base."""
         raise ValueError(
             "`keep_base=False` dropped the base codes, so there is nothing to compute without the adapter: it cannot "
             "be disabled, unloaded or left out of a batch. Adapt the model with `keep_base=True` for that."

@@ -31,14 +31,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...formats.source import LayerInfo
 from ...grid import GridTensor, dequantize, snap_scale
-from ...modules.packed import merged_layer
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.dispatch import in_autocast_dtype
@@ -67,7 +64,7 @@ class LowBitSRLayer(MergingLayer):
 
     adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
     # PEFT looks an adapter of a mixed batch up in lora_A
-    other_param_names = (*MergingLayer.other_param_names, "lora_A", "lowbitsr_options")
+    other_param_names = (*MergingLayer.other_param_names, "lora_A")
 
 
 class LowBitSRLinear(nn.Module, LowBitSRLayer):
@@ -76,15 +73,22 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
     base_layer: FrozenWeight | DroppedBase
 
     def __init__(
-        self, base_layer: nn.Linear | Conv1D, adapter_name: str, config: LowBitSRConfig, name: str, **kwargs: Any
+        self,
+        base_layer: nn.Linear | Conv1D,
+        adapter_name: str,
+        config: LowBitSRConfig,
+        name: str,
+        source_checksum: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """Convert `base_layer` and add the first adapter. Its float weight is not kept.
 
         Args:
             name: the module's name in the model, which (with the seed) tells its random stream from the others'.
+            source_checksum: of the layer's weight, if it is known.
         """
         super().__init__()
-        frozen = FrozenWeight(
+        frozen = FrozenWeight.of_floats(
             base_layer,
             config.grid,
             "int",
@@ -92,6 +96,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             config.range_p,
             config.scale_dtype,
             transposed=isinstance(base_layer, Conv1D),
+            source_checksum=source_checksum,
         )
         LowBitSRLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
@@ -99,9 +104,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         for name_of_part, attribute in PARTS.items():
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
         self.lowbitsr_scale_shift = nn.ParameterDict({})
-        self.lowbitsr_options: dict[str, LowBitSRConfig] = {}
+        self.adapter_options: dict[str, LowBitSRConfig] = {}
         self._before_merge: FrozenWeight | DroppedBase | None = None
-        self.merge_options = config  # of the adapter that the model is merged with
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
         if not config.keep_base:
@@ -127,7 +131,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         self.lowbitsr_weight[adapter_name] = nn.Parameter(weight)
         if config.learn_scales:
             self.lowbitsr_scale_shift[adapter_name] = nn.Parameter(torch.zeros_like(scale))
-        self.lowbitsr_options[adapter_name] = config
+        self.adapter_options[adapter_name] = config
         self.lora_A[adapter_name] = nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -152,14 +156,19 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """How far training has moved the weight: fp32 (out, in), weight units; transposed for Conv1D."""
-        frozen = self.frozen
-        if isinstance(frozen, DroppedBase):
-            return frozen(torch.empty(0))  # raises
+        frozen = self._kept()
         levels, scale = self._levels(adapter)
         here = dequantize(levels, scale, None, torch.float32)
         base = dequantize(unpack(frozen.base, frozen.fmt.bits, frozen.in_features), frozen.scale0, None, torch.float32)
         delta = here - base
         return delta.t() if self.fan_in_fan_out else delta
+
+    def _kept(self) -> FrozenWeight:
+        """The base; ValueError if it was dropped."""
+        frozen = self.frozen
+        if isinstance(frozen, DroppedBase):
+            frozen.refuse()
+        return frozen
 
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
@@ -171,7 +180,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
             scale = trained_scale(weight.scale.clone(), shift, kept)
             factor = (scale / weight.scale).detach()
-        if self.lowbitsr_options[adapter].forward_bits is not None:
+        if self.adapter_options[adapter].forward_bits is not None:
             rows, groups = weight.scale.shape
             start = weight.scale * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
             ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
@@ -195,15 +204,13 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         return self._base(x) if adapter is None else self._run(x, adapter)
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
-        base = self.base_layer
-        if isinstance(base, DroppedBase):
-            return base(x)  # raises
+        base = self._kept()
         x = in_autocast_dtype(x)
         return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         weight: Any = self.lowbitsr_weight[adapter]
-        options = self.lowbitsr_options[adapter]
+        options = self.adapter_options[adapter]
         if not hasattr(weight, "packed"):
             raise ValueError(
                 "Something has replaced a low-bit weight by a float tensor, as FSDP does: sharding packed weights is "
@@ -246,74 +253,25 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         levels = low_bit_levels(weight.packed, scale, ternary, weight.grid.code_bits, weight.shape[1])
         return levels.to(torch.int8), ternary
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put an adapter's integers in place of the base: `base_layer` becomes what the checkpoint will hold.
+    def grid_tensor(
+        self, adapters: list[str] | None = None, options: Any = None, safe_merge: bool = False
+    ) -> GridTensor:
+        """The integers that merging stores, without merging; those of the base if the layer has none of the adapters.
 
-        Args:
-            safe_merge: refuse an adapter whose scales are not finite, as an update of NaNs leaves them.
-            adapter_names: None: the active ones, of which the layer may have one.
+        Args: as in `MergingLayer`.
 
         Raises:
-            ValueError: `safe_merge` and a scale is NaN or infinite; a second adapter for the same layer.
+            ValueError: the layer has two of the adapters, or none, and its base is not what `options` describe.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        if not (names := [name for name in names if name in self.lowbitsr_weight]):
-            return
-        adapter = self._the_one([*self.merged_adapters, *names])
-        assert adapter is not None
-        self._put_merged(self._merged(adapter, safe_merge), names)
-
-    @property
-    def info(self) -> LayerInfo:
-        """What merging makes of the layer."""
-        frozen, options = self.frozen, self.merge_options
-        shape, bias = (frozen.out_features, frozen.in_features), frozen.bias is not None
-        grid, dtype, bits = options.stored_grid, frozen.compute_dtype, options.stored_bits
-        return LayerInfo(*shape, grid, self.kind, bias, dtype, bits, options.activations)
-
-    def grid_tensor(self, adapter: str | None = None, safe_merge: bool = False) -> GridTensor:
-        """The integers that merging stores, without merging.
-
-        Args:
-            adapter: None: the merged one, or else the active one; the base's integers if the layer has neither.
-        """
-        adapter = adapter or self._the_one(self.merged_adapters or self.active_adapters)
+        adapter = self._the_one(self._adapters_at_work() if adapters is None else adapters)
         if adapter is None:
-            return self._base_tensor()
+            return self._base_tensor(self.options_for([], options))
         levels, scale = self._levels(adapter)
         self._check_scale(adapter, safe_merge, scale)
-        return GridTensor(levels, scale, None, self.lowbitsr_options[adapter].stored_grid)
+        return GridTensor(levels, scale, None, self.adapter_options[adapter].stored_grid)
 
-    def _merged(self, adapter: str, safe_merge: bool = False) -> nn.Module:
-        quantized = self.grid_tensor(adapter, safe_merge)
-        frozen, options = self.frozen, self.lowbitsr_options[adapter]
-        return merged_layer(
-            quantized,
-            frozen.bias,
-            options.stored_bits,
-            frozen.compute_dtype,
-            transposed=frozen.transposed,
-            activations=options.activations,
-        )
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The layer that replaces this one: the quantized layer, or the base as a float layer."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            if self.merged:
-                return self.base_layer
-            frozen, bits = self.frozen, self.merge_options.stored_bits
-            transposed = frozen.transposed
-            return merged_layer(self._base_tensor(), frozen.bias, bits, frozen.compute_dtype, transposed=transposed)
-        return self._float_layer()
-
-    def _base_tensor(self) -> GridTensor:
-        """A layer that the merged adapter does not have is quantized all the same: its base."""
-        frozen, options = self.frozen, self.merge_options
-        if isinstance(frozen, DroppedBase):
-            return frozen(torch.empty(0))  # raises
+    def _base_tensor(self, options: LowBitSRConfig) -> GridTensor:
+        frozen = self._kept()
         if options.act_bits is not None or options.forward_bits is not None:
             raise ValueError(
                 "A layer is not part of the adapter that is merged, and its base computes without `act_bits` and "
@@ -324,13 +282,12 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         return GridTensor(codes, frozen.scale0, None, frozen.grid)
 
     def _float_layer(self) -> nn.Module:
-        frozen = self.frozen
-        if isinstance(frozen, DroppedBase):
+        if isinstance(self.frozen, DroppedBase):
             raise ValueError(
                 "`keep_base=False` dropped the base codes, so the adapter cannot be unloaded. Use merge_and_unload(), "
                 "or load the float model again."
             )
-        return frozen.float_layer()
+        return self.frozen.float_layer()
 
     def __repr__(self) -> str:
         return "lowbitsr." + super().__repr__()

@@ -8,7 +8,6 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...packing import unpack
 from ..common.model import QuantizingModel
 from .config import LowBitSRConfig
 from .layer import LowBitSRLayer, LowBitSRLinear
@@ -29,8 +28,6 @@ class LowBitSRModel(QuantizingModel):
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1 and not config.keep_base:
             added = next(name for name, other in self.peft_config.items() if other is config)
-            if len(self.peft_config) > 1:
-                del self.peft_config[added]
             raise ValueError(
                 f"`keep_base=False` dropped the base codes, at which adapter {added!r} would start. Adapt the float "
                 "model with `keep_base=True` for several adapters."
@@ -54,7 +51,7 @@ class LowBitSRModel(QuantizingModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """LoRA replicates layers here; there is nothing to do."""
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(  # type: ignore[override]  # LoRA's has another configuration
         self,
         config: LowBitSRConfig,
         adapter_name: str,
@@ -69,7 +66,7 @@ class LowBitSRModel(QuantizingModel):
             target.update_layer(adapter_name, config, current_key)
             return
         linear: Any = target
-        module = LowBitSRLinear(linear, adapter_name, config, current_key)
+        module = LowBitSRLinear(linear, adapter_name, config, current_key, self._source_checksum(current_key))
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
@@ -99,9 +96,6 @@ class LowBitSRModel(QuantizingModel):
                 layer._the_one(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def _prepare_merge(self, layer: Any, config: LowBitSRConfig) -> None:
-        layer.merge_options = config
-
     # -- state dicts: `parts.py` has what is special
 
     @classmethod
@@ -127,9 +121,6 @@ class LowBitSRModel(QuantizingModel):
                         "architecture. Load it on the model, with the configuration, that it was trained with."
                     )
             codes = remapped.get(f"{name}.lowbitsr_codes.{adapter_name}")
-            if codes is not None and weight.grid.ternary and int(unpack(codes, 2, weight.shape[1]).min()) < -1:
-                raise ValueError(
-                    f"The adapter file holds two-bit codes for module {name!r}, but this model's grid is ternary: the "
-                    "adapter was made for another grid. Load it with the configuration that it was trained with."
-                )
+            if codes is not None:
+                config.check_codes(name, codes, weight.shape[1])
         return remapped

@@ -148,7 +148,7 @@ class LowBitAdamW(Optimizer):
     # -- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
         """Update everything that has a gradient (and was not updated in backward)."""
         loss = None
         if closure is not None:
@@ -189,7 +189,7 @@ class LowBitAdamW(Optimizer):
         grad: Any = parameter.grad
         parameter.grad = None
         norm = torch.linalg.vector_norm(grad)
-        self._step_codes(parameter, grad, group)  # type: ignore[arg-type]
+        self._step_codes(parameter, grad, group)  # type: ignore[arg-type]  # hooks are on low-bit weights
         parameter.grad = _Released(grad, norm)
 
     def _rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:

@@ -83,6 +83,7 @@ class LowBitTensor(torch.Tensor):
                 f"`packed` has {packed.shape[1]} words a row, but {in_features} codes of {grid.code_bits} bits take "
                 f"{words_per_row(in_features, grid.code_bits)}."
             )
+        _install_hooks()
         shape = (packed.shape[0], in_features)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
         self.packed, self.scale, self.stream = packed, scale, stream
@@ -189,7 +190,7 @@ class LowBitTensor(torch.Tensor):
         inner = (self.packed, self.scale, self.stream, *self._meta)
         return _rebuild, (inner, isinstance(self, nn.Parameter), self.requires_grad)
 
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # torch's has a keyword
         return f"LowBitTensor({tuple(self.shape)}, {self.grid.describe()}, device={self.device})"
 
     @classmethod
@@ -210,6 +211,12 @@ class LowBitTensor(torch.Tensor):
         _refuse_writing(func, args, kwargs)
         args, kwargs = tree_map_only(LowBitTensor, LowBitTensor.to_float, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _install_hooks() -> None:
+    from .any_optimizer import install  # which knows this class
+
+    install()
 
 
 def _refuse_writing(func: Any, args: tuple, kwargs: dict) -> None:

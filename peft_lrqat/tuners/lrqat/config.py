@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...grid import PER_CHANNEL, SCALE_DTYPES, Grid
+from ...grid import PER_CHANNEL, Grid
 from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
-from ..common.config import QUANTIZED_BASE, GridConfig, check_choice
+from ..common.config import GridConfig, check_choice, check_flag, is_index, is_positive
 
 # LoraConfig options that have no meaning inside a rounding, with the reason that the error gives.
 _REFUSED = {
@@ -67,14 +69,14 @@ class LRQATConfig(GridConfig, LoraConfig):
     bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
         default=None, metadata={"help": "Bits of the weight grid, 2 to 8. None: the quantized base's, or else 4."}
     )
-    group_size: int = field(  # type: ignore[assignment]
+    group_size: int = field(  # type: ignore[assignment]  # as for bits
         default=None,
         metadata={
             "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
             "output channel, 0 for the whole tensor. None: the quantized base's, or else 128."
         },
     )
-    symmetric: bool = field(  # type: ignore[assignment]
+    symmetric: bool = field(  # type: ignore[assignment]  # as for bits
         default=None,
         metadata={
             "help": "False adds a frozen integer zero point to every scale, which 2-bit grids want. None: the "
@@ -95,7 +97,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
     learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
-        default=None,  # type: ignore[arg-type]
+        default=None,  # type: ignore[arg-type]  # as for bits
         metadata={
             "help": "What the checkpoint will store for a scale; training sees exactly that. 'auto': numbers that are "
             "exact in bf16 and fp16, so that one checkpoint is exact in every engine. None: 'auto', or else the first "
@@ -124,6 +126,13 @@ class LRQATConfig(GridConfig, LoraConfig):
             "for. An adapter is loaded on that base only."
         },
     )
+    base_checksum: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set by the conversion and saved with the adapter: a checksum of the integers that the base "
+            "converted to. An adapter is loaded over those integers only."
+        },
+    )
 
     def __post_init__(self) -> None:
         # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
@@ -133,7 +142,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         if self.lora_alpha is None:
             self.lora_alpha = 16 * self.r
         # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
-        self._required_fingerprint = self.base_fingerprint
+        self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
         # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
         init, self.init_lora_weights = self.init_lora_weights, True
         loftq_config, self.loftq_config = self.loftq_config, {}
@@ -183,7 +192,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         ranges = (
             f"ranges by lp (p = {self.range_p:g})" if self.range_method == "lp" else f"ranges by {self.range_method}"
         )
-        if str(self.base_fingerprint).startswith(QUANTIZED_BASE):
+        if self.wants_quantized_base:
             ranges = "integers and scales of a quantized base"
         return (
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
@@ -191,8 +200,18 @@ class LRQATConfig(GridConfig, LoraConfig):
             + (f", {self.act_bits}-bit activations" if self.act_bits is not None else "")
         )
 
-    def expected_shapes(self, out_features: int, in_features: int) -> dict[str, tuple]:
-        shapes: dict[str, tuple] = {"lora_A.weight": (None, in_features), "lora_B.weight": (out_features, None)}
+    @property
+    def bytes_per_weight(self) -> float:
+        return {"fx8": 1, "int": self.grid.code_bits / 8, "bf16": 2, "fp16": 2, "fp32": 4}[str(self.downcast)]
+
+    def rank_of(self, name: str) -> int:
+        """The rank in the layer of that name."""
+        pattern: dict[str, int] = self.rank_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), name), self.r)
+
+    def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
+        rank = self.rank_of(name)
+        shapes: dict[str, tuple] = {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
         if self.learn_scales:
             shapes["lora_scale_shift"] = self.grid.scale_shape(out_features, in_features)
         return shapes
@@ -205,20 +224,14 @@ class LRQATConfig(GridConfig, LoraConfig):
             )
         check_choice("downcast", self.downcast, (None, *DOWNCASTS))
         check_choice("range_method", self.range_method, RANGE_METHODS)
-        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        check_flag("learn_scales", self.learn_scales)
+        self.check_shared_options()
+        self._check_ranks()
         if self.bits == 8 and self.downcast == "fx8":
             raise ValueError(
                 "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or "
                 "'fp16' (2 bytes)."
-            )
-        if not isinstance(self.range_p, (int, float)) or not 0 < self.range_p < float("inf"):
-            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
-        if self.container_bits is not None and not (
-            isinstance(self.container_bits, int) and self.bits <= self.container_bits <= 8
-        ):
-            raise ValueError(
-                f"`container_bits` is {self.container_bits!r}; it must be an integer from `bits` ({self.bits}) to 8, "
-                "or None."
             )
         self.check_int8_activations()
         if self.lora_dropout:
@@ -240,6 +253,28 @@ class LRQATConfig(GridConfig, LoraConfig):
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
+
+    def _check_ranks(self) -> None:
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        for name, value in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
+            if not is_index(value) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; a rank must be a positive integer.")
+        alphas = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
+        for name, value in {**alphas, **_entries("alpha_pattern", self.alpha_pattern)}.items():
+            if not is_positive(value):
+                raise ValueError(f"`{name}` is {value!r}; it must be a positive number.")
+
+
+def _entries(option: str, pattern: Any) -> dict[str, Any]:
+    """Name for messages -> value of a pattern's entries; ValueError if it is none."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"`{option}` is {pattern!r}; it must be a dictionary from patterns of names to values.")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"`{option}` has the key {key!r}, which is no regular expression ({error}).") from error
+    return {f"{option}[{key!r}]": value for key, value in pattern.items()}
 
 
 def _loftq_iterations(loftq_config: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...ops.embedding import quantized_embedding
-from ..common.frozen import local
+from ..common.frozen import whole
 from .config import LRQATConfig
 from .layer import LRQATLinear
 
@@ -24,7 +24,7 @@ class LRQATEmbedding(LRQATLinear):
     embed_scale: torch.Tensor | None
 
     def __init__(self, base_layer: nn.Embedding, adapter_name: str, config: LRQATConfig, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config, **kwargs)  # type: ignore[arg-type]
+        super().__init__(base_layer, adapter_name, config, **kwargs)
         # what a model's own embedding class multiplies rows with (Gemma 3)
         scale = getattr(base_layer, "embed_scale", None)
         self.register_buffer("embed_scale", scale if isinstance(scale, torch.Tensor) else None, persistent=False)
@@ -37,9 +37,9 @@ class LRQATEmbedding(LRQATLinear):
         shift, A, B, c = self._operands(adapters)
         y = quantized_embedding(
             x,
-            local(frozen.base),
+            whole(frozen.base),
             self._scale(shift),
-            local(frozen.zero_point),
+            whole(frozen.zero_point),
             A,
             B,
             c,
@@ -59,8 +59,8 @@ class LRQATEmbedding(LRQATLinear):
     def kind(self) -> Any:
         return "embedding"
 
-    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
-        return self._around(self.grid_tensor(adapters, safe_merge).dequantize(self.frozen.compute_dtype))
+    def _merged(self, adapters: list[str], options: Any = None, safe_merge: bool = False) -> nn.Module:
+        return self._around(self.grid_tensor(adapters, options, safe_merge).dequantize(self.frozen.compute_dtype))
 
-    def _float_layer(self) -> nn.Module:
+    def _as_it_was(self) -> nn.Module:
         return self._around(self.frozen.weight)

@@ -40,35 +40,22 @@ Several adapters add up, in the adapters' usual sense, inside one rounding: thei
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...formats.source import LayerInfo
 from ...grid import GridTensor
-from ...modules.packed import merged_layer
+from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.dispatch import in_autocast_dtype
 from ...ops.reference import codes
-from ..common.frozen import FrozenWeight, local
+from ..common.frozen import FrozenWeight, whole
 from ..common.layer import MergingLayer
 from .config import LRQATConfig
 from .loftq import residual_factors
-
-
-class _Checksums(BufferDict):
-    """A BufferDict whose tensors may stay on the meta device while PEFT moves a layer (`low_cpu_mem_usage`)."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> _Checksums:
-        with contextlib.suppress(NotImplementedError):  # torch: "Cannot copy out of meta tensor"
-            super()._apply(fn, recurse)
-        return self
 
 
 class Operands(NamedTuple):
@@ -86,17 +73,13 @@ class LRQATLayer(MergingLayer):
     Attributes:
         lora_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; empty entries do
             not exist where `learn_scales=False`.
-        lora_base_checksum: BufferDict, adapter -> int64 (1,), of the base that the adapter was made for. Saved with the
-            adapter, compared at load.
     """
 
     lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module
     lora_B: Any
     lora_scale_shift: nn.ParameterDict
-    lora_base_checksum: BufferDict
 
     adapter_layer_names = (*MergingLayer.adapter_layer_names, "lora_scale_shift")
-    other_param_names = (*MergingLayer.other_param_names, "lora_base_checksum")
 
 
 class LRQATLinear(nn.Module, LRQATLayer):
@@ -106,37 +89,47 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def __init__(
         self,
-        base_layer: nn.Linear | Conv1D,
+        base_layer: nn.Linear | Conv1D | nn.Embedding | QuantizedLinear,
         adapter_name: str,
         config: LRQATConfig,
         r: int = 0,
         lora_alpha: int = 1,
+        source_checksum: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Convert `base_layer` (nn.Linear, Conv1D, QuantizedLinear) and add the first adapter. Its weight is not
-        kept."""
+        """Convert `base_layer` and add the first adapter. The layer's weight is not kept.
+
+        Args:
+            source_checksum: of that weight, if it is known.
+        """
         super().__init__()
         transposed = isinstance(base_layer, Conv1D)
-        frozen = FrozenWeight(
-            base_layer,
-            config.grid,
-            config.downcast,
-            config.range_method,
-            config.range_p,
-            config.scale_dtype,
-            transposed=transposed,
-            convert_on=config.conversion_device(),
-        )
+        downcast = str(config.downcast)  # None exists only until the configuration is made
+        if isinstance(base_layer, QuantizedLinear):
+            frozen = FrozenWeight.of_codes(
+                base_layer, config.grid, downcast, config.scale_dtype, source_checksum=source_checksum
+            )
+        else:
+            frozen = FrozenWeight.of_floats(
+                base_layer,
+                config.grid,
+                downcast,
+                config.range_method,
+                config.range_p,
+                config.scale_dtype,
+                transposed=transposed,
+                convert_on=config.conversion_device(),
+                source_checksum=source_checksum,
+            )
         LRQATLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = transposed
         self.lora_scale_shift = nn.ParameterDict({})
-        self.lora_base_checksum = _Checksums({}, persistent=True)
+        self.adapter_options: dict[str, LRQATConfig] = {}
         self._before_merge: FrozenWeight | None = None
-        self.container_bits = config.container_bits
-        self.act_bits = config.act_bits
+        self.activations = config.activations  # all adapters of a model share it
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
-        self._float_weight = None if frozen.from_codes else base_layer.weight.detach()
+        self._float_weight = None if frozen.quantized_before else base_layer.weight.detach()
         try:
             self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         finally:
@@ -153,11 +146,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             rows, groups = frozen.scale0_bits.shape
             self.lora_scale_shift[adapter_name] = nn.Parameter(torch.zeros(rows, groups, device=frozen.device))
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        # beside the adapter's weights: on the meta device where `low_cpu_mem_usage` puts them, until they are loaded
-        device = self.lora_A[adapter_name].weight.device
-        self.lora_base_checksum[adapter_name] = (
-            torch.empty(1, dtype=torch.int64, device=device) if device.type == "meta" else frozen.checksum().view(1)
-        )
+        self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)
 
@@ -195,18 +184,18 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _operands(self, adapters: list[str]) -> Operands:
         """What these adapters make together, whole even if FSDP2 shards them."""
         if len(adapters) == 1 and (name := adapters[0]) in self.lora_A:  # nearly always: with little Python
-            shift = local(self.lora_scale_shift[name]) if name in self.lora_scale_shift else None
-            A, B = local(self.lora_A[name].weight), local(self.lora_B[name].weight)
+            shift = whole(self.lora_scale_shift[name]) if name in self.lora_scale_shift else None
+            A, B = whole(self.lora_A[name].weight), whole(self.lora_B[name].weight)
             return Operands(shift, A, B, self.scaling[name])
-        shifts = [local(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
+        shifts = [whole(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
         shift = None
         if shifts:
             shift = shifts[0] if len(shifts) == 1 else torch.stack([shift.float() for shift in shifts]).sum(0)
         present = [name for name in adapters if name in self.lora_A]
         if not present:
             return Operands(shift, None, None, 1.0)
-        A = [local(self.lora_A[name].weight) for name in present]
-        B = [local(self.lora_B[name].weight) for name in present]
+        A = [whole(self.lora_A[name].weight) for name in present]
+        B = [whole(self.lora_B[name].weight) for name in present]
         if len(present) == 1:
             return Operands(shift, A[0], B[0], self.scaling[present[0]])
         scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
@@ -237,8 +226,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
         x = in_autocast_dtype(x)
-        if self.act_bits is not None:
-            x = round_activations(x, "compressed-tensors")
+        if self.activations is not None:
+            x = round_activations(x, self.activations)
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -249,79 +238,23 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     # -- merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapters into the integers: `base_layer` becomes what the checkpoint will hold.
-
-        The codes come from the same function as in forward, so the output does not change by a bit.
-
-        Args:
-            safe_merge: refuse adapters that are not finite.
-            adapter_names: None: the active ones.
-
-        Raises:
-            ValueError: `safe_merge` and a value is NaN or infinite.
-        """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        adapter_names = [name for name in adapter_names if name in self.lora_A]
-        if not adapter_names:
-            return
-        self._put_merged(self._merged([*self.merged_adapters, *adapter_names], safe_merge), adapter_names)
-
-    def _merge_operands(
-        self, adapters: list[str], safe_merge: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]:
+    @torch.no_grad()
+    def grid_tensor(
+        self, adapters: list[str] | None = None, options: Any = None, safe_merge: bool = False
+    ) -> GridTensor:
+        frozen = self.frozen
+        if adapters is None:
+            adapters = self._adapters_at_work()
         shift, A, B, c = self._operands(adapters)
         scale = self._scale(shift)
         self._check_scale(adapters[-1] if adapters else "", safe_merge, scale, A, B)
-        return scale, A, B, c
-
-    @property
-    def info(self) -> LayerInfo:
-        """What merging makes of the layer."""
-        frozen, kind = self.frozen, self.kind
-        dtype, bits = frozen.compute_dtype, self.container_bits or frozen.grid.bits
-        rule = None if self.act_bits is None else "compressed-tensors"
-        return LayerInfo(
-            frozen.out_features, frozen.in_features, frozen.grid, kind, frozen.bias is not None, dtype, bits, rule
-        )
-
-    @torch.no_grad()
-    def grid_tensor(self, adapters: list[str] | None = None, safe_merge: bool = False) -> GridTensor:
-        """The integers that merging stores, without merging.
-
-        Args:
-            adapters: None: the merged ones, or else the active ones.
-        """
-        frozen = self.frozen
-        if adapters is None:
-            adapters = [name for name in self.merged_adapters or self.active_adapters if name in self.lora_A]
-        scale, A, B, c = self._merge_operands(adapters, safe_merge)
-        integers = codes(local(frozen.base), A, B, frozen.fmt, c)
-        return GridTensor(integers, scale, local(frozen.zero_point), frozen.grid)
-
-    def _merged(self, adapters: list[str], safe_merge: bool = False) -> nn.Module:
-        frozen, quantized = self.frozen, self.grid_tensor(adapters, safe_merge)
-        return merged_layer(
-            quantized,
-            frozen.bias,
-            self.container_bits or frozen.grid.bits,
-            frozen.compute_dtype,
-            transposed=frozen.transposed,
-            activations=None if self.act_bits is None else "compressed-tensors",
-        )
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The layer that replaces this one: the quantized layer, or the base at step 0 as the kind of layer it was."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            # a layer that none of the adapters has is quantized all the same: at step 0
-            return self.base_layer if self.merged else self._merged([])
-        return self._merged([]) if self.frozen.from_codes else self._float_layer()
+        return GridTensor(codes(whole(frozen.base), A, B, frozen.fmt, c), scale, whole(frozen.zero_point), frozen.grid)
 
     def _float_layer(self) -> nn.Module:
-        """The base at step 0 as the kind of layer that it was."""
+        return self._merged([]) if self.frozen.quantized_before else self._as_it_was()
+
+    def _as_it_was(self) -> nn.Module:
+        """The base at step 0 as the kind of float layer that it was."""
         return self.frozen.float_layer()
 
     def __repr__(self) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import nn
 
 from ...checkpoint.adopt import adopt_compressed_tensors
+from ..common.fingerprint import as_tensor, check_checksum, in_order
 from ..common.model import QuantizingModel
 from .config import LRQATConfig
 from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
 from .quantized_base import adopt_base
+
+# How a PeftModel's files name the model, and what the checksum of the base is called in them.
+_PREFIX = "base_model.model."
+_CHECKSUM = "lora_base_checksum"
 
 
 class LRQATModel(QuantizingModel):
@@ -33,11 +38,22 @@ class LRQATModel(QuantizingModel):
     )
     _combining = False  # within add_weighted_adapter
 
-    def _before_checks(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> None:
+    def _adopt_base(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> bool:
         if self._combining:  # PEFT made this config from another adapter's, which may have other targets
-            config._required_fingerprint = None
-        adopt_compressed_tensors(model)
+            config._required_fingerprint = config._required_checksum = None
+        adopted = adopt_compressed_tensors(model)
         adopt_base(self._targets(model, config, state_dict), config)
+        return adopted
+
+    def _check_converted(self, targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+        model: nn.Module = self.model
+        layers: list[Any] = [model.get_submodule(name) for name in targets]
+        config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
+        check_checksum(config.base_checksum, config._required_checksum)
+        # transformers' own `load_adapter` reads the file without us, and would report the checksum as a stray tensor
+        ignored = vars(model).get("_keys_to_ignore_on_load_unexpected")
+        if isinstance(ignored, set):
+            ignored.add(rf"(^|\.){_CHECKSUM}(\.|$)")
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
@@ -48,24 +64,25 @@ class LRQATModel(QuantizingModel):
                 "them. Make the configuration without them."
             )
 
-    @staticmethod
-    def _create_new_module(lora_config: LRQATConfig, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
+    def _create_new_module(  # type: ignore[override]  # PEFT's is static, and called on the instance
+        self, lora_config: LRQATConfig, adapter_name: str, target: Any, **kwargs: Any
+    ) -> nn.Module:
         for unused in ("device_map", "parameter_name", "tied_adapter", "get_apply_tensor_subclass"):
             kwargs.pop(unused, None)
         kind = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
-        return kind(target, adapter_name, config=lora_config, **kwargs)
-
-    def _prepare_merge(self, layer: Any, config: LRQATConfig) -> None:
-        if isinstance(layer, LRQATLinear):
-            layer.container_bits = config.stored_bits
+        checksum = self._source_checksum(kwargs["target_name"])
+        return kind(target, adapter_name, config=lora_config, source_checksum=checksum, **kwargs)
 
     # -- state dicts
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # warns about flat or empty lora_A / lora_B, which an ungathered ZeRO-3 or FSDP1 model has
-        _validate_lora_adapter_state_dict(found, adapter_name=adapter_name)
+        _warn_of_shards(found, adapter_name)
+        if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
+            # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
+            prefix = _PREFIX if any(key.startswith(_PREFIX) for key in found) else ""
+            found[prefix + _CHECKSUM] = as_tensor(config.base_checksum)
         return found
 
     @classmethod
@@ -86,8 +103,12 @@ class LRQATModel(QuantizingModel):
         self._combining = True
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name in self.peft_config:  # PEFT adds it before it combines the others
+                self.delete_adapter(adapter_name)
+            raise
         finally:
-            self._combining = False
+            del self._combining
         for layer in self.modules():
             if isinstance(layer, LRQATLayer) and adapter_name in layer.lora_scale_shift:
                 target = layer.lora_scale_shift[adapter_name]
@@ -97,19 +118,36 @@ class LRQATModel(QuantizingModel):
                         target.data.add_(layer.lora_scale_shift[adapter].data.to(target.dtype), alpha=weight)
 
 
-def _check_same_base(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Refuse an adapter whose base converts to other integers than the base at hand."""
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LRQATLinear) or adapter_name not in layer.lora_base_checksum:
-            continue
-        key = f"{name}.lora_base_checksum.{adapter_name}"
-        here = layer.frozen.checksum()
-        saved = (
-            state_dict.setdefault(key, here) if layer.lora_base_checksum[adapter_name].is_meta else state_dict.get(key)
+def _warn_of_shards(state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Warn of flat or empty factors, which a model has that ZeRO-3 or FSDP1 has sharded and nobody gathered."""
+    flat = [name for name, value in state_dict.items() if "lora_" in name and (value.ndim < 2 or not value.numel())]
+    factors = [name for name in flat if ".lora_A" in name or ".lora_B" in name]
+    if factors:
+        warnings.warn(
+            f"{len(factors)} factors of adapter {adapter_name!r} are flat or empty, e.g. {factors[0]!r}: these are "
+            "ZeRO-3 / FSDP shards, and the file could not be loaded. Gather the model before saving it (DeepSpeed: "
+            "`stage3_gather_16bit_weights_on_model_save`; FSDP: a full state dict).",
+            stacklevel=2,
         )
-        if saved is not None and int(saved) != int(here):
-            raise ValueError(
-                f"This adapter was trained on another base: the integers of module {name!r} differ. Load it on the "
-                "same float model, in the same dtype, that it was trained on (see `base_model_name_or_path` in its "
-                "adapter_config.json). It was not loaded, because on other integers it means something else."
-            )
+
+
+def _check_same_base(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Take the checksums out of an adapter's file, and refuse an adapter that was trained over other integers.
+
+    Files have one for the adapter, or, from earlier versions, one for each layer.
+    """
+    saved = {key: state_dict.pop(key) for key in list(state_dict) if _CHECKSUM in key.split(".")}
+    if not saved:
+        return
+    layers = {
+        name: int(layer.frozen.checksum())
+        for name, layer in model.named_modules()
+        if isinstance(layer, LRQATLinear) and adapter_name in layer.adapter_options
+    }
+    for key, value in saved.items():
+        where = key.partition(f".{_CHECKSUM}")[0]
+        known = layers.get(where, layers.get(where.removeprefix(_PREFIX)))
+        if known is None and where in ("", _CHECKSUM, _PREFIX[:-1]):
+            check_checksum(in_order(layers.values()), in_order([int(value)]))
+        elif known is not None:
+            check_checksum(in_order([known]), in_order([int(value)]))

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...grid import SCALE_DTYPES, Grid, snap_scale
 from ...modules.packed import QuantizedLinear
+from ..common.layer import MergingLayer
 from .config import LRQATConfig
 
 _FIELDS = ("bits", "group_size", "symmetric")
@@ -28,12 +29,12 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
         ValueError: `config` asks for another grid; the modules are on several grids; some of them are float.
     """
     packed = {name: module for name, module in targets.items() if isinstance(module, QuantizedLinear)}
-    adapted: list[Any] = [module for module in targets.values() if isinstance(module, BaseTunerLayer)]
+    adapted: list[Any] = [module for module in targets.values() if isinstance(module, MergingLayer)]
     if not packed and not adapted:
         config.adopt_defaults()
         return
     if not packed:
-        if adapted[0].frozen.from_codes:  # a second adapter
+        if adapted[0].frozen.quantized_before:  # a second adapter
             frozen = adapted[0].frozen
             theirs = {name: getattr(frozen.grid, name) for name in _FIELDS}
             config.adopt(**theirs, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)

@@ -11,26 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_lrqat.modules.packed import QuantizedLinear
-from tests import lowbit_sr as lowbit_sr
-from tests import lrqat as lrqat
 from tests.models import logits, tokens
 
 IDS = tokens(batch=4)
-
-
-@pytest.fixture(params=[lrqat, lowbit_sr], ids=["lrqat", "lowbit_sr"])
-def method(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
-
-
-@pytest.fixture
-def base(method: ModuleType) -> PreTrainedModel:
-    return method.on_grid()
-
-
-@pytest.fixture
-def two_adapters(method: ModuleType, base: PreTrainedModel) -> PeftModel:
-    return method.two_adapters(base)
 
 
 def test_merging_and_unmerging_change_nothing(method: ModuleType, base: PreTrainedModel):

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import PeftModel, get_peft_model
 
-from peft_lrqat import LowBitSRConfig
+from tests.lowbit_sr import config
 from tests.models import logits, low_bit, tiny, tokens
-from tests.tuners.lrqat.test_refusals import _in_dtype, _on_meta, _poisoned, _says_quantized, refused
+from tests.refusals import refused
 
 IDS = tokens()
-
-
-def config(**options: Any) -> LowBitSRConfig:
-    return LowBitSRConfig(
-        **{"bits": 4, "group_size": 8, "range_method": "minmax", "target_modules": "all-linear", **options}
-    )
 
 
 @pytest.mark.parametrize(
@@ -29,24 +21,14 @@ def config(**options: Any) -> LowBitSRConfig:
     [
         ({"bits": 1}, r"`bits` is 1; allowed are 1.58, 2, 3, 4, 8 \(1.58 is ternary\)"),
         ({"bits": 5}, "`bits` is 5"),
-        ({"bits": 16}, "`bits` is 16"),
-        ({"bits": True}, "`bits` is True"),
-        ({"group_size": -2}, "`group_size` is -2"),
         ({"range_method": "mse"}, "`range_method` is 'mse'; allowed are 'absmean', 'minmax', 'lp'"),
-        ({"range_p": 0}, "`range_p` is 0"),
-        ({"scale_dtype": "fp8"}, "`scale_dtype` is 'fp8'"),
-        ({"learn_scales": "yes"}, "`learn_scales` is 'yes'"),
         ({"error_feedback": 1.5}, "`error_feedback` is 1.5"),
         ({"keep_base": None}, "`keep_base` is None"),
         ({"seed": 0.5}, "`seed` is 0.5"),
         ({"bias": "lora_only"}, "`bias` is 'lora_only'; allowed are 'none', 'all', 'lowbitsr_only'"),
         ({"forward_bits": 2}, "`forward_bits` is 2; allowed are None and 1.58"),
         ({"forward_bits": 1.58, "bits": 2}, "nothing to project. Train at least 3 bits"),
-        ({"act_bits": 4}, "`act_bits` is 4; allowed are None and 8"),
         ({"act_bits": 8}, r"`act_bits` is 8 with `group_size=8`.*output channel \(-1\) or tensor \(0\)"),
-        ({"act_bits": 8, "group_size": -1, "container_bits": 4}, "`container_bits` is 4 with `act_bits=8`"),
-        ({"container_bits": 3}, "`container_bits` is 3.*take 4 bits; it must be an integer from 4 to 8"),
-        ({"container_bits": 9}, "`container_bits` is 9"),
         ({"bits": 8, "container_bits": 4}, "`container_bits` is 4.*take 8 bits"),
         ({"bits": 8, "forward_bits": 1.58, "container_bits": 1}, "`container_bits` is 1.*ternary.*take 2 bits"),
         ({"export_format": "gguf"}, "`export_format` is 'gguf'; allowed are 'compressed-tensors', 'bitnet'"),
@@ -67,26 +49,9 @@ def test_an_option_of_lora_is_no_option():
         config(lora_alpha=8)
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "match"),
-    [
-        (_poisoned(float("nan")), {}, "layers.1.mlp.down_proj.*NaN or infinite"),
-        (_on_meta, {}, "layers.1.mlp.down_proj.*meta device.*Load the model with its weights"),
-        (_in_dtype(torch.float64), {}, "float64; Low-bit SR needs float32, bfloat16 or float16"),
-        (_in_dtype(torch.int8), {}, "int8; Low-bit SR needs float32"),
-        (_says_quantized, {}, r"already quantized \(gptq\), but Low-bit SR starts from float"),
-        (lambda m: m, {"group_size": 32}, r"does not divide the 48 input features.*down_proj.*Use one of \[48, 24, 16"),
-        (lambda m: m, {"target_modules": ["embed_tokens"]}, "Low-bit SR quantizes nn.Linear and Conv1D only"),
-        (lambda m: m, {"target_modules": ["no_such_module"]}, "no_such_module"),
-        (lambda m: m.bfloat16(), {"scale_dtype": "fp16"}, "`scale_dtype` is 'fp16'.*'auto' is exact everywhere"),
-    ],
-)
-def test_base_models_that_cannot_be_converted(change, options: dict, match: str):
-    model = change(tiny())
-    with refused(model, match):
-        get_peft_model(model, config(**options))
-    with refused(model, match):
-        model.add_adapter(config(**options))
+def test_embeddings_cannot_be_converted():
+    with refused(model := tiny(), "Low-bit SR quantizes nn.Linear and Conv1D only"):
+        get_peft_model(model, config(target_modules=["embed_tokens"]))
 
 
 @pytest.mark.parametrize(
@@ -104,16 +69,6 @@ def test_what_a_format_cannot_hold_is_refused_before_training(family, overrides,
         get_peft_model(model, config(group_size=0, act_bits=8, target_modules=targets, **options))
 
 
-def test_tied_and_shared_weights_are_refused():
-    model = tiny(tie=True)
-    with refused(model, "tied to 'model.embed_tokens'.*untie it first"):
-        get_peft_model(model, config(target_modules=["q_proj", "lm_head"]))
-    layer = nn.Linear(16, 16)
-    shared = nn.ModuleDict({"a": layer, "b": layer})
-    with refused(shared, "tied to 'b'"):
-        get_peft_model(shared, config(target_modules=["a"]))
-
-
 def test_a_merged_model_is_not_converted_again():
     for options in ({"bits": 4}, {"bits": 8, "act_bits": 8}, {"bits": 1.58, "group_size": 0, "act_bits": 8}):
         merged = low_bit(tiny(), **options).merge_and_unload()
@@ -122,7 +77,7 @@ def test_a_merged_model_is_not_converted_again():
             get_peft_model(merged, config())
 
 
-@pytest.mark.parametrize("option", [{"bits": 3}, {"group_size": 16}, {"range_method": "absmean"}, {"keep_base": False}])
+@pytest.mark.parametrize("option", [{"range_method": "absmean"}, {"keep_base": False}])
 def test_adapters_of_one_model_share_a_grid(option: dict):
     model = low_bit(tiny(), bits=4, group_size=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -132,35 +87,7 @@ def test_adapters_of_one_model_share_a_grid(option: dict):
     assert model.state_dict().keys() == before.keys()
 
 
-def test_methods_are_not_mixed_on_one_model():
-    model = low_bit(tiny())
-    with pytest.raises(ValueError, match="different peft types"):
-        model.add_adapter("float", LoraConfig(target_modules=["q_proj"]))
-
-
 # -- adapter files
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    low_bit(tiny(), bits=4, group_size=8, init_weights=False).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    for file in saved.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-def test_another_base_model(folder: Path):
-    for load in (lambda m: PeftModel.from_pretrained(m, folder), lambda m: m.load_adapter(str(folder))):
-        with refused(model := tiny(seed=1), "trained on another base.*`base_model_name_or_path`"):
-            load(model)
-        with refused(model := tiny(intermediate_size=64), "trained on another base"):
-            load(model)
 
 
 @pytest.mark.parametrize("change", [{"bits": 3}, {"group_size": 16}])
@@ -187,11 +114,7 @@ def test_two_bit_codes_in_a_ternary_adapter(tmp_path: Path):
     with pytest.raises(ValueError, match=r"two-bit codes.*grid is ternary"):
         model.load_adapter(tmp_path, adapter_name="default")
     assert torch.equal(logits(model, IDS), before)
-
-
-@pytest.mark.parametrize("keep", [0, 7, 200, -100])
-def test_a_truncated_file(folder: Path, keep: int):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with refused(model := tiny(), "truncated or damaged.*copy or download it again"):
-        PeftModel.from_pretrained(model, folder)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bits": 1.58, "base_fingerprint": None}))
+    with refused(model := tiny(), r"two-bit codes.*grid is ternary"):
+        PeftModel.from_pretrained(model, tmp_path)

@@ -1,4 +1,4 @@
-"""Several adapters, and what merging does beyond tests/test_merging.py."""
+"""Several adapters, and what merging does beyond common/test_layer.py."""
 
 from __future__ import annotations
 

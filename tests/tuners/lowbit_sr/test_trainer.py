@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_lrqat import LowBitAdamW, LowBitSRConfig
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests.models import logits, low_bit, tiny, tokens
-from tests.tuners.lrqat.test_trainer import arguments, ids_dataset, losses, text, tokenizer  # noqa: F401  # fixtures
+from tests.trainer import arguments, ids_dataset, losses
 
 IDS = tokens()
 CONFIG = {"bits": 8, "group_size": -1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -24,7 +24,7 @@ def codes(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": False}])
-def test_sft_trainer_with_default_arguments_trains(tmp_path: Path, tokenizer, text: Dataset, options: dict):  # noqa: F811
+def test_sft_trainer_with_default_arguments_trains(tmp_path: Path, tokenizer, text: Dataset, options: dict):
     trainer = SFTTrainer(
         model=tiny(),
         args=arguments(tmp_path, SFTConfig, max_steps=12, **options),

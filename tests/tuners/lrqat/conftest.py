@@ -1,26 +1,14 @@
-"""Models that several test files of this folder start from."""
+"""The tests of this folder are about one method."""
 
 from __future__ import annotations
 
-import copy
+from types import ModuleType
 
 import pytest
-from peft import PeftModel
-from transformers import PreTrainedModel
 
-from tests import lrqat as common
+from tests import lrqat
 
 
 @pytest.fixture(scope="module")
-def grid_model() -> PreTrainedModel:
-    return common.on_grid()
-
-
-@pytest.fixture
-def base(grid_model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(grid_model)
-
-
-@pytest.fixture
-def two_adapters(base: PreTrainedModel) -> PeftModel:
-    return common.two_adapters(base)
+def method() -> ModuleType:
+    return lrqat

@@ -26,7 +26,7 @@ def lost_fractions(weight: torch.Tensor, frozen: FrozenWeight) -> torch.Tensor:
 
 def frozen_layer(bits: int, group_size: int, symmetric: bool) -> tuple[torch.Tensor, FrozenWeight]:
     layer = nn.Linear(IN, OUT)
-    return layer.weight.detach(), FrozenWeight(layer, Grid(bits, group_size, symmetric), "int")
+    return layer.weight.detach(), FrozenWeight.of_floats(layer, Grid(bits, group_size, symmetric), "int")
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

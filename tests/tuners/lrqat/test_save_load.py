@@ -1,85 +1,26 @@
-"""A saved adapter reloads to the same model, by every route that PEFT and transformers offer."""
+"""Options of LR-QAT survive, and a base is known by what it converts to. (`common/test_save_load.py`: the rest.)"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_lrqat import LRQATConfig
-from peft_lrqat.ops.reference import codes
 from peft_lrqat.tuners.common.frozen import FrozenWeight
+from tests.lrqat import integers, layers
 from tests.models import adapted, logits, tiny, tokens, train
 
 IDS = tokens()
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float checkpoint on disk, as users have one."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny("llama").save_pretrained(folder)
-    return folder
-
-
 def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def all_codes(model: torch.nn.Module) -> list[torch.Tensor]:
-    found = []
-    for layer in (m for m in model.modules() if hasattr(m, "lora_scale_shift")):
-        shift, A, B, c = layer._operands(layer.active_adapters)
-        scale = layer._scale(shift)
-        found += [codes(layer.frozen.base, A, B, layer.frozen.fmt, c), scale]
-    return found
-
-
-def _lazily(base: Path, folder: Path) -> torch.nn.Module:
-    return PeftModel.from_pretrained(load(base), folder, low_cpu_mem_usage=True)
-
-
-def _into_transformers(base: Path, folder: Path) -> torch.nn.Module:
-    model = load(base)
-    model.load_adapter(str(folder))
-    return model
-
-
-ROUTES: dict[str, Callable[[Path, Path], torch.nn.Module]] = {
-    "PeftModel": lambda base, folder: PeftModel.from_pretrained(load(base), folder),
-    "low_cpu_mem_usage": _lazily,
-    "AutoPeftModel": lambda base, folder: AutoPeftModelForCausalLM.from_pretrained(folder),
-    "transformers": lambda base, folder: AutoModelForCausalLM.from_pretrained(folder),
-    "load_adapter": _into_transformers,
-}
-
-
-@pytest.fixture(scope="module")
-def trained(
-    base_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, torch.Tensor, list[torch.Tensor]]:
-    """A trained adapter's folder, the trained model's logits, and its codes and scales."""
-    model = adapted(load(base_folder), bits=3, group_size=8)
-    train(model, IDS)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder, logits(model, IDS), all_codes(model)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_every_route_gives_the_same_bits(base_folder: Path, trained, route: str):
-    folder, expected, integers = trained
-    model = ROUTES[route](base_folder, folder).eval()
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert torch.equal(logits(model, IDS), expected)
-    assert all(torch.equal(a, b) for a, b in zip(all_codes(model), integers, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -114,60 +55,6 @@ def test_trained_biases_survive(tmp_path: Path, bias: str):
     assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
-def test_several_adapters_are_saved_and_loaded_beside_each_other(base_folder: Path, tmp_path: Path):
-    model = adapted(load(base_folder), init_lora_weights=False).eval()
-    config = LRQATConfig(group_size=-1, r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model.add_adapter("second", config)
-    expected = {}
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        expected[name] = logits(model, IDS)
-    model.save_pretrained(tmp_path)
-    assert "second" not in "".join(load_file(tmp_path / "adapter_model.safetensors"))
-
-    again = PeftModel.from_pretrained(load(base_folder), tmp_path)
-    again.load_adapter(tmp_path / "second", adapter_name="other", low_cpu_mem_usage=True)
-    assert torch.equal(logits(again, IDS), expected["default"])
-    again.set_adapter("other")
-    assert torch.equal(logits(again, IDS), expected["second"])
-    assert {p.device.type for p in again.parameters()} == {"cpu"}
-
-
-def test_an_adapter_goes_on_training_where_it_stopped(base_folder: Path, trained, tmp_path: Path):
-    folder, _, _ = trained
-    loaded = PeftModel.from_pretrained(load(base_folder), folder, is_trainable=True)
-    again = PeftModel.from_pretrained(load(base_folder), folder, is_trainable=True)
-    again.save_pretrained(tmp_path)
-    third = PeftModel.from_pretrained(load(base_folder), tmp_path, is_trainable=True)
-    losses = [train(model, IDS) for model in (loaded, again, third)]
-    assert losses[0] == losses[1] == losses[2]
-    frozen = PeftModel.from_pretrained(load(base_folder), folder)
-    assert not any(p.requires_grad for p in frozen.parameters())
-
-
-def test_the_file_holds_the_adapter_and_nothing_else(trained):
-    folder, _, _ = trained
-    values = load_file(folder / "adapter_model.safetensors")
-    assert {key.split("proj.")[-1] for key in values} == {
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_scale_shift",
-        "lora_base_checksum",
-    }
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LRQAT"
-    assert {key: config[key] for key in ("bits", "group_size", "symmetric", "downcast")} == {
-        "bits": 3,
-        "group_size": 8,
-        "symmetric": True,
-        "downcast": "fx8",
-    }
-    assert isinstance(PeftConfig.from_pretrained(folder), LRQATConfig)
-    card = (folder / "README.md").read_text()
-    assert card.startswith("---\n")
-    assert "import peft_lrqat" in card
-
-
 def test_saving_and_loading_build_no_float_weight(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = adapted(load(base_folder))
 
@@ -184,4 +71,55 @@ def test_a_bf16_base_and_its_fp32_copy_are_one_base(tmp_path: Path):
     adapted(copy.deepcopy(low)).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(copy.deepcopy(low).float(), tmp_path)
     first, second = adapted(low), model
-    assert all(torch.equal(a, b) for a, b in zip(all_codes(first), all_codes(second), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(integers(first), integers(second), strict=True))
+
+
+def _checksums(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: v for key, v in load_file(folder / "adapter_model.safetensors").items() if "checksum" in key}
+
+
+def test_one_number_says_over_which_integers_an_adapter_was_trained(base_folder: Path, tmp_path: Path):
+    model = adapted(load(base_folder), bits=3)
+    config = model.peft_config["default"]
+    model.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_checksum"] == config.base_checksum
+    ((_, number),) = _checksums(tmp_path / "a").items()
+    assert f"{int(number) % 2**64:016x}" == config.base_checksum
+    assert not any("checksum" in name for name in model.state_dict())
+    again = adapted(load(base_folder), bits=3)
+    assert again.peft_config["default"].base_checksum == config.base_checksum
+    for other in (adapted(load(base_folder), bits=4), adapted(load(base_folder), bits=3, range_method="minmax")):
+        assert other.peft_config["default"].base_checksum != config.base_checksum
+
+
+def _as_before(folder: Path, model: PeftModel) -> None:
+    """The file as earlier versions wrote it: a checksum for each layer, none in the configuration."""
+    path = folder / "adapter_model.safetensors"
+    values = {key: value for key, value in load_file(path).items() if "checksum" not in key}
+    for name, layer in layers(model).items():
+        values[f"{name}.lora_base_checksum"] = layer.frozen.checksum().view(1)
+    save_file(values, path)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["base_checksum"]
+    path.write_text(json.dumps(config))
+
+
+def test_adapters_of_earlier_versions_are_loaded_and_their_base_is_checked(
+    base_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture
+):
+    model = adapted(load(base_folder), bits=3, init_lora_weights=False).eval()
+    model.save_pretrained(tmp_path)
+    _as_before(tmp_path, model)
+    recwarn.clear()
+    for again in (PeftModel.from_pretrained(load(base_folder), tmp_path), load(base_folder)):
+        if not isinstance(again, PeftModel):
+            again.load_adapter(str(tmp_path))
+        assert torch.equal(logits(again.eval(), IDS), logits(model, IDS))
+    assert not [w for w in recwarn if "checksum" in str(w.message) or "missing" in str(w.message)]
+    assert "checksum" not in capfd.readouterr().err
+    other = adapted(tiny(seed=1), bits=3, init_lora_weights=False).eval()
+    before = logits(other, IDS)
+    with pytest.raises(ValueError, match="trained on another base: its integers have the checksum"):
+        other.load_adapter(tmp_path, adapter_name="default")
+    assert torch.equal(logits(other, IDS), before)

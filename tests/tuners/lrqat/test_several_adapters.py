@@ -1,4 +1,4 @@
-"""Several adapters, and what merging does beyond tests/test_merging.py."""
+"""Several adapters, and what merging does beyond common/test_layer.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from peft_lrqat import LRQATConfig
 from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers, random_adapter
 from tests.models import adapted, logits
+from tests.refusals import refused
 
 # -- several adapters
 
@@ -83,6 +84,15 @@ def test_weighted_adapters_may_have_different_targets(base: PreTrainedModel):
     for layer in layers(model).values():
         (own,) = {"default", "other"} & set(layer.lora_A)
         torch.testing.assert_close(layer.get_delta_weight("mix"), layer.get_delta_weight(own))
+
+
+def test_a_combination_that_fails_adds_no_adapter(base: PreTrainedModel):
+    model = random_adapter(base, target_modules=["q_proj"])
+    model.add_adapter("other", LRQATConfig(**GRID, r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for wrong in ({"combination_type": "linear"}, {"combination_type": "ties_svd", "density": "half"}):
+        with refused(model, "", Exception):  # different ranks; a density that is no number
+            model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "mix", **wrong)
+        assert list(model.peft_config) == ["default", "other"]
 
 
 def test_adapters_add_up_in_inference_mode(two_adapters: PeftModel):

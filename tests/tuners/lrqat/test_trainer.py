@@ -8,14 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from peft_lrqat import LRQATConfig, create_lrqat_optimizer, load_quantized
 from peft_lrqat.tuners.lrqat import LRQATLinear
-from tests.models import VOCAB, adapted, logits, tiny, tokens
+from tests.models import adapted, logits, tiny, tokens
 from tests.quantized_files import Spec, write
+from tests.trainer import arguments, ids_dataset, losses
 
 IDS = tokens()
 CONFIG = {
@@ -28,47 +28,8 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture(scope="module")
-def text() -> Dataset:
-    """Sentences that count upwards, which a tiny model learns in a few steps."""
-    return Dataset.from_dict({"text": [" ".join(f"w{3 + (i + j) % 40}" for j in range(10)) for i in range(32)]})
-
-
-def ids_dataset() -> Dataset:
-    rows = [[3 + (i + j) % 40 for j in range(10)] for i in range(32)]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **options) -> TrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    return cls(**{**settings, **options})
-
-
 def layers(model: torch.nn.Module) -> list[LRQATLinear]:
     return [module for module in model.modules() if isinstance(module, LRQATLinear)]
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_sft_trainer_starts_from_a_quantized_checkpoint(tmp_path: Path, tokenizer, text: Dataset):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -30,18 +28,6 @@ def test_casting_the_model_changes_no_code(base: PreTrainedModel, downcast: str)
         assert logits(model, IDS).dtype == dtype
     assert all(torch.equal(p, stored[name]) for name, p in layer.base_layer.named_parameters())
     assert torch.equal(codes_of(layer), adapter_only)
-
-
-def test_unloading_and_merging_follow_the_models_dtype(base: PreTrainedModel):
-    model = random_adapter(base).to(torch.bfloat16)
-    trained = logits(model, IDS)
-    for plain in (copy.deepcopy(model).unload(), model.merge_and_unload()):
-        assert {value.dtype for value in plain.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
-        assert logits(plain, IDS).isfinite().all()
-    assert torch.equal(logits(plain, IDS), trained)
-    narrow = random_adapter(tiny(), scale_dtype="fp32").to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"cannot hold the scales.*`scale_dtype='fp32'`"):
-        narrow.merge_and_unload()
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
@@ -104,19 +90,6 @@ def test_compiled_layers_have_no_graph_break(symmetric: bool):
         )
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
-
-
-def test_copies_and_pickles_compute_the_same(base: PreTrainedModel):
-    model = random_adapter(base)
-    expected = logits(model, IDS)
-    assert torch.equal(logits(copy.deepcopy(model), IDS), expected)
-    layer = next(iter(layers(model).values()))
-    x = torch.randn(2, layer.in_features)
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    assert torch.equal(logits(torch.load(buffer, weights_only=False), IDS), expected)
 
 
 @pytest.fixture

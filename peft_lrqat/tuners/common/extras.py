@@ -1,0 +1,131 @@
+"""Checks, before a model is changed, of what comes with an adapter: its file, and modules that are trained in float."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...modules.packed import QuantizedLinear
+from .layer import MergingLayer
+
+# What PEFT adds to `modules_to_save` by itself for some tasks, whether the model has it or not.
+_ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def check_extras(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:
+    """Raise ValueError if what is trained beside the adapter does not fit the model, or the adapter's file."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _check_modules_to_save(modules, targets, config)
+    _check_tokens(model, modules, targets, config)
+
+
+def _check_modules_to_save(modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: Any) -> None:
+    for wanted in config.modules_to_save or ():
+        found = {name: module for name, module in modules.items() if name and name.endswith(wanted)}  # as PEFT does
+        if not found and wanted not in _ADDED_BY_PEFT:
+            raise ValueError(
+                f"`modules_to_save` names {wanted!r}, but no module of the model is called so, and nothing would be "
+                "trained for it. Correct the name, or leave it out."
+            )
+        for name, module in found.items():
+            if isinstance(module, _CONTAINERS):
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, a {type(module).__name__}, which has no forward to be trained. "
+                    "Name the modules in it."
+                )
+            # PEFT leaves what it saves out of this adapter's targets; the layers of others are there all the same
+            if name in targets or any(isinstance(part, MergingLayer) for part in module.modules()):
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, which is quantized, or has quantized layers in it: one weight "
+                    "cannot be trained both ways. Leave one of them out (`exclude_modules`)."
+                )
+            _check_saved(name, module, config)
+
+
+def _check_saved(name: str, module: nn.Module, config: Any) -> None:
+    """Raise ValueError unless the adapter's file, if there is one, holds a module that is loaded from it."""
+    shapes = config._adapter_shapes
+    if shapes is None or isinstance(module, AuxiliaryTrainingWrapper):
+        return
+    for key in module.state_dict():
+        ending = f"{name.rpartition('.')[2]}.{key}"  # `key_mapping` may rename what comes before
+        if not any(saved.endswith(ending) for saved in shapes):
+            raise ValueError(
+                f"`modules_to_save` names {name!r}, but the adapter file has no '{ending}'. The file is not complete, "
+                "or belongs to another adapter_config.json: copy or download it again."
+            )
+
+
+def _check_tokens(model: Any, modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: Any) -> None:
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return
+    if not isinstance(wanted, dict):
+        embedding = None
+        with contextlib.suppress(AttributeError, NotImplementedError):  # then PEFT takes it for `embed_tokens`
+            embedding = model.get_input_embeddings()
+        name = next((name for name, module in modules.items() if module is embedding), "embed_tokens")
+        wanted = {name: wanted}
+    for layer, indices in wanted.items():
+        found = {name: module for name, module in modules.items() if name and name.endswith(layer)}
+        if not found:
+            raise ValueError(
+                f"`trainable_token_indices` names {layer!r}, but no module of the model is called so. Name its "
+                "embedding table, or give a list of indices for the input embeddings."
+            )
+        for name, module in found.items():
+            if any(name.endswith(saved) for saved in config.modules_to_save or ()):
+                raise ValueError(
+                    f"{name!r} is both in `modules_to_save` and in `trainable_token_indices`. Train all of it, or some "
+                    "tokens: leave one of them out."
+                )
+            if name in targets or isinstance(module, BaseTunerLayer):
+                raise ValueError(
+                    f"`trainable_token_indices` names {name!r}, which is quantized: a token's row cannot be trained in "
+                    "float beside it. Leave one of them out (`exclude_modules`)."
+                )
+            table = getattr(module, "original_module", module)
+            rows = getattr(table, "num_embeddings", getattr(table, "out_features", None))
+            if rows is not None and indices and max(indices) >= rows:
+                raise ValueError(
+                    f"`trainable_token_indices` has {max(indices)}, but {name!r} has {rows} rows. Count from 0; for "
+                    "new tokens, call `model.resize_token_embeddings(...)` first."
+                )
+
+
+def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
+    """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
+    shapes = config._adapter_shapes
+    if shapes is None:
+        return
+    widths = {}
+    for name, module in targets.items():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module  # LoraLayer has these; its base class does not declare them
+            in_features, out_features = layer.in_features, layer.out_features
+        elif isinstance(module, QuantizedLinear):
+            in_features, out_features = module.in_features, module.out_features
+        else:
+            out_features, in_features = module.weight.shape
+            if isinstance(module, Conv1D):
+                out_features, in_features = in_features, out_features
+        widths[name] = in_features
+        for part, shape in config.expected_shapes(name, out_features, in_features).items():
+            key = f"base_model.model.{name}.{part}"
+            saved = shapes.get(key)
+            if saved is None:
+                continue  # PEFT warns about missing tensors, and its `key_mapping` may rename them
+            if saved != shape:
+                raise ValueError(
+                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "
+                    "made for another architecture, rank or group size: load it on the model, with the configuration, "
+                    "that it was trained on."
+                )
+    config.check_values(widths)

@@ -1,0 +1,54 @@
+"""The hooks by which any optimizer trains packed codes come with the first low-bit weight, however it comes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_lrqat import Grid
+from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+
+_COUNT = """
+import pickle, sys, torch
+from torch.optim import optimizer
+import peft_lrqat
+from peft_lrqat import LRQATConfig
+from peft import get_peft_model
+count = lambda: (len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks))
+get_peft_model(torch.nn.ModuleList([torch.nn.Linear(8, 8)]), LRQATConfig(group_size=-1, target_modules=["0"]))
+assert count() == (0, 0), count()
+"""
+
+_LAYER = """
+from peft_lrqat import LowBitSRConfig
+get_peft_model(torch.nn.ModuleList([torch.nn.Linear(8, 8)]), LowBitSRConfig(target_modules=["0"]))
+assert count() == (1, 1), count()
+get_peft_model(torch.nn.ModuleList([torch.nn.Linear(8, 8)]), LowBitSRConfig(target_modules=["0"]))
+assert count() == (1, 1), count()
+"""
+
+_PICKLE = """
+p = pickle.load(open(sys.argv[1], "rb"))
+assert count() == (1, 1), count()
+p.grad = torch.ones(4, 8)
+before = p.codes()
+torch.optim.SGD([p], lr=3.0).step()
+assert not torch.equal(p.codes(), before)
+"""
+
+
+@pytest.mark.parametrize("code", [_LAYER, _PICKLE], ids=["a layer", "a pickle"])
+def test_hooks_come_with_the_first_weight(code: str, tmp_path: Path):
+    codes = torch.zeros(4, 8, dtype=torch.int8)
+    weight = torch.nn.Parameter(LowBitTensor.from_codes(codes, torch.ones(4, 1), Grid(8, -1), key=1))
+    (tmp_path / "weight.pkl").write_bytes(pickle.dumps(weight))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _COUNT + code, str(tmp_path / "weight.pkl")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
