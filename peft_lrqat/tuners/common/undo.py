@@ -23,6 +23,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...chunks import chunk_size
+
 _CGROUP = Path("/sys/fs/cgroup")
 #: (folder, limit, use) of a container's memory, in version 2 and in version 1.
 _LIMITS = (
@@ -59,9 +61,8 @@ class Undo:
                 device, weights = _place(module)
                 sizes.setdefault(device, []).append(weights)
         self.total = sum(map(len, sizes.values()))
-        # a byte a weight for scales and adapters, and the fp32 work space of the largest layer; a tenth stays free
         self.keeps = all(
-            (bytes_per_weight + 1) * sum(weights) + 16 * max(weights) < 0.9 * free_bytes(device)
+            needed_bytes(weights, bytes_per_weight, device) < 0.9 * free_bytes(device)
             for device, weights in sizes.items()
         )
 
@@ -104,6 +105,14 @@ class Undo:
             "to keep their float weights until the last one. The model is neither converted nor what it was: load it "
             "again."
         )
+
+
+def needed_bytes(weights: list[int], bytes_per_weight: float, device: torch.device) -> float:
+    """Bytes that conversion takes above the float model while that is kept, at most.
+
+    A byte a weight is for scales and adapters; work space is a few times the largest layer, or row chunk, in fp32.
+    """
+    return (bytes_per_weight + 1) * sum(weights) + 16 * max(*weights, chunk_size(device))
 
 
 def free_bytes(device: torch.device) -> float:

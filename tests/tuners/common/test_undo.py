@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_lrqat import LRQATConfig
+from peft_lrqat import LRQATConfig, chunks
 from peft_lrqat.tuners.common import model as common_model
 from peft_lrqat.tuners.common import undo
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests import lrqat
+from tests.memory import LiveBytes
 from tests.models import logits, tiny, tokens
 from tests.quantized_files import Spec, write
 from tests.refusals import refused
@@ -169,6 +170,27 @@ def test_room_is_what_is_free_and_its_limits(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).write_text(text)
     assert undo.free_bytes(cpu) == 1500
     assert undo.free_bytes(torch.device("meta")) == 0
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_holds_in_reserve(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    assert undo.free_bytes(torch.device("cuda", 0)) == 120
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8, "group_size": -1}, {"downcast": "fp32"}, {"range_method": "lp"}])
+def test_conversion_takes_no_more_than_what_room_is_needed_for(options: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 1 << 11)
+    model = tiny(dtype=torch.bfloat16, hidden_size=128, intermediate_size=256)
+    config = lrqat.config(**options)
+    weights = [module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj")]
+    needed = undo.needed_bytes(weights, config.bytes_per_weight, torch.device("cpu"))
+    with LiveBytes(p.data for p in model.parameters()) as live:
+        get_peft_model(model, config)
+        live.sweep()
+    assert needed / 4 < live.peak - live.start < needed
+    assert live.now < live.start + needed - 2 * sum(weights)  # the float weights, 2 bytes each, are gone
 
 
 # -- further adapters
