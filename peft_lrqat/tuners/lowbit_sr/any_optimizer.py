@@ -1,11 +1,10 @@
 """How any `torch.optim.Optimizer` trains packed codes.
 
 torch calls global hooks before and after the `step()` of every optimizer; ours are installed with the first low-bit
-weight. Before it, each low-bit parameter in the
-optimizer's groups is replaced by a plain fp32 parameter with the same values and the same gradient (and the optimizer's
-state follows); after it, the values are rounded into the codes, once, and the groups are put back. So the rule itself
-does not matter, nor how it is implemented: in Python, `foreach`, fused, compiled, in 8 bits. The same hook steps aside
-for optimizers that know packed codes (`handles_low_bit`).
+weight. Before it, each low-bit parameter in the optimizer's groups is replaced by a plain fp32 parameter with the same
+values and the same gradient (and the optimizer's state follows); after it, the values are rounded into the codes, once,
+and the groups are put back. So the rule itself does not matter, nor how it is implemented: in Python, `foreach`, fused,
+compiled, in 8 bits. The same hook steps aside for optimizers that know packed codes (`handles_low_bit`).
 
 The price is a transient fp32 copy of the low-bit weights during `step()`, beside the dense gradient and state that such
 an optimizer keeps anyway. `LowBitAdamW` pays none of them.
@@ -20,8 +19,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .tensor import LowBitTensor
-
 # attribute of an optimizer within `step()`: [(group, index, low-bit parameter, its float stand-in)]
 _SWAPPED = "_peft_lrqat_swapped"
 
@@ -35,7 +32,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         (group, index, parameter)
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
-        if isinstance(parameter, LowBitTensor) and parameter.grad is not None
+        if hasattr(type(parameter), "round_from") and parameter.grad is not None  # a `LowBitTensor`
     ]
     if not found:
         return
@@ -52,7 +49,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             "closure; LBFGS and other line searches cannot train them: use torch.optim.AdamW or "
             "peft_lrqat.LowBitAdamW."
         )
-    swapped: list[tuple[dict[str, Any], int, LowBitTensor, nn.Parameter]] = []
+    swapped: list[tuple[dict[str, Any], int, Any, nn.Parameter]] = []
     for group, index, parameter in found:
         stand_in = nn.Parameter(parameter.to_float(), parameter.requires_grad)
         stand_in.grad = parameter.grad
@@ -79,7 +76,7 @@ def _put_back(optimizer: Optimizer) -> None:
 _installed = False
 
 
-def install() -> None:
+def install_hooks() -> None:
     """Register the hooks, once in a process: `tensor.py` does, with the first low-bit weight."""
     global _installed
     if not _installed:

@@ -34,6 +34,7 @@ from ...chunks import row_chunks
 from ...grid import Grid, grouped, rows_of
 from ...packing import pack, unpack, words_per_row
 from ...rounding import poison, random_words, round_stochastically, uniform
+from .any_optimizer import install_hooks
 
 _aten = torch.ops.aten
 
@@ -83,7 +84,7 @@ class LowBitTensor(torch.Tensor):
                 f"`packed` has {packed.shape[1]} words a row, but {in_features} codes of {grid.code_bits} bits take "
                 f"{words_per_row(in_features, grid.code_bits)}."
             )
-        _install_hooks()
+        install_hooks()
         shape = (packed.shape[0], in_features)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
         self.packed, self.scale, self.stream = packed, scale, stream
@@ -211,12 +212,6 @@ class LowBitTensor(torch.Tensor):
         _refuse_writing(func, args, kwargs)
         args, kwargs = tree_map_only(LowBitTensor, LowBitTensor.to_float, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _install_hooks() -> None:
-    from .any_optimizer import install  # which knows this class
-
-    install()
 
 
 def _refuse_writing(func: Any, args: tuple, kwargs: dict) -> None:
