@@ -69,4 +69,4 @@ def _packed(name: str, module: Any, stored: Scheme, recorded: Grid | None) -> nn
     tensors = {n: t.detach() for n, t in (*module.named_parameters(), *module.named_buffers()) if n != "bias"}
     weight = reading.read(stored, tensors, module.out_features, module.in_features, name, recorded)
     scale_dtype = tensors["weight_scale"].dtype
-    return merged_layer(weight, module.bias, stored.bits, scale_dtype)
+    return merged_layer(weight, module.bias, stored.bits, scale_dtype, activations=stored.activations)

@@ -8,6 +8,7 @@ import torch
 
 from ..formats.source import Source
 from ..grid import GridTensor
+from ..ops.activations import describe_rule
 from .findings import Finding
 
 
@@ -46,6 +47,13 @@ def _equal(a: GridTensor, b: GridTensor) -> bool:
         if spread[0].shape != spread[1].shape or not torch.equal(spread[0], spread[1]):
             return False
     return True
+
+
+def rules(checkpoint: Source, source: Source) -> Finding:
+    """Compare how inputs are rounded."""
+    said = [" and ".join(sorted(describe_rule(rule) for rule in which.rules())) for which in (checkpoint, source)]
+    equal = checkpoint.rules() == source.rules()
+    return Finding("activations", equal, said[0] if equal else f"{said[0]}, and in the source {said[1]}")
 
 
 def floats(checkpoint: Source, source: Source) -> Finding:

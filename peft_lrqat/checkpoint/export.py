@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -102,7 +103,7 @@ def export(
     if not check:
         raise ValueError(str(check))
     settings = Settings(container_bits, allow_inexact, size, tokenizer or source.tokenizer, settings.options)
-    with _temporary_folder(out) as folder:
+    with _temporary_folder(out.resolve()) as folder:  # a link stays, and leads to what is written
         with tqdm(total=len(source.grids()), desc=f"Writing {format}", unit="layer", disable=not progress) as bar:
             written = chosen.write(source, folder, settings, lambda name: bar.update())
         if written.loss is None:
@@ -131,8 +132,23 @@ def _check_free(out: Path, model_or_dir: Any, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise FileExistsError(f"The folder {str(out)!r} is not empty. Name another, or pass overwrite=True.")
-        if isinstance(model_or_dir, str | os.PathLike) and out.resolve() == Path(model_or_dir).resolve():
-            raise FileExistsError(f"{str(out)!r} is the source itself; it cannot be replaced while it is read.")
+        for needed in _read_from(model_or_dir):
+            if needed == out.resolve() or out.resolve() in needed.parents:
+                what = "is" if needed == out.resolve() else "has in it"
+                raise FileExistsError(
+                    f"{str(out)!r} {what} the source itself, or the base model that it needs ({str(needed)!r}), which "
+                    "would be lost. Name another folder."
+                )
+
+
+def _read_from(model_or_dir: Any) -> list[Path]:
+    """The folders that an export reads: the source's, and the base model's of an adapter."""
+    if not isinstance(model_or_dir, str | os.PathLike):
+        return []
+    folder = Path(model_or_dir).resolve()
+    config = folder / "adapter_config.json"
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.exists() else None
+    return [folder, *([Path(base).resolve()] if base and Path(base).is_dir() else [])]
 
 
 @contextmanager
@@ -211,14 +227,16 @@ def _report(chosen: Writer, source: Source, written: Written, folder: Path, out:
         sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         tuple(written.dense),
         written.loss,
-        (*written.notes, *dict.fromkeys(p.reason for p in check.problems if p.layer is None)),
+        tuple(written.notes),
+        tuple(dict.fromkeys(p.reason for p in check.problems if p.layer is None)),
     )
 
 
 def _card(chosen: Writer, source: Source, report: Report) -> str:
     infos = list(source.grids().values())
     bits = infos[0].grid.bits
-    exact = {} if report.loss is None else {"exact": f"This file is *not* exact: {report.loss}."}
+    lost = [*([str(report.loss)] if report.loss else []), *report.inexact]
+    exact = {"exact": f"This file is *not* exact: {'; '.join(lost)}."} if lost else {}
     return card_text(
         origin=source.origin,
         title=f"{bits} bits, {chosen.name}",

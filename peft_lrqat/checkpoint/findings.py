@@ -61,6 +61,7 @@ class Report:
         dense: modules on a grid whose weights the format holds as floats.
         loss: None: every value is as trained.
         notes: what else to know.
+        inexact: what `allow_inexact` let pass that no weight shows: activations that are rounded otherwise.
     """
 
     format: str
@@ -74,6 +75,7 @@ class Report:
     dense: tuple[str, ...] = ()
     loss: Loss | None = None
     notes: tuple[str, ...] = ()
+    inexact: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,10 +83,11 @@ class Report:
         return 8 * self.layer_bytes / self.weights if self.weights else 0.0
 
     def __str__(self) -> str:
+        lost = [*([str(self.loss)] if self.loss else []), *self.inexact]
         lines = [
             f"{self.folder}: {self.format} ({self.container}), {self.layers} layers on the grid {self.grid}, "
             f"{self.bits_per_weight:.2f} bits a weight, {self.total_bytes / 1e6:.1f} MB",
-            f"NOT exact: {self.loss}" if self.loss else "exact: codes and scales are the trained ones",
+            f"NOT exact: {'; '.join(lost)}" if lost else "exact: codes and scales are the trained ones",
         ]
         if self.dense:
             lines.append(f"as floats on the grid: {', '.join(self.dense[:3])}" + " ..." * (len(self.dense) > 3))

@@ -21,11 +21,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..formats import reading
 from ..formats.record import KEY, Record
 from ..formats.scheme import Scheme
-from ..formats.shards import Entry, read_header
+from ..formats.shards import Entry, read_headers
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
 
@@ -51,14 +52,16 @@ class FolderSource(Source):
             ValueError: the checkpoint is float, in another format, uses a part of it that has no exact counterpart, is
                 incomplete or damaged.
         """
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantization = described.get("quantization_config")
+        described = _read_json(folder / "config.json")
+        quantization = described.get("quantization_config", described.get("compression_config"))
         if quantization is None:
             raise ValueError(
                 f"The checkpoint in {str(folder)!r} is float. What can be read: {', '.join(reading.METHODS)}, and "
                 "adapters of LR-QAT and low-bit SR."
             )
         self.folder, self.origin = folder, folder.resolve().name
+        if not isinstance(quantization, dict):
+            raise ValueError(f"`quantization_config` in config.json of {str(folder)!r} is {quantization!r}, no entry.")
         self.files, self._paths, metadata = _tensor_files(folder)
         scheme_of = reading.describe(quantization, metadata)
         self.format: str = quantization["quant_method"]
@@ -133,6 +136,12 @@ class FolderSource(Source):
                 f"it holds quantized weights for {len(strangers)} modules that are no nn.Linear in {kind}, e.g. "
                 f"{strangers[:3]}."
             )
+        if tied := [name for name in self._layers if len(aliases.get(name + ".weight", [])) > 1]:
+            others = [name for name in aliases[tied[0] + ".weight"] if name != tied[0] + ".weight"]
+            raise self._refuse(
+                f"it holds quantized codes for {tied[0]!r}, whose weight is tied to {others[0]!r} in {kind}. Untie it: "
+                "set `tie_word_embeddings` to false in config.json."
+            )
         missing = [name for name in expected if not any(alias in found for alias in aliases.get(name, [name]))]
         if missing:
             raise self._refuse(
@@ -169,6 +178,11 @@ class FolderSource(Source):
         stored, info = self._layers[name], self._layers[name].info
         size = (info.out_features, info.in_features)
         return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).scale
+
+    def zero_point(self, name: str) -> torch.Tensor | None:
+        stored, info = self._layers[name], self._layers[name].info
+        size = (info.out_features, info.in_features)
+        return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).zero_point
 
     def layer(self, name: str) -> GridTensor:
         stored, info = self._layers[name], self._layers[name].info
@@ -226,9 +240,25 @@ def _read(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError, with the file's name, if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}). Download it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, no object. Download it again.")
+    return found
+
+
 def _skeleton(config: Any) -> Any:
-    """The model that a configuration describes, without weights; None for an architecture that is not transformers'."""
+    """The model that a configuration describes, without weights; None for an architecture that is not transformers'.
+
+    Where none is named, a causal language model, as transformers would load it.
+    """
     kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None and not config.architectures:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         return None
     with torch.device("meta"):
@@ -262,7 +292,7 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, Path], dict
     if (folder / _SINGLE).exists():
         paths = [folder / _SINGLE]
     elif index.exists():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = _read_json(index).get("weight_map") or {}
         paths = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [path.name for path in paths if not path.exists()]
         if missing:
@@ -271,18 +301,4 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, Path], dict
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = f" It has {', '.join(others[:3])}, but no {_INDEX} that names them." if others else ""
         raise ValueError(f"The folder {str(folder)!r} holds no {_SINGLE}.{hint}")
-    found: dict[str, Entry] = {}
-    places: dict[str, Path] = {}
-    metadata: dict[str, str] = {}
-    for path in paths:
-        entries, strings = read_header(path)
-        metadata.update(strings)
-        for name, entry in entries.items():
-            if weight_map is None or weight_map.get(name) == path.name:
-                found[name], places[name] = entry, path
-    if weight_map is not None and (lost := sorted(weight_map.keys() - found.keys())):
-        raise ValueError(
-            f"{index.name} of {str(folder)!r} names tensors that its files do not hold: {', '.join(lost[:3])}. The "
-            "checkpoint is incomplete: download or write it again."
-        )
-    return found, places, metadata
+    return read_headers(paths, weight_map)

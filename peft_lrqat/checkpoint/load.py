@@ -8,8 +8,11 @@ very layer that merging makes. Nothing but safetensors is read. What the tensors
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..formats import reading
 from ..formats.record import Record
 from ..formats.scheme import Scheme
-from ..formats.shards import DTYPES, Entry, read_header
+from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
 from ..modules.packed import describe, merged_layer
 
@@ -63,7 +66,7 @@ def load_quantized(
     """
     if "quantization_config" in kwargs:
         raise ValueError("`quantization_config` is not for `load_quantized`: the checkpoint's own one is used.")
-    config = kwargs.pop("config", None)
+    config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -77,11 +80,15 @@ def load_quantized(
     if quantization.get("quant_method") != "torchao":  # which describes its layers in the files themselves
         reading.describe(quantization)  # refuses before anything is downloaded
     config.quantization_config = {"quant_method": _METHOD, "stored": quantization}
+    kwargs.pop("use_safetensors", None)
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = model_class.from_pretrained(
         pretrained_model_name_or_path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
     )
-    if missing := sorted(info["missing_keys"]):
+    # another class than the checkpoint's may have a head of its own, which transformers says is new
+    own = type(model).__name__ in (config.architectures or [type(model).__name__])
+    prefix = "" if own else model.base_model_prefix + "."
+    if missing := sorted(name for name in info["missing_keys"] if name.startswith(prefix)):
         raise ValueError(
             f"{len(missing)} tensors of {type(model).__name__} are missing in {str(pretrained_model_name_or_path)!r}, "
             f"e.g. {', '.join(missing[:3])}. The checkpoint is incomplete: download or write it again."
@@ -98,6 +105,8 @@ class _Stored(nn.Module):
         self.names = [name for name in tensors if name != "bias"]
         for name in self.names:
             entry = tensors[name]
+            if entry.dtype not in DTYPES:
+                raise ValueError(f"`{name}` of a layer is stored as {entry.dtype}, which cannot be read here.")
             self.register_buffer(name, torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta"))
         # GPTQ files hold a bias of zeros for layers that have none; it is loaded and dropped
         self.bias, self.wants_bias = None, linear.bias is not None
@@ -149,12 +158,7 @@ class _Reader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        entries: dict[str, Entry] = {}
-        metadata: dict[str, str] = {}
-        for path in checkpoint_files or []:
-            found, strings = read_header(path)
-            entries |= found
-            metadata |= strings
+        entries, _, metadata = read_headers(checkpoint_files or [], _weight_map(checkpoint_files or []))
         self._scheme_of = reading.describe(self.quantization_config.stored, metadata)
         stored = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
         modules = dict(model.named_modules())
@@ -165,6 +169,13 @@ class _Reader(HfQuantizer):
                 f"{type(model).__name__}, e.g. {unknown[:3]} (experts of a mixture are not supported)."
                 if unknown
                 else "The checkpoint's safetensors files hold no quantized weight."
+            )
+        tied = model.all_tied_weights_keys or {}
+        heads = sorted(name for name in stored if {name + ".weight"} & {*tied, *tied.values()})
+        if heads:
+            raise ValueError(
+                f"The checkpoint holds quantized codes for {heads[0]!r}, whose weight is tied to another in "
+                f"{type(model).__name__}. Untie it: set `tie_word_embeddings` to false in config.json."
             )
         self._dtype = kwargs.get("dtype") or model.dtype
         for name, tensors in stored.items():
@@ -195,6 +206,13 @@ class _Reader(HfQuantizer):
             )
         describe(model)
         return model
+
+
+def _weight_map(files: list[str]) -> dict[str, str] | None:
+    """What the index beside these files says, if they are the shards of one."""
+    indices = {Path(file).with_name("model.safetensors.index.json") for file in files if "-of-" in Path(file).name}
+    found = [json.loads(index.read_text(encoding="utf-8")) for index in indices if index.exists()]
+    return found[0].get("weight_map") if len(found) == 1 else None
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -90,6 +90,12 @@ class ModelSource(Source):
         module = self._quantized[name]
         return module.grid_tensor(options=self._options) if _is_adapted(module) else module.grid_tensor()
 
+    def zero_point(self, name: str) -> torch.Tensor | None:
+        if self._info(name).grid.symmetric:
+            return None
+        module = self._quantized[name]  # zero points are not trained
+        return (module.frozen if _is_adapted(module) else module).zero_point
+
     def _info(self, name: str) -> LayerInfo:
         module = self._quantized[name]
         return module.info_for(self._options) if _is_adapted(module) else module.info

@@ -58,6 +58,8 @@ def verify(
         progress("integers and scales")
         source = open_source(against)
         found.findings += [compare.integers(checkpoint, source), compare.floats(checkpoint, source)]
+        if checkpoint.rules() != source.rules():
+            found.findings.append(compare.rules(checkpoint, source))
     if not engine:
         return found
     found.missing = [name for name in _NEEDS[checkpoint.format] if importlib.util.find_spec(name) is None]

@@ -16,7 +16,7 @@ import torch
 
 from ..grid import PER_CHANNEL
 from ..packing import unpack
-from .scheme import Describe, Scheme, Tensors
+from .scheme import Describe, Scheme, Tensors, int32
 
 NAME = "awq"
 PARTS = frozenset({"qweight", "qzeros", "scales"})
@@ -49,12 +49,12 @@ def read_scales(
     scheme: Scheme, tensors: Tensors, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reading.py`."""
-    return tensors["scales"].t().contiguous(), _unpack(tensors["qzeros"]).t().contiguous()
+    return tensors["scales"].t().contiguous(), _unpack(int32(tensors["qzeros"], "qzeros")).t().contiguous()
 
 
 def read_codes(scheme: Scheme, tensors: Tensors, out_features: int, in_features: int) -> torch.Tensor:
     """See `reading.py`."""
-    return _unpack(tensors["qweight"]).t().contiguous()
+    return _unpack(int32(tensors["qweight"], "qweight")).t().contiguous()
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from .safetensors import (
     round_scale,
     scale_problems,
 )
-from .scheme import Describe, Scheme, Tensors
+from .scheme import Describe, Scheme, Tensors, int32
 from .source import LayerInfo, Source
 from .usage import how_to_load
 from .writer import Loss, Problem, Settings
@@ -43,6 +43,10 @@ PARTS = frozenset({"weight_packed", "weight", "weight_scale", "weight_zero_point
 SCALE = "weight_scale"
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+# `Scheme.variant`: which versions of compressed-tensors wrote the file, if it says so. In old files, no code of odd
+# width straddles two words.
+_OLD, _NEW = "before 0.18", "0.18 or later"
 
 # How inputs are rounded in the activation rule of the same name.
 _TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -78,9 +82,9 @@ def integer_tensors(weight: GridTensor, dtype: torch.dtype) -> dict[str, torch.T
     return {"weight": weight.codes, "weight_scale": weight.scale.expand(rows, 1).to(dtype).contiguous()}
 
 
-def unpack_zero_point(packed: torch.Tensor, bits: int, out_features: int) -> torch.Tensor:
-    """int8 (out, groups) of a packed `weight_zero_point`."""
-    return _unpack_rows(packed.t().contiguous(), bits, out_features).t().contiguous()
+def unpack_zero_point(packed: torch.Tensor, bits: int, out_features: int, packing: str = _NEW) -> torch.Tensor:
+    """int8 (out, groups) of a packed `weight_zero_point`; `packing`: see `scheme_of`."""
+    return _unpack_rows(packed.t().contiguous(), bits, out_features, packing).t().contiguous()
 
 
 # -- config.json
@@ -129,6 +133,7 @@ def _config(float_linears: list[str], groups: dict[str, dict[str, Any]]) -> dict
     formats = {group["format"] for group in groups.values()}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
+        "version": "0.18.0",  # the first that packs odd widths as `packing.py` does
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": list(float_linears),
@@ -160,16 +165,23 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
                 f"The checkpoint has {what} (`{part}` in config.json), which this package does not train: the model "
                 "would not be the one that was loaded. Start from a checkpoint without, or from the float model."
             )
+    version = re.match(r"(\d+)\.(\d+)", str(quantization.get("version")))
+    packing = "" if version is None else _OLD if (int(version[1]), int(version[2])) < (0, 18) else _NEW
     groups = [
-        (group.get("targets") or [], scheme_of(label, group, quantization.get("format")))
+        (group.get("targets") or [], scheme_of(label, group, quantization.get("format"), packing))
         for label, group in (quantization.get("config_groups") or {}).items()
     ]
 
+    # compressed-tensors' order: names, then patterns, then classes of modules; each of them alphabetically
+    by_target = sorted(
+        ((target, scheme) for targets, scheme in groups for target in targets),
+        key=lambda pair: (pair[0] == "Linear", "re:" in pair[0], pair[0]),
+    )
+
     def layer(name: str) -> Scheme:
-        for exact in (True, False):  # compressed-tensors: names and patterns come before classes of modules
-            for targets, scheme in groups:
-                if any(_matches(target, name) if exact else target == "Linear" for target in targets):
-                    return scheme
+        for target, scheme in by_target:
+            if target == "Linear" or _matches(target, name):
+                return scheme
         raise ValueError(
             f"Layer {name!r} is stored quantized, but no entry of `config_groups` in config.json names it."
         )
@@ -181,12 +193,13 @@ def _matches(target: str, name: str) -> bool:
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
-def scheme_of(label: str, group: dict[str, Any], fallback: str | None) -> Scheme:
+def scheme_of(label: str, group: dict[str, Any], fallback: str | None, packing: str = _NEW) -> Scheme:
     """How an entry of `config_groups` stores its layers.
 
     Args:
         label: what the entry is, for messages.
         fallback: the format where the entry names none.
+        packing: of codes of odd width; "" where the file does not say which version wrote it.
 
     Raises:
         ValueError: it is not integers per group, channel or tensor, or rounds activations by another rule than
@@ -213,7 +226,7 @@ def scheme_of(label: str, group: dict[str, Any], fallback: str | None) -> Scheme
                 "8-bit activations."
             )
         activations = NAME
-    return Scheme(NAME, weights["num_bits"], group_size, symmetric, form, activations)
+    return Scheme(NAME, weights.get("num_bits", 8), group_size, symmetric, packing, activations)
 
 
 def shape(scheme: Scheme, sizes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
@@ -229,26 +242,34 @@ def read_scales(
     scheme: Scheme, tensors: Tensors, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `reading.py`."""
-    scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
-    scale = scale.reshape(1, 1) if scheme.group_size == PER_TENSOR else scale.reshape(out_features, -1)
+    if "weight_packed" in tensors and tensors["weight_shape"].tolist() != [out_features, in_features]:
+        raise RuntimeError(f"`weight_shape` is {tensors['weight_shape'].tolist()}")
+    scale, zero_point = _by_row(tensors["weight_scale"], scheme), tensors.get("weight_zero_point")
     if not scheme.symmetric and zero_point is None:
         raise KeyError("weight_zero_point")
     if zero_point is not None:
         if zero_point.dtype == torch.int32 and "weight_packed" in tensors:
-            zero_point = unpack_zero_point(zero_point, scheme.bits, out_features)
-        zero_point = zero_point.reshape(scale.shape).to(torch.int8).contiguous()
+            zero_point = unpack_zero_point(zero_point, scheme.bits, out_features, scheme.variant)
+        zero_point = _by_row(zero_point, scheme)
     return scale, zero_point
+
+
+def _by_row(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """(rows, groups) of scales or zero points, which may lack the second dimension where a row has one."""
+    if scheme.group_size == PER_TENSOR and stored.numel() == 1:
+        return stored.reshape(1, 1)
+    return stored.unsqueeze(1) if stored.dim() == 1 else stored
 
 
 def read_codes(scheme: Scheme, tensors: Tensors, out_features: int, in_features: int) -> torch.Tensor:
     """See `reading.py`. A float `weight` is one that transformers has decompressed in memory: its codes follow from it,
     and are checked."""
     if "weight_packed" in tensors:
-        return _unpack_rows(tensors["weight_packed"], scheme.bits, in_features)
+        return _unpack_rows(tensors["weight_packed"], scheme.bits, in_features, scheme.variant)
     codes = tensors["weight"]
     if codes.is_floating_point():
         scale, zero_point = read_scales(scheme, tensors, out_features, in_features)
-        scale = scale.float()
+        scale, zero_point = scale.float(), None if zero_point is None else zero_point.to(torch.int8)
         codes = quantize(tensors["weight"], scale, zero_point, Grid(scheme.bits, PER_CHANNEL, zero_point is None))
         if not torch.equal(dequantize(codes, scale, zero_point, tensors["weight"].dtype), tensors["weight"]):
             raise RuntimeError("the weight was changed after it was loaded, and does not lie on its grid any more")
@@ -257,14 +278,22 @@ def read_codes(scheme: Scheme, tensors: Tensors, out_features: int, in_features:
     return codes
 
 
-def _unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Centred codes of packed rows; before compressed-tensors 0.18, no code of odd width straddled two words."""
-    if packed.dtype != torch.int32:
-        raise RuntimeError(f"packed codes are {packed.dtype}, not int32")
+def _unpack_rows(packed: torch.Tensor, bits: int, columns: int, packing: str) -> torch.Tensor:
+    """Centred codes of packed rows; the old packing is known by its number of words, or else by its version."""
+    int32(packed, "weight_packed")
     per_word = 32 // bits
-    if packed.shape[1] == words_per_row(columns, bits):
+    dense, old = packed.shape[1] == words_per_row(columns, bits), packed.shape[1] == -(-columns // per_word)
+    if dense and old and 32 % bits and not packing:
+        # codes of the new packing reach into the bits that the old one leaves at zero
+        if not bool((packed & (-1 << (per_word * bits))).any()):
+            raise RuntimeError(
+                f"{columns} codes of {bits} bits take as many words in the packing of compressed-tensors before 0.18 "
+                "as later, and nothing tells which this is; set `version` in quantization_config"
+            )
+        old = False
+    if dense and not (old and packing == _OLD):
         return unpack(packed, bits, columns)
-    if packed.shape[1] != -(-columns // per_word):
+    if not old:
         raise RuntimeError(f"{packed.shape[1]} words a row do not hold {columns} codes of {bits} bits")
     shifts = torch.arange(per_word, device=packed.device, dtype=torch.int32) * bits
     unsigned = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)

@@ -35,7 +35,7 @@ from .safetensors import (
     round_scale,
     scale_problems,
 )
-from .scheme import Describe, Scheme, Tensors
+from .scheme import Describe, Scheme, Tensors, int32
 from .shards import ShardWriter
 from .source import LayerInfo, Source
 from .usage import how_to_load
@@ -162,7 +162,7 @@ def read_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reading.py`."""
     bits = scheme.bits
-    zero_point = unpack(tensors["qzeros"], bits, out_features)
+    zero_point = unpack(int32(tensors["qzeros"], "qzeros"), bits, out_features)
     if less := _STORED_LESS[scheme.variant]:
         if (zero_point == (1 << (bits - 1)) - 1).any():
             raise RuntimeError(
@@ -170,12 +170,17 @@ def read_scales(
                 'program; store the checkpoint as "gptq_v2"'
             )
         zero_point = zero_point + less
+        if scheme.symmetric and bool((zero_point == 1).all()):
+            raise RuntimeError(
+                "all zero points are one above the middle, although config.json says `sym`: the file is of version "
+                '"gptq_v2" and does not say so; set `checkpoint_format` in its quantization_config'
+            )
     return tensors["scales"].t().contiguous(), zero_point.t().contiguous()
 
 
 def read_codes(scheme: Scheme, tensors: Tensors, out_features: int, in_features: int) -> torch.Tensor:
     """See `reading.py`."""
-    return unpack(tensors["qweight"].t().contiguous(), scheme.bits, in_features)
+    return unpack(int32(tensors["qweight"], "qweight").t().contiguous(), scheme.bits, in_features)
 
 
 # -- writing
@@ -220,6 +225,13 @@ class GPTQWriter(SafetensorsWriter):
             if not in_block(name):
                 reason = "it lies outside of the model's blocks, where transformers expects float layers"
                 found.append(Problem(name, reason, "leave it out with exclude_modules, or use compressed-tensors"))
+        if settings.options.checkpoint_format == "gptq":
+            for name, info in packed.items():
+                zero, lowest = source.zero_point(name), -(1 << (container(info, settings, BITS) - 1))
+                if zero is not None and int(zero.min()) <= lowest:
+                    reason = "a zero point lies at the lower end of the codes, which version 1 of GPTQ cannot hold"
+                    hint = "checkpoint_format='gptq_v2', or container_bits wider than the grid"
+                    found.append(Problem(name, reason, hint))
         if packed and not found and self._group_size(packed) == -1 and self._bits(packed, settings) == 4:
             name, info = min(packed.items(), key=lambda item: item[1].in_features & -item[1].in_features)
             reason = (

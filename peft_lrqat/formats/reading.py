@@ -12,6 +12,7 @@ of a model that transformers loaded. Each format's own file has
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,32 @@ def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = 
             f"The checkpoint is quantized with {method!r}; {', '.join(METHODS)} can be read. For others, start from "
             "the float model."
         )
-    return FORMATS[method].schemes(quantization, metadata or {})
+    try:
+        scheme_of = FORMATS[method].schemes(quantization, metadata or {})
+    except _MALFORMED as error:
+        raise _malformed(method, error) from error
+
+    def layer(name: str) -> Scheme:
+        try:
+            scheme = scheme_of(name)
+        except _MALFORMED as error:
+            raise _malformed(method, error) from error
+        if isinstance(scheme.bits, bool) or not isinstance(scheme.bits, int) or not 2 <= scheme.bits <= 8:
+            raise ValueError(f"Layer {name!r} is stored with {scheme.bits!r} bits; 2 to 8 can be read.")
+        return scheme
+
+    return layer
+
+
+# What looking into an entry of another shape than expected raises.
+_MALFORMED = (TypeError, KeyError, AttributeError, IndexError, re.error)
+
+
+def _malformed(method: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"config.json's `quantization_config` ({method}) is not as this format has it ({error!r}). "
+        "Download the checkpoint again, or repair the entry."
+    )
 
 
 def quantized_modules(method: str, entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
@@ -108,7 +134,7 @@ def read_scales(
     scales = check_scales(scheme, scale, zero_point, out_features, in_features, where)
     for name in ("g_idx", "weight_g_idx"):
         if name in tensors:
-            check_order(tensors[name], in_features // scales.scale.shape[1], where, name)
+            check_order(tensors[name], in_features, in_features // scales.scale.shape[1], where, name)
     return scales if recorded is None else narrow(scales, recorded, out_features, in_features, where)
 
 

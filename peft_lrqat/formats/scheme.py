@@ -42,18 +42,25 @@ class Scheme:
     activations: str | None = None
     code_grid: float | None = None
 
-    def grid(self, symmetric: bool | None = None, scales_a_row: int | None = None) -> Grid:
+    def grid(self, symmetric: bool, in_features: int, scales_a_row: int | None) -> Grid:
         """The grid of the container: the widest that the codes can use.
 
         Args:
-            symmetric: None: as the checkpoint says.
-            scales_a_row: how many there are in fact; one makes the grid per channel, whatever the group size.
+            symmetric: what the zero points say.
+            scales_a_row: how many there are in fact; one makes the grid per channel, unless that is a whole group.
         """
         group_size = self.group_size
-        if scales_a_row == 1 and group_size != PER_TENSOR:
+        if scales_a_row == 1 and group_size not in (PER_TENSOR, in_features):
             group_size = PER_CHANNEL
         bits = self.bits if self.code_grid is None else self.code_grid
-        return Grid(bits, group_size, self.symmetric if symmetric is None else symmetric)  # type: ignore[arg-type] # 1.58
+        return Grid(bits, group_size, symmetric)  # type: ignore[arg-type] # 1.58
+
+
+def int32(packed: torch.Tensor, name: str) -> torch.Tensor:
+    """`packed`, or RuntimeError if it is no int32: packed codes of another dtype are something else."""
+    if packed.dtype != torch.int32:
+        raise RuntimeError(f"`{name}` is {packed.dtype}, not int32")
+    return packed
 
 
 #: Module name -> how its weight is stored. Raises ValueError for a name that config.json says nothing of.
@@ -92,7 +99,8 @@ def check_scales(
         where: the layer's name, for messages.
 
     Raises:
-        ValueError: a shape or a dtype is not what the scheme needs; a scale is negative, infinite or NaN.
+        ValueError: a shape or a dtype is not what the scheme needs; a scale is negative, infinite or NaN; a zero point
+            lies outside of the grid, or beside rounded activations.
     """
     dtype = scale.dtype
     if dtype not in _FLOATS:
@@ -100,8 +108,13 @@ def check_scales(
             f"Layer {where!r} has scales of dtype {dtype}; float32, bfloat16 and float16 can be read. The checkpoint "
             "is damaged, or of another format than its config.json says."
         )
+    if zero_point is not None and (zero_point.is_floating_point() or zero_point.dtype == torch.bool):
+        raise ValueError(
+            f"Layer {where!r} has zero points of dtype {zero_point.dtype}; integers can be read. The checkpoint is "
+            "damaged, or of another format than its config.json says."
+        )
     symmetric = scheme.symmetric and (zero_point is None or not bool(zero_point.any()))
-    grid = scheme.grid(symmetric, scale.shape[1] if scale.dim() == 2 else None)
+    grid = scheme.grid(symmetric, in_features, scale.shape[1] if scale.dim() == 2 else None)
     grid.check_divides(in_features, f"layer {where!r}")
     wanted = grid.scale_shape(out_features, in_features)
     if tuple(scale.shape) != wanted:
@@ -109,6 +122,14 @@ def check_scales(
     if zero_point is not None and tuple(zero_point.shape) != wanted:
         raise ValueError(
             f"Layer {where!r} has zero points of shape {tuple(zero_point.shape)}; {grid.describe()} needs {wanted}."
+        )
+    if zero_point is not None:
+        _check_on_grid(zero_point, grid, f"Layer {where!r} has zero points")
+        zero_point = zero_point.to(torch.int8)
+    if scheme.activations is not None and not symmetric:
+        raise ValueError(
+            f"Layer {where!r} has zero points beside rounded activations, for which int8 products have no place. Start "
+            "from a symmetric checkpoint, or from the float model."
         )
     scale = scale.float()
     if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
@@ -125,7 +146,16 @@ def check_scales(
     return Scales(scale.contiguous(), zero_point, grid, dtype)
 
 
-def check_order(index: torch.Tensor, per_scale: int, where: str, name: str) -> None:
+def _check_on_grid(values: torch.Tensor, grid: Grid, what: str) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < grid.qmin or high > grid.qmax:
+        raise ValueError(
+            f"{what} from {low} to {high}, outside of the grid that config.json records ({grid.describe()}: "
+            f"{grid.qmin} to {grid.qmax}): the checkpoint is damaged or was edited."
+        )
+
+
+def check_order(index: torch.Tensor, in_features: int, per_scale: int, where: str, name: str) -> None:
     """Raise ValueError if inputs belong to scales in any but their own order.
 
     Args:
@@ -133,6 +163,11 @@ def check_order(index: torch.Tensor, per_scale: int, where: str, name: str) -> N
         per_scale: inputs that share a scale.
         name: of the tensor.
     """
+    if index.is_floating_point() or index.dim() != 1 or index.numel() != in_features:
+        raise ValueError(
+            f"Layer {where!r} has `{name}` of {index.dtype} {tuple(index.shape)}; an integer for each of {in_features} "
+            "inputs is needed. The checkpoint is damaged: download it again."
+        )
     if bool((index < 0).all()):
         return
     plain = torch.arange(index.numel(), device=index.device) // per_scale
@@ -171,7 +206,10 @@ def narrow(scales: Scales, recorded: Grid, out_features: int, in_features: int, 
             )
         return first[..., 0].contiguous()
 
-    return Scales(shared(scales.scale), None if zero_point is None else shared(zero_point), recorded, scales.dtype)
+    if zero_point is not None:
+        _check_on_grid(zero_point, recorded, f"{where} has zero points")
+        zero_point = shared(zero_point)
+    return Scales(shared(scales.scale), zero_point, recorded, scales.dtype)
 
 
 def _divides(grid: Grid, in_features: int) -> bool:
@@ -191,12 +229,7 @@ def check_codes(scales: Scales, codes: torch.Tensor, where: str) -> GridTensor:
         ValueError: a code lies outside of the grid; a scale is zero although its codes are not.
     """
     grid, scale, zero_point = scales.grid, scales.scale, scales.zero_point
-    low, high = int(codes.min()), int(codes.max())
-    if low < grid.qmin or high > grid.qmax:
-        raise ValueError(
-            f"{where} holds codes from {low} to {high}, outside of the grid that config.json records "
-            f"({grid.describe()}): the checkpoint is damaged or was edited."
-        )
+    _check_on_grid(codes, grid, f"{where} holds codes")
     if bool((scale == 0).any()):
         per_group = codes.view(codes.shape[0], scale.shape[1], -1)
         levels = per_group if zero_point is None else per_group - zero_point.unsqueeze(-1)

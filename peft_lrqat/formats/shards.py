@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,40 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, st
             return entries, dict(file.metadata() or {})
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is truncated or damaged ({error}). Copy or download it again.") from error
+
+
+def read_headers(
+    paths: Iterable[str | os.PathLike], weight_map: Mapping[str, str] | None
+) -> tuple[dict[str, Entry], dict[str, Path], dict[str, str]]:
+    """Tensor name -> entry, and -> the file that holds it, and the metadata, of the files of one checkpoint.
+
+    Args:
+        weight_map: tensor name -> file name, as the index says; None: there is one file, and no index.
+
+    Raises:
+        ValueError: a file is damaged, or the files do not hold just what the index says: which of two tensors of one
+            name counts, or whether one that nobody names does, is answered differently by different programs.
+    """
+    found: dict[str, Entry] = {}
+    places: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    for path in map(Path, paths):
+        entries, strings = read_header(path)
+        metadata.update(strings)
+        for name, entry in entries.items():
+            if name in found or (weight_map is not None and weight_map.get(name) != path.name):
+                said = "twice in the files" if name in found else f"in {path.name}, where the index does not place it"
+                raise ValueError(
+                    f"The tensor {name!r} is {said} of {str(path.parent)!r}. Download or write the checkpoint again."
+                )
+            found[name], places[name] = entry, path
+    if weight_map is not None and (lost := sorted(weight_map.keys() - found.keys())):
+        raise ValueError(
+            f"The index of {str(next(iter(places.values())).parent) if places else 'the checkpoint'!r} names tensors "
+            f"that its files do not hold: {', '.join(lost[:3])}. The checkpoint is incomplete: download or write it "
+            "again."
+        )
+    return found, places, metadata
 
 
 class ShardWriter:

@@ -91,6 +91,10 @@ class Source(ABC):
         """The scale of `layer(name)`, fp32 (rows, groups), without its codes."""
         return self.layer(name).scale
 
+    def zero_point(self, name: str) -> torch.Tensor | None:
+        """The zero points of `layer(name)`, int8 (rows, groups), without its codes; None on a symmetric grid."""
+        return None if self.grids()[name].grid.symmetric else self.layer(name).zero_point
+
     @abstractmethod
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(state-dict name, tensor) of everything else, in the model's dtype, one at a time.

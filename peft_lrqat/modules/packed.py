@@ -15,7 +15,7 @@ from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
 from ..ops.dispatch import in_autocast_dtype
 from ..packing import unpack
-from .rounded_input import BitNetLinear, Int8Linear, merged_info
+from .rounded_input import BitNetLinear, Int8Linear, KeepsScales, merged_info
 
 
 class _ReadOnlyWeight(torch.Tensor):
@@ -36,7 +36,7 @@ class _ReadOnlyWeight(torch.Tensor):
         )
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(KeepsScales):
     """A linear layer held as packed codes and scales, with the names that compressed-tensors gives them in a file.
 
     `save_pretrained` therefore writes a checkpoint of format "pack-quantized" and nothing else. The forward builds the
@@ -109,11 +109,6 @@ class QuantizedLinear(nn.Linear):
         if self.grid.group_size == PER_TENSOR:
             scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
         return GridTensor(self.codes, scale, zero_point, self.grid)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        # the dtype of the weight follows `model.to(dtype)`, as that of a float weight would
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight_packed.device)).dtype
-        return super()._apply(fn, recurse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""

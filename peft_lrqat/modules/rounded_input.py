@@ -28,7 +28,28 @@ def merged_info(layer: Any, container_bits: int) -> LayerInfo:
     )
 
 
-class _StoredWeight(nn.Linear):
+class KeepsScales(nn.Linear):
+    """A merged layer: what `model.to(dtype)` does with it.
+
+    The weight is built in the new dtype, as a float weight would be. The scales follow only if that changes none of
+    them: they are what was trained.
+    """
+
+    compute_dtype: torch.dtype
+    weight_scale: torch.Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KeepsScales:
+        before = self.weight_scale
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=before.device)).dtype
+        super()._apply(fn, recurse)
+        after = self.weight_scale
+        cast = after.dtype != before.dtype and not after.is_meta and not before.is_meta
+        if cast and not torch.equal(after.to(before.device, torch.float32), before.float()):
+            self.weight_scale = before.to(after.device)
+        return self
+
+
+class _StoredWeight(KeepsScales):
     """An nn.Linear whose file holds integers and scales under the names `weight` and `weight_scale`.
 
     Buffers:
@@ -49,14 +70,10 @@ class _StoredWeight(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.codes.shape
         self.grid = weight.grid
+        self.compute_dtype = tensors["weight_scale"].dtype
         self.register_buffer("weight_codes", tensors["weight"])
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_parameter("bias", bias)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The model's dtype, in which the weight is built."""
-        return self.weight_scale.dtype
 
     @property
     def codes(self) -> torch.Tensor:
@@ -66,7 +83,7 @@ class _StoredWeight(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
         """The weight that codes and scales stand for, (out, in) in the model's dtype. Built anew."""
-        return self.weight_in(self.weight_scale.dtype)
+        return self.weight_in(self.compute_dtype)
 
     def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, (out, in), rounded once to `dtype`."""

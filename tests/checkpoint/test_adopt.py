@@ -39,3 +39,9 @@ def test_a_weight_that_left_its_grid_after_loading(tmp_path: Path):
     layer.weight.data[0, 0] += 0.013
     with pytest.raises(ValueError, match="does not lie on its grid any more"):
         adapt(model)
+
+
+def test_rounded_activations_are_not_dropped_in_silence(tmp_path: Path):
+    write(tmp_path, Spec("w8a8", 8, -1))
+    with pytest.raises(ValueError, match="Int8Linear"):
+        adapt(AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -11,8 +11,10 @@ from peft_lrqat import export
 from peft_lrqat.checkpoint import compare
 from peft_lrqat.checkpoint import export as exporting
 from peft_lrqat.checkpoint.open import open_source
+from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.grid import Grid
 from tests.grids import on_grid
+from tests.quantized_files import Spec, write
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -81,3 +83,11 @@ def test_exact_is_said_only_of_files_that_were_read_back(format: str, tmp_path, 
     monkeypatch.setattr(type(made), "write", write)
     assert export(model, tmp_path / "out", format, progress=False, **options).loss is None
     assert torch.equal(model.get_submodule(LAYER).codes, open_source(model).layer(LAYER).codes)
+
+
+def test_how_inputs_are_rounded_is_compared_too(tmp_path):
+    write(tmp_path / "a", Spec("w8a8", 8, -1))
+    write(tmp_path / "b", Spec("integers", 8, -1))
+    found = verify(tmp_path / "a", against=tmp_path / "b", engine=False)
+    assert [finding.equal for finding in found.findings] == [True, True, False]
+    assert "127.5 steps" in found.findings[2].detail

@@ -112,7 +112,7 @@ class TestFolder:
         export(model, out, overwrite=True, progress=False)
         assert not (out / "old.txt").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        with pytest.raises(FileExistsError, match="source itself"):
+        with pytest.raises(FileExistsError, match="which would be lost"):
             export(out, out, overwrite=True, progress=False)
         (tmp_path / "file").write_text("")
         with pytest.raises(FileExistsError, match="is a file"):
@@ -198,3 +198,29 @@ def test_embeddings_on_a_grid_become_dense(tmp_path: Path):
     table = open_source(model).layer("model.embed_tokens").dequantize(torch.float32)
     assert torch.equal(read(tmp_path / "out")["model.embed_tokens.weight"], table)
     assert torch.equal(reloaded(tmp_path / "out"), expected)
+
+
+def test_nothing_that_is_read_is_replaced(tmp_path: Path):
+    base = tiny("qwen2", num_hidden_layers=1)
+    base.save_pretrained(tmp_path / "run" / "base")
+    base.name_or_path = str(tmp_path / "run" / "base")
+    adapted(base, group_size=8).save_pretrained(tmp_path / "run" / "base" / "adapter")
+    on_grid(GRID).save_pretrained(tmp_path / "run" / "merged")
+    for source, out in (("merged", "."), ("base/adapter", "."), ("base/adapter", "base"), ("merged", "merged")):
+        with pytest.raises(FileExistsError, match="which would be lost"):
+            export(tmp_path / "run" / source, tmp_path / "run" / out, overwrite=True, progress=False)
+    assert (tmp_path / "run" / "base" / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_link_leads_to_what_is_written(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(on_grid(GRID), tmp_path / "link", progress=False)
+    assert (tmp_path / "real" / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_activations_that_are_rounded_otherwise_are_not_called_exact(tmp_path: Path):
+    report = export(on_grid(Grid(8, -1), act="compressed-tensors"), tmp_path / "out", "torchao", allow_inexact=True)
+    assert "NOT exact: the model was trained with 8-bit activations" in str(report)
+    assert "exact: codes" not in str(report)

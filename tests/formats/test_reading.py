@@ -258,3 +258,71 @@ def test_a_record_that_is_not_the_files_is_refused(tmp_path: Path):
             else:
                 with pytest.raises(ValueError, match=match):
                     read(tmp_path / "base")
+
+
+def test_a_tensor_where_the_index_does_not_place_it(tmp_path: Path):
+    write(tmp_path / "base", Spec("gptq", 4, 32))
+    export(tmp_path / "base", tmp_path / "out", "gptq", max_shard_size="20KB", progress=False)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    name = f"{LAYER}.scales"
+    other = next(file for file in sorted(set(index.values())) if file != index[name])
+    state = load_file(tmp_path / "out" / other)
+    for extra, match in ((name, "twice in the files|does not place it"), ("nobody.knows", "does not place it")):
+        save_file({**state, extra: torch.ones(2, 96)}, tmp_path / "out" / other, {"format": "pt"})
+        for read in (open_source, load_quantized):
+            with pytest.raises(ValueError, match=match):
+                read(tmp_path / "out")
+
+
+def test_a_quantized_head_that_is_tied(tmp_path: Path):
+    write(tmp_path / "base", Spec("packed", 4, 32))
+    described = json.loads((tmp_path / "base" / "config.json").read_text())
+    described["tie_word_embeddings"] = True
+    (tmp_path / "base" / "config.json").write_text(json.dumps(described))
+    head = {key: value for key, value in load_file(tmp_path / "base" / "model.safetensors").items() if LAYER in key}
+    _edit(lambda s: s.update({key.replace(LAYER, "lm_head"): value for key, value in head.items()}))(tmp_path / "base")
+    for read in (open_source, load_quantized):
+        with pytest.raises(ValueError, match="Untie it: set `tie_word_embeddings` to false"):
+            read(tmp_path / "base")
+
+
+def test_completeness_does_not_hang_on_the_name_of_the_architecture(tmp_path: Path):
+    write(tmp_path / "base", Spec("packed", 4, 32))
+    _drop("lm_head.weight")(tmp_path / "base")
+    described = json.loads((tmp_path / "base" / "config.json").read_text())
+    del described["architectures"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="missing"):
+        open_source(tmp_path / "base")
+
+
+def test_the_callers_configuration_is_not_changed(tmp_path: Path):
+    from transformers import AutoConfig
+
+    expected = logits(write(tmp_path, Spec("gptq", 4, 32)), IDS)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for _ in range(2):
+        assert torch.equal(logits(load_quantized(tmp_path, config=config, use_safetensors=True), IDS), expected)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_config_is_named(text: str, tmp_path: Path):
+    write(tmp_path, Spec("gptq", 4, 32))
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        open_source(tmp_path)
+
+
+def test_layers_as_wide_as_a_group_are_on_the_grid_of_the_others(tmp_path: Path):
+    write(
+        tmp_path, Spec("gptq", 4, 64), {"down_proj": Spec("gptq", 4, 32)}, dynamic={".*down_proj": {"group_size": 32}}
+    )
+    grids = {info.grid for info in open_source(tmp_path).grids().values()}
+    assert grids == {Grid(4, 64), Grid(4, 32)}
+
+
+def test_version_2_of_gptq_that_does_not_say_so(tmp_path: Path):
+    write(tmp_path, Spec("gptq_v2", 4, 32), checkpoint_format=None)
+    for read in (open_source, load_quantized):
+        with pytest.raises(ValueError, match='of version "gptq_v2" and does not say so'):
+            read(tmp_path)

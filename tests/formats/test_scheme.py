@@ -25,8 +25,9 @@ def test_zero_points_have_the_last_word_about_symmetry():
     assert asymmetric.grid == Grid(4, 16, False)
 
 
-def test_one_group_is_a_channel():
-    assert scales(groups=1).grid == Grid(4, -1)
+def test_one_scale_is_a_channel_unless_it_is_a_whole_group():
+    assert scales(groups=1).grid == Grid(4, 16)  # as in the other layers of a checkpoint in groups of 16
+    assert scales(Scheme("gptq", 4, 64, True), groups=1).grid == Grid(4, -1)
 
 
 def test_a_wider_file_is_read_on_the_recorded_grid():
@@ -49,7 +50,35 @@ def test_codes_must_lie_on_the_grid():
 
 
 def test_an_order_of_the_inputs():
-    check_order(torch.arange(32) // 16, 16, "x", "g_idx")
-    check_order(torch.full((32,), -1), 16, "x", "g_idx")
+    check_order(torch.arange(32) // 16, 32, 16, "x", "g_idx")
+    check_order(torch.full((32,), -1), 32, 16, "x", "g_idx")
     with pytest.raises(ValueError, match=r"activation order \(`g_idx`"):
-        check_order(torch.arange(32) % 2, 16, "x", "g_idx")
+        check_order(torch.arange(32) % 2, 32, 16, "x", "g_idx")
+    for index in (torch.arange(16), torch.arange(32.0), torch.zeros(2, 16, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="an integer for each of 32 inputs is needed"):
+            check_order(index, 32, 16, "x", "g_idx")
+
+
+@pytest.mark.parametrize(
+    ("zero", "match"),
+    [
+        (torch.full((8, 2), torch.nan), "zero points of dtype torch.float32"),
+        (torch.full((8, 2), 8, dtype=torch.int32), r"zero points from 8 to 8, outside of the grid .* -8 to 7"),
+        (torch.full((8, 2), 300, dtype=torch.int32), "outside of the grid"),
+        (torch.zeros(2, 8, dtype=torch.int8), "zero points of shape"),
+    ],
+)
+def test_zero_points_that_no_grid_has(zero: torch.Tensor, match: str):
+    with pytest.raises(ValueError, match=match):
+        scales(Scheme("awq", 4, 16, False), zero=zero)
+
+
+def test_a_record_narrower_than_the_zero_points():
+    zero = torch.full((8, 2), 5, dtype=torch.int8)
+    with pytest.raises(ValueError, match="zero points from 5 to 5, outside of the grid"):
+        narrow(scales(Scheme("awq", 4, 16, False), zero=zero), Grid(3, 16, False), 8, 32, "x")
+
+
+def test_rounded_activations_have_no_zero_points():
+    with pytest.raises(ValueError, match="zero points beside rounded activations"):
+        scales(Scheme("compressed-tensors", 8, -1, True, activations="compressed-tensors"), 1, torch.ones(8, 1).char())

@@ -12,9 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from peft_lrqat import can_export
+from peft_lrqat.grid import Grid
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.tuners.lrqat import LRQATLinear
 from tests.files import read
+from tests.grids import on_grid
 from tests.models import adapted, logits, reload_clean, tiny, tokens, train
 
 # qwen2 has biases on q, k and v; 40 columns of 3, 5 or 7 bits do not fill their last word
@@ -285,3 +288,16 @@ def test_a_fresh_lora_trains_on_the_merged_model_and_cannot_be_merged_into_it():
         for safe in (False, True):
             with pytest.raises(RuntimeError, match="quantized"):
                 merge(safe_merge=safe)
+
+
+@pytest.mark.parametrize("act", [None, "compressed-tensors"])
+def test_a_cast_that_would_change_the_scales_leaves_them(act: str | None):
+    model = on_grid(Grid(8, -1), dtype=torch.float32, scale_dtype="fp32", act=act)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.grid_tensor()
+    model.to(torch.bfloat16)
+    assert torch.equal(layer.grid_tensor().scale, before.scale)
+    assert layer.weight.dtype == layer.info.dtype == torch.bfloat16
+    assert not can_export(model)
+    model = on_grid(Grid(8, -1), dtype=torch.float32, act=act).to(torch.bfloat16)  # "auto": bf16 holds them
+    assert model.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.bfloat16
