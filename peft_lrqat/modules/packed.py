@@ -151,8 +151,8 @@ def merged_layer(
             not hold them. None: `dtype` holds them.
 
     Raises:
-        ValueError: BitNet's layer has no place for a bias; `dtype` does not hold the scales of a layer whose inputs are
-            rounded.
+        ValueError: the container is too narrow; BitNet's layer has no place for a bias; `dtype` does not hold the
+            scales of a layer whose inputs are rounded.
     """
     if transposed:
         layer = Conv1D(weight.codes.shape[0], 0)
@@ -160,6 +160,11 @@ def merged_layer(
         layer.nx = weight.codes.shape[1]
         layer.register_parameter("bias", bias)
         return layer
+    if activations is None and bits < weight.grid.code_bits:
+        raise ValueError(
+            f"Codes of the grid {weight.grid.describe()} take {weight.grid.code_bits} bits, but the container has "
+            f"{bits} (`container_bits`). Use {weight.grid.code_bits} or more."
+        )
     exact = file_scale_dtype is None or torch.equal(weight.scale.to(dtype).float(), weight.scale)
     if activations is not None and not exact:
         raise ValueError(

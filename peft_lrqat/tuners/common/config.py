@@ -82,6 +82,10 @@ class GridConfig(PeftConfigMixin):
         """What a merged checkpoint's model card says about the training."""
         raise NotImplementedError
 
+    def check_options(self) -> None:
+        """Raise ValueError if an option is out of range, or options contradict each other."""
+        raise NotImplementedError
+
     def check_int8_activations(self) -> None:
         """With `act_bits=8`: int8 matrix products. Sets the container; raises ValueError for what they cannot take."""
         if self.act_bits not in (None, 8):

@@ -47,7 +47,7 @@ class QuantizingModel(LoraModel):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # PEFT, or transformers' add_adapter, writes these two before an adapter is looked at
-        known: Any = vars(model).get("peft_config")
+        known: Any = getattr(model, "peft_config", None)  # of a PeftModel too, which may be wrapped again
         adapters = dict(known) if isinstance(known, dict) else None
         try:
             super().__init__(model, *args, **kwargs)
@@ -69,14 +69,15 @@ class QuantizingModel(LoraModel):
             RuntimeError: another error came when there was no room to keep what had been converted already.
         """
         config = self.peft_config[adapter_name]
-        undo = Undo([*self.modules(), config, getattr(model, "config", None)])
+        undo: Undo | None = None
         try:
+            undo = Undo([*self.modules(), config, getattr(model, "config", None)])
             self._inject(model, adapter_name, undo, *args, **kwargs)
         except BaseException as error:
-            restored = undo.restore()
+            restored = undo is None or undo.restore()
             vars(self).pop("_conversion", None)
             self.peft_config.pop(adapter_name, None)  # PEFT registers the adapter before it injects it
-            if restored:
+            if undo is None or restored:
                 raise
             if not isinstance(error, Exception):  # somebody interrupts, and shall not be taken for an error
                 error.add_note(undo.explain())
@@ -88,6 +89,7 @@ class QuantizingModel(LoraModel):
         config, state_dict = self.peft_config[adapter_name], kwargs.get("state_dict")
         adopted = self._adopt_base(model, config, state_dict)
         self._check_new_adapter_config(config)
+        config.check_options()  # attributes may have been set since the configuration was made
         targets = self._targets(model, config, state_dict)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
             self._check_shared(config, _adapters_of(module))

@@ -116,11 +116,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        self._check_grid()
-        self._check_choices()
+        self.check_options()
         if self.range_method is None:
             self.range_method = "absmean" if self.grid.ternary else "minmax" if self.bits == 8 else "lp"
-        self._check_export()
         # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
         self._required_fingerprint = self.base_fingerprint
 
@@ -182,6 +180,12 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         )
 
     # -- checks
+
+    def check_options(self) -> None:
+        """Raise ValueError if an option is out of range, or options contradict each other."""
+        self._check_grid()
+        self._check_choices()
+        self._check_export()
 
     def _check_grid(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in BITS:

@@ -138,7 +138,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
         self._open = {name: None for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
         self.adopt_defaults()
-        self._check_options()
+        self.check_options()
         if self.lora_alpha is None:
             self.lora_alpha = 16 * self.r
         # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
@@ -216,7 +216,8 @@ class LRQATConfig(GridConfig, LoraConfig):
             shapes["lora_scale_shift"] = self.grid.scale_shape(out_features, in_features)
         return shapes
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
+        """Raise ValueError if an option is out of range, or options contradict each other."""
         if Grid(self.bits, self.group_size, self.symmetric).ternary:
             raise ValueError(
                 "`bits` is 1.58; LR-QAT's grids have 2 to 8 bits (whole numbers). Ternary weights are trained by "

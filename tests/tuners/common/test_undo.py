@@ -317,3 +317,42 @@ def test_a_compressed_tensors_model_that_fails_in_the_middle(tmp_path: Path, roo
     monkeypatch.undo()
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path), IDS)
     assert torch.equal(logits(get_peft_model(model, config), IDS), expected)
+
+
+def test_a_refused_second_wrap_leaves_the_peft_model_whole(method):
+    """As in a notebook, where a cell is run again with other options."""
+    wrapped = get_peft_model(tiny(), method.config(**method.MOVED)).eval()
+    before, options = logits(wrapped, IDS), wrapped.peft_config["default"]
+    with pytest.raises(ValueError, match="share its converted base"):
+        get_peft_model(wrapped, method.config(group_size=16))
+    assert wrapped.peft_config == {"default": options}
+    assert torch.equal(logits(wrapped, IDS), before)
+
+
+def test_an_interrupt_before_the_first_check_adds_no_adapter(method, monkeypatch):
+    wrapped = get_peft_model(tiny(), method.config(**method.MOVED))
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(undo, "_contents", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            wrapped.add_adapter("b", method.config())
+    assert list(wrapped.peft_config) == ["default"]
+    wrapped.add_adapter("b", method.config())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("container_bits", 2), ("act_bits", 8), ("range_method", "zzz"), ("learn_scales", "no")]
+)
+def test_options_set_after_the_configuration_was_made_are_checked_too(method, option, value):
+    config = method.config(**{"bits": 4, "group_size": 8})
+    setattr(config, option, value)
+    model = tiny()
+    with pytest.raises(ValueError, match=f"`{option}`"):
+        get_peft_model(model, config)
+    wrapped = get_peft_model(model, method.config(**{"bits": 4, "group_size": 8}))
+    wrapped.peft_config["default"].container_bits = 2
+    with pytest.raises(ValueError, match="the container has 2"):
+        wrapped.merge_adapter()
