@@ -37,7 +37,7 @@ def check_base(model: nn.Module, config: Any) -> None:
     if (isinstance(method, str) and not adapted) or packed:
         how = (
             f"Load it with `peft_lrqat.load_quantized(...)`, which keeps its integers for {config.method} to start from"
-            if config.takes_quantized and method in METHODS
+            if config.takes_quantized and method in METHODS and method != "bitnet"  # whose inputs are rounded
             else "Load the float model"
         )
         raise ValueError(
