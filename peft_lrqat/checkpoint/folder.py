@@ -95,7 +95,7 @@ class FolderSource(Source):
         reading.check_parts(scheme, parts, name)
         try:
             sizes = {part: entry.shape for part, entry in parts.items()}
-            out_features, in_features = reading.FORMATS[scheme.method].shape(scheme, sizes, tensors.__getitem__)
+            out_features, in_features = reading.READERS[scheme.method].shape(scheme, sizes, tensors.__getitem__)
         except (KeyError, ValueError) as error:
             found = {part: entry.shape for part, entry in parts.items()}
             raise self._refuse(f"layer {name!r} cannot be read from {found}: {error} is missing or damaged.") from error
@@ -164,7 +164,7 @@ class FolderSource(Source):
     def _belongs(self, name: str) -> bool:
         """Whether a tensor is part of a quantized weight."""
         module, _, part = name.rpartition(".")
-        return module in self._layers and part in reading.FORMATS[self.format].PARTS
+        return module in self._layers and part in reading.READERS[self.format].PARTS
 
     def _read(self, name: str) -> torch.Tensor:
         return _read(self._paths[name], name)

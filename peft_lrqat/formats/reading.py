@@ -25,7 +25,7 @@ from .scheme import Describe, Scales, Scheme, Tensors, check_codes, check_order,
 from .shards import Entry
 
 #: `quant_method` of config.json -> the file that reads it.
-FORMATS: dict[str, ModuleType] = {
+READERS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
     "awq": awq,
@@ -34,7 +34,7 @@ FORMATS: dict[str, ModuleType] = {
 }
 
 #: The formats that can be read.
-METHODS = tuple(FORMATS)
+METHODS = tuple(READERS)
 
 # Tensors that a layer has beside its weight.
 _BESIDE = {"bias"}
@@ -52,13 +52,13 @@ def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = 
         ValueError: a method that cannot be read, or a part of it that has no exact counterpart here.
     """
     method = quantization.get("quant_method")
-    if not isinstance(method, str) or method not in FORMATS:
+    if not isinstance(method, str) or method not in READERS:
         raise ValueError(
             f"The checkpoint is quantized with {method!r}; {', '.join(METHODS)} can be read. For others, start from "
             "the float model."
         )
     try:
-        scheme_of = FORMATS[method].schemes(quantization, metadata or {})
+        scheme_of = READERS[method].schemes(quantization, metadata or {})
     except _MALFORMED as error:
         raise _malformed(method, error) from error
 
@@ -91,7 +91,7 @@ def quantized_modules(method: str, entries: Mapping[str, Entry]) -> dict[str, di
     A module counts as soon as it has one of the format's tensors, so that one of which some are missing is found (and
     refused when it is read), not taken for a float layer.
     """
-    parts = FORMATS[method].PARTS - {"weight"}
+    parts = READERS[method].PARTS - {"weight"}
     modules: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
         module, _, part = name.rpartition(".")
@@ -105,7 +105,7 @@ def quantized_modules(method: str, entries: Mapping[str, Entry]) -> dict[str, di
 
 def check_parts(scheme: Scheme, found: Iterable[str], where: str) -> None:
     """Raise ValueError if a layer has tensors that its format does not know: what they do would be lost."""
-    unknown = sorted(set(found) - FORMATS[scheme.method].PARTS - _BESIDE)
+    unknown = sorted(set(found) - READERS[scheme.method].PARTS - _BESIDE)
     if unknown:
         raise ValueError(
             f"Layer {where!r} ({scheme.method}) holds {', '.join(map(repr, unknown))}, which cannot be read here: the "
@@ -128,7 +128,7 @@ def read_scales(
     """
     check_parts(scheme, tensors, where)
     try:
-        scale, zero_point = FORMATS[scheme.method].read_scales(scheme, tensors, out_features, in_features)
+        scale, zero_point = READERS[scheme.method].read_scales(scheme, tensors, out_features, in_features)
     except (KeyError, RuntimeError) as error:
         raise _unreadable(scheme, tensors, out_features, in_features, where, error) from error
     scales = check_scales(scheme, scale, zero_point, out_features, in_features, where)
@@ -144,7 +144,7 @@ def read(
     """A layer's codes, scales and zero points; arguments and errors as for `read_scales`."""
     scales = read_scales(scheme, tensors, out_features, in_features, where, recorded)
     try:
-        codes = FORMATS[scheme.method].read_codes(scheme, tensors, out_features, in_features)
+        codes = READERS[scheme.method].read_codes(scheme, tensors, out_features, in_features)
     except (KeyError, RuntimeError) as error:
         raise _unreadable(scheme, tensors, out_features, in_features, where, error) from error
     if tuple(codes.shape) != (out_features, in_features):
@@ -167,4 +167,4 @@ def _unreadable(
 
 def scale_dtype(tensors: Tensors, method: str) -> torch.dtype:
     """The dtype of a layer's scales in the file."""
-    return tensors[FORMATS[method].SCALE].dtype
+    return tensors[READERS[method].SCALE].dtype

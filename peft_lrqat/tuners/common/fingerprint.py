@@ -102,7 +102,7 @@ def check_fingerprint(found: str, required: str | None) -> None:
         f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
         f"targeted modules of this model have {here} with {found}. On other weights it means something else, so it "
         f"was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new adapter, make a "
-        "new LRQATConfig, or set `base_fingerprint=None`."
+        "new configuration, or set `base_fingerprint=None`."
     )
 
 
@@ -114,6 +114,6 @@ def check_checksum(found: str, required: str | None) -> None:
         f"This adapter was trained on another base: its integers have the checksum {required}, but those of this "
         f"model have {found}. On other integers it means something else, so it was not loaded. Load it on the same "
         "float model, in the same dtype and with the same options, that it was trained on (see "
-        "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new LRQATConfig, or set "
+        "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new configuration, or set "
         "`base_checksum=None`."
     )

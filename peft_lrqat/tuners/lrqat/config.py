@@ -227,6 +227,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         check_choice("range_method", self.range_method, RANGE_METHODS)
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         check_flag("learn_scales", self.learn_scales)
+        check_flag("symmetric", self.symmetric)
         self.check_shared_options()
         self._check_ranks()
         if self.bits == 8 and self.downcast == "fx8":

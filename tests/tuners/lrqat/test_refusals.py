@@ -175,3 +175,9 @@ def test_patterns_that_were_set_after_the_checks(pattern: dict):
         get_peft_model(model, own)
     setattr(own, name, {})
     assert logits(get_peft_model(model, own), IDS).isfinite().all()
+
+
+@pytest.mark.parametrize("value", ["no", "False", 0, 1])
+def test_a_flag_is_true_or_false(value):
+    with pytest.raises(ValueError, match="`symmetric` is"):
+        config(symmetric=value)
