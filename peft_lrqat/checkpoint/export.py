@@ -42,9 +42,12 @@ def can_export(
     allow_inexact: bool = False,
     **options: Any,
 ) -> Check:
-    """Whether `export` would succeed, found from shapes, grids and scales: no code is read and nothing is written.
+    """Whether `export` would succeed; nothing is written.
 
-    Args: as for `export`.
+    It is found from shapes, grids and scales. Codes are read only where they decide: of a GGUF `type` that was named and
+    that holds some values of a grid and not others.
+
+    Args: as for `export`. (A tokenizer, which a GGUF file holds too, is not asked for here.)
 
     Returns:
         A `Check`: true or false, with the problems by layer; printing it gives reasons and what to do.

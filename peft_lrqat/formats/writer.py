@@ -123,7 +123,10 @@ class Writer(ABC):
 
     @abstractmethod
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
-        """Everything that stands in the way, found from shapes, grids and scales; empty if the export is exact."""
+        """Everything that stands in the way, found from shapes, grids and scales; empty if the export is exact.
+
+        Codes are read only where nothing else tells. `write` raises nothing of the kind afterwards.
+        """
 
     @abstractmethod
     def write(self, source: Source, folder: Path, settings: Settings, progress: Callable[[str], None]) -> Written:

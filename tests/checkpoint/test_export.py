@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from peft_lrqat import can_export, export
 from peft_lrqat.checkpoint.open import open_source
-from peft_lrqat.grid import Grid
+from peft_lrqat.formats.gguf.writer import TYPES
+from peft_lrqat.grid import TERNARY, Grid
 from tests.files import read
 from tests.grids import on_grid
 from tests.memory import LiveBytes
@@ -186,6 +187,46 @@ class TestRefusals:
         model = adapted(tiny(hidden_size=64, intermediate_size=96), group_size=32, target_modules=["lm_head", "q_proj"])
         assert "outside of the model's blocks" in str(can_export(model, "gptq"))
         assert can_export(model, "compressed-tensors")
+
+
+_QUESTIONS = [
+    ("compressed-tensors", {}), ("torchao", {}), ("bitnet", {}), ("gptq", {}), ("gptq", {"checkpoint_format": "gptq_v2"}),
+    *(("gguf", {"type": type, "vocabulary": False}) for type in TYPES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (TERNARY, 3, 5, 6, 7, 8))])
+def test_the_question_and_the_deed_are_one_rule(bits, symmetric, tmp_path: Path):
+    """`can_export` says exact if and only if `export` succeeds, for every format and every type of GGUF."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256}
+    wrong = []
+    for group in (-1, 16, 64) if symmetric or bits != TERNARY else ():
+        model = on_grid(Grid(bits, group, symmetric), leave_out=("_attn", "gate", "up_proj"), **sizes)
+        for format, options in _QUESTIONS:
+            said = bool(can_export(model, format, **options))
+            try:
+                export(model, tmp_path / "out", format, overwrite=True, progress=False, **options)
+                done = True
+            except ValueError:
+                done = False
+            if said != done:
+                wrong.append((group, format, options, said, done))
+    assert not wrong
+
+
+def test_a_type_that_values_decide_about_is_asked_with_the_scales_that_would_be_written(tmp_path: Path):
+    """Scales that are rounded to fp16, where that is allowed, can make or break a type that stores multiples."""
+    options = {"type": "q4_0", "vocabulary": False, "allow_inexact": True}
+    for grid, exact in ((Grid(2, 32, False), True), (Grid(4, 32, False), False)):
+        model = on_grid(grid, scale_dtype="fp32", dtype=torch.float32)
+        check = can_export(model, "gguf", **options)
+        assert bool(check) is exact
+        if exact:
+            assert export(model, tmp_path / "out", "gguf", progress=False, **options).loss
+        else:
+            assert "Q4_0 cannot hold it: levels from" in str(check)
+            assert "Q5_0 holds it" in str(check)
 
 
 def test_embeddings_on_a_grid_become_dense(tmp_path: Path):

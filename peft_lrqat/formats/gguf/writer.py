@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ..record import KEY
 from ..source import LayerInfo, Source
 from ..writer import Loss, Problem, Settings, Writer, Written
 from . import architectures, choice, floats, tensors
-from .blocks import BLOCK_TYPES
+from .blocks import BLOCK_TYPES, BlockType
 from .contents import NotExact
 from .spool import Spool
 from .tokenizer import write_tokenizer
@@ -84,12 +84,15 @@ llama-server -m path/to/file.gguf
             found.append(Problem(None, "`container_bits` means nothing in GGUF", "choose the container with `type`"))
         for name, info in source.grids().items():
             problem = layer_problem(info, options)
+            if problem is None and options.type != "f32":
+                scale = source.scale(name)
+                rounded = not torch.equal(snap_scale(scale, "fp16"), scale)
+                if rounded:
+                    found.append(Problem(name, *_SCALES, inexact=True))
+                if not rounded or settings.allow_inexact:
+                    problem = _values_problem(source, name, info, settings)
             if problem is not None:
                 found.append(Problem(name, *problem))
-            elif options.type != "f32":
-                scale = source.scale(name)
-                if not torch.equal(snap_scale(scale, "fp16"), scale):
-                    found.append(Problem(name, *_SCALES, inexact=True))
         return found
 
     def write(self, source: Source, folder: Path, settings: Settings, progress: Callable[[str], None]) -> Written:
@@ -130,17 +133,40 @@ def layer_problem(info: LayerInfo, options: Options) -> tuple[str, str] | None:
     """Why a layer cannot be written, and what to do instead; None if it can, as far as shapes tell."""
     if options.type == "f32":
         return None
-    grid, columns = info.grid, info.in_features
-    certain = [kind for kind in choice.candidates(grid, columns) if choice.fit(kind, grid, columns).certain]
     if options.type == "auto":
-        return None if certain else _no_type(info)
-    reason = choice.fit(BLOCK_TYPES[options.type], grid, columns).problem
-    if reason is None:
+        return None if _certain(info) else _no_type(info)
+    reason = choice.fit(BLOCK_TYPES[options.type], info.grid, info.in_features).problem
+    return None if reason is None else (reason, _instead(info))
+
+
+def _values_problem(source: Source, name: str, info: LayerInfo, settings: Settings) -> tuple[str, str] | None:
+    """The same where shapes do not tell: a type that was named holds some values of this grid, and not others, so the
+    layer is read and packed, as writing it does."""
+    if settings.options.type == "auto":
         return None
+    kind = BLOCK_TYPES[settings.options.type]
+    fits_fp16 = not kind.offset or float(source.scale(name).max()) <= 2**8  # an offset is up to 2^7 times the scale
+    if fits_fp16 and choice.fit(kind, info.grid, info.in_features).certain:
+        return None
+    try:
+        choice.to_blocks(_storable(source.layer(name), settings), kind)
+    except NotExact as reason:
+        return f"{kind.name.upper()} cannot hold it: {reason}", _instead(info)
+    return None
+
+
+def _certain(info: LayerInfo) -> list[BlockType]:
+    """The types that hold a layer of this grid whatever its values, smallest first."""
+    grid, columns = info.grid, info.in_features
+    return [kind for kind in choice.candidates(grid, columns) if choice.fit(kind, grid, columns).certain]
+
+
+def _instead(info: LayerInfo) -> str:
+    """What to do about a type that does not hold a layer."""
+    certain = _certain(info)
     if not certain:
-        return reason, _no_type(info)[1]
-    best = certain[0]
-    return reason, f"`type='auto'`: {best.name.upper()} holds it in {best.bits_per_weight:.4g} bits a weight"
+        return _no_type(info)[1]
+    return f"`type='auto'`: {certain[0].name.upper()} holds it in {certain[0].bits_per_weight:.4g} bits a weight"
 
 
 def _no_type(info: LayerInfo) -> tuple[str, str]:
@@ -199,15 +225,20 @@ def _remark(info: LayerInfo, kind: str) -> str:
     )
 
 
-def _blocks(tensor: GridTensor, name: str, settings: Settings, written: Written) -> tuple[str, torch.Tensor]:
-    """Type and bytes of a layer, its scales rounded to fp16 if that is allowed and needed."""
-    if settings.allow_inexact:
-        snapped = snap_scale(tensor.scale, "fp16")
-        if not torch.equal(snapped, tensor.scale):
-            rounded = GridTensor(tensor.codes, snapped, tensor.zero_point, tensor.grid)
-            written.loss = written.loss or Loss()
-            written.loss.add(tensor, rounded)
-            tensor = rounded
+def _storable(tensor: GridTensor, settings: Settings) -> GridTensor:
+    """The layer itself, or with its scales rounded to fp16 if that is allowed and needed."""
+    if not settings.allow_inexact:
+        return tensor
+    snapped = snap_scale(tensor.scale, "fp16")
+    return tensor if torch.equal(snapped, tensor.scale) else replace(tensor, scale=snapped)
+
+
+def _blocks(trained: GridTensor, name: str, settings: Settings, written: Written) -> tuple[str, torch.Tensor]:
+    """Type and bytes of a layer; `problems` found nothing in the way."""
+    tensor = _storable(trained, settings)
+    if tensor is not trained:
+        written.loss = written.loss or Loss()
+        written.loss.add(trained, tensor)
     wanted = settings.options.type
     try:
         if wanted == "auto":
