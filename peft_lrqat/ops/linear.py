@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .dispatch import kernels_for, no_autocast
@@ -206,6 +207,7 @@ class _Linear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # the rounding has no second derivative
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, y, *weight = ctx.saved_tensors
         if ctx.weight is not None and ctx.versions != _versions(ctx.weight):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..chunks import row_chunks
 from ..grid import grouped
@@ -123,6 +124,7 @@ class _LowBitLinear(torch.autograd.Function):
         return run(x, packed, scale, ternary_scale, bias, bits)
 
     @staticmethod
+    @once_differentiable  # the rounding has no second derivative
     def backward(ctx, dy):
         x, packed, scale, ternary_scale, factor = ctx.saved_tensors
         need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]

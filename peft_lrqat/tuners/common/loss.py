@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # Logits that are in fp32 at a time
 _CHUNK = 1 << 23
@@ -34,6 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (log_sums - picked).masked_fill(labels == ignore_index, 0.0).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, labels, log_sums = ctx.saved_tensors
         result = torch.empty_like(logits)
