@@ -220,10 +220,15 @@ class LowBitAdamW(Optimizer):
         if not state:
             state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, parameter.device))
         lr = group["lr"]
+        last_lr = state.pop("last_lr", None)
+        if rule.error_feedback:
+            _scale_remainder(state, lr, last_lr)
         if not isinstance(lr, torch.Tensor):
             lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
         lr = lr.to(parameter.device, torch.float32)
         step_codes(parameter.packed, parameter.scale, parameter.stream, grad, state, lr, rule)
+        if rule.error_feedback:
+            state["last_lr"] = _last_positive(group["lr"], last_lr)
 
     def _step_floats(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
@@ -269,6 +274,40 @@ class LowBitAdamW(Optimizer):
         kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}
         names = ", ".join("ternary" if bits == TERNARY else f"{bits} bits" for bits in sorted(kinds))
         return f"{super().__repr__()}\nlow-bit weights: {names or 'none'}"
+
+
+# a learning rate, as torch takes it
+Rate = float | torch.Tensor
+
+
+def _scale_remainder(state: dict[str, Any], lr: Rate, last_lr: Rate | None) -> None:
+    """Scale the momentum by last_lr / lr where the learning rate has risen.
+
+    Error feedback keeps what a rounding lost divided by the learning rate of that step, and the next step multiplies by
+    its own: after a warm restart, or in a second stage, it would come back many times larger than it was. Where the
+    rate falls, what comes back is smaller than what was lost, which does no harm.
+    """
+    if last_lr is None:
+        return
+    momentum = state["exp_avg"] if "exp_avg" in state else state["exp_avg_step"]
+    if isinstance(lr, torch.Tensor) or isinstance(last_lr, torch.Tensor):
+        # on the device: asking whether the rate rose would wait for it
+        lr, last_lr = (torch.as_tensor(rate, dtype=torch.float32, device=momentum.device) for rate in (lr, last_lr))
+        momentum.mul_(torch.where(lr > last_lr, last_lr / lr, 1.0))
+    elif lr > last_lr:
+        momentum.mul_(last_lr / lr)
+
+
+def _last_positive(lr: Rate, last_lr: Rate | None) -> Rate | None:
+    """The rate by which remainders were divided last; with a rate of 0, nothing is fed back."""
+    if isinstance(lr, torch.Tensor):
+        lr = lr.detach().clone()
+        return (
+            lr
+            if last_lr is None
+            else torch.where(lr > 0, lr, torch.as_tensor(last_lr, dtype=lr.dtype, device=lr.device))
+        )
+    return lr if lr > 0 else last_lr
 
 
 def _refuse_data_parallel() -> None:
