@@ -44,8 +44,8 @@ def can_export(
 ) -> Check:
     """Whether `export` would succeed; nothing is written.
 
-    It is found from shapes, grids and scales. Codes are read only where they decide: of a GGUF `type` that was named and
-    that holds some values of a grid and not others.
+    It is found from shapes, grids and scales. Codes are read only where they decide: of a GGUF `type` that was named,
+    and that holds some values of a grid and not others.
 
     Args: as for `export`. (A tokenizer, which a GGUF file holds too, is not asked for here.)
 

@@ -190,7 +190,8 @@ class TestRefusals:
 
 
 _QUESTIONS = [
-    ("compressed-tensors", {}), ("torchao", {}), ("bitnet", {}), ("gptq", {}), ("gptq", {"checkpoint_format": "gptq_v2"}),
+    ("compressed-tensors", {}), ("torchao", {}), ("bitnet", {}),
+    ("gptq", {}), ("gptq", {"checkpoint_format": "gptq_v2"}),
     *(("gguf", {"type": type, "vocabulary": False}) for type in TYPES),
 ]  # fmt: skip
 
