@@ -13,7 +13,7 @@ from ..formats.record import Record
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
-from ..ops.dispatch import in_autocast_dtype
+from ..ops.inputs import linear_input
 from ..packing import unpack
 from .rounded_input import BitNetLinear, Int8Linear, KeepsScales, merged_info
 
@@ -112,7 +112,7 @@ class QuantizedLinear(KeepsScales):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        input = in_autocast_dtype(input)
+        input = linear_input(input, self)
         bias = self.bias if self.bias is None else self.bias.to(input.dtype)
         scale = self.weight_scale.float()
         return quantized_linear(

@@ -11,7 +11,7 @@ from ..formats import bitnet, compressed_tensors
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor
 from ..ops.activations import round_activations
-from ..ops.dispatch import in_autocast_dtype
+from ..ops.inputs import linear_input
 
 
 def merged_info(layer: Any, container_bits: int) -> LayerInfo:
@@ -128,8 +128,9 @@ class Int8Linear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = round_activations(in_autocast_dtype(input), self.activations)
-        return nn.functional.linear(x, self.weight_in(x.dtype), self.bias)
+        x = round_activations(linear_input(input, self), self.activations)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight_in(x.dtype), bias)
 
 
 class BitNetLinear(_StoredWeight):
@@ -154,5 +155,5 @@ class BitNetLinear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = round_activations(in_autocast_dtype(input), self.activations)
+        x = round_activations(linear_input(input, self), self.activations)
         return nn.functional.linear(x, self.codes.to(x.dtype)) * self.weight_scale.to(x.dtype)

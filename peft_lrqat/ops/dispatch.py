@@ -61,7 +61,7 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
     """Cast `x` to the dtype that autocast computes in, as torch's own linear layer does; without autocast return `x`.
 
-    Every layer calls it first, so that a layer under autocast rounds and multiplies alike before and after merging.
+    Every layer does so first (`inputs.py`), and so rounds and multiplies alike under autocast before and after merging.
     """
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

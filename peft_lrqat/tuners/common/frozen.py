@@ -16,6 +16,7 @@ from ...chunks import row_chunks
 from ...grid import Grid, grouped, rows_of, snap_scale
 from ...modules.packed import QuantizedLinear
 from ...ops import quantized_linear
+from ...ops.inputs import linear_input
 from ...ops.reference import build_weight
 from ...ops.stored_base import BaseFormat, encode_base
 from ...ranges import choose_range
@@ -243,7 +244,8 @@ class FrozenWeight(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer at step 0: x (..., in) to (..., out)."""
-        return self.product(x, self.bias)
+        x = linear_input(x, self)
+        return self.product(x, None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return (

@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from ...grid import GridTensor, dequantize, snap_scale
 from ...ops import trained_scale
 from ...ops.activations import round_activations
-from ...ops.dispatch import in_autocast_dtype
+from ...ops.inputs import linear_input
 from ...ops.low_bit import low_bit_levels, low_bit_linear, mean_code
 from ...packing import unpack
 from ...rounding import stream_key
@@ -205,7 +205,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         base = self._kept()
-        x = in_autocast_dtype(x)
+        x = linear_input(x, base)
         return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
@@ -223,7 +223,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
                     "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
-        x = in_autocast_dtype(x)
+        x = linear_input(x, self.frozen)
         if options.activations is not None:
             x = round_activations(x, options.activations)
         scale, ternary, factor = self._scales(adapter)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...ops.embedding import quantized_embedding
+from ...ops.inputs import check_ids
 from ..common.frozen import whole
 from .config import LRQATConfig
 from .layer import LRQATLinear
@@ -33,6 +34,7 @@ class LRQATEmbedding(LRQATLinear):
         object.__setattr__(self, "_shell", base_layer)
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        check_ids(x)
         frozen = self.base_layer
         shift, A, B, c = self._operands(adapters)
         y = quantized_embedding(

@@ -50,7 +50,7 @@ from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import round_activations
-from ...ops.dispatch import in_autocast_dtype
+from ...ops.inputs import linear_input
 from ...ops.reference import codes
 from ..common.frozen import FrozenWeight, whole
 from ..common.layer import MergingLayer
@@ -225,7 +225,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
-        x = in_autocast_dtype(x)
+        x = linear_input(x, frozen)
         if self.activations is not None:
             x = round_activations(x, self.activations)
         bias: torch.Tensor | None = frozen.bias
