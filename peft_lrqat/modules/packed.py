@@ -15,25 +15,8 @@ from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
 from ..ops.inputs import linear_input
 from ..packing import unpack
-from .rounded_input import BitNetLinear, Int8Linear, KeepsScales, merged_info
-
-
-class _ReadOnlyWeight(torch.Tensor):
-    """A weight built for reading. Code that updates `module.weight.data` in place would only update a temporary."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
-
-    @property
-    def data(self) -> torch.Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        raise RuntimeError(
-            "This layer is quantized: its weight is built from packed integers and cannot be changed. A float adapter "
-            "cannot be merged into it without a second rounding; keep the adapter beside the model, or train one "
-            "inside the rounding with LRQATConfig on the float model."
-        )
+from ..read_only import ReadOnlyTensor
+from .rounded_input import WHY_READ_ONLY, BitNetLinear, Int8Linear, KeepsScales, merged_info
 
 
 class QuantizedLinear(KeepsScales):
@@ -96,7 +79,7 @@ class QuantizedLinear(KeepsScales):
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
         """The weight that the codes and scales stand for, (out, in) in the model's dtype. Built anew; read-only."""
         weight = dequantize(self.codes, self.weight_scale.float(), self.zero_point, self.compute_dtype)
-        return torch.Tensor._make_subclass(_ReadOnlyWeight, weight)
+        return ReadOnlyTensor(weight, WHY_READ_ONLY)
 
     @property
     def info(self) -> LayerInfo:

@@ -12,6 +12,14 @@ from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor
 from ..ops.activations import round_activations
 from ..ops.inputs import linear_input
+from ..read_only import ReadOnlyTensor
+
+#: What an error says to whoever writes to the weight of a merged layer.
+WHY_READ_ONLY = (
+    "This layer is quantized: its weight is built from packed integers and cannot be changed. A float adapter cannot "
+    "be merged into it without a second rounding; keep the adapter beside the model, or train one inside the rounding "
+    "with LRQATConfig on the float model."
+)
 
 
 def merged_info(layer: Any, container_bits: int) -> LayerInfo:
@@ -82,8 +90,8 @@ class _StoredWeight(KeepsScales):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a property on purpose
-        """The weight that codes and scales stand for, (out, in) in the model's dtype. Built anew."""
-        return self.weight_in(self.compute_dtype)
+        """The weight that codes and scales stand for, (out, in) in the model's dtype. Built anew; read-only."""
+        return ReadOnlyTensor(self.weight_in(self.compute_dtype), WHY_READ_ONLY)
 
     def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, (out, in), rounded once to `dtype`."""

@@ -20,10 +20,16 @@ from ...ops.inputs import linear_input
 from ...ops.reference import build_weight
 from ...ops.stored_base import BaseFormat, encode_base
 from ...ranges import choose_range
+from ...read_only import ReadOnlyTensor
 from .fingerprint import codes_checksum, float_checksum, position_weighted_sum
 
 # Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
 _PACKED = contextvars.ContextVar("packed_state_dict", default=False)
+
+_WHY_READ_ONLY = (
+    "The base of this layer is frozen integers, of which this weight is built for reading. Change the float model "
+    "before it is adapted."
+)
 
 
 @contextlib.contextmanager
@@ -199,7 +205,11 @@ class FrozenWeight(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base rounded to its grid, in the original dtype and orientation: the model at step 0. Built anew."""
+        """The base rounded to its grid, as `dense` builds it; read-only."""
+        return ReadOnlyTensor(self.dense(), _WHY_READ_ONLY)
+
+    def dense(self) -> torch.Tensor:
+        """Build the base rounded to its grid, in the original dtype and orientation: the model at step 0."""
         weight = build_weight(whole(self.base), self.scale0, whole(self.zero_point), None, self.fmt, self.compute_dtype)
         return weight.t() if self.transposed else weight
 
@@ -210,7 +220,7 @@ class FrozenWeight(nn.Module):
             layer = Conv1D(self.out_features, 0)
         else:
             layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.register_parameter("weight", nn.Parameter(self.weight.contiguous(), requires_grad=False))
+        layer.register_parameter("weight", nn.Parameter(self.dense().contiguous(), requires_grad=False))
         layer.register_parameter("bias", self.bias)
         return layer
 
@@ -259,7 +269,7 @@ class FrozenWeight(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if _PACKED.get():
             return super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self.dense()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -274,7 +284,7 @@ class FrozenWeight(nn.Module):
             errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
             return
         if self.quantized_before:
-            if not torch.equal(weight.to(self.device, self.compute_dtype), self.weight):
+            if not torch.equal(weight.to(self.device, self.compute_dtype), self.dense()):
                 errors.append(f"{prefix}weight is another than the quantized one that {self!r} was made from.")
             return
         weight = weight.to(self.device, self.compute_dtype)

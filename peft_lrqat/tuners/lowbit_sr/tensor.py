@@ -24,7 +24,7 @@ on the packed codes and needs no float copy at all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -33,16 +33,17 @@ from torch.utils._pytree import tree_map_only
 from ...chunks import row_chunks
 from ...grid import Grid, grouped, rows_of
 from ...packing import pack, unpack, words_per_row
+from ...read_only import arguments_written, views_of
 from ...rounding import poison, random_words, round_stochastically, uniform
 from .any_optimizer import install_hooks
 
 _aten = torch.ops.aten
 
-_WRITE_ERROR = (
-    "`{name}` would write to a low-bit weight in place, where it would be rounded once per operation, or be lost. "
+_REMEDY = (
     "Update it with a `torch.optim.Optimizer` (its `step()` is intercepted), or with `peft_lrqat.LowBitAdamW`, which "
-    "needs no float copy. To set values, use `copy_`, which rounds to nearest."
+    "needs no float copy. To set values, use `copy_` on the whole weight, which rounds to nearest."
 )
+_VIEW_ERROR = f"This is a view of a low-bit weight: its values are built from packed integers, for reading. {_REMEDY}"
 
 
 class LowBitTensor(torch.Tensor):
@@ -156,6 +157,32 @@ class LowBitTensor(torch.Tensor):
             codes = levels.clamp_(self.grid.qmin, self.grid.qmax).to(torch.int8).view_as(values)
             self.packed[rows] = pack(codes, self.grid.code_bits)
 
+    # What torch would do without dispatching it, to memory that is not there.
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The same codes, without gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _refuse("data =")
+
+    def apply_(self, *args: Any) -> NoReturn:
+        _refuse("apply_")
+
+    def map_(self, *args: Any) -> NoReturn:
+        _refuse("map_")
+
+    def share_memory_(self) -> LowBitTensor:
+        """Move the codes, and what belongs to them, to shared memory."""
+        for tensor in (self.packed, self.scale, self.stream):
+            tensor.share_memory_()
+        return self
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.to_float().__dlpack__(**kwargs)
+
     # -- what makes it a tensor
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LowBitTensor:
@@ -209,19 +236,17 @@ class LowBitTensor(torch.Tensor):
         if func is _aten.copy_.default and isinstance(args[0], LowBitTensor):
             args[0]._copy(args[1])
             return args[0]
-        _refuse_writing(func, args, kwargs)
+        if any(isinstance(tensor, LowBitTensor) for tensor in arguments_written(func, args, kwargs)):
+            _refuse(func._schema.name.split("::")[-1])
         args, kwargs = tree_map_only(LowBitTensor, LowBitTensor.to_float, (args, kwargs))
-        return func(*args, **kwargs)
+        return views_of(func, func(*args, **kwargs), _VIEW_ERROR)
 
 
-def _refuse_writing(func: Any, args: tuple, kwargs: dict) -> None:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(entry, LowBitTensor) for entry in values):
-            raise RuntimeError(_WRITE_ERROR.format(name=func._schema.name.split("::")[-1]))
+def _refuse(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"`{name}` would write to a low-bit weight in place, where it would be rounded once per operation, or be lost. "
+        + _REMEDY
+    )
 
 
 def _rebuild(inner: tuple, parameter: bool, requires_grad: bool) -> torch.Tensor:

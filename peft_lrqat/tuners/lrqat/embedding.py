@@ -65,4 +65,4 @@ class LRQATEmbedding(LRQATLinear):
         return self._around(self.grid_tensor(adapters, options, safe_merge).dequantize(self.frozen.compute_dtype))
 
     def _as_it_was(self) -> nn.Module:
-        return self._around(self.frozen.weight)
+        return self._around(self.frozen.dense())

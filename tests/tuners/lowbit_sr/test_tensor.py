@@ -128,6 +128,55 @@ def test_writing_in_place_is_refused(parameter: LowBitTensor, write):
     assert torch.equal(parameter.codes(), before)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.__setitem__(0, 0),
+        lambda p: p.__setitem__((slice(None), slice(4)), torch.zeros(13, 4)),
+        lambda p: p.data[0].fill_(torch.nan),
+        lambda p: p.view(-1).fill_(0),
+        lambda p: p[:, :4].zero_(),
+        lambda p: p.t().zero_(),
+        lambda p: p.T[0].add_(1),
+        lambda p: p.data.view(-1).copy_(torch.zeros(13 * 45)),
+        lambda p: p.unbind()[3].mul_(2),
+        lambda p: p.expand(2, 13, 45)[1].zero_(),
+        lambda p: torch.add(p[0], 1, out=p[0]),
+        lambda p: torch._foreach_add_([p[0], p[1]], 1.0),
+        lambda p: nn.init.orthogonal_(p),
+        lambda p: nn.init.eye_(p),
+        lambda p: p.set_(torch.zeros(13, 45)),
+        lambda p: p.data.apply_(lambda _: 0.0),
+        lambda p: setattr(p, "data", torch.zeros(13, 45)),
+        lambda p: nn.utils.vector_to_parameters(torch.zeros(13 * 45), [p]),
+    ],
+)
+def test_writing_to_a_view_is_refused(parameter: LowBitTensor, write):
+    before = parameter.codes()
+    with pytest.raises(RuntimeError, match=r"low-bit weight.*LowBitAdamW"), torch.no_grad():
+        write(parameter)
+    assert torch.equal(parameter.codes(), before)
+
+
+def test_views_are_read_as_ever(parameter: LowBitTensor):
+    expected = parameter.to_float()
+    assert torch.equal(parameter[3] + 0, expected[3])
+    assert parameter[3, 5].item() == expected[3, 5].item()
+    assert parameter[3].tolist() == expected[3].tolist()
+    assert torch.equal(nn.utils.parameters_to_vector([parameter]), expected.view(-1))
+    assert torch.equal(parameter.unsqueeze(0).sum((0, 2)), expected.sum(1))
+    loss = (torch.randn(5, 45) @ parameter.t()[:, :4]).square().sum() + parameter[0].sum()
+    loss.backward()
+    assert type(parameter.grad) is torch.Tensor
+    assert parameter.grad[0].ne(0).all()
+    assert not parameter.grad[4:].any()
+
+
+def test_values_are_set_by_copy(parameter: LowBitTensor):
+    parameter.data.copy_(torch.zeros(13, 45))
+    assert not parameter.codes().any()
+
+
 def test_the_fused_kernel_is_refused_where_the_hooks_do_not_see_it(parameter: LowBitTensor):
     def zeros():
         return [torch.zeros(13, 45)]
