@@ -5,10 +5,11 @@ Importing this package registers its tuner types with PEFT; everything else is P
 
 from ._version import __version__
 from .calibration import preprocess_gptq
+from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
 from .grid import Grid
-from .registration import register
+from .registration import before_injection, register
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .tuners.lrqat.optim import create_lrqat_optimizer
@@ -32,3 +33,4 @@ __all__ = [
 
 register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)
 register("lowbitsr", config_cls=LowBitSRConfig, model_cls=LowBitSRModel, prefix=LowBitSRModel.prefix)
+before_injection(adopt_own)

@@ -7,10 +7,15 @@ JSON behave as for PEFT's own methods. Everything here is idempotent.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+from torch import nn
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -45,3 +50,18 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
             f"The PEFT method {name!r} is already registered by {known.__module__}. Import only one of the two "
             "packages."
         )
+
+
+def before_injection(prepare: Callable[[nn.Module], None]) -> None:
+    """Have `prepare(model)` called before PEFT injects an adapter of any method; a second call with it does nothing."""
+    inject = BaseTuner.inject_adapter
+    if getattr(inject, "prepare", None) is prepare:
+        return
+
+    @functools.wraps(inject)
+    def prepared(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        prepare(model)
+        inject(self, model, *args, **kwargs)
+
+    prepared.prepare = prepare  # type: ignore[attr-defined]  # how the second call knows
+    BaseTuner.inject_adapter = prepared  # type: ignore[method-assign]  # PEFT offers no hook for this

@@ -1,22 +1,29 @@
-"""A compressed-tensors model that transformers loaded, made into what `load_quantized` gives.
+"""A quantized model that transformers loaded, made into what `load_quantized` gives.
 
 transformers keeps such a model packed until its first forward, which replaces the integers by floats. Both states are
 read: the packed one directly; in the other, scales and zero points are still there, and the codes follow from the
-floats (they are checked: the floats must be exactly those that codes and scales stand for).
+floats (they are checked: the floats must be exactly those that codes and scales stand for). BitNet's layers hold
+their codes as floats from the start.
+
+`adopt_own` is for float adapters of PEFT (LoRA ...). On a packed model as transformers loads it PEFT fails, because its
+layers have no `weight`; on the others it merges into a weight that the layer then quantizes again, or that the next
+`save_pretrained` stores beside the old scales.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.integrations.bitnet import AutoBitLinear
 
-from ..formats import reading
+from ..formats import bitnet, reading
 from ..formats.compressed_tensors import scheme_of
 from ..formats.record import Record
 from ..formats.scheme import Scheme
-from ..grid import Grid
+from ..grid import PER_TENSOR, TERNARY, Grid, GridTensor
 from ..modules.packed import describe, merged_layer
 from .load import replace_layer
 
@@ -30,19 +37,55 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
     Raises:
         ValueError: something is quantized that a `QuantizedLinear` cannot hold. Nothing was changed then.
     """
-    managed = {
-        name: module
-        for name, module in model.named_modules()
-        if getattr(module, "quantization_scheme", None) is not None and hasattr(module, "weight_scale")
-    }
+    managed = _managed(model)
     if not managed:
         return False
-    changed: Any = model  # its attributes are transformers', which declares few of them
-    record = Record.of(changed.config)
+    record = Record.of(cast(Any, model).config)
     layers = {
         name: _packed(name, module, _scheme(name, module), None if record is None else record.grid_of(name))
         for name, module in managed.items()
     }
+    _replace(model, layers)
+    return True
+
+
+def adopt_own(model: nn.Module) -> None:
+    """Do so before a float adapter is put on a checkpoint that this package wrote, or on one that PEFT cannot adapt.
+
+    Models that cannot be read stay as they are, and so do those of others on which PEFT works.
+    """
+    config = getattr(model, "config", None)
+    managed, bitnet_layers = _managed(model), _bitnet_layers(model)
+    if config is None or not (managed or bitnet_layers):
+        return
+    unreadable = any("weight" not in module._parameters for module in managed.values())
+    with contextlib.suppress(ValueError):
+        if (record := Record.of(config)) is not None or unreadable:
+            adopt_compressed_tensors(model)
+        if record is not None and bitnet_layers:
+            _replace(model, {name: _ternary(name, layer) for name, layer in bitnet_layers.items()})
+
+
+def _managed(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of what compressed-tensors manages."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None and hasattr(module, "weight_scale")
+    }
+
+
+def _bitnet_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of BitNet's layers as this package writes them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AutoBitLinear) and not module.online_quant and module.rms_norm is None
+    }
+
+
+def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    changed: Any = model  # its attributes are transformers', which declares few of them
     for name, layer in layers.items():
         replace_layer(model, name, layer)
     hook = model.__dict__.pop("ct_decompress_hook", None)
@@ -54,7 +97,6 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
     changed.is_quantized = False
     changed.config._is_quantized = False
     describe(model)
-    return True
 
 
 def _scheme(name: str, module: nn.Module) -> Scheme:
@@ -70,3 +112,12 @@ def _packed(name: str, module: Any, stored: Scheme, recorded: Grid | None) -> nn
     weight = reading.read(stored, tensors, module.out_features, module.in_features, name, recorded)
     scale_dtype = tensors["weight_scale"].dtype
     return merged_layer(weight, module.bias, stored.bits, scale_dtype, activations=stored.activations)
+
+
+@torch.no_grad()
+def _ternary(name: str, module: Any) -> nn.Module:
+    codes = module.weight.detach().to(torch.int8)
+    if not torch.equal(codes.to(module.weight.dtype), module.weight) or codes.abs().max() > 1:
+        raise ValueError(f"The weight of module {name!r} does not lie on its grid any more.")
+    weight = GridTensor(codes, module.weight_scale.float().view(1, 1), None, Grid(TERNARY, PER_TENSOR))
+    return merged_layer(weight, module.bias, 2, module.weight_scale.dtype, activations=bitnet.NAME)
