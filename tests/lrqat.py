@@ -21,7 +21,7 @@ ATTENTION = ["q_proj", "v_proj"]
 #: Adapters that start away from the base.
 MOVED = {"init_lora_weights": False}
 ONLY = "lora_only"
-STORED = {"lora_A.weight", "lora_B.weight", "lora_scale_shift"}
+STORED = {"lora_A.weight", "lora_B.weight", "lora_scale_shift.weight"}
 adapt = adapted
 
 

@@ -202,13 +202,18 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
+def current_key(key: str) -> str:
+    """The name that a tensor of an adapter's file has today; early files left the scale shifts' `.weight` out."""
+    return f"{key}.weight" if key.endswith("_scale_shift") else key
+
+
 def _adapter_shapes(path: str) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes in a local adapter file (its header is read, not its data); None if there is no such file."""
     if not os.path.isfile(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {current_key(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"The adapter file {path!r} is truncated or damaged ({error}). Nothing was loaded; copy or download it "

@@ -36,6 +36,20 @@ def merging(options: Any) -> Iterator[None]:
         _MODEL_OPTIONS.reset(token)
 
 
+class AdapterWeight(nn.Module):
+    """One adapter's `weight`, a parameter of a layer, with no forward of its own.
+
+    It is a module so that the parameter's name is `<what>.<adapter>.weight`, as lora_A's is: TRL copies an adapter by
+    names that hold ".default.".
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 

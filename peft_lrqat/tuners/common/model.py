@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
+from .config import current_key
 from .extras import check_adapter_file, check_extras
 from .fingerprint import check_fingerprint, fingerprint
 from .frozen import packed_state_dict
@@ -209,6 +210,7 @@ class QuantizingModel(LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = {current_key(key): value for key, value in state_dict.items()}
         with packed_state_dict():
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, layer in model.named_modules():

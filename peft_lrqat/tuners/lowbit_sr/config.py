@@ -163,7 +163,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             "lowbitsr_scale": scales,
         }
         if self.learn_scales:
-            shapes["lowbitsr_scale_shift"] = scales
+            shapes["lowbitsr_scale_shift.weight"] = scales
         return shapes
 
     def recipe(self) -> str:

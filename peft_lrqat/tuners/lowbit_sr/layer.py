@@ -43,10 +43,10 @@ from ...ops.low_bit import low_bit_levels, low_bit_linear, mean_code
 from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
-from ..common.layer import MergingLayer
+from ..common.layer import AdapterWeight, MergingLayer
 from .config import LowBitSRConfig
 from .dropped import DroppedBase
-from .parts import PARTS, PartView, WeightDict
+from .parts import PARTS, LowBitWeight, PartView
 from .tensor import LowBitTensor
 
 
@@ -54,13 +54,13 @@ class LowBitSRLayer(MergingLayer):
     """What every layer of low-bit SR has.
 
     Attributes:
-        lowbitsr_weight: WeightDict, adapter -> `LowBitTensor` (out, in), the trainable codes.
-        lowbitsr_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; entries
-            exist with `learn_scales=True` only.
+        lowbitsr_weight: ModuleDict, adapter -> LowBitWeight, a `LowBitTensor` (out, in): the trainable codes.
+        lowbitsr_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
+            entries exist with `learn_scales=True` only.
     """
 
-    lowbitsr_weight: WeightDict
-    lowbitsr_scale_shift: nn.ParameterDict
+    lowbitsr_weight: Any  # nn.ModuleDict; torch types what is inside as Tensor | Module
+    lowbitsr_scale_shift: Any
 
     adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
     # PEFT looks an adapter of a mixed batch up in lora_A
@@ -100,10 +100,10 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         )
         LowBitSRLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
-        self.lowbitsr_weight = WeightDict({})
+        self.lowbitsr_weight = nn.ModuleDict({})
         for name_of_part, attribute in PARTS.items():
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
-        self.lowbitsr_scale_shift = nn.ParameterDict({})
+        self.lowbitsr_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LowBitSRConfig] = {}
         self._before_merge: FrozenWeight | DroppedBase | None = None
         self._active_adapter = adapter_name
@@ -128,9 +128,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         if not config.init_weights:
             # for tests: an adapter that moves most weights by a step or so
             weight.round_from(weight.to_float() + torch.randn(weight.shape, device=packed.device) * scale.mean())
-        self.lowbitsr_weight[adapter_name] = nn.Parameter(weight)
+        self.lowbitsr_weight[adapter_name] = LowBitWeight(weight)
         if config.learn_scales:
-            self.lowbitsr_scale_shift[adapter_name] = nn.Parameter(torch.zeros_like(scale))
+            self.lowbitsr_scale_shift[adapter_name] = AdapterWeight(torch.zeros_like(scale))
         self.adapter_options[adapter_name] = config
         self.lora_A[adapter_name] = nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -172,11 +172,11 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
 
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
-        weight: Any = self.lowbitsr_weight[adapter]
+        weight: Any = self.lowbitsr_weight[adapter].weight
         kept = self.frozen.scale_dtype
         scale, shift, factor, ternary = weight.scale, None, None, None
         if adapter in self.lowbitsr_scale_shift:
-            shift = self.lowbitsr_scale_shift[adapter]
+            shift = self.lowbitsr_scale_shift[adapter].weight
             # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
             scale = trained_scale(weight.scale.clone(), shift, kept)
             factor = (scale / weight.scale).detach()
@@ -209,7 +209,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        weight: Any = self.lowbitsr_weight[adapter]
+        weight: Any = self.lowbitsr_weight[adapter].weight
         options = self.adapter_options[adapter]
         if not hasattr(weight, "packed"):
             raise ValueError(
@@ -246,7 +246,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
     @torch.no_grad()
     def _levels(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """int8 (out, in), the integers of the forward, and their fp32 scale."""
-        weight: Any = self.lowbitsr_weight[adapter]
+        weight: Any = self.lowbitsr_weight[adapter].weight
         scale, ternary, _ = self._scales(adapter)
         if ternary is None:
             return weight.codes(), scale

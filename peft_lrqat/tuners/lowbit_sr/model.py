@@ -111,7 +111,7 @@ class LowBitSRModel(QuantizingModel):
         for name, layer in model.named_modules():
             if not isinstance(layer, LowBitSRLinear) or adapter_name not in layer.lowbitsr_weight:
                 continue
-            weight: Any = layer.lowbitsr_weight[adapter_name]
+            weight: Any = layer.lowbitsr_weight[adapter_name].weight
             for part, attribute in PARTS.items():
                 found, here = remapped.get(f"{name}.{part}.{adapter_name}"), getattr(weight, attribute)
                 if found is not None and (found.shape, found.dtype) != (here.shape, here.dtype):

@@ -3,10 +3,10 @@
 A `LowBitTensor` is three plain tensors. Files, `load_state_dict` and transformers' own loader shall meet those, under
 names of their own, and never the wrapper, nor a float weight:
 
-    lowbitsr_weight.<adapter>     the parameter; in no state dict
-    lowbitsr_codes.<adapter>      its packed codes        int32 (out, words)
-    lowbitsr_scale.<adapter>      its scales              fp32  (rows, groups)
-    lowbitsr_stream.<adapter>     key and step of its random numbers    int64 (2,)
+    lowbitsr_weight.<adapter>.weight    the parameter; in no state dict
+    lowbitsr_codes.<adapter>            its packed codes        int32 (out, words)
+    lowbitsr_scale.<adapter>            its scales              fp32  (rows, groups)
+    lowbitsr_stream.<adapter>           key and step of its random numbers    int64 (2,)
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.layer import AdapterWeight
+
 #: Name in a state dict -> attribute of `LowBitTensor`.
 PARTS = {"lowbitsr_codes": "packed", "lowbitsr_scale": "scale", "lowbitsr_stream": "stream"}
 
 
-class WeightDict(nn.ParameterDict):
-    """Adapter -> `LowBitTensor`; in no state dict."""
+class LowBitWeight(AdapterWeight):
+    """One adapter's `LowBitTensor`; in no state dict."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> WeightDict:
+    def _apply(self, fn: Any, recurse: bool = True) -> LowBitWeight:
         # torch swaps a moved subclass for a new one, which would leave gradient hooks behind: only where it must
-        for weight in self.values():
-            if weight.device != fn(torch.empty(0, device=weight.device)).device:
-                super()._apply(fn, recurse)
-                break
+        if self.weight.device != fn(torch.empty(0, device=self.weight.device)).device:
+            super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -41,7 +41,7 @@ class WeightDict(nn.ParameterDict):
 class PartView(nn.Module):
     """One of `PARTS` of every adapter, as a state dict has it. Setting an entry writes to the weight."""
 
-    def __init__(self, weights: WeightDict, attribute: str) -> None:
+    def __init__(self, weights: nn.ModuleDict, attribute: str) -> None:
         super().__init__()
         # not a submodule: it has the parameters already
         object.__setattr__(self, "_weights", weights)
@@ -49,7 +49,7 @@ class PartView(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         weights = self.__dict__.get("_weights", ())
-        return getattr(weights[name], self._attribute) if name in weights else super().__getattr__(name)
+        return getattr(weights[name].weight, self._attribute) if name in weights else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dict__.get("_weights", ()):

@@ -213,7 +213,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         rank = self.rank_of(name)
         shapes: dict[str, tuple] = {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
         if self.learn_scales:
-            shapes["lora_scale_shift"] = self.grid.scale_shape(out_features, in_features)
+            shapes["lora_scale_shift.weight"] = self.grid.scale_shape(out_features, in_features)
         return shapes
 
     def check_options(self) -> None:

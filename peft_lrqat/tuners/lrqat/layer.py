@@ -53,7 +53,7 @@ from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
 from ...ops.reference import codes
 from ..common.frozen import FrozenWeight, whole
-from ..common.layer import MergingLayer
+from ..common.layer import AdapterWeight, MergingLayer
 from .config import LRQATConfig
 from .loftq import residual_factors
 
@@ -71,13 +71,13 @@ class LRQATLayer(MergingLayer):
     """What every layer of LR-QAT has beside LoRA's containers.
 
     Attributes:
-        lora_scale_shift: ParameterDict, adapter -> fp32 (rows, groups), relative change of the scales; empty entries do
-            not exist where `learn_scales=False`.
+        lora_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
+            entries do not exist where `learn_scales=False`.
     """
 
     lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module
     lora_B: Any
-    lora_scale_shift: nn.ParameterDict
+    lora_scale_shift: Any
 
     adapter_layer_names = (*MergingLayer.adapter_layer_names, "lora_scale_shift")
 
@@ -123,7 +123,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             )
         LRQATLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = transposed
-        self.lora_scale_shift = nn.ParameterDict({})
+        self.lora_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LRQATConfig] = {}
         self._before_merge: FrozenWeight | None = None
         self.activations = config.activations  # all adapters of a model share it
@@ -144,7 +144,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         frozen = self.frozen
         if config.learn_scales:
             rows, groups = frozen.scale0_bits.shape
-            self.lora_scale_shift[adapter_name] = nn.Parameter(torch.zeros(rows, groups, device=frozen.device))
+            self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(rows, groups, device=frozen.device))
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
@@ -184,10 +184,10 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _operands(self, adapters: list[str]) -> Operands:
         """What these adapters make together, whole even if FSDP2 shards them."""
         if len(adapters) == 1 and (name := adapters[0]) in self.lora_A:  # nearly always: with little Python
-            shift = whole(self.lora_scale_shift[name]) if name in self.lora_scale_shift else None
+            shift = whole(self.lora_scale_shift[name].weight) if name in self.lora_scale_shift else None
             A, B = whole(self.lora_A[name].weight), whole(self.lora_B[name].weight)
             return Operands(shift, A, B, self.scaling[name])
-        shifts = [whole(self.lora_scale_shift[name]) for name in adapters if name in self.lora_scale_shift]
+        shifts = [whole(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
         shift = None
         if shifts:
             shift = shifts[0] if len(shifts) == 1 else torch.stack([shift.float() for shift in shifts]).sum(0)

@@ -111,11 +111,11 @@ class LRQATModel(QuantizingModel):
             del self._combining
         for layer in self.modules():
             if isinstance(layer, LRQATLayer) and adapter_name in layer.lora_scale_shift:
-                target = layer.lora_scale_shift[adapter_name]
+                target = layer.lora_scale_shift[adapter_name].weight
                 target.data.zero_()
                 for adapter, weight in zip(adapters, weights, strict=True):
                     if adapter in layer.lora_scale_shift:
-                        target.data.add_(layer.lora_scale_shift[adapter].data.to(target.dtype), alpha=weight)
+                        target.data.add_(layer.lora_scale_shift[adapter].weight.data.to(target.dtype), alpha=weight)
 
 
 def _warn_of_shards(state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:

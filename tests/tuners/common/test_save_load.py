@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import lrqat
@@ -112,3 +112,19 @@ def test_the_file_holds_the_adapter_and_nothing_else(method: ModuleType, trained
     assert card.startswith("---\n")
     assert "import peft_lrqat" in card
     assert f"KeyError: '{method.TYPE}'" in card
+
+
+def test_early_files_whose_scale_shifts_had_another_name_load(method: ModuleType, base_folder: Path, tmp_path: Path):
+    model = method.adapt(load(base_folder), **OPTIONS, learn_scales=True)
+    train(model, IDS)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    values = load_file(file)
+    early = {key.replace("_scale_shift.weight", "_scale_shift"): value for key, value in values.items()}
+    assert early.keys() != values.keys()
+    save_file(early, file, metadata={"format": "pt"})
+    again = PeftModel.from_pretrained(load(base_folder), tmp_path)
+    again.load_adapter(tmp_path, adapter_name="second")
+    for adapter in ("default", "second"):
+        again.set_adapter(adapter)
+        assert torch.equal(logits(again.eval(), IDS), logits(model, IDS))

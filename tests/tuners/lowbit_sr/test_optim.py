@@ -261,14 +261,14 @@ def test_a_layer_used_twice_is_updated_once_with_the_sum():
     layer = model.base_model.model["block"]
     twin = copy.deepcopy(layer)
     x = torch.randn(5, 16)
-    fused = LowBitAdamW([layer.lowbitsr_weight["default"]], lr=1e-1, fused_backward=True)
+    fused = LowBitAdamW([layer.lowbitsr_weight["default"].weight], lr=1e-1, fused_backward=True)
     layer(layer(x)).square().sum().backward()
     fused.step()
-    ordinary = LowBitAdamW([twin.lowbitsr_weight["default"]], lr=1e-1)
+    ordinary = LowBitAdamW([twin.lowbitsr_weight["default"].weight], lr=1e-1)
     twin(twin(x)).square().sum().backward()
     ordinary.step()
-    assert torch.equal(layer.lowbitsr_weight["default"].codes(), twin.lowbitsr_weight["default"].codes())
-    assert int(layer.lowbitsr_weight["default"].stream[1]) == 1
+    assert torch.equal(layer.lowbitsr_weight["default"].weight.codes(), twin.lowbitsr_weight["default"].weight.codes())
+    assert int(layer.lowbitsr_weight["default"].weight.stream[1]) == 1
 
 
 def test_what_needs_all_gradients_at_once_is_refused():

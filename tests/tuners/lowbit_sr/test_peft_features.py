@@ -14,18 +14,19 @@ from tests.models import logits, low_bit, tiny, train
 
 
 def test_each_layer_has_a_random_stream_of_its_own():
-    keys = [int(layer.lowbitsr_weight["default"].stream[0]) for layer in layers(low_bit(tiny(), **GRID)).values()]
-    assert len(set(keys)) == len(keys) == 14
-    again = [int(layer.lowbitsr_weight["default"].stream[0]) for layer in layers(low_bit(tiny(), **GRID)).values()]
-    seeded = [int(la.lowbitsr_weight["default"].stream[0]) for la in layers(low_bit(tiny(), **GRID, seed=1)).values()]
-    assert again == keys
-    assert not set(seeded) & set(keys)
+    def keys(**options) -> list[int]:
+        model = low_bit(tiny(), **GRID, **options)
+        return [int(layer.lowbitsr_weight["default"].weight.stream[0]) for layer in layers(model).values()]
+
+    assert len(set(keys())) == len(keys()) == 14
+    assert keys() == keys()
+    assert not set(keys(seed=1)) & set(keys())
 
 
 def test_delta_weights_are_how_far_training_went(base: PreTrainedModel):
     model = random_adapter(base)
     for layer in layers(model).values():
-        moved = layer.lowbitsr_weight["default"].to_float() - layer.get_base_layer().weight
+        moved = layer.lowbitsr_weight["default"].weight.to_float() - layer.get_base_layer().weight
         assert moved.abs().max() > 0
         assert torch.equal(layer.get_delta_weight("default"), moved)
 

@@ -23,7 +23,7 @@ def test_adapters_lie_side_by_side(base: PreTrainedModel):
     two = logits(model, IDS)
     assert not torch.equal(two, one)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if n.endswith("lowbitsr_weight.second")
+        n for n, p in model.named_parameters() if n.endswith("lowbitsr_weight.second.weight")
     }
     train(model, IDS, steps=2)
     model.set_adapter("default")
@@ -73,7 +73,7 @@ def test_safe_merge_refuses_what_is_not_finite(base: PreTrainedModel):
     model = random_adapter(base)
     model.merge_adapter(safe_merge=True)
     model.unmerge_adapter()
-    next(iter(layers(model).values())).lowbitsr_weight["default"].scale[0, 0] = torch.nan
+    next(iter(layers(model).values())).lowbitsr_weight["default"].weight.scale[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
 

@@ -16,13 +16,13 @@ from tests.models import logits, tiny, train
 
 def test_casting_the_model_changes_no_code(base: PreTrainedModel):
     model = random_adapter(base)
-    before = {name: layer.lowbitsr_weight["default"].codes() for name, layer in layers(model).items()}
+    before = {name: layer.lowbitsr_weight["default"].weight.codes() for name, layer in layers(model).items()}
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
         model.to(dtype)
         assert logits(model, IDS).dtype == dtype
     for name, layer in layers(model).items():
-        assert torch.equal(layer.lowbitsr_weight["default"].codes(), before[name])
-        assert layer.lowbitsr_weight["default"].scale.dtype == torch.float32
+        assert torch.equal(layer.lowbitsr_weight["default"].weight.codes(), before[name])
+        assert layer.lowbitsr_weight["default"].weight.scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
@@ -30,10 +30,10 @@ def test_a_bf16_model_trains_with_fp32_gradients(autocast_adapter_dtype: bool):
     model = get_peft_model(
         tiny(dtype=torch.bfloat16), other(init_weights=True), autocast_adapter_dtype=autocast_adapter_dtype
     )
-    before = [layer.lowbitsr_weight["default"].codes() for layer in layers(model).values()]
+    before = [layer.lowbitsr_weight["default"].weight.codes() for layer in layers(model).values()]
     losses = train(model, IDS, steps=10, lr=1e-2)
     assert losses[-1] < losses[0]
-    after = [layer.lowbitsr_weight["default"].codes() for layer in layers(model).values()]
+    after = [layer.lowbitsr_weight["default"].weight.codes() for layer in layers(model).values()]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -44,7 +44,7 @@ def test_autocast_computes_in_bf16_and_gives_fp32_gradients(base: PreTrainedMode
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
-    assert layer.lowbitsr_weight["default"].grad.dtype == torch.float32
+    assert layer.lowbitsr_weight["default"].weight.grad.dtype == torch.float32
     expected = layer(x)
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
@@ -71,7 +71,7 @@ def test_gradient_checkpointing_trains_the_same(base: PreTrainedModel, use_reent
             model(input_ids=IDS, labels=IDS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return [layer.lowbitsr_weight["default"].codes() for layer in layers(model).values()]
+        return [layer.lowbitsr_weight["default"].weight.codes() for layer in layers(model).values()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 

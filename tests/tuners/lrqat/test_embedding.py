@@ -33,7 +33,7 @@ def formula(layer: LRQATEmbedding, ids: torch.Tensor) -> torch.Tensor:
     Z = decode_base(frozen.base, frozen.fmt) + (B + (near.B - B).detach()) @ (A + (near.A - A).detach())
     qmin, qmax = frozen.grid.qmin, frozen.grid.qmax
     Q = (Z + (Z.round() - Z).detach()).clamp(qmin, qmax)
-    s = frozen.scale0 * (1 + layer.lora_scale_shift["default"])
+    s = frozen.scale0 * (1 + layer.lora_scale_shift["default"].weight)
     levels = grouped(Q, s) if frozen.zero_point is None else grouped(Q, s) - frozen.zero_point.unsqueeze(-1)
     return (levels * s.unsqueeze(-1)).view(frozen.out_features, -1)[ids]
 

@@ -61,12 +61,13 @@ def test_weighted_adapters_combine_scale_shifts_linearly(base: PreTrainedModel, 
     )
     with torch.no_grad():
         for layer in layers(model).values():
-            layer.lora_scale_shift["default"].fill_(0.25)
-            layer.lora_scale_shift["other"].fill_(-0.5)
+            layer.lora_scale_shift["default"].weight.fill_(0.25)
+            layer.lora_scale_shift["other"].weight.fill_(-0.5)
     density = {} if kind in ("linear", "cat", "svd") else {"density": 0.7}
     model.add_weighted_adapter(["default", "other"], [2.0, 0.5], "mix", combination_type=kind, **density)
     for layer in layers(model).values():
-        assert torch.equal(layer.lora_scale_shift["mix"], torch.full_like(layer.lora_scale_shift["mix"], 0.25))
+        shift = layer.lora_scale_shift["mix"].weight
+        assert torch.equal(shift, torch.full_like(shift, 0.25))
         if kind in ("cat", "svd"):
             wanted = 2 * layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("other")
             rank = 6 if kind == "cat" else 3

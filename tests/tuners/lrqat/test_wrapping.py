@@ -36,9 +36,9 @@ def test_adapters_of_a_bf16_model(autocast_adapter_dtype: bool):
     model = get_peft_model(tiny(dtype=torch.bfloat16), config, autocast_adapter_dtype=autocast_adapter_dtype)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     assert dtypes == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
-    before = [layer.lora_scale_shift["default"].detach().clone() for layer in layers(model).values()]
+    before = [layer.lora_scale_shift["default"].weight.detach().clone() for layer in layers(model).values()]
     train(model, IDS, steps=2, lr=1e-3)
-    moved = [layer.lora_scale_shift["default"] for layer in layers(model).values()]
+    moved = [layer.lora_scale_shift["default"].weight for layer in layers(model).values()]
     assert all(not torch.equal(a, b) for a, b in zip(before, moved, strict=True))
 
 
@@ -50,7 +50,7 @@ def test_autocast_computes_in_bf16_and_returns_fp32_gradients(base: PreTrainedMo
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
-    assert layer.lora_scale_shift["default"].grad.dtype == torch.float32
+    assert layer.lora_scale_shift["default"].weight.grad.dtype == torch.float32
     expected = layer(x)
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
@@ -86,7 +86,7 @@ def test_compiled_layers_have_no_graph_break(symmetric: bool):
         y = run(x)
         y.square().sum().backward()
         results.append(
-            [y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_scale_shift["default"].grad]
+            [y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_scale_shift["default"].weight.grad]
         )
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
