@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from ..files import write_atomically
+from ..files import new_folder, write_atomically
 from ..formats import writer_of
 from ..formats.gguf.reader import GGUFFile
 from ..formats.shards import parse_size
@@ -25,6 +22,7 @@ from .card import card_text
 from .findings import Check, Report
 from .folder import FolderSource
 from .open import open_source
+from .places import check_apart
 from .verify_gguf import differences, float_differences, gguf_file
 
 _TOKENIZER_FILES = (
@@ -55,8 +53,8 @@ def can_export(
     Raises:
         ValueError: the format or an option does not exist, or the source cannot be read.
     """
-    source, chosen, settings = _prepare(model_or_dir, format, container_bits, allow_inexact, options)
-    return Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
+    chosen, settings = _settings(format, container_bits, allow_inexact, options)
+    return Check(format, tuple(chosen.problems(open_source(model_or_dir), settings)), allow_inexact)
 
 
 def export(
@@ -74,7 +72,8 @@ def export(
 ) -> Report:
     """Write a trained model in another format, from its codes and scales; no weight is rounded a second time.
 
-    Layers are merged, packed and written one at a time. The folder appears when it is complete, or not at all.
+    Layers are merged, packed and written one at a time. The folder appears when it is complete, or not at all; what is
+    wrong with its place is found before the source is opened. (`files.new_folder` says what else is promised.)
 
     Args:
         model_or_dir: a merged model; a PeftModel with LR-QAT or low-bit SR adapters, which stays as it is; the folder
@@ -96,17 +95,22 @@ def export(
     Raises:
         ValueError: the model cannot be written exactly in this format (see `can_export`), or an option is wrong.
             Nothing was written then.
-        FileExistsError: `out` is not empty and `overwrite` is False.
+        FileExistsError: `out` is not empty and `overwrite` is False; or it is a file, a mount point, the working
+            directory, the source, the base model that an adapter needs, or a folder above or in one of these.
+        BlockingIOError: another export is writing there.
+        OSError: its place cannot be written in, or has no room.
     """
     out = Path(out)
     size = parse_size(max_shard_size)
-    _check_free(out, model_or_dir, overwrite)
-    source, chosen, settings = _prepare(model_or_dir, format, container_bits, allow_inexact, options)
-    check = Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
-    if not check:
-        raise ValueError(str(check))
-    settings = Settings(container_bits, allow_inexact, size, tokenizer or source.tokenizer, settings.options)
-    with _temporary_folder(out.resolve()) as folder:  # a link stays, and leads to what is written
+    chosen, settings = _settings(format, container_bits, allow_inexact, options)
+    check_apart(out, model_or_dir, tokenizer)
+    with new_folder(out, overwrite) as folder:
+        source = open_source(model_or_dir)
+        check = Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
+        if not check:
+            raise ValueError(str(check))
+        _check_room(source, folder)
+        settings = replace(settings, max_shard_size=size, tokenizer=tokenizer or source.tokenizer)
         with tqdm(total=len(source.grids()), desc=f"Writing {format}", unit="layer", disable=not progress) as bar:
             written = chosen.write(source, folder, settings, lambda name: bar.update())
         if written.loss is None:
@@ -118,62 +122,26 @@ def export(
     return report
 
 
-def _prepare(
-    model_or_dir: Any, format: str, container_bits: Any, allow_inexact: bool, options: dict[str, Any]
-) -> tuple[Source, Writer, Settings]:
+def _settings(
+    format: str, container_bits: Any, allow_inexact: bool, options: dict[str, Any]
+) -> tuple[Writer, Settings]:
     chosen = writer_of(format)
     made = make_options(chosen, options)
     whole = isinstance(container_bits, int) and not isinstance(container_bits, bool) and 2 <= container_bits <= 8
     if container_bits is not None and not whole:
         raise ValueError(f"`container_bits` is {container_bits!r}; it must be an integer from 2 to 8, or None.")
-    return open_source(model_or_dir), chosen, Settings(container_bits, allow_inexact, options=made)
+    return chosen, Settings(container_bits, allow_inexact, options=made)
 
 
-def _check_free(out: Path, model_or_dir: Any, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{str(out)!r} is a file. Name a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise FileExistsError(f"The folder {str(out)!r} is not empty. Name another, or pass overwrite=True.")
-        for needed in _read_from(model_or_dir):
-            if needed == out.resolve() or out.resolve() in needed.parents:
-                what = "is" if needed == out.resolve() else "has in it"
-                raise FileExistsError(
-                    f"{str(out)!r} {what} the source itself, or the base model that it needs ({str(needed)!r}), which "
-                    "would be lost. Name another folder."
-                )
-
-
-def _read_from(model_or_dir: Any) -> list[Path]:
-    """The folders that an export reads: the source's, and the base model's of an adapter."""
-    if not isinstance(model_or_dir, str | os.PathLike):
-        return []
-    folder = Path(model_or_dir).resolve()
-    config = folder / "adapter_config.json"
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.exists() else None
-    return [folder, *([Path(base).resolve()] if base and Path(base).is_dir() else [])]
-
-
-@contextmanager
-def _temporary_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends, and is removed if it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        for path in folder.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if out.exists():  # a folder with content cannot be replaced in one step
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            os.replace(out, old)
-            os.replace(folder, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+def _check_room(source: Source, folder: Path) -> None:
+    """Raise OSError if not even the codes fit on the disk."""
+    least = sum(info.weights * info.grid.code_bits for info in source.grids().values()) // 8
+    free = shutil.disk_usage(folder).free
+    if free < least:
+        raise OSError(
+            f"The codes alone take {least / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free in "
+            f"{str(folder.parents[1])!r}. Make room, or name a folder on another disk."
+        )
 
 
 def _check_written(source: Source, folder: Path, progress: bool) -> None:

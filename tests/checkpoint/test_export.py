@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from peft_lrqat import can_export, export
+from peft_lrqat.checkpoint import export as exporting
 from peft_lrqat.checkpoint.open import open_source
 from peft_lrqat.formats.gguf.writer import TYPES
 from peft_lrqat.grid import TERNARY, Grid
@@ -113,8 +115,6 @@ class TestFolder:
         export(model, out, overwrite=True, progress=False)
         assert not (out / "old.txt").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        with pytest.raises(FileExistsError, match="which would be lost"):
-            export(out, out, overwrite=True, progress=False)
         (tmp_path / "file").write_text("")
         with pytest.raises(FileExistsError, match="is a file"):
             export(model, tmp_path / "file", overwrite=True, progress=False)
@@ -242,16 +242,41 @@ def test_embeddings_on_a_grid_become_dense(tmp_path: Path):
     assert torch.equal(reloaded(tmp_path / "out"), expected)
 
 
-def test_nothing_that_is_read_is_replaced(tmp_path: Path):
-    base = tiny("qwen2", num_hidden_layers=1)
-    base.save_pretrained(tmp_path / "run" / "base")
-    base.name_or_path = str(tmp_path / "run" / "base")
-    adapted(base, group_size=8).save_pretrained(tmp_path / "run" / "base" / "adapter")
-    on_grid(GRID).save_pretrained(tmp_path / "run" / "merged")
-    for source, out in (("merged", "."), ("base/adapter", "."), ("base/adapter", "base"), ("merged", "merged")):
-        with pytest.raises(FileExistsError, match="which would be lost"):
-            export(tmp_path / "run" / source, tmp_path / "run" / out, overwrite=True, progress=False)
-    assert (tmp_path / "run" / "base" / "adapter" / "adapter_config.json").exists()
+def test_what_is_wrong_with_the_place_is_found_before_the_source_is_opened(tmp_path: Path, monkeypatch):
+    on_grid(GRID).save_pretrained(tmp_path / "merged")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(exporting, "open_source", lambda source: pytest.fail("opened"))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out", full, tmp_path / "merged", tmp_path, Path(".")):
+        with pytest.raises(OSError, match=r"file|cannot be written in|not empty|lost|working directory"):
+            export(tmp_path / "merged", out, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "merged"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"The codes alone take .* GB"):
+        export(on_grid(GRID), tmp_path / "new" / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_exports_into_one_folder(tmp_path: Path, monkeypatch):
+    """The second is refused while the first is at work, and neither is lost."""
+    model, refused = on_grid(GRID), []
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError, match="Another export is writing"):
+            export(model, tmp_path / "out", "gptq", overwrite=True, progress=False)
+        refused.append(True)
+
+    monkeypatch.setattr(exporting, "_check_written", meanwhile)
+    export(model, tmp_path / "out", progress=False)
+    assert refused
+    assert open_source(tmp_path / "out").format == "compressed-tensors"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_link_leads_to_what_is_written(tmp_path: Path):
