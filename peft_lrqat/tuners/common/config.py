@@ -38,6 +38,7 @@ class GridConfig(PeftConfigMixin):
     range_p: float
     base_model_name_or_path: str | None
     base_fingerprint: str | None
+    base_checksum: str | None
     modules_to_save: list[str] | None
     layers_to_transform: list[int] | int | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
@@ -68,6 +69,14 @@ class GridConfig(PeftConfigMixin):
     def wants_quantized_base(self) -> bool:
         """Whether the adapter was made for a base that was quantized already."""
         return str(self.base_fingerprint).startswith(QUANTIZED_BASE)
+
+    def require_base(self) -> None:
+        """Note which base a loaded adapter asks for: conversion writes that of its own model to the fields."""
+        self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
+
+    def require_any_base(self) -> None:
+        """Forget it."""
+        self._required_fingerprint = self._required_checksum = None
 
     @property
     def bytes_per_weight(self) -> float:

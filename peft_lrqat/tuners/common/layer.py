@@ -50,6 +50,13 @@ class AdapterWeight(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
+def parameters_become_meta() -> bool:
+    """Whether PEFT puts new parameters on the meta device just now: within its `low_cpu_mem_usage`."""
+    probe = nn.Module()
+    probe.register_parameter("parameter", nn.Parameter(torch.empty(0)))
+    return probe.get_parameter("parameter").is_meta
+
+
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
@@ -82,6 +89,14 @@ class MergingLayer(LoraLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.frozen.device, self.frozen.compute_dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to where the base is, as it is: PEFT would round what was loaded to the base's dtype, and
+        would make it trainable."""
+        for name in self.adapter_layer_names:
+            container: Any = getattr(self, name)
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device or self.frozen.device)
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features

@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import nn
@@ -15,12 +16,16 @@ from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .config import current_key
 from .extras import check_adapter_file, check_extras
-from .fingerprint import check_fingerprint, fingerprint
+from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
 from .preflight import check_base, check_targets
 from .undo import Undo
+
+# How a PeftModel's files name the model, and, after the method's prefix, the checksum of the base.
+_PREFIX = "base_model.model."
+_CHECKSUM = "base_checksum"
 
 
 class _Conversion(NamedTuple):
@@ -69,10 +74,11 @@ class QuantizingModel(LoraModel):
             ValueError: the model or one of its targeted modules cannot be quantized as asked. Nothing was changed then.
             RuntimeError: another error came when there was no room to keep what had been converted already.
         """
-        config = self.peft_config[adapter_name]
+        # PEFT and the conversion write to the configuration, and its owner may use it for further models
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         undo: Undo | None = None
         try:
-            undo = Undo([*self.modules(), config, getattr(model, "config", None)])
+            undo = Undo([*self.modules(), getattr(model, "config", None)])
             self._inject(model, adapter_name, undo, *args, **kwargs)
         except BaseException as error:
             restored = undo is None or undo.restore()
@@ -129,7 +135,15 @@ class QuantizingModel(LoraModel):
         return checksums
 
     def _check_converted(self, targets: dict[str, nn.Module], config: Any) -> None:
-        """For subclasses: what can be checked only when the layers are converted. Raises ValueError."""
+        """Note which integers the base became; raises ValueError if the adapter was trained over others."""
+        model: nn.Module = self.model
+        layers: list[Any] = [model.get_submodule(name) for name in targets]
+        config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
+        check_checksum(config.base_checksum, config._required_checksum)
+        # transformers' own `load_adapter` reads the file without us, and would report the checksum as a stray tensor
+        ignored = vars(model).get("_keys_to_ignore_on_load_unexpected")
+        if isinstance(ignored, set):
+            ignored.add(rf"(^|\.){self.prefix}{_CHECKSUM}(\.|$)")
 
     def _source_checksum(self, name: str) -> int | None:
         """The checksum of the weight that is being converted, where it is known."""
@@ -209,14 +223,36 @@ class QuantizingModel(LoraModel):
             return super().state_dict(*args, **kwargs)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
+            # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
+            prefix = _PREFIX if any(key.startswith(_PREFIX) for key in found) else ""
+            found[prefix + cls.prefix + _CHECKSUM] = as_tensor(config.base_checksum)
+        return found
+
+    @classmethod
+    def _adapter_tensors(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """What PEFT saves of an adapter."""
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = {current_key(key): value for key, value in state_dict.items()}
         with packed_state_dict():
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        saved = {key: remapped.pop(key) for key in list(remapped) if cls.prefix + _CHECKSUM in key.split(".")}
         for name, layer in model.named_modules():
             if isinstance(layer, MergingLayer):
                 _check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
+        cls._check_loaded(model, config, adapter_name, remapped)
+        if saved:
+            _check_same_base(model, adapter_name, saved, cls.prefix + _CHECKSUM)
         return remapped
+
+    @classmethod
+    def _check_loaded(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]) -> None:
+        """For subclasses: raise ValueError if tensors of an adapter's file cannot be those of the model's layers."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: rounding is not additive."""
@@ -254,6 +290,26 @@ def _adapters_of(module: nn.Module) -> dict[str, Any]:
 
 def _layers_with(adapter: str, model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if adapter in _adapters_of(module)}
+
+
+def _check_same_base(model: nn.Module, adapter_name: str, saved: dict[str, torch.Tensor], name: str) -> None:
+    """Raise ValueError if an adapter was trained over other integers than the model's.
+
+    Args:
+        saved: the checksums, called `name`, of its file: one for the adapter, or, from earlier versions, one a layer.
+    """
+    layers = {
+        path: int(layer.frozen.checksum())
+        for path, layer in model.named_modules()
+        if adapter_name in _adapters_of(layer)
+    }
+    for key, value in saved.items():
+        where = key.partition(f".{name}")[0]
+        known = layers.get(where, layers.get(where.removeprefix(_PREFIX)))
+        if known is None and where in ("", name, _PREFIX[:-1]):
+            check_checksum(in_order(layers.values()), in_order([int(value)]))
+        elif known is not None:
+            check_checksum(in_order([known]), in_order([int(value)]))
 
 
 def _check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:

@@ -107,7 +107,14 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     seed: int = field(default=0, metadata={"help": "Of the random numbers that round, one stream for each weight."})
     base_fingerprint: str | None = field(
         default=None,
-        metadata={"help": "Set by the conversion and saved with the adapter: a checksum of the base's float weights."},
+        metadata={
+            "help": "Set by the conversion and saved with the adapter: a checksum of the float weights it was made "
+            "for. An adapter is loaded on that base only."
+        },
+    )
+    base_checksum: str | None = field(
+        default=None,
+        metadata={"help": "Set by the conversion and saved with the adapter: a checksum of the base's integers."},
     )
 
     def __post_init__(self) -> None:
@@ -119,8 +126,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         self.check_options()
         if self.range_method is None:
             self.range_method = "absmean" if self.grid.ternary else "minmax" if self.bits == 8 else "lp"
-        # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
-        self._required_fingerprint = self.base_fingerprint
+        self.require_base()
 
     @property
     def target_parameters(self) -> None:

@@ -23,12 +23,17 @@ class DroppedBase(nn.Module):
         self.out_features, self.in_features = frozen.out_features, frozen.in_features
         self.compute_dtype, self.transposed, self.grid = frozen.compute_dtype, frozen.transposed, frozen.grid
         self.scale_dtype, self.source_checksum = frozen.scale_dtype, frozen.source_checksum
+        self._checksum = frozen.checksum()
         self.register_parameter("bias", frozen.bias)
         self.register_buffer("where", torch.empty(0, device=frozen.device), persistent=False)
 
     @property
     def device(self) -> torch.device:
         return self.where.device  # type: ignore[return-value]  # torch types buffers as Tensor | Module
+
+    def checksum(self) -> torch.Tensor:
+        """That of the base that was dropped (`FrozenWeight.checksum`)."""
+        return self._checksum
 
     def _apply(self, fn: Any, recurse: bool = True) -> DroppedBase:
         # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would

@@ -43,7 +43,7 @@ from ...ops.low_bit import low_bit_levels, low_bit_linear, mean_code
 from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
-from ..common.layer import AdapterWeight, MergingLayer
+from ..common.layer import AdapterWeight, MergingLayer, parameters_become_meta
 from .config import LowBitSRConfig
 from .dropped import DroppedBase
 from .parts import PARTS, LowBitWeight, PartView
@@ -113,27 +113,39 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
 
     # -- adapters
 
-    @skip_init_on_device  # PEFT would move a tensor subclass to the meta device in a way that it cannot be
-    def update_layer(self, adapter_name: str, config: LowBitSRConfig, name: str) -> None:
-        """Add an adapter, which starts at the base (PEFT's model calls this)."""
+    def update_layer(  # type: ignore[override]  # there is no rank
+        self, adapter_name: str, config: LowBitSRConfig, name: str
+    ) -> None:
+        """Add an adapter, which starts at the base (PEFT's model calls this).
+
+        Within PEFT's `low_cpu_mem_usage`, where the adapter's values are about to be loaded, it is made on the meta
+        device.
+        """
         frozen = self.frozen
         if isinstance(frozen, DroppedBase):
             raise ValueError(
                 f"Adapter {adapter_name!r} would start at the base codes, which `keep_base=False` dropped. Adapt the "
                 "float model with `keep_base=True` for several adapters."
             )
-        packed, scale = frozen.base.detach().clone(), frozen.scale0.detach().clone()
-        stream = torch.tensor([stream_key(config.seed, name), 0], device=packed.device)
-        weight = LowBitTensor(packed, scale, stream, config.grid, frozen.in_features, config.error_feedback)
-        if not config.init_weights:
-            # for tests: an adapter that moves most weights by a step or so
-            weight.round_from(weight.to_float() + torch.randn(weight.shape, device=packed.device) * scale.mean())
-        self.lowbitsr_weight[adapter_name] = LowBitWeight(weight)
-        if config.learn_scales:
-            self.lowbitsr_scale_shift[adapter_name] = AdapterWeight(torch.zeros_like(scale))
+        self._add(adapter_name, frozen, config, name, "meta" if parameters_become_meta() else frozen.device)
         self.adapter_options[adapter_name] = config
         self.lora_A[adapter_name] = nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @skip_init_on_device  # PEFT would move a tensor subclass to the meta device in a way that it cannot be
+    def _add(
+        self, adapter_name: str, frozen: FrozenWeight, config: LowBitSRConfig, name: str, device: torch.device | str
+    ) -> None:
+        stored = (frozen.base, frozen.scale0)
+        packed, scale = (torch.empty_like(t, device=device).copy_(t.detach()) for t in stored)
+        stream = torch.tensor([stream_key(config.seed, name), 0], device=device)
+        weight = LowBitTensor(packed, scale, stream, config.grid, frozen.in_features, config.error_feedback)
+        if not config.init_weights and not weight.is_meta:
+            # for tests: an adapter that moves most weights by a step or so
+            weight.round_from(weight.to_float() + torch.randn(weight.shape, device=device) * scale.mean())
+        self.lowbitsr_weight[adapter_name] = LowBitWeight(weight)
+        if config.learn_scales:
+            self.lowbitsr_scale_shift[adapter_name] = AdapterWeight(torch.zeros_like(scale))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter (or several of which this layer has one).

@@ -99,28 +99,26 @@ class LowBitSRModel(QuantizingModel):
     # -- state dicts: `parts.py` has what is special
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _adapter_tensors(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # the base class's own: LoRA's looks for DoRA in the configuration
         return super(LoraModel, cls)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+    def _check_loaded(cls, model, config, adapter_name, state_dict):
         for name, layer in model.named_modules():
             if not isinstance(layer, LowBitSRLinear) or adapter_name not in layer.lowbitsr_weight:
                 continue
             weight: Any = layer.lowbitsr_weight[adapter_name].weight
             for part, attribute in PARTS.items():
-                found, here = remapped.get(f"{name}.{part}.{adapter_name}"), getattr(weight, attribute)
+                found, here = state_dict.get(f"{name}.{part}.{adapter_name}"), getattr(weight, attribute)
                 if found is not None and (found.shape, found.dtype) != (here.shape, here.dtype):
                     raise ValueError(
                         f"In the adapter file, '{part}' of module {name!r} is {found.dtype} {tuple(found.shape)}, but "
                         f"this model needs {here.dtype} {tuple(here.shape)}: the adapter was made for another grid or "
                         "architecture. Load it on the model, with the configuration, that it was trained with."
                     )
-            codes = remapped.get(f"{name}.lowbitsr_codes.{adapter_name}")
+            codes = state_dict.get(f"{name}.lowbitsr_codes.{adapter_name}")
             if codes is not None:
                 config.check_codes(name, codes, weight.shape[1])
-        return remapped

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..common.layer import AdapterWeight
+from .tensor import LowBitTensor
 
 #: Name in a state dict -> attribute of `LowBitTensor`.
 PARTS = {"lowbitsr_codes": "packed", "lowbitsr_scale": "scale", "lowbitsr_stream": "stream"}
@@ -55,8 +56,18 @@ class PartView(nn.Module):
         if name not in self.__dict__.get("_weights", ()):
             super().__setattr__(name, value)
             return
+        if getattr(self, name).is_meta:
+            self._take(name, value.detach())
+            return
         with torch.no_grad():
             getattr(self, name).copy_(value.detach())
+
+    def _take(self, adapter: str, value: torch.Tensor) -> None:
+        """Put a tensor in the place of one that has no values yet (PEFT's `low_cpu_mem_usage`), without a copy."""
+        empty = self._weights[adapter].weight
+        inner = {name: getattr(empty, name) for name in PARTS.values()} | {self._attribute: value}
+        weight = LowBitTensor(*inner.values(), *empty._meta)
+        self._weights[adapter].weight = nn.Parameter(weight, empty.requires_grad)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for adapter in self._weights:

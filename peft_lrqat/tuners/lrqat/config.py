@@ -141,8 +141,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         self.check_options()
         if self.lora_alpha is None:
             self.lora_alpha = 16 * self.r
-        # what a loaded adapter asks for; each conversion that this object is used for overwrites the field itself
-        self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
+        self.require_base()
         # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
         init, self.init_lora_weights = self.init_lora_weights, True
         loftq_config, self.loftq_config = self.loftq_config, {}

@@ -43,6 +43,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -146,6 +147,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             rows, groups = frozen.scale0_bits.shape
             self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(rows, groups, device=frozen.device))
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        LoraLayer._move_adapter_to_device_of_base_layer(self, adapter_name)  # a new adapter takes the base's dtype
         self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)

@@ -9,16 +9,11 @@ import torch
 from torch import nn
 
 from ...checkpoint.adopt import adopt_compressed_tensors
-from ..common.fingerprint import as_tensor, check_checksum, in_order
 from ..common.model import QuantizingModel
 from .config import LRQATConfig
 from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
 from .quantized_base import adopt_base
-
-# How a PeftModel's files name the model, and what the checksum of the base is called in them.
-_PREFIX = "base_model.model."
-_CHECKSUM = "lora_base_checksum"
 
 
 class LRQATModel(QuantizingModel):
@@ -40,20 +35,10 @@ class LRQATModel(QuantizingModel):
 
     def _adopt_base(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> bool:
         if self._combining:  # PEFT made this config from another adapter's, which may have other targets
-            config._required_fingerprint = config._required_checksum = None
+            config.require_any_base()
         adopted = adopt_compressed_tensors(model)
         adopt_base(self._targets(model, config, state_dict), config)
         return adopted
-
-    def _check_converted(self, targets: dict[str, nn.Module], config: LRQATConfig) -> None:
-        model: nn.Module = self.model
-        layers: list[Any] = [model.get_submodule(name) for name in targets]
-        config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
-        check_checksum(config.base_checksum, config._required_checksum)
-        # transformers' own `load_adapter` reads the file without us, and would report the checksum as a stray tensor
-        ignored = vars(model).get("_keys_to_ignore_on_load_unexpected")
-        if isinstance(ignored, set):
-            ignored.add(rf"(^|\.){_CHECKSUM}(\.|$)")
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
@@ -76,20 +61,10 @@ class LRQATModel(QuantizingModel):
     # -- state dicts
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+    def _adapter_tensors(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         _warn_of_shards(found, adapter_name)
-        if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
-            # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
-            prefix = _PREFIX if any(key.startswith(_PREFIX) for key in found) else ""
-            found[prefix + _CHECKSUM] = as_tensor(config.base_checksum)
         return found
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_same_base(model, adapter_name, remapped)
-        return remapped
 
     # -- adapters
 
@@ -129,25 +104,3 @@ def _warn_of_shards(state_dict: dict[str, torch.Tensor], adapter_name: str) -> N
             "`stage3_gather_16bit_weights_on_model_save`; FSDP: a full state dict).",
             stacklevel=2,
         )
-
-
-def _check_same_base(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Take the checksums out of an adapter's file, and refuse an adapter that was trained over other integers.
-
-    Files have one for the adapter, or, from earlier versions, one for each layer.
-    """
-    saved = {key: state_dict.pop(key) for key in list(state_dict) if _CHECKSUM in key.split(".")}
-    if not saved:
-        return
-    layers = {
-        name: int(layer.frozen.checksum())
-        for name, layer in model.named_modules()
-        if isinstance(layer, LRQATLinear) and adapter_name in layer.adapter_options
-    }
-    for key, value in saved.items():
-        where = key.partition(f".{_CHECKSUM}")[0]
-        known = layers.get(where, layers.get(where.removeprefix(_PREFIX)))
-        if known is None and where in ("", _CHECKSUM, _PREFIX[:-1]):
-            check_checksum(in_order(layers.values()), in_order([int(value)]))
-        elif known is not None:
-            check_checksum(in_order([known]), in_order([int(value)]))

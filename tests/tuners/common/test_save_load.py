@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,19 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests import lrqat
-from tests.models import logits, tokens, train
+from tests.models import logits, tiny, tokens, train
 
 IDS = tokens()
 OPTIONS = {"bits": 3, "group_size": 8}
@@ -59,7 +67,7 @@ def test_every_route_gives_the_same_bits(
     model = ROUTES[route](base_folder, folder).eval()
     said = capfd.readouterr().err  # where transformers reports tensors that have no place
     assert "UNEXPECTED" not in said
-    assert "lora_base_checksum" not in said
+    assert "base_checksum" not in said
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert torch.equal(logits(model, IDS), expected)
     found = method.integers(model)
@@ -85,6 +93,59 @@ def test_several_adapters_are_saved_and_loaded_beside_each_other(method: ModuleT
     assert {p.device.type for p in again.parameters()} == {"cpu"}
 
 
+def test_low_cpu_mem_usage_rounds_nothing_to_the_models_dtype(method: ModuleType, tmp_path: Path):
+    """PEFT casts what it has loaded to the base's dtype, where it was fp32 in the file."""
+    options = {**OPTIONS, **({"learn_scales": True} if method.NAME == "Low-bit SR" else {})}
+    model = method.adapt(tiny(dtype=torch.bfloat16), **options)
+    train(model, IDS)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=True).eval()
+    assert all(torch.equal(a, b) for a, b in zip(method.integers(again), method.integers(model), strict=True))
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_with_low_cpu_mem_usage_the_adapter_is_the_tensors_of_the_file(
+    method: ModuleType, trained, monkeypatch: pytest.MonkeyPatch
+):
+    folder, _, _ = trained
+    lazy = inject_adapter_in_model(method.config(**OPTIONS), tiny(), low_cpu_mem_usage=True)
+    state = get_peft_model_state_dict(lazy)
+    assert len(state) >= 28
+    assert all(tensor.is_meta for tensor in state.values())
+    assert not any(p.is_meta for layer in method.layers(lazy).values() for p in layer.frozen.parameters())
+
+    read: dict[str, torch.Tensor] = {}
+    load_weights = peft_model.load_peft_weights
+    monkeypatch.setattr(peft_model, "load_peft_weights", lambda *a, **kw: read.update(load_weights(*a, **kw)) or read)
+    model = PeftModel.from_pretrained(tiny(), folder, low_cpu_mem_usage=True)
+    places = {tensor.untyped_storage().data_ptr() for tensor in read.values()}
+    state = get_peft_model_state_dict(model)
+    own = {key: tensor for key, tensor in state.items() if not key.endswith("_base_checksum")}
+    assert len(own) == len(state) - 1 >= 28
+    assert all(tensor.untyped_storage().data_ptr() in places for tensor in own.values())  # one copy, not two
+
+
+def test_one_configuration_serves_several_models(method: ModuleType, tmp_path: Path):
+    """... which are alive at the same time: it is not written to, and each adapter knows its own base."""
+    config = method.config(task_type="CAUSAL_LM")
+    before = copy.deepcopy(config)
+    models = [get_peft_model(tiny(seed=seed), config).eval() for seed in (0, 1)]
+    assert config == before
+    for seed, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(seed))
+        again = PeftModel.from_pretrained(tiny(seed=seed), tmp_path / str(seed)).eval()
+        assert torch.equal(logits(again, IDS), logits(model, IDS))
+        with pytest.raises(ValueError, match="trained on another base model: its float weights"):
+            PeftModel.from_pretrained(tiny(seed=1 - seed), tmp_path / str(seed))
+        # into an adapter that exists, as Trainer resumes: only the tensors are read
+        other = models[1 - seed]
+        expected = logits(other, IDS)
+        with pytest.raises(ValueError, match="trained on another base: its integers have the checksum"):
+            other.load_adapter(tmp_path / str(seed), adapter_name="default")
+        assert torch.equal(logits(other, IDS), expected)
+
+
 def test_an_adapter_goes_on_training_where_it_stopped(method: ModuleType, base_folder: Path, trained, tmp_path: Path):
     folder, _, _ = trained
     loaded = PeftModel.from_pretrained(load(base_folder), folder, is_trainable=True)
@@ -102,8 +163,8 @@ def test_an_adapter_goes_on_training_where_it_stopped(method: ModuleType, base_f
 def test_the_file_holds_the_adapter_and_nothing_else(method: ModuleType, trained):
     folder, _, _ = trained
     values = load_file(folder / "adapter_model.safetensors")
-    whole = {"base_model.model.lora_base_checksum"} if method is lrqat else set()
-    assert {key.split("proj.")[-1] for key in values} == {*method.STORED, *whole}
+    (whole,) = (key for key in values if key.endswith("_base_checksum"))
+    assert {key.split("proj.")[-1] for key in values} == {*method.STORED, whole}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == method.TYPE
     assert (config["bits"], config["group_size"]) == (3, 8)
