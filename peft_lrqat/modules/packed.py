@@ -13,7 +13,8 @@ from ..formats.record import Record
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
-from ..ops.inputs import linear_input
+from ..ops.embedding import quantized_embedding
+from ..ops.inputs import check_ids, linear_input
 from ..packing import unpack
 from ..read_only import ReadOnlyTensor
 from .rounded_input import WHY_READ_ONLY, BitNetLinear, Int8Linear, KeepsScales, merged_info
@@ -106,6 +107,28 @@ class QuantizedLinear(KeepsScales):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
+class QuantizedEmbedding(QuantizedLinear):
+    """An embedding table held in the same way, while an adapter is merged in place; no file knows such a table."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Token ids (...) to their rows (..., in)."""
+        check_ids(input)
+        scale, dtype = self.weight_scale.float(), self.compute_dtype
+        return quantized_embedding(
+            input,
+            self.weight_packed,
+            scale,
+            self.zero_point,
+            None,
+            None,
+            1.0,
+            self.bits,
+            self.in_features,
+            "int",
+            dtype,
+        )
+
+
 #: The layers that merging makes; a model that has one is quantized.
 MERGED: tuple[type[nn.Linear], ...] = (QuantizedLinear, Int8Linear, BitNetLinear)
 
@@ -117,6 +140,7 @@ def merged_layer(
     dtype: torch.dtype,
     *,
     transposed: bool = False,
+    embedding: bool = False,
     activations: str | None = None,
     file_scale_dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -129,6 +153,7 @@ def merged_layer(
         dtype: the model's.
         transposed: whether it takes the place of a Conv1D (GPT-2). compressed-tensors has no packed form of that, so
             it becomes a dense Conv1D whose weight holds the grid's exact values.
+        embedding: whether it takes the place of an embedding.
         activations: the rule by which inputs are rounded to 8 bits (`ops.activations`), None: they are floats.
         file_scale_dtype: of the scales in the file that the layer was read from; they stay in it where `dtype` does
             not hold them. None: `dtype` holds them.
@@ -160,7 +185,8 @@ def merged_layer(
         return BitNetLinear(weight, dtype)
     if activations is not None:
         return Int8Linear(weight, bias, dtype)
-    return QuantizedLinear(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype)
+    kind = QuantizedEmbedding if embedding else QuantizedLinear
+    return kind(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype)
 
 
 def describe(model: Any, record: Record | None = None) -> None:

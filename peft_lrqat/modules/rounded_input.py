@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ..grid import PER_TENSOR, GridTensor
 from ..ops.activations import round_activations
 from ..ops.inputs import linear_input
 from ..read_only import ReadOnlyTensor
+from .served_weight import ServedWeight
 
 #: What an error says to whoever writes to the weight of a merged layer.
 WHY_READ_ONLY = (
@@ -37,7 +40,7 @@ def merged_info(layer: Any, container_bits: int) -> LayerInfo:
 
 
 class KeepsScales(nn.Linear):
-    """A merged layer: what `model.to(dtype)` does with it.
+    """A merged layer: what `model.to(dtype)` does with it, and how it shows its weight.
 
     The weight is built in the new dtype, as a float weight would be. The scales follow only if that changes none of
     them: they are what was trained.
@@ -45,16 +48,62 @@ class KeepsScales(nn.Linear):
 
     compute_dtype: torch.dtype
     weight_scale: torch.Tensor
+    _shown: bool | None = None  # whether the weight is shown transposed; None: it is not shown
+
+    def show_weight(self, transposed: bool = False) -> None:
+        """Let `named_parameters()` have a `weight` that is built when it is read (`served_weight.py`).
+
+        Args:
+            transposed: (in, out), for a layer that stands for a Conv1D.
+        """
+        self._shown = transposed
+        stored = {name: value for name, value in self._parameters.items() if name != "weight"}
+        weight: Any = ServedWeight(self, transposed)
+        self._parameters = {"weight": weight, **stored}
+
+    def hide_weight(self) -> None:
+        """End that."""
+        self._shown = None
+        self._parameters.pop("weight", None)
+
+    @contextlib.contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Without the weight that is only shown."""
+        shown = self._shown
+        self.hide_weight()
+        try:
+            yield
+        finally:
+            if shown is not None:
+                self.show_weight(shown)
 
     def _apply(self, fn: Any, recurse: bool = True) -> KeepsScales:
         before = self.weight_scale
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=before.device)).dtype
-        super()._apply(fn, recurse)
-        after = self.weight_scale
-        cast = after.dtype != before.dtype and not after.is_meta and not before.is_meta
-        if cast and not torch.equal(after.to(before.device, torch.float32), before.float()):
-            self.weight_scale = before.to(after.device)
+        with self._as_stored():
+            super()._apply(fn, recurse)
+            after = self.weight_scale
+            cast = after.dtype != before.dtype and not after.is_meta and not before.is_meta
+            if cast and not torch.equal(after.to(before.device, torch.float32), before.float()):
+                self.weight_scale = before.to(after.device)
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._as_stored():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._as_stored():
+            super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        stored = {name: value for name, value in self._parameters.items() if name != "weight"}
+        return {**vars(self), "_parameters": stored}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._shown is not None:
+            self.show_weight(self._shown)
 
 
 class _StoredWeight(KeepsScales):

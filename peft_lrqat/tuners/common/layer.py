@@ -4,6 +4,10 @@ What merging makes of a layer depends on options (container width, activations .
 layer keeps them by adapter, and merging takes those of the first adapter that is merged. A layer that has none of the
 adapters is quantized all the same, with the options of the model: they are an argument, or, where PEFT is between
 caller and layer, the `merging` context; nothing of that stays behind.
+
+While adapters are merged in place, `base_layer` shows the weight that it stands for to whoever walks the parameters of
+the model, as TRL does to sync it to vLLM (`modules/served_weight.py`). So merging replaces the bases of *all* layers,
+those without any of the adapters too: no integers of a base are left under names that an engine does not know.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ def parameters_become_meta() -> bool:
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
-    A subclass sets `_before_merge` to None, and has `_run_one`, `grid_tensor` and `_float_layer`.
+    A subclass has `_run_one`, `grid_tensor` and `_float_layer`.
 
     Attributes:
         adapter_options: adapter -> its configuration.
@@ -68,7 +72,7 @@ class MergingLayer(LoraLayer):
 
     base_layer: Any
     named_parameters: Any  # of nn.Module, which a subclass is as well
-    _before_merge: Any
+    _before_merge: Any = None
     adapter_options: dict[str, Any]
 
     other_param_names = (*LoraLayer.other_param_names, "adapter_options")
@@ -77,6 +81,11 @@ class MergingLayer(LoraLayer):
     def frozen(self) -> Any:
         """The base, also while an adapter is merged."""
         return self._before_merge or self.base_layer
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base is replaced by what the checkpoint will hold."""
+        return self._before_merge is not None
 
     @property
     def kind(self) -> Any:
@@ -104,6 +113,10 @@ class MergingLayer(LoraLayer):
     def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """The layer with one adapter; "__base__": with none."""
         raise NotImplementedError
+
+    def _run_merged(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer while it is merged."""
+        return self.base_layer(x)
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -135,7 +148,8 @@ class MergingLayer(LoraLayer):
 
     def _adapters_at_work(self) -> list[str]:
         """The merged adapters, or else the active ones, as far as the layer has them."""
-        return [name for name in self.merged_adapters or self.active_adapters if name in self.adapter_options]
+        names = self.merged_adapters if self.merged else self.active_adapters
+        return [name for name in names if name in self.adapter_options]
 
     def info_for(self, options: Any = None) -> LayerInfo:
         """What merging makes of the layer.
@@ -167,22 +181,30 @@ class MergingLayer(LoraLayer):
         """
         raise NotImplementedError
 
-    def _merged(self, adapters: list[str], options: Any = None, safe_merge: bool = False) -> nn.Module:
-        """The layer of a quantized model that takes the place of this one."""
+    def _merged(self, adapters: list[str], options: Any = None, safe_merge: bool = False) -> Any:
+        """What takes the base's place while adapters are merged: packed, whatever kind of layer it was."""
         frozen, options = self.frozen, self.options_for(adapters, options)
         return merged_layer(
             self.grid_tensor(adapters, options, safe_merge),
             frozen.bias,
             options.stored_bits,
             frozen.compute_dtype,
-            transposed=frozen.transposed,
+            embedding=self.kind == "embedding",
             activations=options.activations,
         )
+
+    def _stored(self, packed: Any) -> nn.Module:
+        """The layer of a quantized model that takes the place of this one, from what `_merged` makes."""
+        packed.hide_weight()
+        if self.kind != "conv1d":
+            return packed
+        return merged_layer(packed.grid_tensor(), packed.bias, packed.bits, packed.compute_dtype, transposed=True)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the integers: `base_layer` becomes what the checkpoint will hold.
 
-        The codes come from the same function as in forward, so the output does not change by a bit.
+        The codes come from the same function as in forward, so the output does not change by a bit. A layer that has
+        none of the adapters has its base at step 0 then, as in the checkpoint.
 
         Args:
             safe_merge: refuse adapters that are not finite.
@@ -192,9 +214,10 @@ class MergingLayer(LoraLayer):
             ValueError: `safe_merge` and a value is NaN or infinite; the method cannot add these adapters up.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapter_options]
-        if not names:
+        if self.merged and not names:
             return
         merged = self._merged([*self.merged_adapters, *names], safe_merge=safe_merge)
+        merged.show_weight(transposed=self.kind == "conv1d")
         # kept outside of the module tree: it is neither saved nor trained while the layer is merged
         object.__setattr__(self, "_before_merge", self.frozen)
         self.base_layer = merged
@@ -206,7 +229,7 @@ class MergingLayer(LoraLayer):
         """The layer that replaces this one: the quantized layer, or the base at step 0 as the kind of layer it was."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            return self.base_layer if self.merged else self._merged([])
+            return self._stored(self.base_layer)
         return self._float_layer()
 
     def _float_layer(self) -> nn.Module:
@@ -227,7 +250,7 @@ class MergingLayer(LoraLayer):
 
     def unmerge(self) -> None:
         """Put the base back; nothing was lost."""
-        if not self.merged or self._before_merge is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))

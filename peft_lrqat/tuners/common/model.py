@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
+from .async_rollouts import teach_async_trainers
 from .config import current_key
 from .extras import check_adapter_file, check_extras
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
@@ -120,6 +121,7 @@ class QuantizingModel(LoraModel):
             )
         self._check_converted(targets, config)
         use_lean_loss(model)
+        teach_async_trainers()
 
     def _adopt_base(self, model: nn.Module, config: Any, state_dict: dict | None) -> bool:
         """For subclasses: make a base that others quantized into one of this package. Returns whether it was."""
@@ -260,6 +262,31 @@ class QuantizingModel(LoraModel):
 
     # -- the checkpoint
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's `merge_adapter`, of all layers or of none.
+
+        A layer that has none of the adapters is merged as well: its base is part of what is served.
+
+        Raises:
+            ValueError: there is no such adapter, or a layer cannot be merged.
+        """
+        options = self._merge_options(adapter_names)
+        unmerged = [module for module in self.modules() if isinstance(module, MergingLayer) and not module.merged]
+        try:
+            with merging(options):
+                super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer in unmerged:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+
+    def _merge_options(self, adapter_names: list[str] | None) -> Any:
+        """The configuration of the first adapter that is merged (None: of the active ones)."""
+        if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
+            raise ValueError(f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(self.peft_config)}.")
+        return self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
+
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, but returns the model
         self,
         merge: bool = True,
@@ -267,7 +294,7 @@ class QuantizingModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        config = self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
+        config = self._merge_options(adapter_names)
         with merging(config):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_loss(model)

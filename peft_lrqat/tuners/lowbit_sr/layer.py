@@ -105,7 +105,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
         self.lowbitsr_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LowBitSRConfig] = {}
-        self._before_merge: FrozenWeight | DroppedBase | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
         if not config.keep_base:
@@ -211,7 +210,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names=adapter_names)
         if self.merged:
-            return self.base_layer(x)
+            return self._run_merged(x)
         adapter = self._the_one(self.active_adapters)
         return self._base(x) if adapter is None else self._run(x, adapter)
 

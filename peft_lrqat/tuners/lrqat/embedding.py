@@ -50,6 +50,12 @@ class LRQATEmbedding(LRQATLinear):
             frozen.downcast,
             frozen.compute_dtype,
         )
+        return self._scaled(y)
+
+    def _run_merged(self, x: torch.Tensor) -> torch.Tensor:
+        return self._scaled(self.base_layer(x))
+
+    def _scaled(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
 
     def _around(self, weight: torch.Tensor) -> nn.Module:
@@ -61,8 +67,8 @@ class LRQATEmbedding(LRQATLinear):
     def kind(self) -> Any:
         return "embedding"
 
-    def _merged(self, adapters: list[str], options: Any = None, safe_merge: bool = False) -> nn.Module:
-        return self._around(self.grid_tensor(adapters, options, safe_merge).dequantize(self.frozen.compute_dtype))
+    def _stored(self, packed: Any) -> nn.Module:
+        return self._around(packed.grid_tensor().dequantize(packed.compute_dtype))
 
     def _as_it_was(self) -> nn.Module:
         return self._around(self.frozen.dense())

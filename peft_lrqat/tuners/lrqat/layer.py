@@ -126,7 +126,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.fan_in_fan_out = transposed
         self.lora_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LRQATConfig] = {}
-        self._before_merge: FrozenWeight | None = None
         self.activations = config.activations  # all adapters of a model share it
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
@@ -222,7 +221,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names=adapter_names)
         if self.merged:
-            return self.base_layer(x)
+            return self._run_merged(x)
         return self._run(x, self.active_adapters)
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:

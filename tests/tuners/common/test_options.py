@@ -49,7 +49,7 @@ def test_merging_takes_the_options_of_the_adapter_whatever_was_asked_before(
         model.set_adapter(name)
         model.merge_adapter()
         assert set(containers(model).values()) == {WIDE[name]}
-        assert len(containers(model)) == (14 if name == "default" else 4)
+        assert len(containers(model)) == 14
         model.unmerge_adapter()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from trl.generation.vllm_generation import VLLMGeneration
 
+from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests.models import adapted, tiny, tokens
 
@@ -55,6 +59,14 @@ def _update(model: torch.nn.Module) -> None:
             parameter.grad = None
 
 
+def _sent(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What TRL sends to vLLM, by its own code for FSDP2."""
+    syncing = VLLMGeneration.__new__(VLLMGeneration)
+    syncing.model, syncing.accelerator = model, types.SimpleNamespace(device=torch.device("cpu"))
+    syncing._dist = types.SimpleNamespace(is_fsdp=True, fsdp_version=2, gather_params=lambda p: nullcontext())
+    return {name: weight.clone() for name, weight in syncing._iter_named_params()}
+
+
 def _single(config: dict, folder: Path) -> dict:
     """What one process gets from both halves of the batch."""
     model, ids = _build(config), tokens(batch=WORLD)
@@ -62,8 +74,13 @@ def _single(config: dict, folder: Path) -> dict:
     grads = {name: p.grad.clone() for name, p in _trained(model).items()}
     packed = {n: p.numel() * p.element_size() for n, p in model.named_parameters() if not p.is_floating_point()}
     _update(model)
-    model.merge_and_unload().save_pretrained(folder)
-    return {"loss": loss, "grads": grads, "packed": packed}
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder)
+    served = {name: p.detach() for name, p in merged.named_parameters()}
+    for name, layer in merged.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            served[name + ".weight"] = layer.weight.as_subclass(torch.Tensor)
+    return {"loss": loss, "grads": grads, "packed": packed, "served": served}
 
 
 def _sharded(rank: int, config: dict, folder: Path) -> dict:
@@ -85,12 +102,13 @@ def _sharded(rank: int, config: dict, folder: Path) -> dict:
     grads = {name: p.grad.full_tensor().clone() for name, p in _trained(model).items()}
     resharded = all(isinstance(m.base, DTensor) for m in frozen)
     _update(model)
+    sent = _sent(model)
 
     merged = model.merge_and_unload()
     state = get_model_state_dict(merged, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         merged.save_pretrained(folder / "merged", state_dict=state)
-    return {"loss": loss.item() / WORLD, "grads": grads, "bytes": local_bytes, "resharded": resharded}
+    return {"loss": loss.item() / WORLD, "grads": grads, "bytes": local_bytes, "resharded": resharded, "sent": sent}
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -160,3 +178,10 @@ def test_the_gathered_checkpoint_is_that_of_one_process(run):
         assert gathered[name].dtype == single[name].dtype
         assert torch.equal(gathered[name], single[name]), name
     assert (folder / "merged/config.json").read_text() == (folder / "single/config.json").read_text()
+
+
+def test_each_rank_syncs_to_vllm_what_one_process_serves(run):
+    single, ranks, _ = run
+    for rank in ranks:
+        assert rank["sent"].keys() == single["served"].keys()
+        assert all(torch.equal(weight, single["served"][name]) for name, weight in rank["sent"].items())

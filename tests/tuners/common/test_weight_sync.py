@@ -1,0 +1,248 @@
+"""What TRL sends to vLLM while an adapter is merged is the float model's weights, with the numbers that are served.
+
+The engine is a float model here that takes what TRL's own code hands to `load_weights`; `engines/sync.py` does it with
+vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import types
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from trl.experimental.online_dpo import OnlineDPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+
+from peft_lrqat.modules.served_weight import ServedWeight
+from tests import lrqat
+from tests.files import read as tensors
+from tests.memory import LiveBytes
+from tests.models import logits, tiny, tokens, train
+
+IDS = tokens()
+GRIDS: dict[str, dict] = {
+    "channel": {"group_size": -1},
+    "asymmetric groups": {"group_size": 8, "symmetric": False},
+    "tensor": {"group_size": 0},
+}
+
+
+class Engine:
+    """A float model, started from the float checkpoint, and loaded as vLLM is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.loaded = copy.deepcopy(model), []
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        for name, weight in weights:
+            assert type(weight) in (torch.Tensor, nn.Parameter)  # nothing that a collective call could not send
+            here = self.model.get_parameter(name)  # AttributeError: a name that the engine does not know
+            assert (weight.shape, weight.dtype) == (here.shape, here.dtype), name
+            assert weight.untyped_storage().nbytes() == weight.nbytes
+            here.data.copy_(weight)
+            self.loaded.append(name)
+
+
+def generation(model: PeftModel) -> VLLMGeneration:
+    """TRL's syncing side, as `VLLMGeneration.sync_weights` sees it in one process."""
+    syncing = VLLMGeneration.__new__(VLLMGeneration)
+    syncing.model = model
+    syncing._dist = types.SimpleNamespace(is_fsdp=False, gather_params=lambda p: contextlib.nullcontext())
+    return syncing
+
+
+def sync(model: PeftModel, engine: Engine) -> None:
+    for name, weight in generation(model)._iter_named_params():
+        engine.load_weights([(name, weight)])
+
+
+def sync_online_dpo(model: PeftModel, engine: Engine) -> None:
+    trainer: Any = types.SimpleNamespace(
+        model=model,
+        accelerator=types.SimpleNamespace(state=types.SimpleNamespace(deepspeed_plugin=None)),
+        is_fsdp_enabled=False,
+        vllm_mode="colocate",
+        _fix_param_name_to_vllm=lambda name, **kwargs: name.replace("modules_to_save.default.", ""),
+    )
+    runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=engine))
+    trainer.llm = types.SimpleNamespace(
+        llm_engine=types.SimpleNamespace(model_executor=types.SimpleNamespace(driver_worker=runner))
+    )
+    OnlineDPOTrainer._move_model_to_vllm_inner(trainer)
+
+
+def check_engine(model: PeftModel, engine: Engine) -> None:
+    """The engine has every weight once, with the merged model's numbers; the adapted model is what it was."""
+    trained = logits(model, IDS)
+    assert sorted(engine.loaded) == sorted(name for name, _ in engine.model.named_parameters())
+    assert torch.equal(logits(engine.model, IDS), trained)
+    served = copy.deepcopy(model).merge_and_unload()
+    for name, module in served.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            assert torch.equal(engine.model.get_parameter(name + ".weight"), module.weight), name
+
+
+@pytest.mark.parametrize("send", [sync, sync_online_dpo])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2", {"tie": True}), ("qwen2", {"dtype": torch.bfloat16}), ("gpt2", {"tie": True})],
+    ids=["float32", "bfloat16", "conv1d"],
+)
+def test_all_weights_are_sent_with_the_numbers_that_are_served(method: ModuleType, family: str, options: dict, send):
+    float_model = tiny(family, **options)
+    engine = Engine(float_model)
+    model = method.random_adapter(float_model)
+    send(model, engine)
+    check_engine(model, engine)
+    train(model, IDS, steps=1)  # and again, when the adapter has moved
+    engine.loaded.clear()
+    send(model, engine)
+    check_engine(model, engine)
+
+
+@pytest.mark.parametrize("options", GRIDS.values(), ids=GRIDS)
+def test_grids_and_embeddings(options: dict):
+    float_model = tiny()
+    engine = Engine(float_model)
+    targets = ["embed_tokens", "q_proj", "down_proj", "lm_head"]
+    model = lrqat.random_adapter(float_model, target_modules=targets, **options)
+    sync(model, engine)
+    check_engine(model, engine)
+
+
+def test_layers_without_the_merged_adapter_are_sent_too(method: ModuleType, two_adapters: PeftModel, grid_model):
+    engine = Engine(grid_model)
+    two_adapters.set_adapter("other")
+    sync(two_adapters, engine)
+    check_engine(two_adapters, engine)
+
+
+def test_modules_to_save_are_sent(method: ModuleType, grid_model):
+    engine = Engine(grid_model)
+    model = method.random_adapter(copy.deepcopy(grid_model), modules_to_save=["lm_head"])
+    train(model, IDS, steps=1)
+    sync(model, engine)
+    check_engine(model, engine)
+
+
+def test_one_layer_is_dense_at_a_time(method: ModuleType):
+    """In the whole walk; the metadata of a server's first sync, which reads nothing, needs nothing."""
+    for family in ("qwen2", "gpt2"):
+        model = method.random_adapter(tiny(family, dtype=torch.float32))
+        model.merge_adapter()
+        dense = {n: p for n, p in model.named_parameters() if isinstance(p, ServedWeight)}
+        largest = max(p.numel() * p.element_size() for p in dense.values())
+        assert largest * 4 < sum(p.numel() * p.element_size() for p in dense.values())
+        others = [p for p in model.parameters() if not isinstance(p, ServedWeight)]
+        counted = LiveBytes([*others, *model.buffers()])
+        with counted:
+            assert sum(p.numel() for p in model.parameters()) > 0
+        assert counted.peak == counted.start
+        with counted:
+            for parameter in dense.values():
+                weight = parameter.data
+                counted.sweep()
+                assert counted.now - counted.start == weight.nbytes
+                assert counted.peak - counted.start <= 5 * largest  # codes and fp32 levels of this one layer
+                del weight
+            counted.sweep()
+        assert counted.now == counted.start
+
+
+def test_rounded_inputs_are_refused_before_a_layer_is_sent(method: ModuleType, base):
+    """A float engine would not round them."""
+    engine = Engine(base)
+    options = {"group_size": -1, "bits": 8, "act_bits": 8}
+    model = method.random_adapter(base, **options)
+    with pytest.raises(ValueError, match=r"act_bits.*another policy"):
+        sync(model, engine)
+    assert not any("proj" in name for name in engine.loaded)
+
+
+def test_what_else_looks_at_a_merged_model(method: ModuleType, base, tmp_path):
+    """Counting, moving, copying, pickling, saving, clipping, making an optimizer: as without the weights shown."""
+    float_count = sum(p.numel() for p in base.parameters())
+    model = method.random_adapter(base)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "before")
+    trained = logits(model, IDS)
+    model.merge_adapter()
+    names = {name for name, _ in model.named_parameters() if name.endswith("proj.base_layer.weight")}
+    assert len(names) == 14
+    assert not names & model.state_dict().keys()
+    own = {n: p for n, p in model.named_parameters() if model.prefix not in n}
+    assert sum(p.numel() for p in own.values()) == float_count
+    assert not any(p.requires_grad for p in own.values())
+
+    model.save_pretrained(tmp_path / "merged")  # a Trainer's callback may
+    before, merged = tensors(tmp_path / "before"), tensors(tmp_path / "merged")
+    assert before.keys() == merged.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in before.items())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    model.load_state_dict(model.state_dict())
+
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for again in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert torch.equal(logits(again, IDS), trained)
+        shown = dict(again.named_parameters())
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, ServedWeight):
+                assert type(shown[name]) is ServedWeight
+                assert torch.equal(shown[name].data, parameter.data)
+        again.unmerge_adapter()
+        assert torch.equal(logits(again, IDS), trained)
+
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert {p.dtype for p in half.parameters() if isinstance(p, ServedWeight)} == {torch.bfloat16}
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), trained)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_unloading_a_merged_model_leaves_the_files_as_they_are(method: ModuleType, tmp_path):
+    for family in ("qwen2", "gpt2"):
+        model = method.random_adapter(tiny(family))
+        other = copy.deepcopy(model)
+        other.merge_adapter()
+        for name, found in (("at once", model), ("in two steps", other)):
+            merged = found.merge_and_unload()
+            assert not any(isinstance(p, ServedWeight) for p in merged.parameters())
+            merged.save_pretrained(tmp_path / family / name)
+        first, second = (tensors(tmp_path / family / name) for name in ("at once", "in two steps"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_layer_that_cannot_be_merged_leaves_all_unmerged(method: ModuleType, base):
+    model = method.random_adapter(base)
+    layers = list(method.layers(model).values())
+    trained = logits(model, IDS)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ValueError("this one cannot")
+
+    layers[-1].grid_tensor = fail
+    with pytest.raises(ValueError, match="this one cannot"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in layers)
+    assert torch.equal(logits(model, IDS), trained)
+
+
+def test_an_unknown_adapter_is_not_merged_as_none(method: ModuleType, base):
+    model = method.random_adapter(base)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"no adapter 'typo'.*\['default'\]"):
+            merge(adapter_names=["typo"])
