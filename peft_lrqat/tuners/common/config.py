@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from numbers import Integral, Real
 from typing import Any, ClassVar, cast
 
 from peft import PeftType
 from peft.config import PeftConfigMixin
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ...checkpoint.card import add_import_note
 from ...formats.record import Record
-from ...grid import SCALE_DTYPES, Grid
+from ...grid import Grid
 from .fingerprint import QUANTIZED_BASE
+from .rules import Rule, check_fields, is_index
+
+#: PEFT's word for all linear layers but the output layer: what is converted where nothing else is said.
+ALL_LINEAR = "all-linear"
 
 
 class GridConfig(PeftConfigMixin):
@@ -26,11 +28,14 @@ class GridConfig(PeftConfigMixin):
         method: the method's name, for messages.
         quantizes: the classes of modules that can be adapted.
         takes_quantized: whether training may start from a base that is quantized already.
+        rules: what each field may hold.
     """
 
     method: ClassVar[str]
     quantizes: ClassVar[tuple[type, ...]]
     takes_quantized: ClassVar[bool] = False
+    rules: ClassVar[dict[str, Rule]]
+    target_modules: Any
     bits: int
     group_size: int
     container_bits: int | None
@@ -41,6 +46,7 @@ class GridConfig(PeftConfigMixin):
     base_checksum: str | None
     modules_to_save: list[str] | None
     layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
     export_format: str | None = "compressed-tensors"
     act_bits: int | None = None
@@ -95,10 +101,29 @@ class GridConfig(PeftConfigMixin):
         """Raise ValueError if an option is out of range, or options contradict each other."""
         raise NotImplementedError
 
+    def check_fields(self) -> None:
+        """Complete the choice of modules, and raise ValueError unless every field obeys its rule (`rules.py`)."""
+        if self.target_modules is None:
+            self.target_modules = ALL_LINEAR
+        check_fields(self, self.rules)
+        for name in ("target_modules", "exclude_modules"):  # PEFT's own kind of such a list
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        elif isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform` is {self.layers_to_transform!r}, but `target_modules` is the regular "
+                f"expression {self.target_modules!r}, which chooses the layers itself. Give a list of names, or "
+                "'all-linear'."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` is {self.layers_pattern!r} without `layers_to_transform`, the indices of the layers."
+            )
+
     def check_int8_activations(self) -> None:
         """With `act_bits=8`: int8 matrix products. Sets the container; raises ValueError for what they cannot take."""
-        if self.act_bits not in (None, 8):
-            raise ValueError(f"`act_bits` is {self.act_bits!r}; allowed are None and 8.")
         if self.act_bits is None or self.export_format == "bitnet":
             return
         if self.group_size > 0:
@@ -115,11 +140,8 @@ class GridConfig(PeftConfigMixin):
             )
         self.container_bits = 8
 
-    def check_shared_options(self) -> None:
-        """Raise ValueError if an option that both methods have is out of range."""
-        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        if not is_positive(self.range_p):
-            raise ValueError(f"`range_p` is {self.range_p!r}; it must be a positive number such as 2.4 or 4.")
+    def check_container(self) -> None:
+        """Raise ValueError if the codes of the checkpoint do not fit into `container_bits`."""
         least = self.stored_grid.code_bits
         if self.container_bits is not None and not (
             is_index(self.container_bits) and least <= self.container_bits <= 8
@@ -127,25 +149,6 @@ class GridConfig(PeftConfigMixin):
             raise ValueError(
                 f"`container_bits` is {self.container_bits!r}, but the codes of the checkpoint "
                 f"({self.stored_grid.describe()}) take {least} bits; it must be an integer from {least} to 8, or None."
-            )
-        if self.modules_to_save is not None and (
-            isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save)
-        ):
-            raise ValueError(
-                f"`modules_to_save` is {self.modules_to_save!r}; it must be a list of module names, or None."
-            )
-        self._check_indices()
-
-    def _check_indices(self) -> None:
-        layers = self.layers_to_transform
-        if layers is not None and not (is_index(layers) or are_indices(layers)):
-            raise ValueError(f"`layers_to_transform` is {layers!r}; it must be an index, a list of indices, or None.")
-        tokens = self.trainable_token_indices
-        by_layer = tokens.items() if isinstance(tokens, dict) else [("", tokens)]
-        if tokens is not None and not all(isinstance(name, str) and are_indices(rows) for name, rows in by_layer):
-            raise ValueError(
-                f"`trainable_token_indices` is {tokens!r}; it must be a list of token indices (0 or more), or a "
-                "dictionary from names of embeddings to such lists."
             )
 
     def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
@@ -164,11 +167,16 @@ class GridConfig(PeftConfigMixin):
         """PEFT's `from_pretrained`; a local adapter file is checked here, before any model is touched.
 
         Raises:
-            ValueError: the adapter's weight file is truncated or not a safetensors file.
+            ValueError: the adapter's weight file is truncated or not a safetensors file; a field of the configuration
+                is out of range.
         """
         path = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         shapes = _adapter_shapes(path)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            where = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            raise ValueError(f"{where!r} cannot be used: {error}") from error
         if isinstance(config, GridConfig):
             config._adapter_shapes = shapes
             config._adapter_path = None if shapes is None else path
@@ -182,33 +190,6 @@ class GridConfig(PeftConfigMixin):
     # The adapter's file, and what it holds (name -> shape), if this config was loaded from a folder; not saved.
     _adapter_path = cast("str | None", None)  # without annotations: they are no fields
     _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)
-
-
-def check_choice(name: str, value: Any, allowed: tuple) -> None:
-    """Raise ValueError unless `value`, of the option `name`, is among `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(repr(a) for a in allowed if a is not None)}.")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise ValueError unless `value`, of the option `name`, is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` is {value!r}; allowed are True, False.")
-
-
-def is_index(value: Any) -> bool:
-    """Whether a value is an integer from 0; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
-def are_indices(values: Any) -> bool:
-    """Whether values are a list, tuple, set or range of such integers."""
-    return isinstance(values, (list, tuple, set, range)) and all(map(is_index, values))
-
-
-def is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0, and finite; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def current_key(key: str) -> str:

@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .async_rollouts import teach_async_trainers
-from .config import current_key
+from .config import ALL_LINEAR, current_key
 from .extras import check_adapter_file, check_extras
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
-from .preflight import check_base, check_targets
+from .preflight import check_adapter_name, check_base, check_targets
 from .undo import Undo
 
 # How a PeftModel's files name the model, and, after the method's prefix, the checksum of the base.
@@ -95,9 +95,13 @@ class QuantizingModel(LoraModel):
 
     def _inject(self, model: nn.Module, adapter_name: str, undo: Undo, *args: Any, **kwargs: Any) -> None:
         config, state_dict = self.peft_config[adapter_name], kwargs.get("state_dict")
+        check_adapter_name(adapter_name, model)
+        config.check_fields()
         adopted = self._adopt_base(model, config, state_dict)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made
+        if config.layers_to_transform is not None:
+            config.target_modules = self._named_targets(model, config)
         targets = self._targets(model, config, state_dict)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
             self._check_shared(config, _adapters_of(module))
@@ -175,7 +179,7 @@ class QuantizingModel(LoraModel):
         """The modules that `config` names, found as PEFT will find them."""
         plan: Any = copy.copy(config)
         plan = self._prepare_adapter_config(plan, self.get_model_config(model))
-        plan = _maybe_include_all_linear_layers(plan, model)
+        plan.target_modules = self._named_targets(model, plan)
         named = {name: module for name, module in model.named_modules() if name}
         if state_dict is not None:
             wanted = {key.rsplit("." + self.prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
@@ -188,6 +192,27 @@ class QuantizingModel(LoraModel):
             and (found := self._check_target_module_exists(plan, name))
             and not isinstance(found, _ExcludedModule)
         }
+
+    def _named_targets(self, model: nn.Module, config: Any) -> Any:
+        """`target_modules` without 'all-linear', by which PEFT means all layers, whatever `layers_to_transform` is."""
+        if config.target_modules != ALL_LINEAR:
+            return config.target_modules
+        plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+        names = plan.target_modules
+        if not names:
+            raise ValueError(
+                "`target_modules` is 'all-linear', but the model has no nn.Linear or Conv1D, or its output layer only."
+            )
+        if plan.layers_to_transform is None:
+            return names
+        plan.target_modules = {name.rpartition(".")[2] for name in names}  # by whole names PEFT does not ask for layers
+        found = {name for name in names if "." in name and self._check_target_module_exists(plan, name)}
+        if not found:
+            raise ValueError(
+                f"`layers_to_transform` is {plan.layers_to_transform!r}, but no linear layer of the model is in such a "
+                "layer. Count from 0; `layers_pattern` names the list of layers."
+            )
+        return found
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +25,49 @@ _STORABLE = {
     torch.bfloat16: ("auto", "bf16"),
     torch.float16: ("auto", "fp16"),
 }
+
+
+# Parts of the names of tensors in files, whatever the model.
+_PARTS = {"base_layer", "base_model", "weight", "bias", "modules_to_save", "original_module", "token_adapter"}
+
+
+def check_adapter_name(name: Any, model: nn.Module) -> None:
+    """Raise ValueError if PEFT could not tell an adapter of this name from something else.
+
+    PEFT finds an adapter's tensors by ".name." in the names of all tensors, saves into a folder of the adapter's name,
+    and keeps its layers as attributes.
+    """
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise ValueError(f"The adapter name is {name!r}; it must be a string without spaces around it.")
+    if wrong := [character for character in "./\\:" if character in name] + [c for c in name if not c.isprintable()]:
+        raise ValueError(
+            f"The adapter name {name!r} contains {wrong[0]!r}, but it becomes part of the names of tensors and of a "
+            "folder. Use letters, digits, '_' and '-'."
+        )
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name.startswith("__"):
+        raise ValueError(
+            f"The adapter name {name!r} is the name of an attribute or of a method that torch's modules have. Choose "
+            "another."
+        )
+    taken = {part for path in _own_paths(model) for part in path.split(".")} | _PARTS
+    if name in taken:
+        raise ValueError(
+            f"The adapter name {name!r} is part of the names of the model's own tensors, from which PEFT could not "
+            "tell the adapter's. Choose another."
+        )
+
+
+def _own_paths(model: nn.Module) -> Iterator[str]:
+    """The names of modules and tensors that are not an adapter's."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        yield path
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (path + ".",)
+        else:
+            yield from (name for name in (*module._parameters, *module._buffers))
 
 
 def check_base(model: nn.Module, config: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -15,7 +15,8 @@ from ...grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
 from ...packing import unpack, words_per_row
 from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
-from ..common.config import GridConfig, check_choice, check_flag
+from ..common.config import ALL_LINEAR, GridConfig
+from ..common.rules import FLAG, INTEGER, SHARED, Rule, one_of, optional
 
 #: The grids that can be trained.
 BITS = (TERNARY, 2, 3, 4, 8)
@@ -32,9 +33,26 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     method = "Low-bit SR"
     quantizes = (nn.Linear, Conv1D)
+    rules: ClassVar[dict[str, Rule]] = {
+        **SHARED,
+        "bits": Rule(
+            f"allowed are {', '.join(map(str, BITS))} (1.58 is ternary)",
+            lambda value: not isinstance(value, bool) and value in BITS,
+        ),
+        "forward_bits": one_of(None, TERNARY),
+        "range_method": optional(one_of(*LOW_BIT_RANGE_METHODS)),
+        "bias": one_of("none", "all", "lowbitsr_only"),
+        "export_format": optional(one_of(*EXPORT_FORMATS)),
+        "seed": INTEGER,
+        **dict.fromkeys(("error_feedback", "keep_base", "init_weights"), FLAG),
+    }
 
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of the layers to train, or 'all-linear'."}
+        default=ALL_LINEAR,
+        metadata={
+            "help": "Names or a regular expression of the layers to train. 'all-linear': all linear layers but the "
+            "output layer; what is left out stays float."
+        },
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
@@ -120,9 +138,6 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type("LOWBITSR")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
         self.check_options()
         if self.range_method is None:
             self.range_method = "absmean" if self.grid.ternary else "minmax" if self.bits == 8 else "lp"
@@ -189,33 +204,20 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     def check_options(self) -> None:
         """Raise ValueError if an option is out of range, or options contradict each other."""
+        self.check_fields()
         self._check_grid()
-        self._check_choices()
+        self.check_container()
         self._check_export()
 
     def _check_grid(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in BITS:
-            raise ValueError(f"`bits` is {self.bits!r}; allowed are {', '.join(map(str, BITS))} (1.58 is ternary).")
         if self.bits != TERNARY:
             self.bits = int(self.bits)  # 4.0 is 4
         Grid(self.bits, self.group_size)
-        if self.forward_bits not in (None, TERNARY):
-            raise ValueError(f"`forward_bits` is {self.forward_bits!r}; allowed are None and 1.58 (ternary).")
         if self.forward_bits is not None and self.grid.code_bits < 3:
             raise ValueError(
                 f"`forward_bits` is 1.58, but `bits` is {self.bits}: there is nothing to project. Train at least 3 "
                 "bits, or leave `forward_bits` out."
             )
-
-    def _check_choices(self) -> None:
-        check_choice("range_method", self.range_method, (None, *LOW_BIT_RANGE_METHODS))
-        check_choice("bias", self.bias, ("none", "all", "lowbitsr_only"))
-        check_choice("export_format", self.export_format, (None, *EXPORT_FORMATS))
-        for name in ("learn_scales", "error_feedback", "keep_base", "init_weights"):
-            check_flag(name, getattr(self, name))
-        self.check_shared_options()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"`seed` is {self.seed!r}; it must be an integer.")
 
     def _check_export(self) -> None:
         bitnet = self.stored_grid.ternary and self.group_size == PER_TENSOR and self.act_bits == 8

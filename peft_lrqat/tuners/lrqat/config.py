@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import json
+import math
+import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig
+from peft import LoftQConfig, LoraConfig, LoraRuntimeConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +19,8 @@ from ...grid import PER_CHANNEL, Grid
 from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
-from ..common.config import GridConfig, check_choice, check_flag, is_index, is_positive
+from ..common.config import ALL_LINEAR, GridConfig
+from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, TEXT, Rule, one_of, optional, pattern
 
 # LoraConfig options that have no meaning inside a rounding, with the reason that the error gives.
 _REFUSED = {
@@ -38,6 +42,9 @@ _REFUSED = {
 }
 
 
+# The default of lora_alpha / r (with `use_rslora`: lora_alpha / sqrt(r)), in grid steps: see docs/quality.md.
+_STRENGTH = 16
+
 # Grid options that may be left open, and what they are on a float base.
 _GRID_DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": True, "scale_dtype": "auto"}
 
@@ -57,13 +64,43 @@ class LRQATConfig(GridConfig, LoraConfig):
     method = "LR-QAT"
     quantizes = (nn.Linear, Conv1D, nn.Embedding)
     takes_quantized = True
+    rules: ClassVar[dict[str, Rule]] = {
+        **SHARED,
+        "r": RANK,
+        "lora_alpha": optional(POSITIVE),
+        "rank_pattern": pattern(RANK),
+        "alpha_pattern": pattern(POSITIVE),
+        "lora_dropout": NUMBER,
+        "init_lora_weights": Rule(
+            "LR-QAT knows True, False and 'loftq'. The others rewrite the base weight or assume an adapter outside the "
+            "rounding",
+            one_of(True, False, "loftq").allows,
+        ),
+        "loftq_config": Rule("it must be a LoftQConfig, or a dictionary", lambda v: isinstance(v, (dict, LoftQConfig))),
+        "runtime_config": Rule("it must be a LoraRuntimeConfig", lambda v: isinstance(v, LoraRuntimeConfig)),
+        "bias": one_of("none", "all", "lora_only"),
+        "symmetric": optional(FLAG),
+        "downcast": optional(one_of(*DOWNCASTS)),
+        "range_method": one_of(*RANGE_METHODS),
+        "scale_dtype": optional(SHARED["scale_dtype"]),
+        "base_checksum": optional(TEXT),
+        **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
+    }
 
+    target_modules: list[str] | str | None = field(
+        default=ALL_LINEAR,
+        metadata={
+            "help": "Names or a regular expression of the layers to quantize. 'all-linear': all linear layers but the "
+            "output layer; what is left out stays float."
+        },
+    )
     r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
     lora_alpha: int = field(  # type: ignore[assignment]  # None exists only until __post_init__
         default=None,
         metadata={
             "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach "
-            "r / lora_alpha move a weight one level. Default: 16 * r, see docs/quality.md."
+            "r / lora_alpha move a weight one level. Default: 16 steps in every layer, whatever its rank, with "
+            "`use_rslora` too; see docs/quality.md."
         },
     )
     bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
@@ -135,19 +172,34 @@ class LRQATConfig(GridConfig, LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        # what `_set_strength` makes of a `lora_alpha` that was left open, and of which `alpha_pattern`
+        self._default_alpha: tuple | None = None
+        self._given_alpha: dict[str, float] = {}
+        self.check_fields()
         # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
         self._open = {name: None for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
         self.adopt_defaults()
         self.check_options()
-        if self.lora_alpha is None:
-            self.lora_alpha = 16 * self.r
         self.require_base()
         # LoraConfig would look for PEFT's own LoftQ here (which needs scipy); ours is in `loftq.py`
-        init, self.init_lora_weights = self.init_lora_weights, True
-        loftq_config, self.loftq_config = self.loftq_config, {}
+        hidden = {"init_lora_weights": True, "loftq_config": {}}
+        if self.target_modules == ALL_LINEAR:  # PEFT knows no layers of it
+            hidden |= {"layers_to_transform": None, "layers_pattern": None}
+        own = {name: getattr(self, name) for name in hidden}
+        vars(self).update(hidden)
         super().__post_init__()
-        self.init_lora_weights, self.loftq_config = init, loftq_config
+        vars(self).update(own)
         self.peft_type = ensure_peft_type("LRQAT")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        # the first pattern that matches a name counts, but PEFT sorts them
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path) as file:
+            saved = json.load(file)
+        with open(path, "w") as file:
+            patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+            json.dump({**saved, **patterns}, file, indent=2)
 
     @property
     def grid(self) -> Grid:
@@ -215,20 +267,20 @@ class LRQATConfig(GridConfig, LoraConfig):
             shapes["lora_scale_shift.weight"] = self.grid.scale_shape(out_features, in_features)
         return shapes
 
+    def check_fields(self) -> None:
+        if self.rank_pattern is None or self.alpha_pattern is None:  # as PEFT allows
+            self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        super().check_fields()
+
     def check_options(self) -> None:
         """Raise ValueError if an option is out of range, or options contradict each other."""
+        self.check_fields()
         if Grid(self.bits, self.group_size, self.symmetric).ternary:
             raise ValueError(
                 "`bits` is 1.58; LR-QAT's grids have 2 to 8 bits (whole numbers). Ternary weights are trained by "
                 "LowBitSRConfig."
             )
-        check_choice("downcast", self.downcast, (None, *DOWNCASTS))
-        check_choice("range_method", self.range_method, RANGE_METHODS)
-        check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        check_flag("learn_scales", self.learn_scales)
-        check_flag("symmetric", self.symmetric)
-        self.check_shared_options()
-        self._check_ranks()
+        self.check_container()
         if self.bits == 8 and self.downcast == "fx8":
             raise ValueError(
                 "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or "
@@ -240,11 +292,6 @@ class LRQATConfig(GridConfig, LoraConfig):
                 f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: "
                 "there is no adapter input to drop. Use 0."
             )
-        if self.init_lora_weights not in (True, False, "loftq"):
-            raise ValueError(
-                f"`init_lora_weights` is {self.init_lora_weights!r}; LR-QAT knows True, False and 'loftq'. The others "
-                "rewrite the base weight or assume an adapter outside the rounding."
-            )
         iterations = _loftq_iterations(self.loftq_config)
         if self.init_lora_weights == "loftq" and iterations != 1:
             raise ValueError(
@@ -254,28 +301,23 @@ class LRQATConfig(GridConfig, LoraConfig):
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
+        self._set_strength()
 
-    def _check_ranks(self) -> None:
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        for name, value in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
-            if not is_index(value) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; a rank must be a positive integer.")
-        alphas = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
-        for name, value in {**alphas, **_entries("alpha_pattern", self.alpha_pattern)}.items():
-            if not is_positive(value):
-                raise ValueError(f"`{name}` is {value!r}; it must be a positive number.")
+    def _set_strength(self) -> None:
+        """Set a `lora_alpha` that was left open, and `alpha_pattern`, so that the strength of every layer is 16 steps.
 
-
-def _entries(option: str, pattern: Any) -> dict[str, Any]:
-    """Name for messages -> value of a pattern's entries; ValueError if it is none."""
-    if not isinstance(pattern, dict):
-        raise ValueError(f"`{option}` is {pattern!r}; it must be a dictionary from patterns of names to values.")
-    for key in pattern:
-        try:
-            re.compile(key)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"`{option}` has the key {key!r}, which is no regular expression ({error}).") from error
-    return {f"{option}[{key!r}]": value for key, value in pattern.items()}
+        Both are written out, so that an adapter's file says what was trained, whatever the default may become.
+        """
+        given, ranks = dict(self.alpha_pattern or {}), self.rank_pattern or {}
+        if self.lora_alpha is None:
+            self._given_alpha = given
+        elif (self.lora_alpha, given) != self._default_alpha:  # somebody's own
+            return
+        divisor: Any = math.sqrt if self.use_rslora else int
+        self.lora_alpha = _STRENGTH * divisor(self.r)
+        by_rank = {key: _STRENGTH * divisor(rank) for key, rank in ranks.items() if key not in self._given_alpha}
+        self.alpha_pattern = {**self._given_alpha, **by_rank}
+        self._default_alpha = self.lora_alpha, dict(self.alpha_pattern)
 
 
 def _loftq_iterations(loftq_config: Any) -> int:

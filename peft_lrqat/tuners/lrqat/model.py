@@ -31,11 +31,13 @@ class LRQATModel(QuantizingModel):
         "scale_dtype",
         "act_bits",
     )
-    _combining = False  # within add_weighted_adapter
+    _combining: tuple[str, ...] = ()  # the adapters, within add_weighted_adapter
 
     def _adopt_base(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> bool:
-        if self._combining:  # PEFT made this config from another adapter's, which may have other targets
+        if self._combining:  # PEFT made this config from the first adapter's, which may have other targets
             config.require_any_base()
+            config.learn_scales = any(self.peft_config[name].learn_scales for name in self._combining)
+            config.use_rslora = False  # with PEFT's lora_alpha = r the factors are taken as they are
         adopted = adopt_compressed_tensors(model)
         adopt_base(self._targets(model, config, state_dict), config)
         return adopted
@@ -75,7 +77,7 @@ class LRQATModel(QuantizingModel):
         scale shifts, which are no matrices of low rank, always linearly: shift = sum of weight * shift."""
         if adapter_name in self.peft_config:
             return
-        self._combining = True
+        self._combining = tuple(adapters)
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         except BaseException:

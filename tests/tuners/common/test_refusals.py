@@ -46,7 +46,7 @@ def same(model: nn.Module) -> nn.Module:
         ({"container_bits": 3}, "`container_bits` is 3.*take 4 bits; it must be an integer from 4 to 8"),
         ({"container_bits": 9}, "`container_bits` is 9"),
         ({"container_bits": True}, "`container_bits` is True"),
-        ({"act_bits": 4}, "`act_bits` is 4; allowed are None and 8"),
+        ({"act_bits": 4}, "`act_bits` is 4; allowed are None, 8"),
         ({"act_bits": 8, "group_size": 16}, r"`act_bits` is 8 with `group_size=16`.*output channel \(-1\)"),
         ({"act_bits": 8, "group_size": -1, "container_bits": 4}, "`container_bits` is 4 with `act_bits=8`"),
         ({"bias": "some"}, "`bias` is 'some'; allowed are 'none', 'all', "),
@@ -106,9 +106,38 @@ def test_modules_to_save_of_a_second_adapter_that_hold_layers_of_the_first(metho
 
 
 def test_an_invalid_regular_expression(method: ModuleType):
-    model, config = tiny(), method.config(target_modules="(")
-    with refused(model, "unterminated|missing", Exception, config):
-        get_peft_model(model, config)
+    with pytest.raises(
+        ValueError, match=r"`target_modules` is '\('; it must be 'all-linear', a list of names.*or a regular"
+    ):
+        method.config(target_modules="(")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("", "must be a string without spaces around it"),
+        (" a", "must be a string without spaces around it"),
+        (3, "must be a string without spaces around it"),
+        ("v1.0", "contains '.'"),
+        ("a/b", "contains '/'"),
+        ("..", "contains '.'"),
+        ("a\nb", r"contains '\\n'"),
+        ("keys", "name of an attribute or of a method"),
+        ("train", "name of an attribute or of a method"),
+        ("__base__", "name of an attribute or of a method"),
+        ("base_layer", "part of the names of the model's own tensors"),
+        ("q_proj", "part of the names of the model's own tensors"),
+        ("layers", "part of the names of the model's own tensors"),
+        ("0", "part of the names of the model's own tensors"),
+        ("weight", "part of the names of the model's own tensors"),
+    ],
+)
+def test_names_of_adapters_that_files_could_not_tell_apart(method: ModuleType, name, match: str):
+    model, config = tiny(), method.config(target_modules=["up_proj"])
+    with refused(model, match, config=config):
+        get_peft_model(model, config, adapter_name=name)
+    with refused(model, match, config=config):
+        model.add_adapter(config, name)
 
 
 # -- base models

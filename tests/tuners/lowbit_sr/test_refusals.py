@@ -26,7 +26,7 @@ IDS = tokens()
         ({"keep_base": None}, "`keep_base` is None"),
         ({"seed": 0.5}, "`seed` is 0.5"),
         ({"bias": "lora_only"}, "`bias` is 'lora_only'; allowed are 'none', 'all', 'lowbitsr_only'"),
-        ({"forward_bits": 2}, "`forward_bits` is 2; allowed are None and 1.58"),
+        ({"forward_bits": 2}, "`forward_bits` is 2; allowed are None, 1.58"),
         ({"forward_bits": 1.58, "bits": 2}, "nothing to project. Train at least 3 bits"),
         ({"act_bits": 8}, r"`act_bits` is 8 with `group_size=8`.*output channel \(-1\) or tensor \(0\)"),
         ({"bits": 8, "container_bits": 4}, "`container_bits` is 4.*take 8 bits"),

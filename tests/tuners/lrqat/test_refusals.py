@@ -47,7 +47,10 @@ IDS = tokens()
         ({"rank_pattern": {"q_proj": -3}}, r"`rank_pattern\['q_proj'\]` is -3"),
         ({"rank_pattern": {"q_proj": "8"}}, r"`rank_pattern\['q_proj'\]` is '8'"),
         ({"rank_pattern": [3]}, "`rank_pattern` is .3.; it must be a dictionary"),
-        ({"rank_pattern": {"(": 3}}, r"`rank_pattern` has the key '\(', which is no regular expression"),
+        (
+            {"rank_pattern": {"(": 3}},
+            r"`rank_pattern` is \{'\(': 3\}; it must be a dictionary from patterns of names, which are regular",
+        ),
         ({"alpha_pattern": {"q_proj": float("nan")}}, r"`alpha_pattern\['q_proj'\]` is nan"),
         ({"alpha_pattern": {"q_proj": None}}, r"`alpha_pattern\['q_proj'\]` is None"),
         ({"bias": "lowbitsr_only"}, "`bias` is 'lowbitsr_only'; allowed are 'none', 'all', 'lora_only'"),

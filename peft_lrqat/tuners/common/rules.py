@@ -1,0 +1,184 @@
+"""What the fields of a configuration may hold: one table of rules for each method, and who applies it.
+
+A value is first made a plain Python value, so that what passes here can be written to adapter_config.json: numpy's
+numbers become Python's, tuples and ranges lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...grid import SCALE_DTYPES
+
+
+class Rule(NamedTuple):
+    """What a field may hold."""
+
+    says: str  # ends the error "`field` is ...; {says}."
+    allows: Callable[[Any], bool]
+    entries: Rule | None = None  # of a field that is a dictionary: what its values may be
+
+
+def check_fields(config: Any, rules: Mapping[str, Rule]) -> None:
+    """Make the fields of a configuration plain Python values, and raise ValueError unless each obeys its rule.
+
+    Args:
+        config: a dataclass.
+        rules: by the names of fields; those that `config` has not are left out (versions of PEFT differ in them).
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        made = plain(value)
+        if made is not value:
+            setattr(config, field.name, made)
+    for name, rule in rules.items():
+        if hasattr(config, name):
+            check_value(name, getattr(config, name), rule)
+
+
+def check_value(name: str, value: Any, rule: Rule) -> None:
+    """Raise ValueError unless `value`, of the field `name`, obeys the rule."""
+    if not rule.allows(value):
+        raise ValueError(f"`{name}` is {value!r}; {rule.says}.")
+    if rule.entries is not None and isinstance(value, dict):
+        for key, entry in value.items():
+            check_value(f"{name}[{key!r}]", entry, rule.entries)
+
+
+def plain(value: Any) -> Any:
+    """The Python value that JSON writes for this one: the same object where nothing has to change."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (tuple, range, np.ndarray)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list):
+        made = [plain(entry) for entry in value]
+        return made if any(new is not old for new, old in zip(made, value, strict=True)) else value
+    if isinstance(value, (set, frozenset)):
+        if all(isinstance(entry, str) for entry in value):  # names stay a set, as PEFT has them
+            return set(value) if isinstance(value, frozenset) else value
+        made = [plain(entry) for entry in value]
+        return sorted(made) if all(map(is_index, made)) else made
+    if isinstance(value, dict):
+        pairs = {plain(key): plain(entry) for key, entry in value.items()}
+        same = all(new is value.get(key) for key, new in pairs.items())
+        return value if same else pairs
+    return value
+
+
+# -- what values are
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value is an integer from 0; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def are_indices(values: Any) -> bool:
+    """Whether values are a list of such integers."""
+    return isinstance(values, list) and all(map(is_index, values))
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0, and finite; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, (list, set)) and all(map(_is_name, values))
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+def _selects(value: Any) -> bool:
+    return _are_names(value) or (_is_name(value) and _is_regex(value))
+
+
+# -- rules
+
+
+def one_of(*allowed: Any) -> Rule:
+    """One of these values, of its own type (1 is not True, and 8.0 is not 8)."""
+    shown = ", ".join(repr(a) for a in allowed)
+    return Rule(f"allowed are {shown}", lambda value: any(type(value) is type(a) and value == a for a in allowed))
+
+
+def optional(rule: Rule) -> Rule:
+    """What another rule allows, or None."""
+    return Rule(f"{rule.says}, or None", lambda value: value is None or rule.allows(value), rule.entries)
+
+
+FLAG = one_of(True, False)
+NUMBER = Rule(
+    "it must be a finite number",
+    lambda value: isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value),
+)
+POSITIVE = Rule("it must be a positive number, and finite", is_positive)
+INTEGER = Rule("it must be an integer", lambda value: isinstance(value, Integral) and not isinstance(value, bool))
+RANK = Rule("a rank must be a positive integer", lambda value: is_index(value) and value > 0)
+TEXT = Rule("it must be a string", lambda value: isinstance(value, str))
+MODULES = Rule(
+    "it must be 'all-linear', a list of names of modules, or a regular expression for their whole names",
+    lambda value: _selects(value) and bool(value),
+)
+LEFT_OUT = Rule("it must be a list of names of modules, or a regular expression for their whole names", _selects)
+
+
+def pattern(entries: Rule) -> Rule:
+    """A dictionary from regular expressions of names to values."""
+    return Rule(
+        "it must be a dictionary from patterns of names, which are regular expressions, to values",
+        lambda value: isinstance(value, dict) and all(isinstance(key, str) and _is_regex(key) for key in value),
+        entries,
+    )
+
+
+def _are_tokens(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_name(name) and are_indices(rows) for name, rows in value.items())
+    return are_indices(value)
+
+
+#: The fields that both methods have.
+SHARED: dict[str, Rule] = {
+    "target_modules": MODULES,
+    "exclude_modules": optional(LEFT_OUT),
+    "layers_to_transform": optional(
+        Rule("it must be an index, or a list of indices", lambda value: is_index(value) or are_indices(value))
+    ),
+    "layers_pattern": optional(Rule("it must be a name or a list of names", lambda v: _is_name(v) or _are_names(v))),
+    "modules_to_save": optional(Rule("it must be a list of module names", _are_names)),
+    "trainable_token_indices": optional(
+        Rule(
+            "it must be a list of token indices (0 or more), or a dictionary from names of embeddings to such lists",
+            _are_tokens,
+        )
+    ),
+    "range_p": Rule("it must be a positive number such as 2.4 or 4", is_positive),
+    "learn_scales": FLAG,
+    "scale_dtype": one_of(*SCALE_DTYPES),
+    "act_bits": one_of(None, 8),
+    "inference_mode": FLAG,
+    "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version", "base_fingerprint"), optional(TEXT)),
+}

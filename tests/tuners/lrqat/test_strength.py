@@ -1,0 +1,101 @@
+"""How strongly an adapter acts: 16 grid steps in every layer, unless somebody says otherwise."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_lrqat import LRQATConfig
+from tests.lrqat import config, layers
+from tests.models import logits, tiny, tokens
+
+PATTERNS = {"rank_pattern": {"q_proj": 8, "layers.1.*": 3}}
+
+
+def strengths(model: PeftModel, name: str = "default") -> dict[str, float]:
+    return {path.removeprefix("base_model.model.model."): layer.scaling[name] for path, layer in layers(model).items()}
+
+
+def adapt(model: PreTrainedModel, **options) -> PeftModel:
+    return get_peft_model(model, config(init_lora_weights=False, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"r": 32}, {"use_rslora": True}, PATTERNS, {"use_rslora": True, "r": 5, **PATTERNS}],
+    ids=["rank 4", "rank 32", "rslora", "ranks", "rslora and ranks"],
+)
+def test_the_default_is_16_in_every_layer(options: dict, tmp_path: Path):
+    model = adapt(tiny(), **options)
+    assert set(strengths(model).values()) == {16}
+    assert len(strengths(model)) == 14
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert set(strengths(again).values()) == {16}
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["lora_alpha"] is not None  # the file says what was trained
+
+
+def test_an_explicit_lora_alpha_means_what_it_means_to_peft():
+    r, alpha = 4, 20
+    assert set(strengths(adapt(tiny(), lora_alpha=alpha)).values()) == {alpha / r}
+    assert set(strengths(adapt(tiny(), lora_alpha=alpha, use_rslora=True)).values()) == {alpha / 2}
+    some = strengths(adapt(tiny(), lora_alpha=alpha, rank_pattern={"q_proj": 8}, alpha_pattern={"k_proj": 2}))
+    assert {name.rpartition(".")[2]: value for name, value in some.items()} == {
+        **dict.fromkeys(("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 5), "q_proj": 2.5, "k_proj": 0.5
+    }  # fmt: skip
+
+
+def test_files_of_before_keep_their_strength(tmp_path: Path):
+    # they say lora_alpha = 16 r, which a `rank_pattern` and `use_rslora` divided otherwise
+    model = adapt(tiny(), lora_alpha=64, use_rslora=True, **PATTERNS)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert strengths(again) == strengths(model)
+    assert strengths(again)["layers.1.mlp.up_proj"] == 64 / 3**0.5
+
+
+def test_the_first_pattern_that_matches_counts_after_loading_too(tmp_path: Path):
+    # "z.*" comes last where names are sorted
+    patterns = {
+        "rank_pattern": {"layers.1.*": 2, ".*": 3},
+        "alpha_pattern": {"q_proj": 6, "layers.1.*": 5, ".*_proj": 9},
+    }
+    model = adapt(tiny(), **patterns)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert strengths(again) == strengths(model)
+    found = {layer: strengths(model)[f"layers.{layer}"] for layer in ("0.self_attn.q_proj", "1.self_attn.q_proj")}
+    assert found == {"0.self_attn.q_proj": 2, "1.self_attn.q_proj": 3}
+
+
+def test_the_default_follows_what_is_set_afterwards():
+    own = config()
+    own.r, own.rank_pattern = 2, {"q_proj": 5}
+    model = get_peft_model(tiny(), own)
+    assert set(strengths(model).values()) == {16}
+    own = config()
+    own.lora_alpha = 12
+    assert set(strengths(get_peft_model(tiny(), own)).values()) == {3}
+    for again in (copy.copy(own), copy.deepcopy(own), LRQATConfig(**{"r": own.r, "lora_alpha": own.lora_alpha})):
+        assert again.lora_alpha == 12
+
+
+@pytest.mark.parametrize("combination", ["svd", "cat", "linear"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_combination_of_one_adapter_is_that_adapter(combination: str, rslora: bool):
+    model = adapt(tiny(), use_rslora=rslora).eval()
+    model.add_adapter("other", config(init_lora_weights=False, learn_scales=False))
+    for layer in layers(model).values():
+        layer.lora_scale_shift["default"].data.fill_(0.125)
+    model.add_weighted_adapter(["other", "default"], [0.0, 1.0], "both", combination_type=combination)
+    for layer in layers(model).values():
+        torch.testing.assert_close(layer.get_delta_weight("both"), layer.get_delta_weight("default"))
+        assert torch.equal(layer.lora_scale_shift["both"], layer.lora_scale_shift["default"])
