@@ -36,7 +36,9 @@ ATTENTION = ["q_proj", "v_proj"]
         ({"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"}, 2),
         ({"target_modules": ATTENTION, "layers_to_transform": [1]}, 2),
         ({"target_modules": ATTENTION, "layers_to_transform": 0, "layers_pattern": "layers"}, 2),
-        ({"target_modules": None}, 4),
+        ({"target_modules": None}, 14),
+        ({"target_modules": "All-Linear", "layers_to_transform": [1]}, 7),
+        ({"target_modules": None, "layers_to_transform": 0, "exclude_modules": ["q_proj"]}, 6),
         ({"target_modules": ["lm_head"]}, 1),
     ],
 )

@@ -94,8 +94,8 @@ def test_a_combination_of_one_adapter_is_that_adapter(combination: str, rslora: 
     model = adapt(tiny(), use_rslora=rslora).eval()
     model.add_adapter("other", config(init_lora_weights=False, learn_scales=False))
     for layer in layers(model).values():
-        layer.lora_scale_shift["default"].data.fill_(0.125)
+        layer.lora_scale_shift["default"].weight.data.fill_(0.125)
     model.add_weighted_adapter(["other", "default"], [0.0, 1.0], "both", combination_type=combination)
     for layer in layers(model).values():
         torch.testing.assert_close(layer.get_delta_weight("both"), layer.get_delta_weight("default"))
-        assert torch.equal(layer.lora_scale_shift["both"], layer.lora_scale_shift["default"])
+        assert torch.equal(layer.lora_scale_shift["both"].weight, layer.lora_scale_shift["default"].weight)
