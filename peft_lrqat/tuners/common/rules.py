@@ -180,5 +180,6 @@ SHARED: dict[str, Rule] = {
     "act_bits": one_of(None, 8),
     "inference_mode": FLAG,
     "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
-    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version", "base_fingerprint"), optional(TEXT)),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(TEXT)),
+    **dict.fromkeys(("base_fingerprint", "base_checksum"), optional(TEXT)),
 }

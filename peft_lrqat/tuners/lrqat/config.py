@@ -20,7 +20,7 @@ from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.config import ALL_LINEAR, GridConfig
-from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, TEXT, Rule, one_of, optional, pattern
+from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, Rule, one_of, optional, pattern
 
 # LoraConfig options that have no meaning inside a rounding, with the reason that the error gives.
 _REFUSED = {
@@ -83,7 +83,6 @@ class LRQATConfig(GridConfig, LoraConfig):
         "downcast": optional(one_of(*DOWNCASTS)),
         "range_method": one_of(*RANGE_METHODS),
         "scale_dtype": optional(SHARED["scale_dtype"]),
-        "base_checksum": optional(TEXT),
         **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
     }
 
