@@ -100,6 +100,21 @@ def _check_tokens(model: Any, modules: dict[str, nn.Module], targets: dict[str, 
                 )
 
 
+def check_reference(name: str, config: Any, others: dict[str, Any]) -> None:
+    """Raise ValueError if the adapter `name` is to be TRL's reference of another one, of which TRL copies a part only.
+
+    Args:
+        others: adapter -> its configuration.
+    """
+    if config.trainable_token_indices is not None and config.makes_reference(name, others):
+        raise ValueError(
+            f"TRL makes the adapter {name!r} as the reference of a trained one, but its copy leaves out what was "
+            "trained by `trainable_token_indices`, so the reference would be another model. Give the trainer a "
+            "reference (`ref_model=...`, for DPO and KTO), go without one (`beta=0`, for GRPO), or train the embedding "
+            "whole (`modules_to_save`)."
+        )
+
+
 def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
     """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
     shapes = config._adapter_shapes

@@ -16,7 +16,7 @@ from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
-from .extras import check_adapter_file, check_extras
+from .extras import check_adapter_file, check_extras, check_reference
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
@@ -110,6 +110,7 @@ class QuantizingModel(LoraModel):
         check_fingerprint(config.base_fingerprint, config._required_fingerprint)
         check_adapter_file(targets, config)
         check_extras(model, targets, config)
+        check_reference(adapter_name, config, self.peft_config)
         undo.keep(targets.values(), config.bytes_per_weight)
         if adopted and not undo.keeps:
             undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory

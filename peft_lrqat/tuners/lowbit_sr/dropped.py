@@ -47,5 +47,6 @@ class DroppedBase(nn.Module):
         """Raise ValueError: somebody needs the base."""
         raise ValueError(
             "`keep_base=False` dropped the base codes, so there is nothing to compute without the adapter: it cannot "
-            "be disabled, unloaded or left out of a batch. Adapt the model with `keep_base=True` for that."
+            "be disabled (as TRL does it for a reference), unloaded or left out of a batch. Adapt the model with "
+            "`keep_base=True` for that."
         )

@@ -27,10 +27,10 @@ class LowBitSRModel(QuantizingModel):
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1 and not config.keep_base:
-            added = next(name for name, other in self.peft_config.items() if other is config)
             raise ValueError(
-                f"`keep_base=False` dropped the base codes, at which adapter {added!r} would start. Adapt the float "
-                "model with `keep_base=True` for several adapters."
+                f"`keep_base=False` dropped the base codes, at which adapter {list(self.peft_config)[-1]!r} would "
+                "start. Adapt the float model with `keep_base=True` for several adapters, one of which may be TRL's "
+                "reference."
             )
 
     def _check_targets(self, targets: dict[str, nn.Module], config: LowBitSRConfig) -> None:

@@ -164,14 +164,15 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """The best rank-r fit of what the stored base lost of W0, so that training starts nearer to the float model."""
         weight = getattr(self, "_float_weight", None)
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        nn.init.zeros_(B)
+        loaded = A.device.type == "meta" or config._adapter_shapes is not None
+        if loaded or config.makes_reference(adapter_name, self.adapter_options):
+            return  # the adapter's values come from somewhere else
         if weight is None:
             raise ValueError(
                 "`init_lora_weights='loftq'` needs the float weight, which is gone once the model is converted. Use it "
                 "for the first adapter, and True for further ones."
             )
-        nn.init.zeros_(B)
-        if A.device.type == "meta" or config._adapter_shapes is not None:
-            return  # the adapter's values are about to be loaded
         weight = weight.t() if self.fan_in_fan_out else weight
         factor_A, factor_B = residual_factors(weight, self.base_layer, self.r[adapter_name])
         A.data.copy_(factor_A)

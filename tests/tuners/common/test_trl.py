@@ -5,8 +5,8 @@ Names of trainers are strings, because most of TRL's modules take long to import
 
 from __future__ import annotations
 
-import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from transformers import (
     Trainer,
 )
 
+from tests import lowbit_sr, lrqat, tokenizers
 from tests.models import logits, tiny, tokens, train
 from tests.trainer import arguments, counting_text, losses, word_tokenizer
 
@@ -50,10 +51,24 @@ PREFERENCES = paired(prompt=0, chosen=5, rejected=9)
 PROMPTS = paired(prompt=0)
 CHATS = Dataset.from_list([{"messages": chat(i)} for i in range(8)])
 LABELLED = Dataset.from_list([{"prompt": words(i), "completion": words(i + 5), "label": i % 2 == 0} for i in range(8)])
-SAMPLED = {"max_completion_length": 4, "use_vllm": False}
+TEACHER = {"teacher_model": 3}
+SHORT = {"max_completion_length": 4}
+SAMPLED = {**SHORT, "use_vllm": False}
 GROUPS = {**SAMPLED, "num_generations": 2}
 NEW = {"max_new_tokens": 4}
 REWARD = {"reward_funcs": length_reward}
+
+
+def chatting() -> PreTrainedTokenizerFast:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def bytewise() -> PreTrainedTokenizerFast:
+    tokenizer = tokenizers.bytewise("llama-bpe")
+    tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class Road:
     data: Dataset
     options: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)  # the trainer's own arguments; a teacher is given by its seed
+    tokenizer: Callable[[], PreTrainedTokenizerFast] = chatting
 
 
 ROADS = {
@@ -73,41 +89,40 @@ ROADS = {
     "grpo": Road("trl.GRPO", PROMPTS, {**GROUPS, "beta": 0.1}, REWARD),
     "rloo": Road("trl.RLOO", PROMPTS, {**GROUPS, "beta": 0.1}, REWARD),
     "reward": Road("trl.Reward", PREFERENCES),
-    "distillation": Road("trl.Distillation", PROMPTS, SAMPLED, {"teacher_model": 3}),
+    "distillation": Road("trl.Distillation", PROMPTS, SAMPLED, TEACHER),
     "orpo": Road("trl.experimental.orpo.ORPO", PREFERENCES),
     "cpo": Road("trl.experimental.cpo.CPO", PREFERENCES),
-    "gkd": Road("trl.experimental.gkd.GKD", CHATS, NEW, {"teacher_model": 3}),
+    "gkd": Road("trl.experimental.gkd.GKD", CHATS, NEW, TEACHER),
     "online_dpo": Road("trl.experimental.online_dpo.OnlineDPO", PROMPTS, NEW, REWARD),
     "tpo": Road("trl.experimental.tpo.TPO", paired(prompt=0, chosen=5, rejected=9, reference=6)),
+    "gold": Road("trl.experimental.gold.GOLD", CHATS, {**SHORT, "use_uld_loss": False}, TEACHER, bytewise),
     "gmpo": Road("trl.experimental.gmpo.GMPO", PROMPTS, GROUPS, REWARD),
+    "a2po": Road("trl.experimental.a2po.A2PO", PROMPTS, SHORT, REWARD),
     "sdpo": Road("trl.experimental.sdpo.SDPO", PROMPTS, {**GROUPS, "teacher_model_kind": "base"}, REWARD),
 }  # fmt: skip
 BY_DEFAULT = [("sft", "config"), ("dpo", "config"), ("dpo", "model"), ("grpo", "model"), ("reward", "config")]
 ALL = [(name, given) for name in ROADS for given in ("config", "model")]
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return tokenizer
+ALL.remove(("a2po", "config"))  # the trainer takes none
 
 
 @pytest.fixture
-def start(method: ModuleType, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast):
+def start(method: ModuleType, tmp_path: Path):
     """A trainer of one of `ROADS`, given a configuration, or a PeftModel that was trained before."""
 
     def make(name: str, given: str, config: dict[str, Any] | None = None, **options: Any) -> Trainer:
         road = ROADS[name]
-        module, _, stem = road.trainer.rpartition(".")
-        library = importlib.import_module(module)
+        trainer, arguments_of = _from_trl(road)
+        tokenizer = road.tokenizer()
         scores = name == "reward"
-        base: Any = tiny()
+        base: Any = tiny(vocab_size=len(tokenizer))
         if scores:
             base.config.num_labels = 1
             base = AutoModelForSequenceClassification.from_config(base.config)
         peft = method.config(task_type="SEQ_CLS" if scores else "CAUSAL_LM", **(config or {}))
-        more = {key: tiny(seed=value) if key == "teacher_model" else value for key, value in road.more.items()}
+        more = {
+            key: tiny(seed=value, vocab_size=len(tokenizer)) if key == "teacher_model" else value
+            for key, value in road.more.items()
+        }
         if given == "config":
             model, more["peft_config"] = base, peft
         else:
@@ -115,15 +130,25 @@ def start(method: ModuleType, tmp_path: Path, chat_tokenizer: PreTrainedTokenize
             if not scores:
                 train(model, IDS, lr=1e-2)
         settings = {"max_steps": 2, "per_device_train_batch_size": 2, **road.options, **options}
-        return getattr(library, f"{stem}Trainer")(
+        return trainer(
             model=model,
-            args=arguments(tmp_path, getattr(library, f"{stem}Config"), **settings),
+            args=arguments(tmp_path, arguments_of, **settings),
             train_dataset=road.data,
-            processing_class=chat_tokenizer,
+            processing_class=tokenizer,
             **more,
         )
 
     return make
+
+
+def _from_trl(road: Road) -> tuple[Any, Any]:
+    """A trainer's class and that of its arguments; skips the test where this version of TRL has none such."""
+    module, _, stem = road.trainer.rpartition(".")
+    library = pytest.importorskip(module)
+    trainer, arguments_of = (getattr(library, stem + end, None) for end in ("Trainer", "Config"))
+    if trainer is None or arguments_of is None or not road.options.keys() <= arguments_of.__dataclass_fields__.keys():
+        pytest.skip(f"this version of TRL has no {road.trainer}Trainer, or an earlier one")
+    return trainer, arguments_of
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -217,3 +242,41 @@ def test_without_a_trained_adapter_the_reference_is_the_rounded_base(start, meth
         assert torch.equal(logits(trainer.model.eval(), IDS), base)
     rounded = method.adapt(tiny(), **method.GRID).unload()
     assert torch.equal(logits(rounded.eval(), IDS), base)
+
+
+def test_the_reference_of_an_adapter_that_loftq_started():
+    model = lrqat.adapt(tiny(), **lrqat.GRID, init_lora_weights="loftq", downcast="int")
+    train(model, IDS, lr=1e-2)
+    expected = logits(model, IDS)
+    trl_copies(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model.eval(), IDS), expected)
+
+
+def test_a_reference_that_would_be_another_model_is_refused(method: ModuleType):
+    model = method.adapt(tiny(), **method.GRID, trainable_token_indices=[5, 6])
+    with pytest.raises(ValueError, match=r"'ref'.*leaves out.*`trainable_token_indices`.*ref_model"):
+        trl_copies(model)
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("other", model.peft_config["default"])  # a fresh adapter, whatever made it
+
+
+def test_a_dropped_base_has_no_room_for_a_reference():
+    model = lowbit_sr.adapt(tiny(), **lowbit_sr.GRID, keep_base=False)
+    with pytest.raises(ValueError, match=r"`keep_base=False` dropped.*'ref' would start.*TRL's reference"):
+        trl_copies(model)
+
+
+def test_training_with_a_reference_resumes_bit_for_bit(start, tmp_path: Path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = start("dpo", "model", **options)
+    whole.train()
+    resumed = start("dpo", "model", **options)
+    with torch.no_grad():
+        for name, parameter in resumed.model.named_parameters():
+            if ".default." in name or ".ref." in name:  # what the checkpoint must put back
+                parameter.copy_(torch.zeros(parameter.shape))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
+    assert losses(resumed)[-1] == losses(whole)[-1]

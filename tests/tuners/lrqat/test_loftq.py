@@ -124,3 +124,13 @@ def test_a_second_adapter_has_no_float_weight_to_start_from():
 def test_more_than_one_iteration_is_refused():
     with pytest.raises(ValueError, match="loftq_iter"):
         LRQATConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 2})
+
+
+def test_a_saved_adapter_loads_beside_another(tmp_path):
+    model = adapted(tiny(), group_size=8, downcast="int", init_lora_weights="loftq")
+    train(model, tokens())
+    model.save_pretrained(tmp_path)
+    expected = logits(model, tokens())
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model.eval(), tokens()), expected)
