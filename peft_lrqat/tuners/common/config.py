@@ -166,12 +166,12 @@ class GridConfig(PeftConfigMixin):
     def makes_reference(self, name: str, others: Mapping[str, Any]) -> bool:
         """Whether TRL adds the adapter `name` as the reference of a trained one, whose values it copies afterwards.
 
-        It is called "ref" then, and made with the very object that is the other's configuration.
+        It is called "ref" then, and has the other's configuration.
 
         Args:
             others: adapter -> its configuration.
         """
-        return name == "ref" and any(other is self for key, other in others.items() if key != name)
+        return name == "ref" and any(other == self for key, other in others.items() if key != name)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
