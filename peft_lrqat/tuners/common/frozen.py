@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from ...chunks import row_chunks
 from ...grid import Grid, grouped, rows_of, snap_scale
 from ...modules.packed import QuantizedLinear
-from ...ops import quantized_linear
+from ...ops import quantized_linear, reference
+from ...ops.dispatch import kernels_for, no_autocast
 from ...ops.inputs import linear_input
-from ...ops.reference import build_weight
 from ...ops.stored_base import BaseFormat, encode_base
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
@@ -210,8 +210,23 @@ class FrozenWeight(nn.Module):
 
     def dense(self) -> torch.Tensor:
         """Build the base rounded to its grid, in the original dtype and orientation: the model at step 0."""
-        weight = build_weight(whole(self.base), self.scale0, whole(self.zero_point), None, self.fmt, self.compute_dtype)
+        weight = self.built()
         return weight.t() if self.transposed else weight
+
+    def built(
+        self,
+        shift: torch.Tensor | None = None,
+        A: torch.Tensor | None = None,
+        B: torch.Tensor | None = None,
+        c: float = 1.0,
+    ) -> torch.Tensor:
+        """Build W^, (out, in), the original dtype, with an adapter inside the rounding: see `ops.quantized_linear`."""
+        base, kept, dtype = whole(self.base), self.scale_dtype, self.compute_dtype
+        implementation = kernels_for(base) or reference
+        with no_autocast(base):
+            return implementation.linear_weight(
+                base, self.scale0, shift, whole(self.zero_point), A, B, c, self.fmt, kept, dtype
+            )
 
     def float_layer(self) -> nn.Module:
         """The base at step 0 as the kind of float layer that it was made from."""

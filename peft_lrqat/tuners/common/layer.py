@@ -92,6 +92,23 @@ class MergingLayer(LoraLayer):
         """What the layer was before: "linear", "conv1d" or "embedding"."""
         return "conv1d" if self.frozen.transposed else "linear"
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """W^ with the active adapters, in the model's dtype and the original orientation, for modules that read it.
+
+        Built anew, and differentiable (`readable.py`).
+        """
+        if self.disable_adapters:
+            return self.frozen.weight
+        if self.merged:
+            return self.base_layer.weight
+        weight = self._read(self._adapters_at_work())
+        return weight.t() if self.frozen.transposed else weight
+
+    def _read(self, adapters: list[str]) -> torch.Tensor:
+        """W^ with these adapters, (out, in), differentiable."""
+        raise NotImplementedError
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: rounding is not additive."""
         return False

@@ -44,6 +44,7 @@ from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
 from ..common.layer import AdapterWeight, MergingLayer, parameters_become_meta
+from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LowBitSRConfig
 from .dropped import DroppedBase
 from .parts import PARTS, LowBitWeight, PartView
@@ -196,6 +197,20 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
             start = weight.scale * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
             ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
         return scale, ternary, factor
+
+    def _read(self, adapters: list[str]) -> torch.Tensor:
+        adapter = self._the_one(adapters)
+        if adapter is None:
+            return readable_weight(self._kept().built(), self._kept().product)
+        weight: Any = self.lowbitsr_weight[adapter].weight
+        scale, ternary, factor = self._scales(adapter)
+
+        def product(x: torch.Tensor, weight: Any, scale: torch.Tensor, ternary: torch.Tensor | None) -> torch.Tensor:
+            refuse_rounded_inputs(self.adapter_options[adapter].activations)
+            return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, None, weight.grid.code_bits)
+
+        values = dequantize(*self._levels(adapter), None, self.frozen.compute_dtype)
+        return readable_weight(values, product, weight, scale, ternary)
 
     # -- forward
 

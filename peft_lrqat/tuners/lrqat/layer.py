@@ -55,6 +55,7 @@ from ...ops.inputs import linear_input
 from ...ops.reference import codes
 from ..common.frozen import FrozenWeight, whole
 from ..common.layer import AdapterWeight, MergingLayer
+from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
 from .loftq import residual_factors
 
@@ -206,6 +207,19 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _scale(self, shift: torch.Tensor | None) -> torch.Tensor:
         """s: fp32 (rows, groups), as the checkpoint stores it."""
         return trained_scale(self.frozen.scale0, shift, self.frozen.scale_dtype)
+
+    @torch.compiler.disable
+    def _read(self, adapters: list[str]) -> torch.Tensor:
+        frozen = self.frozen
+        *trained, c = self._operands(adapters)
+        with torch.no_grad():
+            values = frozen.built(*trained, c)
+
+        def product(x: torch.Tensor, *trained: torch.Tensor | None) -> torch.Tensor:
+            refuse_rounded_inputs(self.activations)
+            return frozen.product(x, None, *trained, c)
+
+        return readable_weight(values, product, *trained)
 
     # -- forward
 
