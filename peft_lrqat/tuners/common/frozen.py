@@ -22,6 +22,7 @@ from ...ops.stored_base import BaseFormat, encode_base
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
 from .fingerprint import codes_checksum, float_checksum, position_weighted_sum
+from .parallel import FSDP1, ZERO3, Mark, refuse_data_parallel
 
 # Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
 _PACKED = contextvars.ContextVar("packed_state_dict", default=False)
@@ -48,10 +49,10 @@ def whole(tensor: Any) -> Any:
 
 
 class PackedParameter(nn.Parameter):
-    """A frozen integer parameter. FSDP2 shards it; FSDP1, which flattens floats only, keeps it whole on every rank."""
+    """A frozen integer parameter. FSDP2 shards it; FSDP1 and DeepSpeed ZeRO-3 are refused when they take it."""
 
-    # FSDP1's mark of parameters that are not its business (torch.distributed.fsdp._common_utils.FSDP_FLATTENED)
-    _fsdp_flattened = True
+    _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
+    ds_param_type = Mark(ZERO3)  # the first that `deepspeed.zero.Init` sets
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
         return super().__new__(cls, data, requires_grad=False)
@@ -248,6 +249,8 @@ class FrozenWeight(nn.Module):
                 stored = stored.view(torch.uint8).reshape(stored.shape[0], -1)
                 total += position_weighted_sum(stored, 40503 * (index + 1))
         return total
+
+    _replicate_for_data_parallel = refuse_data_parallel
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
         # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would

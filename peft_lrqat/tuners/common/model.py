@@ -21,6 +21,7 @@ from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerpri
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
+from .parallel import check_announced
 from .preflight import check_adapter_name, check_base, check_targets
 from .undo import Undo
 
@@ -45,10 +46,12 @@ class QuantizingModel(LoraModel):
     Attributes:
         config_cls: the configuration that the tuner takes.
         shared_options: its fields in which all adapters of a model must agree, because they share a converted base.
+        trains_integers: whether the trained parameters are integers, which fewer ways of sharding suit.
     """
 
     config_cls: Any
     shared_options: tuple[str, ...]
+    trains_integers = False
     peft_config: dict[str, Any]  # PEFT's annotation, PeftConfig, does not know our fields
     _conversion: _Conversion | None = None  # while layers are converted
 
@@ -97,6 +100,8 @@ class QuantizingModel(LoraModel):
         config, state_dict = self.peft_config[adapter_name], kwargs.get("state_dict")
         check_adapter_name(adapter_name, model)
         config.check_fields()
+        if not config.inference_mode:
+            check_announced(trains_integers=self.trains_integers)
         adopted = self._adopt_base(model, config, state_dict)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made

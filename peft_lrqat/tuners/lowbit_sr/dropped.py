@@ -9,6 +9,7 @@ from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
 from ..common.frozen import FrozenWeight
+from ..common.parallel import refuse_data_parallel
 
 
 class DroppedBase(nn.Module):
@@ -34,6 +35,8 @@ class DroppedBase(nn.Module):
     def checksum(self) -> torch.Tensor:
         """That of the base that was dropped (`FrozenWeight.checksum`)."""
         return self._checksum
+
+    _replicate_for_data_parallel = refuse_data_parallel
 
     def _apply(self, fn: Any, recurse: bool = True) -> DroppedBase:
         # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would

@@ -20,6 +20,7 @@ class LowBitSRModel(QuantizingModel):
     prefix = "lowbitsr_"
     tuner_layer_cls = LowBitSRLayer
     config_cls = LowBitSRConfig
+    trains_integers = True
     shared_options = ("bits", "group_size", "range_method", "range_p", "scale_dtype", "keep_base")
 
     # -- before anything is changed

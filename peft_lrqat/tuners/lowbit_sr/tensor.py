@@ -35,6 +35,7 @@ from ...grid import Grid, grouped, rows_of
 from ...packing import pack, unpack, words_per_row
 from ...read_only import arguments_written, views_of
 from ...rounding import poison, random_words, round_stochastically, uniform
+from ..common.parallel import DEEPSPEED, FSDP1, FSDP2, Mark
 from .any_optimizer import install_hooks
 
 _aten = torch.ops.aten
@@ -63,6 +64,9 @@ class LowBitTensor(torch.Tensor):
     stream: torch.Tensor
     grid: Grid
     error_feedback: bool
+
+    _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
+    ds_status = Mark(DEEPSPEED, asking=True)  # DeepSpeed's engine asks every parameter, in every stage
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
 
@@ -236,6 +240,8 @@ class LowBitTensor(torch.Tensor):
         if func is _aten.copy_.default and isinstance(args[0], LowBitTensor):
             args[0]._copy(args[1])
             return args[0]
+        if func is _aten.split.Tensor:  # what `fully_shard` does first
+            raise ValueError(FSDP2)
         if any(isinstance(tensor, LowBitTensor) for tensor in arguments_written(func, args, kwargs)):
             _refuse(func._schema.name.split("::")[-1])
         args, kwargs = tree_map_only(LowBitTensor, LowBitTensor.to_float, (args, kwargs))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
-from peft import get_peft_model, get_peft_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from peft_lrqat import LRQATConfig
@@ -90,21 +85,3 @@ def test_compiled_layers_have_no_graph_break(symmetric: bool):
         )
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_fsdp1_wraps_an_adapted_model(base: PreTrainedModel, one_process: None):
-    model = random_adapter(base)
-    expected, saved = logits(model, IDS), get_peft_model_state_dict(model)
-    saved = {name: value.clone() for name, value in saved.items()}
-    wrapped = FullyShardedDataParallel(copy.deepcopy(model), use_orig_params=True, device_id=torch.device("cpu"))
-    assert torch.equal(logits(wrapped, IDS), expected)
-    found = get_peft_model_state_dict(wrapped)
-    assert found.keys() == saved.keys()
-    assert all(torch.equal(found[name], saved[name]) for name in saved)
