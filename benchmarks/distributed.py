@@ -97,7 +97,7 @@ def worker(args: argparse.Namespace) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype="auto")
     common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    peft_config: Any = LRQATConfig(bits=4, group_size=32, r=16, **common)
+    peft_config: Any = LRQATConfig(bits=4, group_size=32, r=16, range_method="minmax", **common)
     if method == "lowbit_sr":
         peft_config = LowBitSRConfig(bits=8, group_size=-1, **common)
     data = dataset(args.steps * 8, 32 if args.cpu else 256)
