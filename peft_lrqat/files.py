@@ -54,6 +54,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: there is a file, or a folder with content that is not to be replaced; or it cannot be: a mount
             point, or the working directory or one above it.
         BlockingIOError: another process or thread is writing there.
+        ValueError: its path is not UTF-8.
         OSError: its place cannot be written in.
 
     All of them are raised before the block begins, but for what others do there in the meantime.
@@ -62,6 +63,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         target = out.resolve()
     except RuntimeError as error:  # Python before 3.13; later versions find the loop below
         raise OSError(f"{str(out)!r} cannot be written: {error}.") from error
+    check_utf8(target)
     _check_replaceable(target)
     work = target.parent / f".{target.name}.writing"
     missing = [folder for folder in target.parents if not folder.exists()]
@@ -183,6 +185,14 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
+def check_utf8(path: Path) -> None:
+    """Raise ValueError if a path is no text: the library `safetensors` opens no files there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8, and safetensors opens no files there. Rename it.") from error
+
+
 def regular_file(path: Path) -> Path:
     """`path`, of which reading comes to an end.
 
@@ -209,8 +219,17 @@ def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
     size = regular_file(path).stat().st_size
     if size > largest:
         raise ValueError(f"{str(path)!r} has {size} bytes; {largest} can be read. Download it again.")
+    return json_object(path.read_bytes(), path)
+
+
+def json_object(text: bytes, path: Path) -> dict[str, Any]:
+    """The object in a text of JSON; ValueError as for `read_json`.
+
+    Args:
+        path: the file that the text is from, for messages.
+    """
     try:
-        found = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
+        found = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}). Download it again.") from error
     if not isinstance(found, dict):

@@ -8,7 +8,6 @@ sound. All of that is checked when the folder is opened, before anything is done
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,14 +22,17 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..files import read_json
 from ..formats import reading
 from ..formats.record import KEY, Record
 from ..formats.scheme import Scheme
 from ..formats.shards import Entry, read_headers
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
+from .damage import check_counts, naming
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LARGEST_INDEX = 1 << 26  # bytes; a million tensors take that much
 
 
 class FolderSource(Source):
@@ -52,7 +54,7 @@ class FolderSource(Source):
             ValueError: the checkpoint is float, in another format, uses a part of it that has no exact counterpart, is
                 incomplete or damaged.
         """
-        described = _read_json(folder / "config.json")
+        described = read_json(folder / "config.json")
         quantization = described.get("quantization_config", described.get("compression_config"))
         if quantization is None:
             raise ValueError(
@@ -63,6 +65,7 @@ class FolderSource(Source):
         if not isinstance(quantization, dict):
             raise ValueError(f"`quantization_config` in config.json of {str(folder)!r} is {quantization!r}, no entry.")
         self.files, self._paths, metadata = _tensor_files(folder)
+        check_counts(described, len(self.files))
         scheme_of = reading.describe(quantization, metadata)
         self.format: str = quantization["quant_method"]
         record = Record.read(described.get(KEY))
@@ -99,6 +102,8 @@ class FolderSource(Source):
         except (KeyError, ValueError) as error:
             found = {part: entry.shape for part, entry in parts.items()}
             raise self._refuse(f"layer {name!r} cannot be read from {found}: {error} is missing or damaged.") from error
+        if not (isinstance(out_features, int) and isinstance(in_features, int) and out_features > 0 < in_features):
+            raise self._refuse(f"layer {name!r} is said to have {out_features} x {in_features} weights.")
         recorded = None if record is None else record.grid_of(name)
         scales = reading.read_scales(scheme, tensors, out_features, in_features, name, recorded)
         dtype = self.config.dtype or scales.dtype
@@ -177,17 +182,20 @@ class FolderSource(Source):
     def scale(self, name: str) -> torch.Tensor:
         stored, info = self._layers[name], self._layers[name].info
         size = (info.out_features, info.in_features)
-        return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).scale
+        with naming(self.folder):
+            return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).scale
 
     def zero_point(self, name: str) -> torch.Tensor | None:
         stored, info = self._layers[name], self._layers[name].info
         size = (info.out_features, info.in_features)
-        return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).zero_point
+        with naming(self.folder):
+            return reading.read_scales(stored.scheme, stored.tensors, *size, name, stored.recorded).zero_point
 
     def layer(self, name: str) -> GridTensor:
         stored, info = self._layers[name], self._layers[name].info
         size = (info.out_features, info.in_features)
-        return reading.read(stored.scheme, stored.tensors, *size, name, stored.recorded)
+        with naming(self.folder):
+            return reading.read(stored.scheme, stored.tensors, *size, name, stored.recorded)
 
     def layer_bytes(self) -> int:
         """Bytes of the quantized weights in the files, scales included."""
@@ -236,19 +244,8 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
+    with naming(path), safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError, with the file's name, if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}). Download it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, no object. Download it again.")
-    return found
 
 
 def _skeleton(config: Any) -> Any:
@@ -292,8 +289,12 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, Path], dict
     if (folder / _SINGLE).exists():
         paths = [folder / _SINGLE]
     elif index.exists():
-        weight_map = _read_json(index).get("weight_map") or {}
+        weight_map = read_json(index, _LARGEST_INDEX).get("weight_map") or {}
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"`weight_map` of {str(index)!r} does not map tensors to files. Download it again.")
         paths = [folder / name for name in sorted(set(weight_map.values()))]
+        if outside := [path.name for path in paths if path.parent != folder]:
+            raise ValueError(f"{str(index)!r} names files outside of its folder, e.g. {outside[0]!r}.")
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             raise ValueError(f"{index.name} of {str(folder)!r} names {', '.join(missing)}, which do not exist.")

@@ -24,15 +24,15 @@ def inspect_file(path: Path) -> Inspection:
         ValueError: it is no GGUF file, is damaged, or was not written by this package.
     """
     file = GGUFFile(path)
-    names = [name for name in file.metadata.get(LAYERS_KEY, []) if file.tensors[name].type in BLOCK_TYPES]
-    if not names:
-        raise ValueError(f"{path.name} has no tensors that this package wrote from a grid.")
+    names = _layers(file)
     grid, group_size, symmetric = _grid(file)
     counts: Counter[int] = Counter()
     scales, inexact, weights, layer_bytes = 0, {"float16": 0, "bfloat16": 0}, 0, 0
     for name in names:
         stored = file.tensors[name]
         levels, scale = choice.from_blocks(file.read(name), BLOCK_TYPES[stored.type])
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"{str(path)!r}: tensor {name!r} has scales that are infinite or NaN. Download it again.")
         low = int(levels.min())
         for offset, count in enumerate(torch.bincount(levels.flatten().int() - low).tolist()):
             counts[low + offset] += count
@@ -57,16 +57,36 @@ def inspect_file(path: Path) -> Inspection:
         scales=scales,
         inexact_scales=inexact,
         scale_dtype=None,
-        recipe=file.metadata.get("general.description"),
+        recipe=str(file.metadata.get("general.description") or "") or None,
         histogram={level: counts[level] for level in range(min(counts), max(counts) + 1)},
         engines=_engines(set(types)),
     )
 
 
+def _layers(file: GGUFFile) -> list[str]:
+    """The tensors in blocks that were written from a grid."""
+    named = file.metadata.get(LAYERS_KEY)
+    if not isinstance(named, list) or not named:
+        raise ValueError(f"{str(file.path)!r} has no tensors that this package wrote from a grid.")
+    known = {name for name, tensor in file.tensors.items() if len(tensor.shape) == 2}
+    lost = [name for name in named if not isinstance(name, str) or name not in known]
+    if lost or len(set(named)) < len(named):
+        what = f"{lost[0]!r}, which is no matrix in it" if lost else "a tensor twice"
+        raise ValueError(f"{str(file.path)!r} is damaged: `{LAYERS_KEY}` names {what}.")
+    names = [name for name in named if file.tensors[name].type in BLOCK_TYPES]
+    if not names:
+        raise ValueError(f"{str(file.path)!r} has its layers as floats (`type='f32'`), not in blocks.")
+    return names
+
+
 def _grid(file: GGUFFile) -> tuple[Grid, int, bool]:
-    bits, group_size, symmetric = file.metadata[GRID_KEY]
-    # float32 in the file: 1.58 comes back a little off
-    grid = Grid(int(bits) if bits == int(bits) else round(bits, 2), int(group_size), bool(symmetric))
+    said = file.metadata.get(GRID_KEY)
+    try:
+        bits, group_size, symmetric = said  # type: ignore[misc]  # whatever a file holds
+        # float32 in the file: 1.58 comes back a little off
+        grid = Grid(int(bits) if bits == int(bits) else round(bits, 2), int(group_size), bool(symmetric))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{str(file.path)!r} is damaged: `{GRID_KEY}` is {said!r}, no grid.") from error
     return grid, grid.group_size, grid.symmetric
 
 

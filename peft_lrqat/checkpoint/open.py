@@ -12,7 +12,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import check_utf8, read_json
 from ..formats.source import Source
+from .damage import naming
 from .folder import FolderSource
 from .model_source import ModelSource, adapter_source
 
@@ -35,11 +37,15 @@ def open_source(model_or_dir: Any) -> Source:
 def _open_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}. (A repository of the Hub: download it first.)")
+    check_utf8(folder.resolve())
     if (folder / "adapter_config.json").exists():
-        return adapter_source(folder)
+        read_json(folder / "adapter_config.json")  # PEFT reads it again, and says less
+        with naming(folder):
+            return adapter_source(folder)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"The folder {str(folder)!r} holds neither config.json nor adapter_config.json, so it is neither a merged "
             "checkpoint nor an adapter."
         )
-    return FolderSource(folder)
+    with naming(folder):
+        return FolderSource(folder)

@@ -16,6 +16,7 @@ from torch import nn
 from ..formats.source import Source
 from ..modules.packed import merged_layer
 from . import compare
+from .damage import naming
 from .findings import Finding, Verification
 from .folder import FolderSource
 from .open import open_source
@@ -69,7 +70,8 @@ def verify(
     progress(f"loading with {found.engine}")
     half = checkpoint.format in ("gptq", "awq")  # its kernels compute in fp16
     dtype = torch.float16 if half else checkpoint.config.dtype
-    model = _architecture(checkpoint).from_pretrained(str(folder), dtype=dtype).eval()
+    with naming(Path(folder)):
+        model = _architecture(checkpoint).from_pretrained(str(folder), dtype=dtype).eval()
     progress("logits")  # first: transformers unpacks some formats in the first forward
     found.findings.append(_logits(model, source, exact=not half))
     progress("layers")

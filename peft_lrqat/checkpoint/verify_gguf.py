@@ -15,12 +15,13 @@ from ..formats.gguf import architectures, choice, tensors
 from ..formats.gguf.blocks import BLOCK_TYPES
 from ..formats.gguf.reader import GGUFFile
 from ..formats.source import LayerInfo, Source
+from .damage import naming
 from .findings import Finding, Verification
 
 
 def gguf_file(folder: Path) -> Path | None:
     """The GGUF file of a folder that `export` wrote, or `folder` itself if it is such a file; else None."""
-    if folder.suffix == ".gguf":
+    if folder.suffix == ".gguf" and not folder.is_dir():
         return folder
     found = sorted(folder.glob("*.gguf"))
     return found[0] if len(found) == 1 and not (folder / "config.json").exists() else None
@@ -98,8 +99,9 @@ def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[s
         progress("loading with transformers")
         name = f"transformers {version('transformers')} + gguf {version('gguf')}"
         try:
-            model = _loaded_by_transformers(path, against)
-        except (NotImplementedError, ValueError, KeyError) as error:  # a block type or an architecture it does not know
+            with naming(path):
+                model = _loaded_by_transformers(path, against)
+        except ValueError as error:  # a block type or an architecture that it does not know
             found.skipped = f"{name} cannot load the file: {error}"
         else:
             found.findings.append(_transformers_reads(model, against))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,23 +23,25 @@ _errors = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
+def _user_errors(say: Callable[[str], str] = show.one_line) -> Iterator[None]:
     """What the user can repair is told in a sentence, not in a traceback."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        _errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        _errors.print(f"error: {say(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers' own progress bars would break up what a command prints."""
-    shown = logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """transformers' own progress bars and remarks would break up what a command prints."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -61,13 +63,13 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Write a trained model in the format of an engine, from its integers and scales."""
-    with _user_errors():
+    with _user_errors(show.printable):  # reasons, layer by layer
         own = _options(option or [])
         if check:
             verdict = exporting.can_export(
                 source, format, container_bits=container_bits, allow_inexact=allow_inexact, **own
             )
-            print(verdict)
+            print(show.printable(str(verdict)))
             raise typer.Exit(0 if verdict else 1)
         report = exporting.export(
             source,
@@ -81,7 +83,7 @@ def export(
             progress=not quiet,
             **own,
         )
-        print(report)
+        print(show.printable(str(report)))
 
 
 @app.command()
@@ -92,7 +94,7 @@ def inspect(
 ) -> None:
     """Show grid, container, size, exactness of the scales, the codes' histogram, and which engines load it."""
     with _user_errors():
-        with _no_bars():
+        with _quietly():
             found = inspect_folder(folder)
         if plot is not None:
             show.plot(found, plot)
@@ -112,7 +114,7 @@ def verify(
     with _user_errors():
         if against is None and not engine:
             raise ValueError("There is nothing to compare: name --against, or leave out --no-engine.")
-        with _no_bars(), _errors.status("reading") as status:
+        with _quietly(), _errors.status("reading") as status:
             found = verify_folder(folder, against, engine=engine, progress=lambda what: status.update(what))
         show.verification(found, Console())
         if not found.findings:

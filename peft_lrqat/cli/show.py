@@ -16,11 +16,22 @@ _BAR = 40  # characters
 _ROWS = 24  # a grid with more codes is drawn in bins
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey, or could not show: names in a file are a stranger's."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """The same on one line, with its end left out if that is long."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= longest else line[:longest] + " ..."
+
+
 def inspection(found: Inspection, console: Console) -> None:
     """Print what `inspect` found."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(found):
-        table.add_row(f"[bold]{name}[/]", escape(value))
+        table.add_row(f"[bold]{name}[/]", escape(printable(value)))
     console.print(table)
     console.print("\n[bold]codes[/]")
     bins = _bins(found.histogram)
@@ -98,7 +109,7 @@ def verification(found: Verification, console: Console) -> None:
     if found.missing:
         console.print(f"not installed: {', '.join(found.missing)}", highlight=False)
     if found.skipped:
-        console.print(f"not compared: {found.skipped}", markup=False, highlight=False)
+        console.print(f"not compared: {one_line(found.skipped)}", markup=False, highlight=False)
     for finding in found.findings:
         mark = "[green]equal    [/]" if finding.equal else "[red]NOT EQUAL[/]"
-        console.print(f"{mark} {finding.what}: {escape(finding.detail)}", highlight=False)
+        console.print(f"{mark} {finding.what}: {escape(one_line(finding.detail))}", highlight=False)

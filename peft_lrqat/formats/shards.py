@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import json_object, regular_file
+
 #: safetensors' names of dtypes.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -45,16 +47,22 @@ class Entry(NamedTuple):
 def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
     """Tensor name -> entry, and the metadata of a safetensors file; its data is not read.
 
+    The library `safetensors` checks the header: it is no longer than 100 MB, its byte ranges do not overlap, and they
+    are all of the file, so what is read later takes no more memory than that. A name that comes twice is found here.
+
     Raises:
-        ValueError: the file is truncated, or no safetensors file.
+        ValueError: the file is truncated, no safetensors file, or no file at all.
     """
+    path = regular_file(Path(path))
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            entries = {name: Entry(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-            return entries, dict(file.metadata() or {})
-    except (SafetensorError, json.JSONDecodeError) as error:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is truncated or damaged ({error}). Copy or download it again.") from error
+    with path.open("rb") as file:
+        header = json_object(file.read(int.from_bytes(file.read(8), "little")), path)
+    metadata = header.pop("__metadata__", None) or {}
+    return {name: Entry(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}, metadata
 
 
 def read_headers(

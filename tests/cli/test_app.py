@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from peft_lrqat import cli, export
@@ -164,6 +167,58 @@ class TestVerify:
         assert "equal     codes" in said
         assert "needs no_such_engine" in run("verify", merged, code=2)
         assert "nothing to compare" in run("verify", merged, "--no-engine", code=2)
+
+
+class TestFilesOfAStranger:
+    """One line and exit code 2, whatever is in them; more of them in tests/checkpoint/test_damage.py."""
+
+    def refused(self, *args) -> str:
+        said = run(*args, code=2)
+        assert said.count("\n") == 1
+        assert said.startswith("error: ")
+        assert said[:-1].isprintable()
+        return said
+
+    @pytest.mark.parametrize("command", ["inspect", "verify"])
+    def test_each_command(self, command, merged, tmp_path):
+        folder = shutil.copytree(merged, tmp_path / "folder")
+        described = json.loads((folder / "config.json").read_text())
+        for change, said in (
+            ({"model_type": "x"}, "model type `x`"),
+            ({"model_type": "\x1b[2J"}, r"model type `\x1b[2J`"),
+            ({"quantization_config": {"quant_method": "\ud800\n" * 5000}}, "..."),
+            ({"num_hidden_layers": 10**9}, "`num_hidden_layers` is"),
+        ):
+            (folder / "config.json").write_text(json.dumps({**described, **change}))
+            assert said in self.refused(command, folder)
+        (folder / "config.json").write_text("[" * 10**5)
+        assert "damaged" in self.refused(command, folder)
+        (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\xff" * 60)
+        assert "GGUF version" in self.refused("inspect", tmp_path / "a.gguf")
+
+    def test_names_that_are_no_text(self, merged, tmp_path):
+        strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe\x1b")
+        shutil.copytree(merged, strange)
+        for args in (("inspect", strange), ("export", strange, tmp_path / "out"), ("export", merged, strange + "/out")):
+            assert r"\udcff\udcfe\x1b" in (said := self.refused(*args))
+            assert "is not UTF-8" in said
+        assert r"no folder" in self.refused("inspect", strange + "/x")
+
+    def test_names_in_files_are_shown_not_obeyed(self, merged, tmp_path):
+        folder = shutil.copytree(merged, tmp_path / "folder")
+        described = json.loads((folder / "config.json").read_text())
+        described["peft_lrqat"]["recipe"] = "[red]a[/red]\x1b[2J\x07"
+        (folder / "config.json").write_text(json.dumps(described))
+        said = run("inspect", folder)
+        assert r"[red]a[/red]\x1b[2J\x07" in said
+        assert "\x1b" not in said
+
+    def test_an_engine_that_cannot_load_it(self, merged, monkeypatch):
+        def load(*args, **kwargs):
+            raise AttributeError("no such thing")
+
+        monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", load)
+        assert "AttributeError: no such thing" in self.refused("verify", merged)
 
 
 def test_without_typer_the_extra_is_named(monkeypatch):
