@@ -23,6 +23,7 @@ from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced
 from .preflight import check_adapter_name, check_base, check_targets
+from .summary import report
 from .undo import Undo
 
 # How a PeftModel's files name the model, and, after the method's prefix, the checksum of the base.
@@ -116,6 +117,7 @@ class QuantizingModel(LoraModel):
         check_adapter_file(targets, config)
         check_extras(model, targets, config)
         check_reference(adapter_name, config, self.peft_config)
+        converts = not all(isinstance(module, MergingLayer) for module in targets.values())
         undo.keep(targets.values(), config.bytes_per_weight)
         if adopted and not undo.keeps:
             undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory
@@ -132,6 +134,8 @@ class QuantizingModel(LoraModel):
         self._check_converted(targets, config)
         use_lean_loss(model)
         teach_async_trainers()
+        if converts:
+            report(model, config)
 
     def _adopt_base(self, model: nn.Module, config: Any, state_dict: dict | None) -> bool:
         """For subclasses: make a base that others quantized into one of this package. Returns whether it was."""

@@ -1,0 +1,116 @@
+"""What a conversion has done to a model, in a line: how much is on the grid, how large that is, what stays float."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ...modules.packed import MERGED
+from .layer import MergingLayer
+
+_LOGGER = logging.getLogger("peft_lrqat")
+
+
+class Summary(NamedTuple):
+    """Numbers of weights, but where it says bytes."""
+
+    grid: str
+    layers: int  # on the grid, of this conversion or before
+    weights: int  # in them
+    total: int  # in the model, without adapters
+    tables: int  # float: embeddings and the output layer
+    matrices: dict[str, int]  # other float weights of two and more dimensions, by the last name of their module
+    bytes_before: int  # of the layers with adapters, in the dtype that they were in
+    bytes_after: int  # of their integers and scales
+
+    @property
+    def mostly_float(self) -> bool:
+        """Whether less than half of it is on the grid; embeddings and the output layer do not count."""
+        return sum(self.matrices.values()) > self.weights
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.layers} layers on the grid ({self.grid}), {_share(self.weights, self.total)} of the model's "
+            f"{_count(self.total)} weights: {_megabytes(self.bytes_before)} became {_megabytes(self.bytes_after)}."
+        ]
+        if self.tables or self.matrices:
+            names = [f"{name} ({_count(size)})" for name, size in self._largest()]
+            parts.append(f"Float stay: {', '.join(names)}.")
+        return " ".join(parts)
+
+    def _largest(self) -> list[tuple[str, int]]:
+        tables = [("embeddings and output layer", self.tables)] if self.tables else []
+        return sorted([*tables, *self.matrices.items()], key=lambda item: -item[1])[:8]
+
+
+def summarize(model: nn.Module, grid: str) -> Summary:
+    """Count the weights of a model, adapters left out.
+
+    Args:
+        grid: how the grid is described.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = weights = total = tables = before = after = 0
+    matrices: Counter[str] = Counter()
+    seen: set[int] = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, MergingLayer):
+            layer: Any = module
+            frozen = layer.frozen
+            size = frozen.out_features * frozen.in_features
+            before += size * frozen.compute_dtype.itemsize
+            after += sum(_stored_bytes(parameter) for parameter in layer.parameters())
+        elif isinstance(module, MERGED):
+            size = module.out_features * module.in_features
+        else:
+            for key, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                total += parameter.numel()
+                if isinstance(module, nn.Embedding) or module is head:
+                    tables += parameter.numel()
+                elif parameter.ndim > 1:
+                    matrices[name.rpartition(".")[2] if key == "weight" else key] += parameter.numel()
+            continue
+        inside += (name + ".",)
+        layers, weights, total = layers + 1, weights + size, total + size
+    return Summary(grid, layers, weights, total, tables, dict(matrices), before, after)
+
+
+def report(model: nn.Module, config: Any) -> None:
+    """Say at level INFO what became of a model (logger "peft_lrqat"), and warn where most of it stayed float."""
+    summary = summarize(model, config.grid.describe())
+    _LOGGER.info("%s: %s", config.method, summary)
+    if summary.mostly_float and config._adapter_shapes is None:  # not of an adapter that was trained so
+        warnings.warn(
+            f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "
+            "layers. Weights that are no nn.Linear or Conv1D (experts in one parameter, convolutions) stay float.",
+            stacklevel=2,
+        )
+
+
+def _stored_bytes(parameter: Any) -> int:
+    packed = getattr(parameter, "packed", None)  # of a low-bit weight
+    if packed is not None:
+        return packed.nbytes + parameter.scale.nbytes
+    return 0 if parameter.is_floating_point() else parameter.nbytes
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else str(number)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"
