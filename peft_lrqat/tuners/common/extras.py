@@ -1,4 +1,4 @@
-"""Checks, before a model is changed, of what comes with an adapter: its file, and modules that are trained in float."""
+"""Checks, before a model is changed, of modules that are trained in float beside an adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ...modules.packed import QuantizedLinear
 from .layer import MergingLayer
 
 # What PEFT adds to `modules_to_save` by itself for some tasks, whether the model has it or not.
@@ -113,34 +111,3 @@ def check_reference(name: str, config: Any, others: dict[str, Any]) -> None:
             "reference (`ref_model=...`, for DPO and KTO), go without one (`beta=0`, for GRPO), or train the embedding "
             "whole (`modules_to_save`)."
         )
-
-
-def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
-    """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
-    shapes = config._adapter_shapes
-    if shapes is None:
-        return
-    widths = {}
-    for name, module in targets.items():
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = module  # LoraLayer has these; its base class does not declare them
-            in_features, out_features = layer.in_features, layer.out_features
-        elif isinstance(module, QuantizedLinear):
-            in_features, out_features = module.in_features, module.out_features
-        else:
-            out_features, in_features = module.weight.shape
-            if isinstance(module, Conv1D):
-                out_features, in_features = in_features, out_features
-        widths[name] = in_features
-        for part, shape in config.expected_shapes(name, out_features, in_features).items():
-            key = f"base_model.model.{name}.{part}"
-            saved = shapes.get(key)
-            if saved is None:
-                continue  # PEFT warns about missing tensors, and its `key_mapping` may rename them
-            if saved != shape:
-                raise ValueError(
-                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "
-                    "made for another architecture, rank or group size: load it on the model, with the configuration, "
-                    "that it was trained on."
-                )
-    config.check_values(widths)

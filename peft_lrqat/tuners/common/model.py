@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
+from .adapter_file import check_adapter_file, check_state_dict
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
-from .extras import check_adapter_file, check_extras, check_reference
+from .extras import check_extras, check_reference
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
@@ -282,6 +283,7 @@ class QuantizingModel(LoraModel):
         for name, layer in model.named_modules():
             if isinstance(layer, MergingLayer):
                 _check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
+        check_state_dict(model, config, adapter_name, cls.prefix, remapped)
         cls._check_loaded(model, config, adapter_name, remapped)
         if saved:
             _check_same_base(model, adapter_name, saved, cls.prefix + _CHECKSUM)

@@ -15,6 +15,7 @@ from ...grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
 from ...packing import unpack, words_per_row
 from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
+from ..common.adapter_file import CODES, FACTOR, SCALE, STREAM
 from ..common.config import ALL_LINEAR, GridConfig
 from ..common.rules import FLAG, INTEGER, SHARED, Rule, one_of, optional
 
@@ -33,6 +34,12 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     method = "Low-bit SR"
     quantizes = (nn.Linear, Conv1D)
+    contents: ClassVar[dict[str, Any]] = {
+        "lowbitsr_codes": CODES,
+        "lowbitsr_scale": SCALE,
+        "lowbitsr_stream": STREAM,
+        "lowbitsr_scale_shift": FACTOR,
+    }
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
         "bits": Rule(

@@ -19,6 +19,7 @@ from ...grid import PER_CHANNEL, Grid
 from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
+from ..common.adapter_file import FACTOR
 from ..common.config import ALL_LINEAR, GridConfig
 from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, Rule, one_of, optional, pattern
 
@@ -64,6 +65,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     method = "LR-QAT"
     quantizes = (nn.Linear, Conv1D, nn.Embedding)
     takes_quantized = True
+    contents: ClassVar[dict[str, Any]] = dict.fromkeys(("lora_A", "lora_B", "lora_scale_shift"), FACTOR)
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
         "r": RANK,

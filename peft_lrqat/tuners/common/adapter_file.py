@@ -1,0 +1,130 @@
+"""What an adapter's file may hold: checked before the model is changed, and again before anything is copied into it.
+
+The first look is at a local safetensors file, the second at whatever becomes of a file: PEFT renames tensors,
+transformers and Trainer load into adapters that exist, and older files are pickles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...modules.packed import QuantizedLinear
+from .layer import MergingLayer
+
+
+class Content(NamedTuple):
+    """What a tensor of an adapter's file must be."""
+
+    says: str
+    dtypes: tuple[torch.dtype, ...]
+    holds: Callable[[torch.Tensor], bool] = lambda values: True
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+FACTOR = Content("finite numbers", _FLOATS, lambda values: bool(values.isfinite().all()))
+SCALE = Content(
+    "finite numbers above 0", (torch.float32,), lambda values: bool((values.isfinite() & (values > 0)).all())
+)
+CODES = Content("packed codes", (torch.int32,))
+STREAM = Content("a key and a count", (torch.int64,), lambda values: values.numel() == 2 and int(values[1]) >= 0)
+
+
+def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
+    """Raise ValueError if the adapter file that `config` was loaded with does not fit the model's modules."""
+    shapes = config._adapter_shapes
+    if shapes is None:
+        return
+    widths = {}
+    for name, module in targets.items():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module  # LoraLayer has these; its base class does not declare them
+            in_features, out_features = layer.in_features, layer.out_features
+        elif isinstance(module, QuantizedLinear):
+            in_features, out_features = module.in_features, module.out_features
+        else:
+            out_features, in_features = module.weight.shape
+            if isinstance(module, Conv1D):
+                out_features, in_features = in_features, out_features
+        widths[name] = in_features
+        for part, shape in config.expected_shapes(name, out_features, in_features).items():
+            key = f"base_model.model.{name}.{part}"
+            saved = shapes.get(key)
+            if saved is None:
+                continue  # PEFT warns about missing tensors, and its `key_mapping` may rename them
+            if saved != shape:
+                raise ValueError(
+                    f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "
+                    "made for another architecture, rank or group size: load it on the model, with the configuration, "
+                    "that it was trained on."
+                )
+    config.check_values(widths)
+    with safe_open(config._adapter_path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # it is no dictionary
+            content = content_of(key, config)
+            if content is CODES:  # any code is one: it is enough to look at the dtype
+                check_tensor(key, file.get_slice(key)[:0], content)
+            elif content is not None:
+                check_tensor(key, file.get_tensor(key), content)
+
+
+def content_of(key: str, config: Any) -> Content | None:
+    """What the tensor of this name in a file, without an adapter's name, must be; None: it is not the method's."""
+    return next((content for part, content in config.contents.items() if part in key.split(".")), None)
+
+
+def check_tensor(key: str, values: torch.Tensor, content: Content) -> None:
+    """Raise ValueError if a tensor of an adapter's file is not what it must be."""
+    if values.is_meta:
+        return
+    values = values.to_local() if hasattr(values, "to_local") else values
+    if values.dtype not in content.dtypes or not content.holds(values):
+        raise ValueError(
+            f"In the adapter file {key!r} must hold {content.says} ({', '.join(map(str, content.dtypes))}), but it "
+            f"holds {_found(values)}. The file is damaged, or training had failed when it was written: take an earlier "
+            "checkpoint. Nothing was loaded."
+        )
+
+
+def check_state_dict(model: nn.Module, config: Any, adapter: str, prefix: str, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if tensors cannot be an adapter's, before any is copied; warn of those that belong nowhere.
+
+    Args:
+        model: has the adapter.
+        prefix: how the names of the method's modules begin.
+        state_dict: names as in the model -> tensors.
+    """
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, MergingLayer)}
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    strange: list[str] = []
+    for key, values in state_dict.items():
+        layer, _, part = key.rpartition("." + prefix)
+        content = content_of(prefix + part, config) if layer else None
+        if content is not None and layer in layers and adapter in layers[layer].adapter_options:
+            check_tensor(key, values, content)
+        elif layer or key not in own:
+            strange.append(key)
+    if strange:
+        warnings.warn(
+            f"{len(strange)} tensors of the adapter file are no part of adapter {adapter!r} in this model, e.g. "
+            f"{strange[0]!r}, and are left out. Is this the model, with the configuration, that the adapter was "
+            "trained with?",
+            stacklevel=2,
+        )
+
+
+def _found(values: torch.Tensor) -> str:
+    if not values.is_floating_point() or not values.numel():
+        return str(values.dtype)
+    finite = values.isfinite()
+    if not finite.all():
+        return f"{int((~finite).sum())} that are NaN or infinite"
+    return f"{values.dtype}, the smallest {float(values.min()):.3g}"

@@ -1,0 +1,87 @@
+"""Adapter files whose tensors are damaged, or belong elsewhere: refused or said before anything is copied."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from tests.models import logits, tiny
+from tests.refusals import refused
+
+LAYER = "base_model.model.model.layers.1.mlp.up_proj."
+NAN, INF = math.nan, math.inf
+
+DAMAGE: dict[str, dict[str, list]] = {
+    "LR-QAT": {
+        "lora_A.weight": [NAN, INF, torch.int32],
+        "lora_B.weight": [-INF, torch.int8],
+        "lora_scale_shift.weight": [NAN, INF, torch.int64],
+    },
+    "Low-bit SR": {
+        "lowbitsr_scale": [NAN, INF, 0.0, -0.01, torch.float16],
+        "lowbitsr_codes": [torch.float32, torch.int64],
+        "lowbitsr_stream": [torch.int32, -5],
+    },
+}
+
+
+def damaged(values: torch.Tensor, how) -> torch.Tensor:
+    if isinstance(how, torch.dtype):
+        return values.to(how)
+    values = values.clone()
+    values.view(-1)[-1] = how
+    return values
+
+
+def into_an_existing_adapter(method: ModuleType, file: Path) -> Callable:
+    def load(model):
+        set_peft_model_state_dict(model, load_file(file))
+
+    return load
+
+
+def test_damaged_values(method: ModuleType, folder: Path):
+    file = folder / "adapter_model.safetensors"
+    good = load_file(file)
+    fresh, adapted = tiny(), method.random_adapter(tiny())
+    before = logits(adapted, method.IDS)
+    for part, damages in DAMAGE[method.NAME].items():
+        for how in damages:
+            save_file({**good, LAYER + part: damaged(good[LAYER + part], how)}, file)
+            with refused(fresh, rf"{part.partition('.')[0]}.*(must hold|is torch)|has shape"):
+                PeftModel.from_pretrained(fresh, folder)
+            with pytest.raises((ValueError, RuntimeError), match=r"must hold|made for another grid"):
+                set_peft_model_state_dict(adapted, load_file(file))
+            assert torch.equal(logits(adapted, method.IDS), before)
+
+
+def test_tensors_that_belong_nowhere_are_named(method: ModuleType, folder: Path):
+    file = folder / "adapter_model.safetensors"
+    good = load_file(file)
+    part = next(iter(DAMAGE[method.NAME]))
+    strangers = [LAYER.replace("up_proj", "no_proj") + part, "base_model.model.lm_heads.weight", LAYER + "lora_magic"]
+    for key in strangers:
+        save_file({**good, key: good[LAYER + part].clone()}, file)
+        with pytest.warns(UserWarning, match=r"^1 tensors of the adapter file are no part of adapter 'default'"):
+            model = PeftModel.from_pretrained(tiny(), folder)
+    assert logits(model, method.IDS).isfinite().all()
+
+
+def test_a_whole_file_is_loaded_without_a_word(method: ModuleType, tmp_path: Path):
+    options = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}
+    model = method.random_adapter(tiny("qwen2"), **options)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no part of adapter")
+        again = PeftModel.from_pretrained(tiny("qwen2"), tmp_path)
+        again.load_adapter(tmp_path, adapter_name="second")
+    assert torch.equal(logits(again, method.IDS), logits(model, method.IDS))
