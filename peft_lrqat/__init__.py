@@ -9,6 +9,7 @@ from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
 from .grid import Grid
+from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .registration import before_injection, register
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
@@ -27,6 +28,8 @@ __all__ = [
     "can_export",
     "create_lrqat_optimizer",
     "export",
+    "kept_weights",
+    "limit_kept_weights",
     "load_quantized",
     "preprocess_gptq",
 ]
@@ -34,3 +37,4 @@ __all__ = [
 register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)
 register("lowbitsr", config_cls=LowBitSRConfig, model_cls=LowBitSRModel, prefix=LowBitSRModel.prefix)
 before_injection(adopt_own)
+keep_in_generate()

@@ -15,6 +15,7 @@ from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear
 from ..ops.embedding import quantized_embedding
 from ..ops.inputs import check_ids, linear_input
+from ..ops.linear import linear_weight
 from ..packing import unpack
 from ..read_only import ReadOnlyTensor
 from .rounded_input import WHY_READ_ONLY, BitNetLinear, Int8Linear, KeepsScales, merged_info
@@ -98,10 +99,27 @@ class QuantizedLinear(KeepsScales):
         """(..., in) to (..., out)."""
         input = linear_input(input, self)
         bias = self.bias if self.bias is None else self.bias.to(input.dtype)
+        weight = self._kept_weight(input.dtype)
+        if weight is not None:
+            return nn.functional.linear(input, weight, bias)
         scale = self.weight_scale.float()
         return quantized_linear(
             input, self.weight_packed, scale, None, self.zero_point, None, None, bias, 1.0, self.bits, "int", "fp32"
         )
+
+    def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The weight, (out, in) in `dtype`, where the layer keeps it: while the model generates."""
+        slot = self.slot()
+        if slot is None:
+            return None
+        stored = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        return slot.get(dtype, stored, lambda: self._dense(dtype))
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that the forward multiplies an input of this dtype with."""
+        packed, scale = self.weight_packed, self.weight_scale.float()
+        constants = (1.0, self.bits, "int", "fp32", self.in_features, dtype)
+        return linear_weight(packed, scale, None, self.zero_point, None, None, *constants)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
@@ -114,6 +132,9 @@ class QuantizedEmbedding(QuantizedLinear):
         """Token ids (...) to their rows (..., in)."""
         check_ids(input)
         scale, dtype = self.weight_scale.float(), self.compute_dtype
+        table = self._kept_weight(dtype)
+        if table is not None:
+            return nn.functional.embedding(input, table)
         return quantized_embedding(
             input,
             self.weight_packed,

@@ -15,6 +15,7 @@ from ..grid import PER_TENSOR, GridTensor
 from ..ops.activations import round_activations
 from ..ops.inputs import linear_input
 from ..read_only import ReadOnlyTensor
+from .generation import KeepsWeight
 from .served_weight import ServedWeight
 
 #: What an error says to whoever writes to the weight of a merged layer.
@@ -39,7 +40,7 @@ def merged_info(layer: Any, container_bits: int) -> LayerInfo:
     )
 
 
-class KeepsScales(nn.Linear):
+class KeepsScales(nn.Linear, KeepsWeight):
     """A merged layer: what `model.to(dtype)` does with it, and how it shows its weight.
 
     The weight is built in the new dtype, as a float weight would be. The scales follow only if that changes none of
@@ -146,6 +147,18 @@ class _StoredWeight(KeepsScales):
         """The weight, (out, in), rounded once to `dtype`."""
         return (self.codes.float() * self.weight_scale.float()).to(dtype)
 
+    def _factor(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the forward multiplies its input with, (out, in)."""
+        return self.weight_in(dtype)
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same, kept while the model generates."""
+        slot = self.slot()
+        kept = None
+        if slot is not None:
+            kept = slot.get(dtype, (self.weight_codes, self.weight_scale), lambda: self._factor(dtype))
+        return self._factor(dtype) if kept is None else kept
+
     @property
     def info(self) -> LayerInfo:
         """What the layer is."""
@@ -187,7 +200,7 @@ class Int8Linear(_StoredWeight):
         """(..., in) to (..., out)."""
         x = round_activations(linear_input(input, self), self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight_in(x.dtype), bias)
+        return nn.functional.linear(x, self._dense(x.dtype), bias)
 
 
 class BitNetLinear(_StoredWeight):
@@ -213,4 +226,7 @@ class BitNetLinear(_StoredWeight):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         x = round_activations(linear_input(input, self), self.activations)
-        return nn.functional.linear(x, self.codes.to(x.dtype)) * self.weight_scale.to(x.dtype)
+        return nn.functional.linear(x, self._dense(x.dtype)) * self.weight_scale.to(x.dtype)
+
+    def _factor(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes.to(dtype)

@@ -83,6 +83,29 @@ def _linear_impl(
         return torch.nn.functional.linear(x, weight, bias)
 
 
+def linear_weight(
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Build the W^ that `quantized_linear` multiplies an input of this dtype with: (out, in), without gradient.
+
+    See there for the other arguments.
+    """
+    implementation, fmt = kernels_for(base) or reference, BaseFormat(bits, in_features, downcast)
+    with no_autocast(base):
+        return implementation.linear_weight(base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype, dtype)
+
+
 def _linear_backward_impl(
     dy: Tensor,
     x: Tensor,

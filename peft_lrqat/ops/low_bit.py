@@ -22,7 +22,7 @@ from . import reference
 from .dispatch import kernels_for, no_autocast
 from .reference import low_bit_levels
 
-__all__ = ["low_bit_levels", "low_bit_linear", "mean_code"]
+__all__ = ["low_bit_levels", "low_bit_linear", "low_bit_weight", "mean_code"]
 
 _NAMESPACE = "peft_lrqat"
 
@@ -60,6 +60,18 @@ def _linear_impl(
         implementation = kernels_for(packed) or reference
         weight = implementation.low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
+
+
+def low_bit_weight(
+    packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Build the W^ that `low_bit_linear` multiplies an input of this dtype with: (out, in), without gradient.
+
+    See there for the other arguments.
+    """
+    with no_autocast(packed):
+        implementation = kernels_for(packed) or reference
+        return implementation.low_bit_weight(packed, scale, ternary_scale, bits, in_features, dtype)
 
 
 # as in `linear.py`: ops for torch.compile, the same functions in eager mode, whose dispatch costs less

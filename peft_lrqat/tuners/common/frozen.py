@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ...chunks import row_chunks
 from ...grid import Grid, grouped, rows_of, snap_scale
+from ...modules.generation import KeepsWeight, Slot
 from ...modules.packed import QuantizedLinear
-from ...ops import quantized_linear, reference
-from ...ops.dispatch import kernels_for, no_autocast
+from ...ops import quantized_linear
 from ...ops.inputs import linear_input
+from ...ops.linear import linear_weight
 from ...ops.stored_base import BaseFormat, encode_base
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
@@ -61,7 +62,7 @@ class PackedParameter(nn.Parameter):
         return PackedParameter, (self.detach(),)
 
 
-class FrozenWeight(nn.Module):
+class FrozenWeight(nn.Module, KeepsWeight):
     """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
 
     `of_floats` rounds a float layer; `of_codes` takes the codes, scales and zero points of one that was quantized
@@ -220,14 +221,16 @@ class FrozenWeight(nn.Module):
         A: torch.Tensor | None = None,
         B: torch.Tensor | None = None,
         c: float = 1.0,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Build W^, (out, in), the original dtype, with an adapter inside the rounding: see `ops.quantized_linear`."""
-        base, kept, dtype = whole(self.base), self.scale_dtype, self.compute_dtype
-        implementation = kernels_for(base) or reference
-        with no_autocast(base):
-            return implementation.linear_weight(
-                base, self.scale0, shift, whole(self.zero_point), A, B, c, self.fmt, kept, dtype
-            )
+        """Build W^, (out, in), with an adapter inside the rounding: see `ops.quantized_linear`.
+
+        Args:
+            dtype: None: the original.
+        """
+        bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
+        constants = (c, bits, downcast, kept, self.in_features, dtype or self.compute_dtype)
+        return linear_weight(whole(self.base), self.scale0, shift, whole(self.zero_point), A, B, *constants)
 
     def float_layer(self) -> nn.Module:
         """The base at step 0 as the kind of float layer that it was made from."""
@@ -270,10 +273,32 @@ class FrozenWeight(nn.Module):
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         return quantized_linear(x, self.base, self.scale0, shift, self.zero_point, A, B, bias, c, bits, downcast, kept)
 
+    def kept_weight(
+        self,
+        dtype: torch.dtype,
+        slot: Slot,
+        sources: Iterable[torch.Tensor] = (),
+        key: Hashable = None,
+        operands: Callable[[], tuple[Any, Any, Any, float]] = lambda: (None, None, None, 1.0),
+    ) -> torch.Tensor | None:
+        """The weight of `product`, (out, in) in `dtype`; None where it may not be kept.
+
+        Args:
+            slot: the layer's own.
+            sources, key: what the adapters are, tensors and others.
+            operands: makes of them what `product` takes: shift, A, B and c.
+        """
+        stored = (self.base, self.scale0_bits, self.zero_point)
+        return slot.get(dtype, (*stored, *sources), lambda: self.built(*operands(), dtype=dtype), key)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer at step 0: x (..., in) to (..., out)."""
         x = linear_input(x, self)
-        return self.product(x, None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        slot = self.slot()
+        if slot is not None and (weight := self.kept_weight(x.dtype, slot)) is not None:
+            return nn.functional.linear(x, weight, bias)
+        return self.product(x, bias)
 
     def extra_repr(self) -> str:
         return (

@@ -36,10 +36,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...grid import GridTensor, dequantize, snap_scale
+from ...modules.generation import KeepsWeight
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
-from ...ops.low_bit import low_bit_levels, low_bit_linear, mean_code
+from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
@@ -68,7 +69,7 @@ class LowBitSRLayer(MergingLayer):
     other_param_names = (*MergingLayer.other_param_names, "lora_A")
 
 
-class LowBitSRLinear(nn.Module, LowBitSRLayer):
+class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     """An nn.Linear or Conv1D whose weight is trained as integers."""
 
     base_layer: FrozenWeight | DroppedBase
@@ -230,9 +231,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         return self._base(x) if adapter is None else self._run(x, adapter)
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
-        base = self._kept()
-        x = linear_input(x, base)
-        return base.product(x, None if base.bias is None else base.bias.to(x.dtype))
+        return self._kept()(x)
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         weight: Any = self.lowbitsr_weight[adapter].weight
@@ -252,17 +251,49 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer):
         x = linear_input(x, self.frozen)
         if options.activations is not None:
             x = round_activations(x, options.activations)
+        bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
+        kept = self._kept_weight(x.dtype, adapter)
+        if kept is not None:
+            dense, scale = kept
+            out = nn.functional.linear(x, dense, bias)
+            return out if scale is None else out * scale.to(out.dtype)
         scale, ternary, factor = self._scales(adapter)
         bits = weight.grid.code_bits
         if options.export_format == "bitnet":
             # levels times one scale, which multiplies the output, where its gradient is autograd's
-            one = torch.ones_like(weight.scale)
-            relative = one if ternary is None else (scale / ternary).detach()
-            projected = None if ternary is None else one
+            relative, projected, scale = self._levels_and_scale(scale, ternary)
             out = low_bit_linear(x, weight, weight.packed, relative, projected, 1 / weight.scale, None, bits)
-            return out * (scale if ternary is None else ternary).view(1).to(out.dtype)
-        bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
+            return out * scale.to(out.dtype)
         return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits)
+
+    @staticmethod
+    def _levels_and_scale(
+        scale: torch.Tensor, ternary: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Scales for a weight of levels, as `low_bit_linear` takes them, and the one that multiplies the output."""
+        one = torch.ones_like(scale)
+        if ternary is None:
+            return one, None, scale.view(1)
+        return (scale / ternary).detach(), one, ternary.view(1)
+
+    def _kept_weight(self, dtype: torch.dtype, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """What the input is multiplied with, (out, in) in `dtype`, and a scale of the output or None, where the layer
+        keeps them: while the model generates."""
+        slot = self.slot()
+        if slot is None:
+            return None
+        weight: Any = self.lowbitsr_weight[adapter].weight
+
+        def build() -> tuple[torch.Tensor, torch.Tensor | None]:
+            scale, ternary, _ = self._scales(adapter)
+            of_output = None
+            if self.adapter_options[adapter].export_format == "bitnet":
+                scale, ternary, of_output = self._levels_and_scale(scale, ternary)
+            bits, width = weight.grid.code_bits, weight.shape[1]
+            return low_bit_weight(weight.packed, scale, ternary, bits, width, dtype), of_output
+
+        shifts = [self.lowbitsr_scale_shift[adapter].weight] if adapter in self.lowbitsr_scale_shift else []
+        return slot.get(dtype, (weight.packed, weight.scale, *shifts), build, adapter)
 
     def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         return self._run(x, adapter) if adapter in self.lowbitsr_weight else self._base(x)

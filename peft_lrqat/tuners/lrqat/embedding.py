@@ -36,8 +36,13 @@ class LRQATEmbedding(LRQATLinear):
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         check_ids(x)
         frozen = self.base_layer
+        table = self._kept_weight(frozen.compute_dtype, adapters)
+        return self._scaled(self._rows(x, adapters) if table is None else nn.functional.embedding(x, table))
+
+    def _rows(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        frozen = self.base_layer
         shift, A, B, c = self._operands(adapters)
-        y = quantized_embedding(
+        return quantized_embedding(
             x,
             whole(frozen.base),
             self._scale(shift),
@@ -50,7 +55,6 @@ class LRQATEmbedding(LRQATLinear):
             frozen.downcast,
             frozen.compute_dtype,
         )
-        return self._scaled(y)
 
     def _run_merged(self, x: torch.Tensor) -> torch.Tensor:
         return self._scaled(self.base_layer(x))

@@ -247,7 +247,22 @@ class LRQATLinear(nn.Module, LRQATLayer):
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        weight = self._kept_weight(x.dtype, adapters)
+        if weight is not None:
+            return nn.functional.linear(x, weight, bias)
         return frozen.product(x, bias, *self._operands(adapters))
+
+    def _kept_weight(self, dtype: torch.dtype, adapters: list[str]) -> torch.Tensor | None:
+        """W^ with these adapters, (out, in) in `dtype`, where the layer keeps it: while the model generates."""
+        frozen = self.base_layer
+        slot = frozen.slot()
+        if slot is None:
+            return None
+        present = [name for name in adapters if name in self.lora_A]
+        key = tuple((name, self.scaling[name]) for name in present)
+        factors = [factor[name].weight for name in present for factor in (self.lora_A, self.lora_B)]
+        shifts = [self.lora_scale_shift[name].weight for name in adapters if name in self.lora_scale_shift]
+        return frozen.kept_weight(dtype, slot, (*factors, *shifts), key, lambda: self._operands(adapters))
 
     def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         return self._run(x, [] if adapter == "__base__" else [adapter])
