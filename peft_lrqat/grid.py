@@ -29,6 +29,13 @@ TERNARY: Any = 1.58  # the one `bits` that is no int; Any, so that `bits` may be
 #: What `scale_dtype` may be called; "auto" means: exact in both bf16 and fp16.
 SCALE_DTYPES = ("auto", "bf16", "fp16", "fp32")
 
+_SCALE_BOUNDS = {
+    "auto": (2.0**-24, 65280.0),
+    "bf16": (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
+    "fp16": (2.0**-24, 65504.0),
+    "fp32": (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max),
+}
+
 
 def code_range(bits: int) -> tuple[int, int]:
     """Return qmin and qmax, the smallest and largest centred code of `bits` bits: -2^(bits-1) and 2^(bits-1) - 1."""
@@ -203,6 +210,25 @@ def dequantize(
     return (levels * scale.unsqueeze(-1)).view_as(codes).to(dtype)
 
 
+def scale_bounds(scale_dtype: str) -> tuple[float, float]:
+    """Return the smallest and the largest scale that a checkpoint stores; ValueError: no such `scale_dtype`."""
+    if scale_dtype not in _SCALE_BOUNDS:
+        raise ValueError(f"`scale_dtype` is {scale_dtype!r}; allowed are {SCALE_DTYPES}.")
+    return _SCALE_BOUNDS[scale_dtype]
+
+
+def scales_out_of_range(scale: torch.Tensor, start: torch.Tensor, scale_dtype: str) -> torch.Tensor:
+    """Tell where trained scales have left what a checkpoint stores, so that `snap_scale` holds them at an end: bool.
+
+    Args:
+        scale: fp32, as trained, not snapped; NaN is out of range.
+        start: the same shape, what it was before training. Weights that are all zero start at the smallest scale:
+            there a smaller one, above 0, is no loss.
+    """
+    smallest, largest = scale_bounds(scale_dtype)
+    return ~(scale <= largest) | ~((scale >= smallest) | (start <= smallest)) | (scale <= 0)
+
+
 def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
     """Round a scale to the nearest positive one that a checkpoint stores exactly (design principle 1).
 
@@ -219,13 +245,12 @@ def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
     Raises:
         ValueError: there is no such `scale_dtype`.
     """
+    smallest, largest = scale_bounds(scale_dtype)
     if scale_dtype == "fp32":
-        return scale.clamp(min=torch.finfo(torch.float32).tiny)
+        return scale.clamp(min=smallest)
     if scale_dtype == "bf16":
-        return scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).float()
+        return scale.clamp(min=smallest).to(torch.bfloat16).float()
+    scale = scale.clamp(smallest, largest)
     if scale_dtype == "fp16":
-        return scale.clamp(2.0**-24, 65504.0).to(torch.float16).float()
-    if scale_dtype != "auto":
-        raise ValueError(f"`scale_dtype` is {scale_dtype!r}; allowed are {SCALE_DTYPES}.")
-    scale = scale.clamp(2.0**-24, 65280.0)
+        return scale.to(torch.float16).float()
     return torch.where(scale < 2.0**-17, (scale * 2.0**24).round() * 2.0**-24, scale.to(torch.bfloat16).float())

@@ -49,6 +49,11 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def share(tensor: Any) -> Any:
+    """This rank's part of a tensor that FSDP2 may have sharded (no collective call)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class PackedParameter(nn.Parameter):
     """A frozen integer parameter. FSDP2 shards it; FSDP1 and DeepSpeed ZeRO-3 are refused when they take it."""
 

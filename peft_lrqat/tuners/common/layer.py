@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ...formats.source import LayerInfo
-from ...grid import GridTensor
+from ...grid import GridTensor, scale_bounds, scales_out_of_range
 from ...modules.packed import merged_layer
 
 _MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)
@@ -38,6 +38,16 @@ def merging(options: Any) -> Iterator[None]:
         yield
     finally:
         _MODEL_OPTIONS.reset(token)
+
+
+def describe_lost(scale_dtype: str) -> str:
+    """What has happened to scales that training has lost, and what to do: the end of a sentence, and one more."""
+    smallest, largest = scale_bounds(scale_dtype)
+    return (
+        f"have left what `scale_dtype={scale_dtype!r}` holds ({smallest:.3g} to {largest:.3g}), or are not finite: the "
+        "forward holds them at the end of that range, and training does not move them any more. Take an earlier "
+        "checkpoint, and a lower learning rate for the scales, or `learn_scales=False`."
+    )
 
 
 class AdapterWeight(nn.Module):
@@ -68,8 +78,10 @@ class MergingLayer(LoraLayer):
 
     Attributes:
         adapter_options: adapter -> its configuration.
+        name: of the module in the model.
     """
 
+    name: str
     base_layer: Any
     named_parameters: Any  # of nn.Module, which a subclass is as well
     _before_merge: Any = None
@@ -253,10 +265,40 @@ class MergingLayer(LoraLayer):
         """The base at step 0 as the kind of layer that it was."""
         return self.frozen.float_layer()
 
-    def _check_scale(self, adapter: str, safe_merge: bool, scale: torch.Tensor, *others: torch.Tensor | None) -> None:
+    @torch.no_grad()
+    def scales_lost(self, adapters: list[str] | None = None) -> torch.Tensor | None:
+        """How many scales training has moved out of what `scale_dtype` holds, or to zero, below it, or to NaN.
+
+        Args:
+            adapters: None: those at work.
+
+        Returns:
+            int64 scalar on the layer's device, of this rank's share where FSDP2 shards; None: no scale is trained.
+        """
+        found = self._trained_scales(self._adapters_at_work() if adapters is None else adapters)
+        if found is None:
+            return None
+        start, scale = found
+        return scales_out_of_range(scale, start, self.frozen.scale_dtype).sum()
+
+    def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """This rank's scales before training, and as these adapters have moved them, fp32, not snapped; None: they do
+        not."""
+        raise NotImplementedError
+
+    def _check_scale(
+        self, adapters: list[str], safe_merge: bool, scale: torch.Tensor, *others: torch.Tensor | None
+    ) -> None:
         """ValueError unless the checkpoint can hold these scales; `safe_merge`: and all is finite."""
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, *others) if t is not None):
+            adapter = adapters[-1] if adapters else ""
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        lost = self.scales_lost(adapters)
+        if lost is not None and int(lost):
+            raise ValueError(
+                f"The layer cannot be merged: {int(lost)} scales of {self.name!r} "
+                f"{describe_lost(self.frozen.scale_dtype)}"
+            )
         dtype = self.frozen.compute_dtype
         if not torch.equal(scale.to(dtype).float().nan_to_num(), scale.nan_to_num()):
             raise ValueError(

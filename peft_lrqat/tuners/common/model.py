@@ -24,6 +24,7 @@ from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced
 from .preflight import check_adapter_name, check_base, check_targets
+from .scale_range import warn_of_lost_scales
 from .summary import report
 from .undo import Undo
 
@@ -253,6 +254,12 @@ class QuantizingModel(LoraModel):
         if self._conversion is not None:
             self._conversion.undo.replaced(child)
 
+    def train(self, mode: bool = True) -> QuantizingModel:
+        """torch's `train`; before an evaluation (False) it is said if scales have left their range."""
+        if not mode and self.training:
+            warn_of_lost_scales(self)
+        return super().train(mode)
+
     # -- state dicts
 
     def state_dict(self, *args: Any, **kwargs: Any):
@@ -262,6 +269,7 @@ class QuantizingModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        warn_of_lost_scales(model, adapter_name)
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)

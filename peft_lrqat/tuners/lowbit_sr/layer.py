@@ -102,6 +102,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         )
         LowBitSRLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
+        self.name = name
         self.lowbitsr_weight = nn.ModuleDict({})
         for name_of_part, attribute in PARTS.items():
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
@@ -212,6 +213,15 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
         values = dequantize(*self._levels(adapter), None, self.frozen.compute_dtype)
         return readable_weight(values, product, weight, scale, ternary)
+
+    def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        name = next((name for name in adapters if name in self.lowbitsr_weight), None)
+        weight: Any = None if name is None else self.lowbitsr_weight[name].weight
+        if not hasattr(weight, "packed"):
+            return None
+        if name not in self.lowbitsr_scale_shift:
+            return weight.scale, weight.scale
+        return weight.scale, weight.scale * (1 + self.lowbitsr_scale_shift[name].weight.float())
 
     # -- forward
 
@@ -324,7 +334,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         if adapter is None:
             return self._base_tensor(self.options_for([], options))
         levels, scale = self._levels(adapter)
-        self._check_scale(adapter, safe_merge, scale)
+        self._check_scale([adapter], safe_merge, scale)
         return GridTensor(levels, scale, None, self.adapter_options[adapter].stored_grid)
 
     def _base_tensor(self, options: LowBitSRConfig) -> GridTensor:

@@ -53,7 +53,7 @@ from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
 from ...ops.reference import codes
-from ..common.frozen import FrozenWeight, whole
+from ..common.frozen import FrozenWeight, share, whole
 from ..common.layer import AdapterWeight, MergingLayer
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
@@ -125,6 +125,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             )
         LRQATLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = transposed
+        self.name = kwargs.get("target_name", "")
         self.lora_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LRQATConfig] = {}
         self.activations = config.activations  # all adapters of a model share it
@@ -204,6 +205,13 @@ class LRQATLinear(nn.Module, LRQATLayer):
         scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
         return Operands(shift, torch.cat([a.float() for a in A]), torch.cat(scaled, 1), 1.0)
 
+    def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        shifts = [share(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
+        if not shifts:
+            return None
+        start = share(self.frozen.scale0_bits).view(torch.float32)
+        return start, start * (1 + torch.stack([shift.float() for shift in shifts]).sum(0))
+
     def _scale(self, shift: torch.Tensor | None) -> torch.Tensor:
         """s: fp32 (rows, groups), as the checkpoint stores it."""
         return trained_scale(self.frozen.scale0, shift, self.frozen.scale_dtype)
@@ -278,7 +286,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             adapters = self._adapters_at_work()
         shift, A, B, c = self._operands(adapters)
         scale = self._scale(shift)
-        self._check_scale(adapters[-1] if adapters else "", safe_merge, scale, A, B)
+        self._check_scale(adapters, safe_merge, scale, A, B)
         return GridTensor(codes(whole(frozen.base), A, B, frozen.fmt, c), scale, whole(frozen.zero_point), frozen.grid)
 
     def _float_layer(self) -> nn.Module:

@@ -50,8 +50,8 @@ def test_two_adapters_of_a_layer_cannot_be_active_together(base: PreTrainedModel
 
 def test_adapters_of_different_layers_can_be_active_together(base: PreTrainedModel):
     model = random_adapter(base, target_modules=["q_proj"])
-    model.add_adapter("mlp", other(target_modules=["up_proj"]))
-    model.base_model.set_adapter(["default", "mlp"])
+    model.add_adapter("second", other(target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "second"])
     together = logits(model, IDS)
     assert torch.equal(logits(model.merge_and_unload(), IDS), together)
 
