@@ -166,11 +166,15 @@ class Verification:
     """What `verify` found; true if every comparison passed.
 
     Attributes:
-        engine: what loaded the checkpoint, None if nothing that could is installed.
+        checkpoint, against: what was compared with what, in words.
+        engine: what loaded the checkpoint: transformers, with what it needs for the format (no other engine is run).
+            None if something is missing, or it was not to be loaded.
         missing: packages that were not found.
         skipped: why the engine was not compared although it is installed, or nothing. Not a comparison that passed.
     """
 
+    checkpoint: str = ""
+    against: str = ""
     engine: str | None = None
     missing: list[str] = field(default_factory=list)
     skipped: str = ""

@@ -1,4 +1,4 @@
-"""Loading a checkpoint with the engine that it is for, and comparing it with where it came from."""
+"""Comparing a checkpoint with where it came from, and loading it with transformers, as engines would."""
 
 from __future__ import annotations
 
@@ -35,11 +35,15 @@ def verify(
     engine: bool = True,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Verification:
-    """Compare a checkpoint's integers, scales and other tensors with their source, and what an engine makes of them.
+    """Compare a checkpoint's integers, scales and other tensors with their source, and what transformers makes of them.
+
+    transformers loads every format here (GPTQ and AWQ with gptqmodel's kernels); other engines, such as vLLM, are not
+    run.
 
     Args:
         folder: a checkpoint in one of the formats of `export`.
-        against: what it was made from, as `export` takes it. None: the engine is compared with the file itself.
+        against: what it was made from, as `export` takes it. None: what transformers computes is compared with the
+            integers and scales of the files themselves.
         engine: load the checkpoint with transformers and compare its layers and logits.
 
     Raises:
@@ -49,15 +53,18 @@ def verify(
     if file is not None:
         if against is None:
             raise ValueError(f"A GGUF file is compared with what it was made from: say what {file.name} is `against`.")
-        return verify_file(file, open_source(against), engine, progress)
-    found = Verification()
+        found = verify_file(file, open_source(against), engine, progress)
+        found.against = described(against)
+        return found
     checkpoint = open_source(Path(folder))
     if not isinstance(checkpoint, FolderSource):
         raise ValueError(f"{str(folder)!r} holds an adapter. Export it first; `against` takes the adapter.")
     source: Source = checkpoint
+    found = Verification(f"{folder} ({checkpoint.format})", "the integers and scales of its own files")
     if against is not None:
         progress("integers and scales")
         source = open_source(against)
+        found.against = described(against)
         found.findings += [compare.integers(checkpoint, source), compare.floats(checkpoint, source)]
         if checkpoint.rules() != source.rules():
             found.findings.append(compare.rules(checkpoint, source))
@@ -78,6 +85,11 @@ def verify(
     if "compressed-tensors" not in checkpoint.rules():  # such a layer's answer to unit vectors is rounded
         found.findings.append(_layers(model, source))
     return found
+
+
+def described(against: Any) -> str:
+    """What a checkpoint is compared with, in words."""
+    return str(against) if isinstance(against, str | os.PathLike) else f"the {type(against).__name__} in memory"
 
 
 def _architecture(source: Source) -> Any:

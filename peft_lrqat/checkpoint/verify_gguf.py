@@ -75,9 +75,9 @@ def float_differences(file: GGUFFile, source: Source) -> dict[str, str]:
 def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[str], None]) -> Verification:
     """`verify` for a GGUF file: a `Verification`.
 
-    The engine is transformers, which turns the blocks into floats with the package `gguf`.
+    transformers loads it, which turns the blocks into floats with the package `gguf`; llama.cpp is not run.
     """
-    found = Verification()
+    found = Verification(f"{path} (gguf)")
     progress("integers and scales")
     file = GGUFFile(path)
     stored, model_type = file.metadata.get("general.architecture"), against.config.model_type

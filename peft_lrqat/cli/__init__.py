@@ -10,7 +10,8 @@ def main() -> None:
     """Entry point."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"peft-lrqat's commands need {' and '.join(missing)}: pip install 'peft-lrqat[cli]'")
+        names = " ".join(missing)
+        sys.exit(f"peft-lrqat's commands need more packages: pip install {names}, or peft-lrqat with its extra 'cli'.")
     from .app import app
 
     app()

@@ -108,9 +108,12 @@ def inspect(
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
     against: Annotated[Path | None, typer.Option(help="What it was made from: an adapter or a checkpoint.")] = None,
-    engine: Annotated[bool, typer.Option(help="Load it with its engine and compare layers and logits.")] = True,
+    engine: Annotated[bool, typer.Option(help="Load it with transformers and compare layers and logits.")] = True,
 ) -> None:
-    """Load a checkpoint with the engine that is installed, and compare it with its source. Exit code 1: not equal."""
+    """Compare a checkpoint with its source, file by file and as transformers loads it. Exit code 1: not equal.
+
+    No other engine is run.
+    """
     with _user_errors():
         if against is None and not engine:
             raise ValueError("There is nothing to compare: name --against, or leave out --no-engine.")

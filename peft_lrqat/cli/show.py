@@ -92,7 +92,7 @@ def plot(found: Inspection, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'peft-lrqat[plot]'") from error
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     shares = [100 * count / found.weights for count in found.histogram.values()]
@@ -105,7 +105,12 @@ def plot(found: Inspection, path: Path) -> None:
 
 def verification(found: Verification, console: Console) -> None:
     """Print what `verify` found."""
-    console.print(f"engine: {found.engine or 'none'}", highlight=False)
+    for name, value in (
+        ("checkpoint", found.checkpoint),
+        ("compared with", found.against),
+        ("loaded with", found.engine or "nothing"),
+    ):
+        console.print(f"{name}: {printable(value)}", markup=False, highlight=False, soft_wrap=True)
     if found.missing:
         console.print(f"not installed: {', '.join(found.missing)}", highlight=False)
     if found.skipped:

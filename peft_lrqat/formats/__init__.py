@@ -34,5 +34,8 @@ def writer_of(format: str) -> Writer:
     found: type[Writer] = getattr(importlib.import_module(module, __package__), name)
     for package, extra in found.needs.items():
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"`format={format!r}` needs the package {package!r}: pip install 'peft-lrqat[{extra}]'.")
+            raise ImportError(
+                f"`format={format!r}` needs the package {package!r}: pip install {package}, or peft-lrqat with its "
+                f"extra {extra!r}."
+            )
     return found()

@@ -95,7 +95,7 @@ def no_linear(source: Source, what: str) -> list[Problem]:
         Problem(
             None,
             f"{what} packs nn.Linear layers only, and this model's quantized layers are {', '.join(kinds)}",
-            "save the merged model with save_pretrained (dense weights that lie on the grid), or try format='gguf'",
+            "merge and save_pretrained, which writes a float checkpoint whose weights lie on the grid",
         )
     ]
 

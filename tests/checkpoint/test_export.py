@@ -178,10 +178,18 @@ class TestRefusals:
         assert check
         assert str(check) == "gptq: exact."
 
-    def test_gpt2_has_no_linear_layer_to_pack(self):
+    def test_gpt2_has_no_linear_layer_to_pack(self, tmp_path):
+        """A quantized format without one quantized layer would be none; what the message names does work."""
         model = adapted(tiny("gpt2"), group_size=8)
+        train(model, tokens())
         for format in ("compressed-tensors", "gptq", "torchao", "bitnet"):
-            assert "nn.Linear layers only" in str(can_export(model, format))
+            said = str(can_export(model, format))
+            assert "nn.Linear layers only" in said
+            assert "merge and save_pretrained" in said
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+        assert torch.equal(reloaded(tmp_path), logits(merged, tokens()))
 
     def test_a_head_outside_of_the_blocks(self):
         model = adapted(tiny(hidden_size=64, intermediate_size=96), group_size=32, target_modules=["lm_head", "q_proj"])

@@ -17,6 +17,8 @@ def test_a_file_is_equal_to_its_source(options, tmp_path):
     export(model, tmp_path / "out", format="gguf", vocabulary=False, progress=False, **options)
     found = verify(tmp_path / "out", model)
     assert found
+    assert found.checkpoint.endswith(".gguf (gguf)")
+    assert found.against == "the PeftModelForCausalLM in memory"
     assert [finding.what for finding in found.findings] == [
         "levels (codes less zero points) and scales", "other tensors", "the engine's weights"
     ]  # fmt: skip
