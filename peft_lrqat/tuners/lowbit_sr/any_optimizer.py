@@ -19,12 +19,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .learning_rate import check_rate
+
 # attribute of an optimizer within `step()`: [(group, index, low-bit parameter, its float stand-in)]
 _SWAPPED = "_peft_lrqat_swapped"
 
 
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    check_rate(optimizer)
     if getattr(optimizer, "handles_low_bit", False):
         return
     _put_back(optimizer)  # if the last step raised in between

@@ -141,7 +141,10 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         stored = (frozen.base, frozen.scale0)
         packed, scale = (torch.empty_like(t, device=device).copy_(t.detach()) for t in stored)
         stream = torch.tensor([stream_key(config.seed, name), 0], device=device)
-        weight = LowBitTensor(packed, scale, stream, config.grid, frozen.in_features, config.error_feedback)
+        trained_before = bool(config.base_model_name_or_path)  # a model of transformers' from_config has no name
+        weight = LowBitTensor(
+            packed, scale, stream, config.grid, frozen.in_features, config.error_feedback, trained_before
+        )
         if not config.init_weights and not weight.is_meta:
             # for tests: an adapter that moves most weights by a step or so
             weight.round_from(weight.to_float() + torch.randn(weight.shape, device=device) * scale.mean())

@@ -57,6 +57,7 @@ class LowBitTensor(torch.Tensor):
         stream: int64 (2,), the key of the random stream and how often this weight has been rounded, see `rounding.py`.
         grid: the `Grid`.
         error_feedback: whether the optimizer shall keep the rounding remainder.
+        fine_tunes: whether the weight was pretrained (`learning_rate.py`).
     """
 
     packed: torch.Tensor
@@ -64,6 +65,7 @@ class LowBitTensor(torch.Tensor):
     stream: torch.Tensor
     grid: Grid
     error_feedback: bool
+    fine_tunes: bool
 
     _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
     ds_status = Mark(DEEPSPEED, asking=True)  # DeepSpeed's engine asks every parameter, in every stage
@@ -79,6 +81,7 @@ class LowBitTensor(torch.Tensor):
         grid: Grid,
         in_features: int,
         error_feedback: bool = False,
+        fine_tunes: bool = False,
     ) -> LowBitTensor:
         """
         Raises:
@@ -93,7 +96,7 @@ class LowBitTensor(torch.Tensor):
         shape = (packed.shape[0], in_features)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
         self.packed, self.scale, self.stream = packed, scale, stream
-        self.grid, self.error_feedback = grid, error_feedback
+        self.grid, self.error_feedback, self.fine_tunes = grid, error_feedback, fine_tunes
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -194,14 +197,14 @@ class LowBitTensor(torch.Tensor):
         return LowBitTensor(*inner, *self._meta)
 
     @property
-    def _meta(self) -> tuple[Grid, int, bool]:
-        return self.grid, self.shape[1], self.error_feedback
+    def _meta(self) -> tuple[Grid, int, bool, bool]:
+        return self.grid, self.shape[1], self.error_feedback, self.fine_tunes
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool, bool]]:
         return ["packed", "scale", "stream"], self._meta
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict, meta: tuple[Grid, int, bool], size: Any, stride: Any) -> LowBitTensor:
+    def __tensor_unflatten__(inner: dict, meta: tuple[Grid, int, bool, bool], size: Any, stride: Any) -> LowBitTensor:
         return LowBitTensor(inner["packed"], inner["scale"], inner["stream"], *meta)
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
