@@ -244,6 +244,15 @@ def test_without_a_trained_adapter_the_reference_is_the_rounded_base(start, meth
     assert torch.equal(logits(rounded.eval(), IDS), base)
 
 
+def test_a_loaded_adapter_has_its_reference(method: ModuleType, base_folder: Path, saved: Path):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), saved, is_trainable=True)
+    expected = logits(model.eval(), IDS)
+    trl_copies(model)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".ref." in name)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model.eval(), IDS), expected)
+
+
 def test_the_reference_of_an_adapter_that_loftq_started():
     model = lrqat.adapt(tiny(), **lrqat.GRID, init_lora_weights="loftq", downcast="int")
     train(model, IDS, lr=1e-2)
