@@ -229,6 +229,5 @@ def test_options_left_open_are_those_of_each_base(tmp_path: Path):
         (load_quantized(tmp_path), (3, 32, False, "fp16", "int")),
         (tiny(hidden_size=128, intermediate_size=256, num_hidden_layers=1), (4, 128, True, "auto", "fx8")),
     ):
-        get_peft_model(model, options)
-        found = (options.bits, options.group_size, options.symmetric, options.scale_dtype, options.downcast)
-        assert found == expected
+        found = get_peft_model(model, options).peft_config["default"]
+        assert (found.bits, found.group_size, found.symmetric, found.scale_dtype, found.downcast) == expected

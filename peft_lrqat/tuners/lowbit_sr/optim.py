@@ -227,8 +227,8 @@ class LowBitAdamW(Optimizer):
             lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
         lr = lr.to(parameter.device, torch.float32)
         step_codes(parameter.packed, parameter.scale, parameter.stream, grad, state, lr, rule)
-        if rule.error_feedback:
-            state["last_lr"] = _last_positive(group["lr"], last_lr)
+        if rule.error_feedback and (last_lr := _last_positive(group["lr"], last_lr)) is not None:
+            state["last_lr"] = last_lr
 
     def _step_floats(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

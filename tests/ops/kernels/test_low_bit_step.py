@@ -39,7 +39,8 @@ def trained(kernels: bool, start: LowBitTensor, grads: list[torch.Tensor], **opt
             else:
                 optimizer.step()
     weight = p.detach()
-    return {"packed": weight.packed, "scale": weight.scale, "stream": weight.stream, **optimizer.state[p]}
+    tensors = {name: value for name, value in optimizer.state[p].items() if isinstance(value, torch.Tensor)}
+    return {"packed": weight.packed, "scale": weight.scale, "stream": weight.stream, **tensors}
 
 
 def check(start: LowBitTensor, grads: list[torch.Tensor], **options) -> dict[str, torch.Tensor]:
