@@ -22,7 +22,7 @@ from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerpri
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
-from .parallel import check_announced
+from .parallel import check_announced, check_loaded, check_sharded
 from .preflight import check_adapter_name, check_base, check_targets
 from .scale_range import warn_of_lost_scales
 from .summary import report
@@ -103,6 +103,7 @@ class QuantizingModel(LoraModel):
         config, state_dict = self.peft_config[adapter_name], kwargs.get("state_dict")
         check_adapter_name(adapter_name, model)
         config.check_fields()
+        check_loaded(model)
         if not config.inference_mode:
             check_announced(trains_integers=self.trains_integers)
         adopted = self._adopt_base(model, config, state_dict)
@@ -255,8 +256,14 @@ class QuantizingModel(LoraModel):
             self._conversion.undo.replaced(child)
 
     def train(self, mode: bool = True) -> QuantizingModel:
-        """torch's `train`; before an evaluation (False) it is said if scales have left their range."""
-        if not mode and self.training:
+        """torch's `train`; before an evaluation (False) it is said if scales have left their range.
+
+        Raises:
+            ValueError: training (True), and the model is sharded so that other integers are trained than merged.
+        """
+        if mode:
+            check_sharded(self, self.prefix)
+        elif self.training:
             warn_of_lost_scales(self)
         return super().train(mode)
 

@@ -1,11 +1,12 @@
 """How training may be spread over processes, and where the other ways are refused.
 
 Plain data parallelism (DDP) suits both methods: integers are small, and every process rounds alike. FSDP2 shards
-LR-QAT's integers as it shards any parameter. What cannot work is refused at the first of two moments:
+LR-QAT's integers as it shards any parameter. What cannot work is refused at the first of these moments:
 
 * when an adapter is added, if a launcher or a Trainer's arguments have announced it (`check_announced`);
 * when a wrapper takes the parameters. Each has a name of its own by which it marks a parameter that it takes, or asks
-  whether it has: parameters of this package have a `Mark` under it, which raises.
+  whether it has: parameters of this package have a `Mark` under it, which raises;
+* when training starts (`check_sharded`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ FSDP2_TORCH = (
     f"FSDP2 shards integers from torch 2.12 on; this is torch {torch.__version__}, which fails on LR-QAT's. Install a "
     f"later one. {_INSTEAD}."
 )
+FSDP2_CAST = (
+    "FSDP2's mixed-precision policy rounds adapters to {dtype} for each forward, but keeps and saves them in {kept}: "
+    "the integers that the model is trained with would not be those that are merged. Load the model in {dtype}, in "
+    "which it then computes all the same, and train without mixed precision: `bf16=False` in TrainingArguments or "
+    "SFTConfig, `--mixed_precision no`, no `param_dtype` in `MixedPrecisionPolicy`."
+)
 ZERO3 = (
     "DeepSpeed ZeRO-3 gathers the parameters of a layer when that layer is called, but a rounded weight is made from "
     f"the parameters of several layers together. {_INSTEAD}{_OR_FSDP2}; LR-QAT also works with ZeRO stages 1 and 2."
@@ -40,6 +47,11 @@ ZERO3 = (
 DEEPSPEED = (
     "DeepSpeed's optimizers train flat float copies of the weights, of which the integers of low-bit SR never hear: "
     f"nothing would be trained. {_INSTEAD}; or train with LRQATConfig, which works with ZeRO stages 1 and 2."
+)
+LOADED = (
+    "The model was spread over {ranks} processes when it was loaded (`tp_plan`, or `distributed_config` with more than "
+    "one process for tp, pp, ep or fsdp), so this process has only a part of it to quantize. Load it whole. "
+    f"{_INSTEAD}{_OR_FSDP2}."
 )
 DATA_PARALLEL = (
     "nn.DataParallel (which Trainer uses where one process sees several GPUs) copies modules without the parameters "
@@ -95,6 +107,33 @@ def check_announced(*, trains_integers: bool) -> None:
         raise ValueError(FSDP2)
     if fsdp == 2 and not shards_integers():
         raise ValueError(FSDP2_TORCH)
+
+
+def check_loaded(model: Any) -> None:
+    """Raise ValueError if transformers has spread the model over processes: a part of it would be quantized."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is not None and mesh.size() > 1:
+        raise ValueError(LOADED.format(ranks=mesh.size()))
+
+
+def check_sharded(model: nn.Module, prefix: str) -> None:
+    """Raise ValueError if FSDP2 shards the model in a way that trains other integers than will be merged.
+
+    Args:
+        prefix: in the names of the parameters that are rounded with the weight.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        policy = getattr(module._get_fsdp_state(), "_mp_policy", None)  # private: guarded, for the lack of another way
+        dtype = getattr(policy, "param_dtype", None)
+        for name, parameter in module.named_parameters() if dtype is not None else ():
+            if prefix in name and parameter.requires_grad and parameter.dtype != dtype:
+                raise ValueError(FSDP2_CAST.format(dtype=dtype, kept=parameter.dtype))
 
 
 def shards_integers() -> bool:

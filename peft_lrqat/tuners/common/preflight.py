@@ -167,7 +167,7 @@ def _float_weight(module: nn.Module, config: Any, where: str) -> torch.Tensor:
     if hasattr(weight, "full_tensor"):
         raise ValueError(
             f"The weight of {where} is sharded (a DTensor). Adapt the whole model first, then shard it with "
-            "`fully_shard`; tensor-parallel models are not supported."
+            "`fully_shard`, or let accelerate do so; tensor-parallel models are not supported."
         )
     if type(weight.data) is not torch.Tensor:
         raise ValueError(

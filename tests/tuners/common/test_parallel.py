@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,16 +17,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer
 
+from peft_lrqat import LowBitAdamW
 from peft_lrqat.tuners.common import parallel
 from peft_lrqat.tuners.common.frozen import PackedParameter
+from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests import lowbit_sr, lrqat
-from tests.models import tiny
-from tests.parallel import FSDP2, ZERO2, announce, found, in_two_processes, trainer, whole_adapter
+from tests.models import low_bit, tiny, tokens
+from tests.parallel import FSDP2, WORLD, ZERO2, announce, found, in_two_processes, trainer, whole_adapter
 from tests.refusals import refused
 
+OPTIMIZERS = {
+    "LowBitAdamW": lambda params: LowBitAdamW(params, lr=1e-2, error_feedback=True),
+    "fused AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+}
 KINDS = ("lrqat", "lowbit_sr")
 # Below torch 2.12, FSDP2 shards no integers
 RUNS = [*KINDS, *(["fsdp2 full", "fsdp2 sharded"] if torch.__version__ >= (2, 12) else [])]
@@ -42,6 +50,29 @@ def _merge_gathered(run: Trainer, rank: int, folder: Path) -> None:
             state[name] = whole.cpu()
     if rank == 0:
         merged.save_pretrained(folder, state_dict=state)
+
+
+def _steps(optimizer: str, model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Codes of low-bit SR after four steps of a loop of one's own."""
+    rule = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    model.train()
+    for _ in range(4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        rule.step()
+        rule.zero_grad()
+    return _codes(model)
+
+
+def _codes(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    return {name: p.codes() for name, p in named.items() if isinstance(p, LowBitTensor)}
+
+
+def _by_hand(optimizer: str, rank: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(rank)  # torch's generators differ, as they may
+    model = low_bit(tiny(), bits=4, learn_scales=True)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    return _steps(optimizer, wrapped, tokens(batch=WORLD)[rank : rank + 1])
 
 
 def _ddp(kind: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -74,7 +105,7 @@ def _work(rank: int, folder: Path) -> dict[str, Any]:
     if rank == 0:
         tiny("qwen2").save_pretrained(folder / "base")
     dist.barrier()
-    results = {kind: _ddp(kind, rank, folder) for kind in KINDS}
+    results = {kind: _ddp(kind, rank, folder) for kind in KINDS} | {name: _by_hand(name, rank) for name in OPTIMIZERS}
     for run in RUNS[len(KINDS) :]:
         results[run] = _fsdp2(f"{run.split()[1].upper()}_STATE_DICT", rank, folder)
     return results
@@ -145,6 +176,19 @@ def test_the_saved_adapter_merges_in_one_process(ranks, single, name: str):
     assert sum(key.endswith("weight_packed") for key in merged) == 14
     # FSDP2's was merged and gathered in the training processes
     _equal(merged, _read(out / "merged" if name.startswith("fsdp2") else folder / "single" / name / "merged"))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_ranks_round_alike(ranks, optimizer: str):
+    first, second = (rank[optimizer] for rank in ranks[0])
+    start = _codes(low_bit(tiny(), bits=4))
+    alone = _steps(optimizer, low_bit(tiny(), bits=4, learn_scales=True), tokens(batch=WORLD))
+    assert first.keys() == start.keys()
+    for name in start:
+        assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(first[name], start[name]), name
+        # one batch instead of two: gradients are summed in another order, and a code on the edge may fall otherwise
+        assert (first[name] != alone[name]).float().mean() < 0.02, name
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("fsdp2")])
@@ -221,6 +265,16 @@ def test_an_accelerator_that_exists_knows_better_than_the_environment(method: Mo
     get_peft_model(tiny(), method.config())
 
 
+def test_a_model_that_was_loaded_in_parts_is_refused(method: ModuleType):
+    """With `pp_size` the parts are plain tensors: each process would train, and save, its own layers."""
+    model = tiny()
+    model._device_mesh = SimpleNamespace(size=lambda: 2)
+    with refused(model, r"spread over 2 processes .*`distributed_config`.* Load it whole"):
+        get_peft_model(model, method.config())
+    model._device_mesh = SimpleNamespace(size=lambda: 1)
+    get_peft_model(model, method.config())
+
+
 # -- refused, when a wrapper takes the parameters
 
 
@@ -235,6 +289,26 @@ def test_fsdp1_is_refused(method: ModuleType, one_process: None):
     model = method.random_adapter(tiny())
     with pytest.raises(ValueError, match=r"FSDP1 flattens parameters .*--fsdp_version 2"):
         FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.skipif(not parallel.shards_integers(), reason="FSDP2 shards no integer parameters before torch 2.12")
+def test_adapters_that_fsdp2_would_round_are_refused(one_process: None):
+    """Mixed precision by FSDP2's policy, as accelerate sets it for `bf16=True`, rounds a copy of what is merged."""
+    model = lrqat.adapt(tiny(dtype=torch.bfloat16))
+    mesh = init_device_mesh("cpu", (1,))
+    first, second = model.get_base_model().model.layers
+    fully_shard(first, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    model.train()
+    fully_shard(second, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"rounds adapters to torch.bfloat16 .* in torch.float32: .*`bf16=False`"):
+        model.train()
+    model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp2_is_refused_for_low_bit_weights(one_process: None):
+    with pytest.raises(ValueError, match=r"FSDP2 would shard a plain float copy .*LRQATConfig"):
+        fully_shard(lowbit_sr.random_adapter(tiny()), mesh=init_device_mesh("cpu", (1,)))
 
 
 def test_data_parallel_is_refused(method: ModuleType):
