@@ -1,0 +1,114 @@
+"""The Python of README and docs runs as it is shown, page by page, offline and on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import get_peft_model
+
+from peft_lrqat import LRQATConfig, export
+from tests.models import adapted, tiny
+from tests.tokenizers import VOCAB, bytewise
+
+ROOT = Path(__file__).parents[1]
+
+#: Page -> the names that its snippets take from the text around them; what else they use, they make or import.
+PAGES = {
+    "README.md": ["dataset"],
+    "docs/autoload.md": [],
+    "docs/export.md": ["model", "tokenizer"],
+    "docs/from-quantized.md": ["texts", "tokenizer"],
+    "docs/gguf.md": ["model", "tokenizer"],
+    "docs/lowbit-sr.md": ["dataset"],
+    "docs/serving.md": ["model", "tokenizer"],
+    "docs/troubleshooting.md": ["model", "torch"],
+}
+# Pages with snippets that want a GPU, or several processes, or a float model where another stood before.
+ELSEWHERE = {"docs/gpu.md", "docs/configuration.md"}
+
+
+def snippets(page: str) -> list[str]:
+    """Its blocks of Python, less those that only show some lines of another (they are indented)."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if not block.startswith(" ")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """What the pages name, as folders: a float model, quantized ones, an adapter, each with a tokenizer."""
+    work, tokenizer = tmp_path_factory.mktemp("docs"), bytewise("gpt-2")
+    base = tiny(hidden_size=128, intermediate_size=128, num_hidden_layers=1, vocab_size=VOCAB)
+    base.save_pretrained(work / "Qwen/Qwen3-0.6B")
+    base.name_or_path = str(work / "Qwen/Qwen3-0.6B")
+    model = adapted(base, range_method="minmax")
+    model.merge_and_unload().save_pretrained(work / "quantized")
+    for name in ("Qwen/Qwen3-0.6B", "quantized"):
+        tokenizer.save_pretrained(work / name)
+    export(work / "quantized", work / "gptq", "gptq", progress=False)
+    return work
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pushed: list[str] = []
+    for kind in (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, name, *args, **kwargs: pushed.append(name))
+    (tmp_path / "path/or").mkdir(parents=True)
+    for name, folder in (("Qwen", "Qwen"), ("path/or/repo", "quantized"), ("path/or/repo-GPTQ", "gptq")):
+        (tmp_path / name).symlink_to(folders / folder)
+    if page in ("docs/autoload.md", "docs/from-quantized.md"):
+        _save_adapter(tmp_path, of_quantized=page == "docs/from-quantized.md")
+    given = {name: _given(name, folders, page) for name in PAGES[page]}
+    for block in snippets(page):
+        if "preprocess_gptq" in block:
+            given["model"] = _float_model(folders)
+        # as README says of machines without a GPU
+        exec(compile(block.replace('SFTConfig("adapter"', 'SFTConfig("adapter", use_cpu=True'), page, "exec"), given)
+    assert pushed == re.findall(r'push_to_hub\("(.*?)"\)', "".join(snippets(page)))
+
+
+def _save_adapter(work: Path, of_quantized: bool) -> None:
+    from peft_lrqat import load_quantized
+
+    if of_quantized:
+        config = LRQATConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        get_peft_model(load_quantized("path/or/repo"), config).save_pretrained("adapter")
+    else:
+        (work / "path/or/repo").unlink()
+        adapted(_float_model(work), range_method="minmax").save_pretrained("path/or/repo")
+
+
+def _float_model(work: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(work / "Qwen/Qwen3-0.6B")
+
+
+def _given(name: str, folders: Path, page: str) -> Any:
+    if name == "torch":
+        return torch
+    texts = ["The quick brown fox jumps over the lazy dog, again and again."] * 4
+    if name == "texts":
+        return [text * 40 for text in texts]  # two windows of calibration
+    if name == "dataset":
+        return Dataset.from_dict({"text": texts[:2]})
+    if name == "tokenizer":
+        return bytewise("gpt-2")
+    model = _float_model(folders)
+    return model if page == "docs/troubleshooting.md" else adapted(model, range_method="minmax")
+
+
+def test_every_page_with_python_is_run_or_said_to_be_elsewhere():
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    assert {page for page in pages if snippets(page)} == PAGES.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() | ELSEWHERE))
+def test_all_snippets_are_python(page: str):
+    for block in snippets(page):
+        compile(block, page, "exec")
