@@ -104,7 +104,7 @@ def test_whatever_is_changed_it_is_read_or_refused(format: str, made: Path, tmp_
     """Nothing but a ValueError, however far a change gets; a few hundred changes, the same ones each time."""
     folder = shutil.copytree(made / format, tmp_path / "changed folder")
     names = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".gguf")]
-    chance, changes, refusals = random.Random(0), 40, []
+    chance, changes, refusals = random.Random(0), 24, []
     for _ in range(changes):
         path = folder / chance.choice(names)
         whole = path.read_bytes()
@@ -115,7 +115,7 @@ def test_whatever_is_changed_it_is_read_or_refused(format: str, made: Path, tmp_
         except ValueError as error:
             refusals.append(str(error))
         path.write_bytes(whole)
-    assert 4 < len(refusals) < changes - 4
+    assert 3 < len(refusals) < changes - 3
     assert all(folder.name in said for said in refusals)
     inspect(folder)
 
