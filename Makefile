@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow engines grids quality style venv clean
+.PHONY: help demo test slow engines grids sync quality style venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ engines: $(STAMP) ## One checkpoint in every format and engine (makes .venv-vllm
 grids: $(STAMP) ## Many grids, token by token: vLLM and llama.cpp beside transformers
 	$(PYTHON) engines/run.py $(ARGS)
 	$(BIN)/python engines/llama_cpp.py $(filter-out --%,$(ARGS))
+
+sync: $(STAMP) ## Weights sent as TRL sends them, in a real vLLM: the tokens of the merged checkpoint's engine
+	$(PYTHON) engines/sync.py $(ARGS)
 
 quality: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff check .
