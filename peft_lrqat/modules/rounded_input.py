@@ -58,14 +58,17 @@ class KeepsScales(nn.Linear, KeepsWeight):
             transposed: (in, out), for a layer that stands for a Conv1D.
         """
         self._shown = transposed
-        stored = {name: value for name, value in self._parameters.items() if name != "weight"}
         weight: Any = ServedWeight(self, transposed)
-        self._parameters = {"weight": weight, **stored}
+        self._parameters = {"weight": weight, **self._stored_parameters()}
 
     def hide_weight(self) -> None:
         """End that."""
         self._shown = None
-        self._parameters.pop("weight", None)
+        self._parameters = self._stored_parameters()
+
+    def _stored_parameters(self) -> dict[str, nn.Parameter | None]:
+        """A new dictionary: somebody may be walking the present one."""
+        return {name: value for name, value in self._parameters.items() if name != "weight"}
 
     @contextlib.contextmanager
     def _as_stored(self) -> Iterator[None]:
@@ -98,8 +101,7 @@ class KeepsScales(nn.Linear, KeepsWeight):
             super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        stored = {name: value for name, value in self._parameters.items() if name != "weight"}
-        return {**vars(self), "_parameters": stored}
+        return {**vars(self), "_parameters": self._stored_parameters()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
