@@ -29,7 +29,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -102,9 +101,12 @@ class Slot:
             key: what it depends on beside.
         """
         device: torch.device = sources[0].device  # type: ignore[union-attr]  # the first is never None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        key = dtype, key
+        stream = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            stream = torch._C._cuda_getCurrentRawStream(device.index)  # another one would not wait for the weight
+        key = dtype, key, stream
         state = [None if t is None else (id(t), t.data_ptr(), _version(t)) for t in sources]
         kept = self._kept.get(key)
         if kept is not None and kept.state == state:
@@ -153,8 +155,9 @@ class KeepsWeight:
         return slot
 
 
-_SLOTS: weakref.WeakKeyDictionary[Any, Slot] = weakref.WeakKeyDictionary()
-_GENERATIONS: weakref.WeakKeyDictionary[nn.Module, _Generation] = weakref.WeakKeyDictionary()
+# of the layers, and models, that generate just now
+_SLOTS: dict[Any, Slot] = {}
+_GENERATIONS: dict[nn.Module, _Generation] = {}
 
 
 def _version(tensor: Tensor) -> int | None:

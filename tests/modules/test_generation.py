@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 
 from peft_lrqat import kept_weights, limit_kept_weights, load_quantized
 from peft_lrqat.modules import generation
@@ -222,6 +222,23 @@ def test_two_threads(merged: nn.Module):
     assert len(found) == 2
 
 
+def test_another_thread_that_generates_for_the_caller(merged: nn.Module):
+    """As `generate_batch` does it; a real one would take most of the machine's memory for its cache."""
+    seen: list[int] = []
+
+    def forward() -> None:
+        with torch.no_grad():
+            merged(IDS)
+        seen.append(held())
+
+    with kept_weights(merged):
+        thread = threading.Thread(target=forward)
+        thread.start()
+        thread.join()
+    assert seen == [dense_bytes(merged)]
+    assert GenerationMixin.generate_batch.keeps_weights
+
+
 def test_a_layer_whose_tensors_come_and_go_keeps_nothing(merged: nn.Module):
     managed, offloaded, *_, last = layers(merged)
     managed._is_fsdp_managed_module = True  # as FSDP2 marks the layers that it shards
@@ -268,8 +285,6 @@ def test_other_models_are_left_alone():
 
 
 def test_it_is_set_up_once():
-    from transformers import GenerationMixin
-
     before = GenerationMixin.generate
     generation.keep_in_generate()
     assert GenerationMixin.generate is before

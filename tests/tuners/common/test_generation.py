@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessorList
 
 from peft_lrqat import limit_kept_weights
@@ -174,6 +175,11 @@ def test_beams_and_no_cache(method: ModuleType):
     model = method.random_adapter(tiny())
     keeps_and_equals(model, num_beams=2)
     keeps_and_equals(model, use_cache=False)
+
+
+def test_a_float_adapter_on_a_merged_model(method: ModuleType):
+    merged = method.random_adapter(tiny()).merge_and_unload()
+    keeps_and_equals(get_peft_model(merged, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)))
 
 
 def test_trl_generates_with_kept_weights(method: ModuleType):
