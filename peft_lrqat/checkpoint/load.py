@@ -27,6 +27,7 @@ from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
+from ..modules.carry import carry_hooks
 from ..modules.packed import describe, merged_layer
 
 _METHOD = "peft_lrqat"  # transformers' name for our reader; it is in no file
@@ -216,13 +217,7 @@ def _weight_map(files: list[str]) -> dict[str, str] | None:
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of the module of that name, with its hook of accelerate if it has one."""
-    old = model.get_submodule(name)
-    hook = getattr(old, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module
-
-        layer = add_hook_to_module(layer, hook)
-    layer.train(old.training)
+    """Put `layer` in the place of the module of that name, with its hooks."""
+    carry_hooks(model.get_submodule(name), layer)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)

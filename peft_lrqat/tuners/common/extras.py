@@ -5,16 +5,43 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import MergingLayer
 
-# What PEFT adds to `modules_to_save` by itself for some tasks, whether the model has it or not.
-_ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")
+# The heads that PEFT trains in float by itself, whether the model has them or not. For the last two tasks it thinks of
+# them only when they are adapted already.
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+_ADDED_BY_PEFT = {name for names in _HEADS.values() for name in names}
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def task_heads(model: Any, task: str | None, every: bool) -> list[str]:
+    """Names of the modules that a task's head consists of: new, so trained in float and saved with the adapter.
+
+    Args:
+        every: whether to name whatever lies outside of the model's backbone (T5's `classification_head`, DistilBERT's
+            `pre_classifier`), or only the heads that PEFT knows.
+    """
+    if task not in _HEADS:
+        return []
+    heads = list(_HEADS[TaskType(task)])
+    backbone = getattr(model, "base_model", model)
+    if every and backbone is not model:
+        heads += [
+            name
+            for name, child in model.named_children()
+            if child is not backbone and not isinstance(child, _CONTAINERS) and any(True for _ in child.parameters())
+        ]
+    return list(dict.fromkeys(heads))
 
 
 def check_extras(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:

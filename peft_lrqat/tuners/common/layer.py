@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -25,7 +25,9 @@ from torch import nn
 
 from ...formats.source import LayerInfo
 from ...grid import GridTensor, scale_bounds, scales_out_of_range
+from ...modules.carry import carry_hooks
 from ...modules.packed import merged_layer
+from .plain import user_attributes
 
 _MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)
 
@@ -258,8 +260,22 @@ class MergingLayer(LoraLayer):
         """The layer that replaces this one: the quantized layer, or the base at step 0 as the kind of layer it was."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            return self._stored(self.base_layer)
-        return self._float_layer()
+            layer = self._stored(self.base_layer)
+        else:
+            layer = self._float_layer()
+        self._give_to(layer, cast(nn.Module, self))
+        return layer
+
+    def take_from(self, module: nn.Module) -> None:
+        """Take over what users, and accelerate, have hung on the layer that this one replaces."""
+        object.__setattr__(self, "_user_attributes", user_attributes(module))
+        self._give_to(self, module)
+
+    def _give_to(self, layer: Any, hooked: nn.Module) -> None:
+        carry_hooks(hooked, layer)
+        for name, value in vars(self).get("_user_attributes", {}).items():
+            if not hasattr(layer, name):
+                object.__setattr__(layer, name, value)
 
     def _float_layer(self) -> nn.Module:
         """The base at step 0 as the kind of layer that it was."""

@@ -17,12 +17,13 @@ from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import check_adapter_file, check_state_dict
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
-from .extras import check_extras, check_reference
+from .extras import check_extras, check_reference, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
+from .plain import has_own_forward
 from .preflight import check_adapter_name, check_base, check_targets
 from .scale_range import warn_of_lost_scales
 from .summary import report
@@ -109,7 +110,11 @@ class QuantizingModel(LoraModel):
         adopted = self._adopt_base(model, config, state_dict)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made
-        if config.layers_to_transform is not None:
+        every = config.target_modules == ALL_LINEAR
+        if heads := task_heads(model, config.task_type, every):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+        if every:
+            _tell_left_out(model)
             config.target_modules = self._named_targets(model, config)
         targets = self._targets(model, config, state_dict)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
@@ -211,7 +216,7 @@ class QuantizingModel(LoraModel):
         if config.target_modules != ALL_LINEAR:
             return config.target_modules
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        names = plan.target_modules
+        names = plan.target_modules - set(_left_out(model))
         if not names:
             raise ValueError(
                 "`target_modules` is 'all-linear', but the model has no nn.Linear or Conv1D, or its output layer only."
@@ -252,6 +257,8 @@ class QuantizingModel(LoraModel):
         super()._replace_module(parent, child_name, new_module, child)
         if packed:
             del child.qweight
+        if isinstance(new_module, MergingLayer):
+            new_module.take_from(child)
         if self._conversion is not None:
             self._conversion.undo.replaced(child)
 
@@ -361,6 +368,25 @@ class QuantizingModel(LoraModel):
                 describe(model, config.record())
             attach_card(model, merged_card(model, config))
         return model
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Names of the layers that 'all-linear' leaves out because they compute something else than their class does."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and has_own_forward(module)
+    ]
+
+
+def _tell_left_out(model: nn.Module) -> None:
+    if names := _left_out(model):
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in names})
+        warnings.warn(
+            f"`target_modules='all-linear'` leaves {len(names)} layers out ({', '.join(kinds)}, e.g. {names[0]!r}), "
+            "because they have a `forward` of their own, which cannot be kept: they stay float.",
+            stacklevel=2,
+        )
 
 
 def _adapters_of(module: nn.Module) -> dict[str, Any]:

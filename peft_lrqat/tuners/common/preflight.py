@@ -16,6 +16,7 @@ from ...formats.reading import METHODS
 from ...modules.packed import MERGED, QuantizedLinear
 from .fingerprint import codes_checksum, float_checksum
 from .layer import MergingLayer
+from .plain import check_plain
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,6 +110,7 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
                 "leave the module out with `exclude_modules`."
             )
         _check_kind(module, config, where)
+        check_plain(module, where)
         if isinstance(module, QuantizedLinear) and config.takes_quantized:
             _check_quantized(module, config, where)
         else:

@@ -11,6 +11,7 @@ from torch import nn
 from ...ops.embedding import quantized_embedding
 from ...ops.inputs import check_ids
 from ..common.frozen import whole
+from ..common.plain import scales_rows
 from .config import LRQATConfig
 from .layer import LRQATLinear
 
@@ -22,13 +23,16 @@ class LRQATEmbedding(LRQATLinear):
     exactly on the grid.
     """
 
-    embed_scale: torch.Tensor | None
+    embed_scale: torch.Tensor | float | None
 
     def __init__(self, base_layer: nn.Embedding, adapter_name: str, config: LRQATConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config, **kwargs)
-        # what a model's own embedding class multiplies rows with (Gemma 3)
-        scale = getattr(base_layer, "embed_scale", None)
-        self.register_buffer("embed_scale", scale if isinstance(scale, torch.Tensor) else None, persistent=False)
+        # what a model's own embedding class multiplies rows with: a buffer (Gemma 3), or a float (BART)
+        scale: Any = base_layer.embed_scale if scales_rows(base_layer) else None
+        if isinstance(scale, torch.Tensor):
+            self.register_buffer("embed_scale", scale, persistent=False)
+        else:
+            self.embed_scale = scale
         # the module that was replaced, without its weight: merging and unloading put the new weight into it. Kept
         # outside of the module tree.
         object.__setattr__(self, "_shell", base_layer)
@@ -60,10 +64,14 @@ class LRQATEmbedding(LRQATLinear):
         return self._scaled(self.base_layer(x))
 
     def _scaled(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+        scale = self.embed_scale
+        return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, torch.Tensor) else scale)
 
     def _around(self, weight: torch.Tensor) -> nn.Module:
-        layer: Any = copy.deepcopy(self._shell)
+        layer: Any = copy.copy(self._shell)  # not deeply: hooks may be methods of anything
+        for forward in ("_hf_hook", "_old_forward", "forward"):  # accelerate's, of the shell; `_give_to` hooks anew
+            vars(layer).pop(forward, None)
+        layer._parameters, layer._buffers = {}, dict(vars(self._shell)["_buffers"])
         layer.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
         return layer.to(weight.device)
 

@@ -102,7 +102,7 @@ def test_mixed_batches_look_up_each_samples_table():
 
 
 def test_a_models_own_embedding_class_is_kept():
-    class Scaled(nn.Embedding):
+    class MyScaledWordEmbedding(nn.Embedding):
         def __init__(self, rows: int, width: int) -> None:
             super().__init__(rows, width)
             self.register_buffer("embed_scale", torch.tensor(6.5), persistent=False)
@@ -112,10 +112,10 @@ def test_a_models_own_embedding_class_is_kept():
 
     ids = torch.arange(9)
     config = LRQATConfig(group_size=-1, r=2, target_modules=["emb"], init_lora_weights=False)
-    model = get_peft_model(nn.ModuleDict({"emb": Scaled(9, 8)}), config)
+    model = get_peft_model(nn.ModuleDict({"emb": MyScaledWordEmbedding(9, 8)}), config)
     found = model.base_model.model.emb(ids)
     merged = model.merge_and_unload().emb
-    assert type(merged) is Scaled
+    assert type(merged) is MyScaledWordEmbedding
     assert torch.equal(merged(ids), found)
 
 

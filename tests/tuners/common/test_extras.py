@@ -1,0 +1,75 @@
+"""Heads of tasks: float, trained, saved with the adapter, and no part of what tells one base from another."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from tests.models import tokens
+
+_IDS = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BERT = {**_IDS, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+CONFIGS: dict[str, dict] = {
+    "Bert": _BERT,
+    "Llama": {**_BERT, "num_key_value_heads": 2},
+    "T5": {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0,
+           "decoder_start_token_id": 0, "eos_token_id": 2},
+    "GPT2": {**_IDS, "n_embd": 32, "n_layer": 1, "n_head": 4},
+    "DistilBert": {**_IDS, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4},
+}  # fmt: skip
+CLASSES = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+HEADS = [
+    ("Bert", "TOKEN_CLS", {"classifier"}),
+    ("Bert", "QUESTION_ANS", {"qa_outputs"}),
+    ("Llama", "QUESTION_ANS", {"qa_outputs"}),
+    ("T5", "SEQ_CLS", {"classification_head"}),
+    ("T5", "QUESTION_ANS", {"qa_outputs"}),
+    ("GPT2", "TOKEN_CLS", {"classifier"}),
+    ("DistilBert", "SEQ_CLS", {"classifier", "pre_classifier"}),
+]
+
+
+def make(family: str, task: str, seed: int) -> Any:
+    labels = 2 if task == "QUESTION_ANS" else 3
+    config = getattr(transformers, family + "Config")(**copy.deepcopy(CONFIGS[family]), num_labels=labels)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return getattr(transformers, f"{family}For{CLASSES[task]}")(config)
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    ids = tokens()
+    ids[:, -1] = 2
+    with torch.no_grad():
+        return model.eval()(input_ids=ids)[0]
+
+
+@pytest.mark.parametrize(("family", "task", "heads"), HEADS)
+@pytest.mark.filterwarnings("ignore:.*Conv1D.*")
+def test_a_tasks_head_is_trained_in_float(method: ModuleType, family: str, task: str, heads: set, tmp_path: Path):
+    base = make(family, task, 0)
+    weights = {key: value.clone() for key, value in base.state_dict().items()}
+    model = get_peft_model(base, method.config(group_size=-1, task_type=task, **method.MOVED))
+    wrapped = [name for name, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"]
+    assert {name.removeprefix("base_model.model.") for name in wrapped} == heads
+    for parameter in (p for name, p in model.named_parameters() if "modules_to_save" in name):
+        assert parameter.requires_grad
+        parameter.data += 0.05
+    model.save_pretrained(tmp_path)
+
+    other = make(family, task, 1)  # as from_pretrained gives it: the backbone's weights, and a head of its own
+    own = {key: value for key, value in weights.items() if not any(head in key.split(".") for head in heads)}
+    other.load_state_dict(own, strict=False)
+    again = PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    merged = model.merge_and_unload()
+    assert torch.equal(outputs(merged), outputs(again))
+    assert not any(type(merged.get_submodule(head)).__name__ == "QuantizedLinear" for head in heads)
