@@ -218,6 +218,7 @@ class QuantizingModel(LoraModel):
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
         names = plan.target_modules - set(_left_out(model))
         if not names:
+            check_base(model, config)  # a quantized one, whose layers have a forward of their own
             raise ValueError(
                 "`target_modules` is 'all-linear', but the model has no nn.Linear or Conv1D, or its output layer only."
             )
