@@ -57,6 +57,7 @@ from ..common.frozen import FrozenWeight, share, whole
 from ..common.layer import AdapterWeight, MergingLayer
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
+from .learning_rate import watch
 from .loftq import residual_factors
 
 
@@ -152,6 +153,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)
+        if not config.inference_mode:
+            watch(self.lora_B[adapter_name].weight, frozen.in_features, self.scaling[adapter_name])
 
     def _random_adapter(self, adapter_name: str) -> None:
         """`init_lora_weights=False`, for tests: an adapter that moves about half of the weights by a grid step."""

@@ -1,0 +1,63 @@
+"""A warning where the learning rate is so low that hardly any weight would ever leave its grid cell.
+
+A rule like AdamW moves every entry of lora_B by about the learning rate in each step, and so a weight by about
+
+    c rate sqrt(r / (3 in))        in grid steps
+
+at the start of training, where lora_B is 0 and the entries of lora_A are uniform in +-1 / sqrt(in). A weight has to
+move by half a step, on average, to become another integer. With the default rate and strength that takes some hundred
+updates; with rates that suit other trainings (TRL's default is 2e-5) it would take more than ten thousand, and only the
+scales would learn.
+"""
+
+from __future__ import annotations
+
+import warnings
+from statistics import median
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# updates until a typical weight has moved by half a grid step
+_FAR_TOO_MANY = 10_000
+
+_hook: Any = None
+
+
+def watch(B: Any, in_features: int, strength: float) -> None:
+    """Look at the learning rate in the first step of the next optimizer that trains the factor `B`.
+
+    Args:
+        B: (out, r), the parameter.
+        strength: c, in grid steps.
+    """
+    global _hook
+    B._grid_steps_per_unit = strength * (B.shape[1] / (3 * in_features)) ** 0.5
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_check)
+
+
+def _check(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """torch calls it before the steps of all optimizers, until it has seen the one that trains an adapter."""
+    global _hook
+    for group in optimizer.param_groups:
+        found = [p._grid_steps_per_unit for p in group["params"] if hasattr(p, "_grid_steps_per_unit")]
+        if not found:
+            continue
+        if _hook is not None:
+            _hook.remove()
+            _hook = None
+        rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
+        if "betas" not in group or "d" in group or not rate:
+            return
+        updates = 0.5 / (rate * median(found))
+        if updates > _FAR_TOO_MANY:
+            warnings.warn(
+                f"The learning rate of LR-QAT's adapters is {rate:.2g}: {type(optimizer).__name__} would take about "
+                f"{updates:.0f} updates to move a typical weight by half a grid step, so hardly any becomes another "
+                "integer, and only the scales learn. 1e-3 with the default `lora_alpha` is a good start "
+                "(docs/configuration.md); for a lower rate raise `lora_alpha`.",
+                stacklevel=2,
+            )
+        return
