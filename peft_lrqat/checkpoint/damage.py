@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 # Entries of config.json that say how often something is built in Python (for sizes, nothing is allocated), and how
-# often it may be, whatever the files hold.
-_COUNT = re.compile(r"layer|expert|block|depth|stage|label|head|codebook|group")
+# often it may be, whatever the files hold. Names of labels are anything, so their tables are left out.
+_COUNT = re.compile(r"layer|expert|block|depth|stage|head|codebook|group")
 _NO_COUNT = re.compile(r"size|_ids?$|dim|rank|window|length|token|scale|offset|pos")
-_ALWAYS = 4096
+_LABELS = ("label2id", "id2label")
+_ALWAYS, _MOST_LABELS = 4096, 10**6
 
 
 @contextmanager
@@ -54,9 +55,9 @@ def check_counts(described: dict[str, Any], tensors: int) -> None:
         described: config.json.
         tensors: how many the files hold.
     """
-    largest = max(_ALWAYS, tensors)
     for key, number in _numbers("", described):
-        if number > largest and _COUNT.search(key) and not _NO_COUNT.search(key):
+        counts = _COUNT.search(key) and not _NO_COUNT.search(key)
+        if number > max(_ALWAYS, tensors) and (counts or (key == "num_labels" and number > _MOST_LABELS)):
             raise ValueError(f"config.json says that `{key}` is {number}, but the files hold {tensors} tensors.")
 
 
@@ -69,4 +70,5 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(key, inner)
     elif isinstance(value, dict):
         for name, inner in value.items():
-            yield from _numbers(name, inner)
+            if name not in _LABELS:
+                yield from _numbers(name, inner)

@@ -210,6 +210,7 @@ def test_harm(harm: str, folder: Path):
 
 def test_more_layers_than_files_hold():
     check_counts({"num_hidden_layers": 5000, "vocab_size": 10**6, "attn": {"block_size": 10**6}}, 60_000)
+    check_counts({"num_labels": 21_841, "label2id": {"headphones": 21_840}, "max_position_embeddings": 10**6}, 70)
     with pytest.raises(ValueError, match=r"`n_layer` is 5000, but the files hold 70 tensors"):
         check_counts({"a": [{"n_layer": 5000}]}, 70)
 
