@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
@@ -240,6 +241,18 @@ def test_what_was_announced_is_looked_at_before_anything_changes(
         get_peft_model(model, method.config())
         return
     with refused(model, message):
+        get_peft_model(model, method.config())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_arguments_of_a_trainer_announce_deepspeed(method: ModuleType, stage: int, monkeypatch: pytest.MonkeyPatch):
+    config = {"zero_optimization": {"stage": stage}}  # what transformers remembers of TrainingArguments(deepspeed=...)
+    monkeypatch.setattr(transformers.integrations.deepspeed, "deepspeed_config", lambda: config)
+    assert parallel.announced_zero() == stage
+    if method is lrqat and stage == 2:
+        get_peft_model(tiny(), method.config())
+        return
+    with refused(model := tiny(), "ZeRO-3 gathers" if method is lrqat else "nothing would be trained"):
         get_peft_model(model, method.config())
 
 
