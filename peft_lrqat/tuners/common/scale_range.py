@@ -24,10 +24,10 @@ def warn_of_lost_scales(model: nn.Module, adapter: str | None = None) -> None:
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, MergingLayer) and not layer.merged and not layer.disable_adapters
+        if not any(p.is_meta for _, p in layer.named_parameters())  # an adapter that is about to be loaded
     }
     adapters = None if adapter is None else [adapter]
     counts = {name: count for name, layer in layers.items() if (count := layer.scales_lost(adapters)) is not None}
-    counts = {name: count for name, count in counts.items() if not count.is_meta}
     if not counts:
         return
     device = next(iter(counts.values())).device  # layers may lie on several

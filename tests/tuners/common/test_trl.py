@@ -27,6 +27,9 @@ from tests import lowbit_sr, lrqat, tokenizers
 from tests.models import logits, tiny, tokens, train
 from tests.trainer import arguments, counting_text, losses, word_tokenizer
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # TRL's trainers move between `trl` and `trl.experimental`
 IDS = tokens()
 
 
@@ -222,6 +225,8 @@ def test_the_reference_stays_what_the_model_was(start, method: ModuleType, name:
     model = trainer.model.eval()
     policy = logits(model, IDS)
     ref = {key: p.detach().clone() for key, p in model.named_parameters() if ".ref." in key}
+    if not ref:
+        pytest.skip("this version of TRL's trainer compares with the base")
     trainer.train()
     assert trainer.state.log_history[0][figure] == pytest.approx(value, abs=1e-7)
     assert not torch.equal(logits(model.eval(), IDS), policy)
