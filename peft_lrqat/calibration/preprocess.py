@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..checkpoint.load import replace_layer
 from ..formats.record import Record
 from ..modules.packed import MERGED, describe, merged_layer
 from ..tuners.lrqat import LRQATConfig, LRQATModel
@@ -71,8 +72,7 @@ def preprocess_gptq(
             if key not in hessians:
                 raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out of "
                                  "`target_modules`, or give more text.")  # fmt: skip
-            parent, _, last = key.rpartition(".")
-            setattr(model.get_submodule(parent), last, _quantized(layer, hessians.pop(key), config, damping))
+            replace_layer(model, key, _quantized(layer, hessians.pop(key), config, damping))
         inputs.hidden = inputs.run(index, block)
     model.train(was_training)
     if getattr(model, "config", None) is not None:
@@ -89,7 +89,7 @@ def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, dam
         scale_dtype=config.scale_dtype,
         damping=damping,
     )
-    return merged_layer(weight, layer.bias, config.stored_bits, layer.weight.dtype).train(layer.training)
+    return merged_layer(weight, layer.bias, config.stored_bits, layer.weight.dtype)
 
 
 def _blocks(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:

@@ -55,6 +55,16 @@ def test_outputs_are_nearer_to_the_float_model(family: str):
     assert error < 0.95 * of_nearest
 
 
+def test_hooks_stay_on_the_layers():
+    model, seen = tiny(num_hidden_layers=1), []
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, y: seen.append(type(module)))
+    preprocess_gptq(model, config(), TEXT[:1], progressbar=False)
+    seen.clear()
+    logits(model, IDS)
+    assert seen == [QuantizedLinear]
+
+
 def test_forms_of_calibration_text_and_padding():
     words = torch.cat(TEXT)[:4]
     padded = {

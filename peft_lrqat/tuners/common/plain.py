@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from ...modules.packed import QuantizedLinear
+from ...modules.packed import MERGED
 
-_PLAIN = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward, QuantizedLinear.forward)
+_PLAIN = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
 
 # Classes whose forward is written anew, to the same effect.
 _SAME = ("FalconLinear",)
@@ -44,7 +44,9 @@ def scales_rows(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a linear layer or embedding computes something else than its torch class."""
+    """Whether a linear layer or embedding computes something else than its torch class; a merged layer does not."""
+    if isinstance(module, MERGED):
+        return False
     kind = type(module)
     known = kind.forward in _PLAIN or kind.__name__ in _SAME or scales_rows(module)
     # accelerate's hook wraps `forward`, and is carried over
@@ -64,7 +66,7 @@ def check_plain(module: nn.Module, where: str) -> None:
     expected = {"weight", "bias", "embed_scale"} if scales_rows(module) else {"weight", "bias"}
     tensors: dict[str, Any] = {**module._parameters, **module._buffers, **module._modules}
     further = sorted(name for name, value in tensors.items() if value is not None and name not in expected)
-    if further and not isinstance(module, QuantizedLinear):
+    if further and not isinstance(module, MERGED):
         _refuse(
             where,
             f"holds {', '.join(map(repr, further))} beside weight and bias",
