@@ -94,9 +94,15 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for mark in ("hf_quantizer", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)
+    if conversions := getattr(model, "_weight_conversions", None):  # `save_pretrained` reverts them
+        changed._weight_conversions = [one for one in conversions if not _of_quantizer(one)]
     changed.is_quantized = False
     changed.config._is_quantized = False
     describe(model)
+
+
+def _of_quantizer(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
 
 
 def _scheme(name: str, module: nn.Module) -> Scheme:

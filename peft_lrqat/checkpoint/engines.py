@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from ..formats.source import LayerInfo
 
@@ -30,16 +31,44 @@ class Engine:
 
 
 def engines(
-    format: str, infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None = None
+    format: str,
+    infos: Collection[LayerInfo],
+    bits: int,
+    file_group: int,
+    act_bits: int | None = None,
+    config: Any = None,
+    problem: str = "",
 ) -> list[Engine]:
     """The engines for a format, with their verdict on these layers.
 
     Args:
         bits: width of the stored codes.
         file_group: inputs that share a stored scale; -1: all.
+        config: the model's configuration, if it is at hand.
+        problem: why transformers cannot load them from compressed-tensors, or nothing.
     """
+    found = _by_layers(format, infos, bits, file_group, act_bits, problem)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if not architecture or _in_vllm(config, architecture):
+        return found
+    why = f"it has no model for {architecture}"
+    return [Engine(one.name, False, why, run=False) if "vLLM" in one.name else one for one in found]
+
+
+def _in_vllm(config: Any, architecture: str) -> bool:
+    """Whether vLLM has a model of a class, by the list in its source: it generates text, or pools it. Of
+    models with an encoder and a decoder it has only Whisper."""
+    if getattr(config, "is_encoder_decoder", False):
+        return architecture.startswith("Whisper")
+    is_text = hasattr(config.get_text_config(), "vocab_size")
+    return is_text and not architecture.endswith(("ForMaskedLM", "ForQuestionAnswering", "ForMultipleChoice"))
+
+
+def _by_layers(
+    format: str, infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None, problem: str
+) -> list[Engine]:
     if format == "compressed-tensors":
-        return _compressed_tensors(infos, bits, file_group, act_bits)
+        return _compressed_tensors(infos, bits, file_group, act_bits, problem)
     if format == "gptq":
         return _gptq(bits, file_group)
     if format == "torchao":
@@ -63,10 +92,12 @@ def engines(
     return []
 
 
-def _compressed_tensors(infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None) -> list[Engine]:
+def _compressed_tensors(
+    infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None, problem: str
+) -> list[Engine]:
     dense = bits in (3, 5, 6, 7)
     needs = "compressed-tensors 0.18 or later, which packs these widths densely" if dense else ""
-    found = [Engine("transformers + compressed-tensors", True, needs)]
+    found = [Engine("transformers + compressed-tensors", not problem, problem or needs)]
     if act_bits is not None:
         return [*found, Engine("vLLM on a CPU", True), Engine("vLLM on a GPU", True, run=False)]
     odd = [info for info in infos if info.kind == "linear" and (info.in_features % 32 or info.out_features % 32)]

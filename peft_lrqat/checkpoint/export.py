@@ -19,6 +19,7 @@ from ..formats.source import Source
 from ..formats.writer import Settings, Writer, Written, make_options
 from . import compare
 from .card import card_text
+from .code import copy_code
 from .findings import Check, Report
 from .folder import FolderSource
 from .open import open_source
@@ -38,6 +39,7 @@ def can_export(
     *,
     container_bits: int | None = None,
     allow_inexact: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Check:
     """Whether `export` would succeed; nothing is written.
@@ -54,7 +56,7 @@ def can_export(
         ValueError: the format or an option does not exist, or the source cannot be read.
     """
     chosen, settings = _settings(format, container_bits, allow_inexact, options)
-    return Check(format, tuple(chosen.problems(open_source(model_or_dir), settings)), allow_inexact)
+    return Check(format, tuple(chosen.problems(open_source(model_or_dir, trust_remote_code), settings)), allow_inexact)
 
 
 def export(
@@ -68,6 +70,7 @@ def export(
     allow_inexact: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Report:
     """Write a trained model in another format, from its codes and scales; no weight is rounded a second time.
@@ -87,6 +90,8 @@ def export(
         allow_inexact: write even if values change; the report then has the measured loss.
         max_shard_size: bytes, or "5GB", "200MB".
         progress: show a bar (which `transformers.utils.logging.disable_progress_bar` hides, too).
+        trust_remote_code: run the Python files that a model brings along, in its folder or that of an adapter's base
+            model. They are copied to `out` in any case.
         options: the format's own.
 
     Returns:
@@ -105,7 +110,7 @@ def export(
     chosen, settings = _settings(format, container_bits, allow_inexact, options)
     check_apart(out, model_or_dir, tokenizer)
     with new_folder(out, overwrite) as folder:
-        source = open_source(model_or_dir)
+        source = open_source(model_or_dir, trust_remote_code)
         check = Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
         if not check:
             raise ValueError(str(check))
@@ -116,7 +121,7 @@ def export(
         if written.loss is None:
             _check_written(source, folder, progress)
         if chosen.tokenizer_files:
-            _save_tokenizer(settings.tokenizer, folder)
+            _save_tokenizer(settings.tokenizer, folder, trust_remote_code)
         report = _report(chosen, source, written, folder, out, check)
         write_atomically(folder / "README.md", _card(chosen, source, report))
     return report
@@ -169,7 +174,7 @@ def _check_written(source: Source, folder: Path, progress: bool) -> None:
         )
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool) -> None:
     if tokenizer is None:
         return
     if hasattr(tokenizer, "save_pretrained"):
@@ -180,8 +185,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
             raise ValueError(f"`tokenizer` is {str(tokenizer)!r}, a folder without a tokenizer's files.")
         for path in found:
             shutil.copyfile(path, folder / path.name)
+        copy_code(Path(tokenizer), folder)
     else:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code).save_pretrained(folder)
 
 
 def _report(chosen: Writer, source: Source, written: Written, folder: Path, out: Path, check: Check) -> Report:

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..files import read_json
-from ..formats import reading
+from ..formats import compressed_tensors, reading
 from ..formats.record import KEY, Record
 from ..formats.scheme import Scheme
 from ..formats.shards import Entry, read_headers
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
+from ..modules.architecture import float_names, loaded_modules, loaded_names, loading, tensor_names
+from .code import copy_code, read_config, without_weights
 from .damage import check_counts, naming
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,15 +40,18 @@ class FolderSource(Source):
 
     Attributes:
         format: `quant_method` of config.json.
+        quantization: its `quantization_config`.
         file_group: inputs that share a stored scale in the first layer; -1: all. (The grid's may be larger, with the
             scale repeated.)
         files: tensor name -> entry.
+        trust_remote_code: as given.
     """
 
-    def __init__(self, folder: Path, config: Any = None) -> None:
+    def __init__(self, folder: Path, config: Any = None, trust_remote_code: bool = False) -> None:
         """
         Args:
             config: the model's configuration where it is at hand; None: that of config.json.
+            trust_remote_code: whether Python files in the folder may be run.
 
         Raises:
             ValueError: the checkpoint is float, in another format, uses a part of it that has no exact counterpart, is
@@ -64,6 +67,7 @@ class FolderSource(Source):
         self.folder, self.origin = folder, folder.resolve().name
         if not isinstance(quantization, dict):
             raise ValueError(f"`quantization_config` in config.json of {str(folder)!r} is {quantization!r}, no entry.")
+        self.quantization = quantization
         self.files, self._paths, metadata = _tensor_files(folder)
         check_counts(described, len(self.files))
         scheme_of = reading.describe(quantization, metadata)
@@ -71,7 +75,8 @@ class FolderSource(Source):
         record = Record.read(described.get(KEY))
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
-        self.config = AutoConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
+        self.trust_remote_code = trust_remote_code
+        self.config = read_config(folder, described, trust_remote_code) if config is None else copy.deepcopy(config)
         for known in ("quantization_config", KEY):
             if hasattr(self.config, known):
                 delattr(self.config, known)
@@ -80,16 +85,20 @@ class FolderSource(Source):
         if (folder / "tokenizer_config.json").exists():
             self.tokenizer = str(folder)
         self.tied = {}
-        skeleton = _skeleton(self.config)
+        skeleton = without_weights(self.config, trust_remote_code)
         stored = reading.quantized_modules(self.format, self.files)
         if not stored:
             raise ValueError(f"The checkpoint in {str(folder)!r} has no quantized layer.")
-        order = [name for name, _ in skeleton.named_modules() if name in stored] if skeleton is not None else []
+        called = loaded_modules(skeleton, stored)
+        self.modules = {name: inside for name, inside in called.items() if name != inside}
+        places = {name: i for i, (name, _) in enumerate(skeleton.named_modules() if skeleton is not None else ())}
         self._layers = {
-            name: self._layer(name, stored[name], scheme_of(name), record) for name in dict.fromkeys([*order, *stored])
+            name: self._layer(name, stored[name], scheme_of(*dict.fromkeys((name, called[name]))), record)
+            for name in sorted(stored, key=lambda name: places.get(called[name], len(places)))
         }
         self.float_linears = self._float_linears(skeleton)
         self._spare = set() if skeleton is None else self._check_whole(skeleton)
+        self.loading = loading(skeleton, called.values())
         self.file_group = next(iter(self._layers.values())).scheme.group_size or -1
 
     def _layer(self, name: str, parts: dict[str, Entry], scheme: Scheme, record: Record | None) -> _Layer:
@@ -117,8 +126,8 @@ class FolderSource(Source):
 
     def _float_linears(self, skeleton: nn.Module | None) -> list[str]:
         if skeleton is not None:
-            linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-            return [name for name in linears if name not in self._layers]
+            inside = {self.modules.get(name, name) for name in self._layers}
+            return float_names(skeleton, dict(skeleton.named_modules()), inside)
         # an architecture that is not transformers' own: matrices that are not quantized may be such modules
         names = (name.removesuffix(".weight") for name, e in self.files.items() if len(e.shape) == 2)
         return [name for name in names if name + ".weight" in self.files and name not in self._layers]
@@ -130,30 +139,39 @@ class FolderSource(Source):
             Names of tensors that the model has no place for and may be left out: biases of zeros, which GPTQ's files
             hold for layers without one.
         """
-        expected, aliases = _expected_in_files(skeleton)
+        parameters, aliases = _parameters(skeleton)
         found = {name: entry.shape for name, entry in self.files.items() if not self._belongs(name)}
         found |= {name + ".weight": (la.info.out_features, la.info.in_features) for name, la in self._layers.items()}
+        inside = loaded_names(skeleton, found)
+        places = {inside[name]: name for name in found}
         kind = type(skeleton).__name__
-        strangers = [name for name in self._layers if name + ".weight" not in expected]
-        strangers += [n for n, m in skeleton.named_modules() if n in self._layers and isinstance(m, nn.Embedding)]
+        modules = dict(skeleton.named_modules())
+        called = {name: self.modules.get(name, name) for name in self._layers}
+        strangers = [name for name in self._layers if not isinstance(modules.get(called[name]), nn.Linear)]
         if strangers:
             raise self._refuse(
                 f"it holds quantized weights for {len(strangers)} modules that are no nn.Linear in {kind}, e.g. "
                 f"{strangers[:3]}."
             )
-        if tied := [name for name in self._layers if len(aliases.get(name + ".weight", [])) > 1]:
+        if tied := [name for name in called.values() if len(aliases.get(name + ".weight", [])) > 1]:
             others = [name for name in aliases[tied[0] + ".weight"] if name != tied[0] + ".weight"]
             raise self._refuse(
                 f"it holds quantized codes for {tied[0]!r}, whose weight is tied to {others[0]!r} in {kind}. Untie it: "
                 "set `tie_word_embeddings` to false in config.json."
             )
-        missing = [name for name in expected if not any(alias in found for alias in aliases.get(name, [name]))]
+        absent = [name for name in parameters if not any(alias in places for alias in aliases.get(name, [name]))]
+        in_files = tensor_names(skeleton, {name: parameters[name] for name in absent})
+        changed = {name: parameters[name] for name in absent if in_files[name] is None}  # cut or joined in files
+        expected = {name: tuple(parameters[place].shape) for place, name in places.items() if place in parameters}
+        expected |= {name: tuple(t.shape) for name, t in revert_weight_conversion(skeleton, changed).items()}
+        missing = [in_files[name] or name for name in absent if name not in changed]
+        missing += [name for name in expected if name not in found]
         if missing:
             raise self._refuse(
                 f"{len(missing)} tensors of {kind} are missing, e.g. {', '.join(missing[:3])}. The checkpoint is "
                 "incomplete: download or write it again."
             )
-        wrong = [name for name, size in expected.items() if name in found and found[name] != size]
+        wrong = [name for name, size in expected.items() if found[name] != size]
         if wrong:
             name = wrong[0]
             raise self._refuse(
@@ -176,6 +194,9 @@ class FolderSource(Source):
 
     # -- a source
 
+    def save_code(self, folder: Path, config: Any) -> None:
+        copy_code(self.folder, folder)
+
     def grids(self) -> dict[str, LayerInfo]:
         return {name: layer.info for name, layer in self._layers.items()}
 
@@ -196,6 +217,14 @@ class FolderSource(Source):
         size = (info.out_features, info.in_features)
         with naming(self.folder):
             return reading.read(stored.scheme, stored.tensors, *size, name, stored.recorded)
+
+    def problem(self) -> str:
+        """Why transformers cannot load the checkpoint, or nothing."""
+        if self.format != compressed_tensors.NAME:
+            return ""
+        infos = self.grids().values()
+        stored = [(info.grid, info.container_bits, 8 if info.activations else None) for info in infos]
+        return compressed_tensors.stored_problem(self.quantization, stored, self.loading)
 
     def layer_bytes(self) -> int:
         """Bytes of the quantized weights in the files, scales included."""
@@ -248,35 +277,20 @@ def _read(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def _skeleton(config: Any) -> Any:
-    """The model that a configuration describes, without weights; None for an architecture that is not transformers'.
-
-    Where none is named, a causal language model, as transformers would load it.
-    """
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None and not config.architectures:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None:
-        return None
-    with torch.device("meta"):
-        return kind._from_config(config)
-
-
-def _expected_in_files(skeleton: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
-    """Name -> shape of every parameter in a float checkpoint of a model, under the names that files of its architecture
-    use; and, of those that are tied, name -> the names of which a file holds one."""
+def _parameters(skeleton: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """The parameters that files must hold; and, of those that are tied, name -> the names of which one is enough."""
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     together: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         together.setdefault(id(parameter), []).append(name)
     aliases = {name: names for names in together.values() if len(names) > 1 for name in names}
     spared = [*(skeleton._keys_to_ignore_on_load_missing or ()), *(skeleton._keys_to_ignore_on_save or ())]
-    in_files = revert_weight_conversion(skeleton, parameters)
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in in_files.items()
+    needed = {
+        name: parameter.detach()
+        for name, parameter in parameters.items()
         if not any(re.search(pattern, name) for pattern in spared)
-    }, aliases
+    }
+    return needed, aliases
 
 
 def _tensor_files(folder: Path) -> tuple[dict[str, Entry], dict[str, Path], dict[str, str]]:

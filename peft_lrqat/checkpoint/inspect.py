@@ -16,8 +16,11 @@ from .open import open_source
 from .verify_gguf import gguf_file
 
 
-def inspect(folder: str | os.PathLike) -> Inspection:
+def inspect(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> Inspection:
     """Look at a merged or exported checkpoint, or at an adapter (whose base model is loaded).
+
+    Args:
+        trust_remote_code: whether Python files that the model brings along may be run.
 
     Raises:
         ValueError, FileNotFoundError: as for `open_source`.
@@ -25,7 +28,7 @@ def inspect(folder: str | os.PathLike) -> Inspection:
     file = gguf_file(Path(folder))
     if file is not None:
         return inspect_file(file)
-    source = open_source(Path(folder))
+    source = open_source(Path(folder), trust_remote_code)
     infos = source.grids()
     first = next(iter(infos.values()))
     counts: dict[int, int] = dict.fromkeys(range(first.grid.qmin, first.grid.qmax + 1), 0)
@@ -66,4 +69,5 @@ def _engines(source: Source) -> list[Engine]:
         return [Engine("PEFT + peft-lrqat", True, "merge or export it for other engines")]
     infos = list(source.grids().values())
     group = source.file_group
-    return engines(source.format, infos, infos[0].container_bits, group, source.act_bits)
+    bits = infos[0].container_bits
+    return engines(source.format, infos, bits, group, source.act_bits, source.config, source.problem())

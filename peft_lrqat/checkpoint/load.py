@@ -27,8 +27,10 @@ from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
+from ..modules.architecture import loaded_modules
 from ..modules.carry import carry_hooks
 from ..modules.packed import describe, merged_layer
+from .code import class_of
 
 _METHOD = "peft_lrqat"  # transformers' name for our reader; it is in no file
 _HUB_OPTIONS = (
@@ -42,9 +44,7 @@ _HUB_OPTIONS = (
 )
 
 
-def load_quantized(
-    pretrained_model_name_or_path: str | os.PathLike, *, model_class: Any = AutoModelForCausalLM, **kwargs: Any
-) -> Any:
+def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_class: Any = None, **kwargs: Any) -> Any:
     """Load a quantized checkpoint as integers, to train LR-QAT on or to save in another format.
 
     The checkpoint may be of compressed-tensors (integers of 2 to 8 bits, weight-only or W8A8), GPTQ (2, 3, 4 or 8
@@ -53,8 +53,8 @@ def load_quantized(
 
     Args:
         pretrained_model_name_or_path: a folder or a repository of the Hub, with safetensors files.
-        model_class: what to load it with.
-        **kwargs: as for `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+        model_class: what to load it with, a model's class or an `AutoModel...`; None: the class that config.json names.
+        **kwargs: as for `from_pretrained` (`dtype`, `device_map`, `revision`, `trust_remote_code`, ...).
 
     Returns:
         The model; its quantized layers are `QuantizedLinear`s (with rounded inputs: `Int8Linear` or `BitNetLinear`).
@@ -67,6 +67,7 @@ def load_quantized(
     """
     if "quantization_config" in kwargs:
         raise ValueError("`quantization_config` is not for `load_quantized`: the checkpoint's own one is used.")
+    trusted = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None: transformers would ask
     config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
@@ -82,6 +83,7 @@ def load_quantized(
         reading.describe(quantization)  # refuses before anything is downloaded
     config.quantization_config = {"quant_method": _METHOD, "stored": quantization}
     kwargs.pop("use_safetensors", None)
+    model_class = model_class or class_of(config, trusted) or AutoModelForCausalLM
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = model_class.from_pretrained(
         pretrained_model_name_or_path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
@@ -114,6 +116,13 @@ class _Stored(nn.Module):
         if "bias" in tensors:
             shape = tensors["bias"].shape
             self.bias = nn.Parameter(torch.empty(shape, dtype=linear.weight.dtype, device="meta"), requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and name not in self.__dict__["names"]:  # for models that initialize it, to no effect
+            weight = torch.empty(self.out_features, self.in_features, device="meta")
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+            return weight
+        return super().__getattr__(name)
 
     def finish(self, name: str, scheme: Scheme, recorded: Grid | None, dtype: torch.dtype) -> nn.Module:
         """The layer that the tensors stand for.
@@ -161,7 +170,10 @@ class _Reader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         entries, _, metadata = read_headers(checkpoint_files or [], _weight_map(checkpoint_files or []))
         self._scheme_of = reading.describe(self.quantization_config.stored, metadata)
-        stored = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
+        in_files = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
+        called = loaded_modules(model, in_files)
+        self._file_names = {inside: name for name, inside in called.items()}
+        stored = {inside: in_files[name] for name, inside in called.items()}
         modules = dict(model.named_modules())
         unknown = sorted(name for name in stored if not isinstance(modules.get(name), nn.Linear))
         if unknown or not stored:
@@ -180,9 +192,12 @@ class _Reader(HfQuantizer):
             )
         self._dtype = kwargs.get("dtype") or model.dtype
         for name, tensors in stored.items():
-            reading.check_parts(self._scheme_of(name), tensors, name)
+            reading.check_parts(self._scheme(name), tensors, name)
             parent, _, last = name.rpartition(".")
             setattr(modules[parent], last, _Stored(modules[name], tensors))
+
+    def _scheme(self, name: str) -> Scheme:
+        return self._scheme_of(*dict.fromkeys((self._file_names[name], name)))
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -192,8 +207,8 @@ class _Reader(HfQuantizer):
         rounded = []
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
-                recorded = None if record is None else record.grid_of(name)
-                layer: Any = module.finish(name, self._scheme_of(name), recorded, self._dtype)
+                recorded = None if record is None else record.grid_of(self._file_names[name])
+                layer: Any = module.finish(name, self._scheme(name), recorded, self._dtype)
                 replace_layer(model, name, layer)
                 if layer.weight_scale.dtype != self._dtype:
                     rounded.append(name)

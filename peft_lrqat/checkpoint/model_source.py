@@ -12,16 +12,22 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..formats.record import KEY, Record
 from ..formats.source import LayerInfo, Source
 from ..grid import GridTensor
+from ..modules.architecture import float_names, loading, module_names, skeleton_of, tensor_names
+from .code import class_of
 
 
 class ModelSource(Source):
     """A merged model, or a PeftModel of this package's methods. The model is not changed.
+
+    Attributes:
+        model: that model, without PEFT's wrapper.
 
     Raises:
         ValueError: there is no quantized layer, or adapters of another kind are in the way.
@@ -48,6 +54,7 @@ class ModelSource(Source):
                     f"The active adapter is of type {adapter.peft_type}, whose weights are floats: nothing was trained "
                     "on a grid. Export models adapted with LRQATConfig or LowBitSRConfig."
                 )
+        self.model = base
         self._modules = dict(_walk(base, ""))
         self._quantized: dict[str, Any] = {n: m for n, m in self._modules.items() if hasattr(m, "grid_tensor")}
         if not self._quantized:
@@ -57,14 +64,18 @@ class ModelSource(Source):
             raise ValueError(f"The model ({type(base).__name__}) has no layer of this package's merged kinds.{hint}")
         self._options = adapter
         self._describe(base, adapter)
-        self.float_linears = [
-            name
-            for name, module in self._modules.items()
-            if isinstance(getattr(module, "original_module", module), nn.Linear) and name not in self._quantized
-        ]
+        self._files = module_names(base, self._quantized)
+        if joined := [name for name, file in self._files.items() if file is None]:
+            raise ValueError(
+                f"Files of {type(base).__name__} hold {joined[0]!r} joined with other layers, or cut. Only what "
+                "transformers writes does so with codes: merge, and use save_pretrained."
+            )
+        self._called = {file: name for name, file in self._files.items() if file is not None}
+        self.modules = {file: name for file, name in self._called.items() if file != name}
+        self.float_linears = float_names(base, self._modules, self._quantized)
+        self.loading = loading(skeleton_of(base), [n for n in self._quantized if self._info(n).kind == "linear"])
         self.tied = self._aliases()
         self._untie(base)
-        self._check_names(base)
 
     def _describe(self, base: Any, adapter: Any) -> None:
         self.config = copy.deepcopy(base.config)
@@ -84,16 +95,20 @@ class ModelSource(Source):
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
 
     def grids(self) -> dict[str, LayerInfo]:
-        return {name: self._info(name) for name in self._quantized}
+        return {file: self._info(name) for file, name in self._called.items()}
 
     def layer(self, name: str) -> GridTensor:
+        return self._layer(self._called[name])
+
+    def _layer(self, name: str) -> GridTensor:
         module = self._quantized[name]
         return module.grid_tensor(options=self._options) if _is_adapted(module) else module.grid_tensor()
 
     def zero_point(self, name: str) -> torch.Tensor | None:
-        if self._info(name).grid.symmetric:
+        module = self._quantized[self._called[name]]
+        if self._info(self._called[name]).grid.symmetric:
             return None
-        module = self._quantized[name]  # zero points are not trained
+        # zero points are not trained
         return (module.frozen if _is_adapted(module) else module).zero_point
 
     def _info(self, name: str) -> LayerInfo:
@@ -102,18 +117,40 @@ class ModelSource(Source):
 
     @torch.no_grad()
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """One at a time, but for those that files hold cut or joined."""
+        called = tensor_names(self.model, dict(self.state(packed, values=False)))
+        changed: dict[str, torch.Tensor] = {}
+        for key, tensor in self.state(packed):
+            name = called[key]
+            if name is None:
+                changed[key] = tensor
+            else:
+                yield name, tensor
+        if changed:
+            model: Any = self.model
+            yield from revert_weight_conversion(model, changed).items()
+
+    def state(self, packed: Collection[str] = (), values: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `floats`, under the names of the model.
+
+        Args:
+            values: whether weights are built; else they are on the meta device.
+        """
         for name, module in self._modules.items():
-            for key, tensor in self._own(name, module, name not in packed):
+            dense = name in self._quantized and self._files[name] not in packed
+            for key, tensor in self._own(name, module, dense, values):
                 if key not in self.tied:
                     yield key, tensor
 
-    def _own(self, name: str, module: Any, dense: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    def _own(self, name: str, module: Any, dense: bool, values: bool) -> Iterator[tuple[str, torch.Tensor]]:
         """What one module, without its children, has in the state dict."""
         prefix = name + "." if name else ""
         if name in self._quantized:
             if dense:
                 info = self._info(name)
-                weight = self.layer(name).dequantize(info.dtype)
+                weight = torch.empty(info.out_features, info.in_features, dtype=info.dtype, device="meta")
+                if values:
+                    weight = self._layer(name).dequantize(info.dtype)
                 yield prefix + "weight", weight.t().contiguous() if info.kind == "conv1d" else weight
             bias = getattr(module, "frozen", module).bias
             if bias is not None:
@@ -124,6 +161,10 @@ class ModelSource(Source):
             own: dict[str, torch.Tensor] = {}
             module._save_to_state_dict(own, prefix, keep_vars=False)
             yield from own.items()
+
+    def save_code(self, folder: Path, config: Any) -> None:
+        if isinstance(self.model, PreTrainedModel) and self.model.is_remote_code():
+            custom_object_save(self.model, folder, config=config)
 
     def _aliases(self) -> dict[str, str]:
         """Names of tensors that share storage with an earlier one: alias -> that one."""
@@ -139,24 +180,6 @@ class ModelSource(Source):
                     aliases[key] = first[place]
                 first.setdefault(place, key)
         return aliases
-
-    def _check_names(self, base: Any) -> None:
-        """Raise ValueError if files of this architecture name or cut tensors in another way than the model."""
-        if not isinstance(base, PreTrainedModel):
-            return
-        here: dict[str, torch.Tensor] = {}
-        for name, module in self._modules.items():
-            if name in self._quantized:
-                info = self._info(name)
-                here[name + ".weight"] = torch.empty(info.out_features, info.in_features, device="meta")
-            else:
-                here |= {key: t.to("meta") for key, t in module.named_parameters(name, recurse=False)}
-        in_files = revert_weight_conversion(base, dict(here))
-        if changed := sorted(here.keys() - in_files.keys()):
-            raise ValueError(
-                f"Files of {type(base).__name__} hold some tensors otherwise than the model does ({changed[0]!r}), of "
-                "which transformers' save_pretrained takes care. Merge, save_pretrained, and export that folder."
-            )
 
     def _untie(self, base: Any) -> None:
         """A head that was trained apart from the embeddings is not tied to them in the checkpoint either."""
@@ -192,8 +215,11 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _walk(child, f"{name}.{child_name}".lstrip("."))
 
 
-def adapter_source(folder: Path) -> ModelSource:
+def adapter_source(folder: Path, trust_remote_code: bool = False) -> ModelSource:
     """Load an adapter's base model and the adapter.
+
+    Args:
+        trust_remote_code: whether Python files beside the base model may be run.
 
     Raises:
         ValueError: the base model cannot be loaded, is not the one that the adapter was trained on, or the adapter is
@@ -215,12 +241,19 @@ def adapter_source(folder: Path) -> ModelSource:
              "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering",
              "FEATURE_EXTRACTION": "FeatureExtraction"}  # fmt: skip
     loader = by_task.get(names.get(str(getattr(config.task_type, "value", config.task_type)), ""), auto.AutoPeftModel)
+    place, trusted = config.base_model_name_or_path or "", trust_remote_code
     try:
+        if loader._target_class is not None:
+            described = AutoConfig.from_pretrained(place, revision=config.revision, trust_remote_code=trusted)
+            if (described.architectures or [""])[0].endswith("ForConditionalGeneration"):
+                # the task's Auto class may know another model of that configuration, or none
+                own = {"_target_class": class_of(described, trusted) or loader._target_class}
+                loader = type(loader.__name__, (loader,), own)
         if config.wants_quantized_base:
-            base = load_quantized(config.base_model_name_or_path or "", model_class=loader._target_class)
+            base = load_quantized(place, model_class=loader._target_class, trust_remote_code=trusted)
             model = loader._target_peft_class.from_pretrained(base, str(folder))
         else:
-            model = loader.from_pretrained(str(folder), dtype="auto")
+            model = loader.from_pretrained(str(folder), dtype="auto", trust_remote_code=trusted)
     except OSError as error:
         raise ValueError(
             f"The base model {config.base_model_name_or_path!r} of the adapter in {str(folder)!r} cannot be loaded "

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import nn
 from ..formats.source import Source
 from ..modules.packed import merged_layer
 from . import compare
+from .code import class_of
 from .damage import naming
 from .findings import Finding, Verification
 from .folder import FolderSource
+from .load import load_quantized
+from .model_source import ModelSource
 from .open import open_source
 from .verify_gguf import gguf_file, verify_file
 
@@ -33,6 +37,7 @@ def verify(
     against: Any = None,
     *,
     engine: bool = True,
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Verification:
     """Compare a checkpoint's integers, scales and other tensors with their source, and what transformers makes of them.
@@ -45,6 +50,7 @@ def verify(
         against: what it was made from, as `export` takes it. None: what transformers computes is compared with the
             integers and scales of the files themselves.
         engine: load the checkpoint with transformers and compare its layers and logits.
+        trust_remote_code: whether Python files that the model brings along may be run.
 
     Raises:
         ValueError, FileNotFoundError: as for `open_source`.
@@ -53,17 +59,17 @@ def verify(
     if file is not None:
         if against is None:
             raise ValueError(f"A GGUF file is compared with what it was made from: say what {file.name} is `against`.")
-        found = verify_file(file, open_source(against), engine, progress)
+        found = verify_file(file, open_source(against, trust_remote_code), engine, progress)
         found.against = described(against)
         return found
-    checkpoint = open_source(Path(folder))
+    checkpoint = open_source(Path(folder), trust_remote_code)
     if not isinstance(checkpoint, FolderSource):
         raise ValueError(f"{str(folder)!r} holds an adapter. Export it first; `against` takes the adapter.")
     source: Source = checkpoint
     found = Verification(f"{folder} ({checkpoint.format})", "the integers and scales of its own files")
     if against is not None:
         progress("integers and scales")
-        source = open_source(against)
+        source = open_source(against, trust_remote_code)
         found.against = described(against)
         found.findings += [compare.integers(checkpoint, source), compare.floats(checkpoint, source)]
         if checkpoint.rules() != source.rules():
@@ -73,14 +79,18 @@ def verify(
     found.missing = [name for name in _NEEDS[checkpoint.format] if importlib.util.find_spec(name) is None]
     if found.missing:
         return found
+    found.skipped = checkpoint.problem()
+    if found.skipped:
+        return found
     found.engine = " + ".join([f"transformers {transformers.__version__}", *_NEEDS[checkpoint.format]])
     progress(f"loading with {found.engine}")
     half = checkpoint.format in ("gptq", "awq")  # its kernels compute in fp16
     dtype = torch.float16 if half else checkpoint.config.dtype
+    kind = _class_of(checkpoint)
     with naming(Path(folder)):
-        model = _architecture(checkpoint).from_pretrained(str(folder), dtype=dtype).eval()
+        model = kind.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code).eval()
     progress("logits")  # first: transformers unpacks some formats in the first forward
-    found.findings.append(_logits(model, source, exact=not half))
+    found.findings.append(_outputs(model, source, exact=not half))
     progress("layers")
     if "compressed-tensors" not in checkpoint.rules():  # such a layer's answer to unit vectors is rounded
         found.findings.append(_layers(model, source))
@@ -92,11 +102,16 @@ def described(against: Any) -> str:
     return str(against) if isinstance(against, str | os.PathLike) else f"the {type(against).__name__} in memory"
 
 
-def _architecture(source: Source) -> Any:
-    name = (source.config.architectures or [""])[0]
-    if not hasattr(transformers, name):
-        raise ValueError(f"The architecture {name!r} is not one of transformers' own; it cannot be loaded here.")
-    return getattr(transformers, name)
+def _class_of(source: FolderSource) -> Any:
+    kind = class_of(source.config, source.trust_remote_code)
+    if kind is None:
+        name = (source.config.architectures or [""])[0]
+        raise ValueError(
+            f"The architecture {name!r} is not one of transformers' own; it cannot be loaded here. If its Python files "
+            "are in the folder, and you trust them, pass trust_remote_code=True (--trust-remote-code); or compare "
+            "the files only (engine=False, --no-engine)."
+        )
+    return kind
 
 
 @contextmanager
@@ -119,7 +134,7 @@ def _layers(model: Any, source: Source) -> Finding:
     what, different, largest = "the engine's weights", [], 0.0
     names = [name for name, info in source.grids().items() if info.kind == "linear"]
     for name in names:
-        module: Any = model.get_submodule(name)
+        module: Any = model.get_submodule(source.modules.get(name, name))
         weight = source.layer(name)
         with _without_bias(module):
             answer = module(torch.eye(weight.codes.shape[1], dtype=model.dtype))
@@ -132,28 +147,54 @@ def _layers(model: Any, source: Source) -> Finding:
 
 
 @torch.no_grad()
-def _logits(model: Any, source: Source, exact: bool) -> Finding:
-    """The engine's logits beside those of the model as it was trained."""
+def _outputs(model: Any, source: Source, exact: bool) -> Finding:
+    """The engine's outputs beside those of the model as it was trained: logits, as a rule."""
     reference = _reference(source, model.dtype)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, source.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator)
-    got, expected = model(input_ids=ids)[0].float(), reference(input_ids=ids)[0].float()
+    inputs = _inputs(model)
+    got, expected = model(**inputs)[0].float(), reference(**inputs)[0].float()
     difference, size = float((got - expected).abs().max()), float(expected.abs().max())
     best = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
     detail = f"largest difference {difference:.2e} (logits reach {size:.2f}), same best token at {best:.0%}"
     return Finding("logits", torch.equal(got, expected) if exact else difference < 0.02 * size, detail)
 
 
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Random inputs for a model: tokens, an image or a spectrogram, as its `forward` asks for."""
+    generator = torch.Generator().manual_seed(0)
+    config, text = model.config, model.config.get_text_config()
+    asked = signature(model.forward).parameters
+    vision = getattr(config, "vision_config", config)
+    main = model.main_input_name
+    made: dict[str, torch.Tensor] = {}
+    places = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    length = min(_TOKENS, *(place for place in places if isinstance(place, int)), _TOKENS)
+    if "input_ids" in asked:
+        made["input_ids"] = torch.randint(0, text.vocab_size, (1, length), generator=generator)
+    if main == "input_features":
+        made[main] = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    if main == "pixel_values" or (hasattr(config, "vision_config") and not model.can_generate()):
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        made["pixel_values"] = torch.randn(1, vision.num_channels, height, width, generator=generator)
+    if "decoder_input_ids" in asked:
+        made["decoder_input_ids"] = torch.randint(0, text.vocab_size, (1, length), generator=generator)
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in made.items()}
+
+
 def _reference(source: Source, dtype: torch.dtype) -> nn.Module:
     """The merged model, built from the source."""
-    model = _architecture(source)._from_config(source.config, dtype=dtype).eval()
+    if isinstance(source, FolderSource):
+        return load_quantized(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code).eval()
+    assert isinstance(source, ModelSource)
+    kind: Any = type(source.model)
+    model = kind._from_config(source.config, dtype=dtype).eval()
     packed = [name for name, info in source.grids().items() if info.kind == "linear"]
     for name in packed:
-        old: Any = model.get_submodule(name)
-        info = source.grids()[name]
+        inside, info = source.modules.get(name, name), source.grids()[name]
+        old: Any = model.get_submodule(inside)
         layer = merged_layer(source.layer(name), old.bias, info.grid.code_bits, dtype, activations=info.activations)
-        model.set_submodule(name, layer)
-    _, unexpected = model.load_state_dict(dict(source.floats(packed)), strict=False)
+        model.set_submodule(inside, layer)
+    _, unexpected = model.load_state_dict(dict(source.state(packed)), strict=False)
     assert not unexpected, unexpected
     model.tie_weights()
     return model

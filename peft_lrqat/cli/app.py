@@ -21,6 +21,10 @@ from . import show
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _errors = Console(stderr=True)
 
+_Trusted = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python files that define the model, if it brings some.")
+]
+
 
 @contextlib.contextmanager
 def _user_errors(say: Callable[[str], str] = show.one_line) -> Iterator[None]:
@@ -60,6 +64,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Write even if values change.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only say whether it is possible, and why not.")] = False,
+    trust_remote_code: _Trusted = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Write a trained model in the format of an engine, from its integers and scales."""
@@ -67,7 +72,12 @@ def export(
         own = _options(option or [])
         if check:
             verdict = exporting.can_export(
-                source, format, container_bits=container_bits, allow_inexact=allow_inexact, **own
+                source,
+                format,
+                container_bits=container_bits,
+                allow_inexact=allow_inexact,
+                trust_remote_code=trust_remote_code,
+                **own,
             )
             print(show.printable(str(verdict)))
             raise typer.Exit(0 if verdict else 1)
@@ -81,6 +91,7 @@ def export(
             allow_inexact=allow_inexact,
             max_shard_size=max_shard_size,
             progress=not quiet,
+            trust_remote_code=trust_remote_code,
             **own,
         )
         print(show.printable(str(report)))
@@ -91,11 +102,12 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A checkpoint, or an adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the histogram of codes into this file (.png, .svg).")] = None,
+    trust_remote_code: _Trusted = False,
 ) -> None:
     """Show grid, container, size, exactness of the scales, the codes' histogram, and which engines load it."""
     with _user_errors():
         with _quietly():
-            found = inspect_folder(folder)
+            found = inspect_folder(folder, trust_remote_code=trust_remote_code)
         if plot is not None:
             show.plot(found, plot)
         if as_json:
@@ -109,6 +121,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint.")],
     against: Annotated[Path | None, typer.Option(help="What it was made from: an adapter or a checkpoint.")] = None,
     engine: Annotated[bool, typer.Option(help="Load it with transformers and compare layers and logits.")] = True,
+    trust_remote_code: _Trusted = False,
 ) -> None:
     """Compare a checkpoint with its source, file by file and as transformers loads it. Exit code 1: not equal.
 
@@ -118,13 +131,17 @@ def verify(
         if against is None and not engine:
             raise ValueError("There is nothing to compare: name --against, or leave out --no-engine.")
         with _quietly(), _errors.status("reading") as status:
-            found = verify_folder(folder, against, engine=engine, progress=lambda what: status.update(what))
+            found = verify_folder(
+                folder,
+                against,
+                engine=engine,
+                trust_remote_code=trust_remote_code,
+                progress=lambda what: status.update(what),
+            )
         show.verification(found, Console())
         if not found.findings:
-            raise ValueError(
-                f"nothing was compared: loading this format needs {' and '.join(found.missing)}. Install it, or name "
-                "--against to compare the files."
-            )
+            why = found.skipped or f"loading this format needs {' and '.join(found.missing)}. Install it"
+            raise ValueError(f"nothing was compared: {why}, or name --against to compare the files.")
         raise typer.Exit(0 if found else 1)
 
 

@@ -36,7 +36,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
     group_size = quantization.get("group_size", 128)
     group_size = group_size if group_size > 0 else PER_CHANNEL
     stored = Scheme(NAME, 4, group_size, not quantization.get("zero_point", True))
-    return lambda name: stored
+    return lambda *names: stored
 
 
 def shape(scheme: Scheme, sizes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
             "Start from the float model."
         )
     stored = Scheme(NAME, 2, PER_TENSOR, True, activations=NAME, code_grid=TERNARY)
-    return lambda name: stored
+    return lambda *names: stored
 
 
 def shape(scheme: Scheme, sizes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ A merged module (`modules/packed.py`, `modules/rounded_input.py`) holds the same
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from .safetensors import (
     scale_problems,
 )
 from .scheme import Describe, Scheme, Tensors, int32
-from .source import LayerInfo, Source
+from .source import LayerInfo, Loading, Source
 from .usage import how_to_load
 from .writer import Loss, Problem, Settings
 
@@ -94,20 +94,27 @@ def unpack_zero_point(packed: torch.Tensor, bits: int, out_features: int, packin
 Stored = tuple[Grid, int, int | None]
 
 
-def quantization_config(float_linears: list[str], layers: dict[str, Stored]) -> dict[str, Any]:
+def quantization_config(
+    float_linears: list[str], layers: dict[str, Stored], loading: Loading | None = None
+) -> dict[str, Any]:
     """config.json's `quantization_config`.
 
+    Where a module has one name in the file and another in the model, both are said: transformers looks for the second,
+    other engines for the first.
+
     Args:
-        float_linears: names of the nn.Linear modules that are not quantized; they are listed under "ignore".
+        float_linears: names of the linear layers that are not quantized; they are listed under "ignore".
         layers: module name -> how it is stored, for every quantized module. Those that are alike make a group; a
             single group names all linear layers instead of each.
+        loading: what transformers does with the architecture.
     """
+    loading = loading or Loading()
     alike: dict[Stored, list[str]] = {}
     for name, scheme in layers.items():
         alike.setdefault(scheme, []).append(name)
     targets = [["Linear"]] if len(alike) == 1 else list(alike.values())
     groups = [_group(names, *scheme) for names, scheme in zip(targets, alike, strict=True)]
-    return _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)})
+    return _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)}, loading)
 
 
 def _group(targets: list[str], grid: Grid, bits: int, act_bits: int | None) -> dict[str, Any]:
@@ -129,24 +136,81 @@ def _group(targets: list[str], grid: Grid, bits: int, act_bits: int | None) -> d
     }
 
 
-def _config(float_linears: list[str], groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _config(float_linears: list[str], groups: dict[str, dict[str, Any]], loading: Loading) -> dict[str, Any]:
     formats = {group["format"] for group in groups.values()}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": "0.18.0",  # the first that packs odd widths as `packing.py` does
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": list(float_linears),
+        "ignore": [*float_linears, *([EXPERTS] if loading.experts else [])],
         "kv_cache_scheme": None,
         "config_groups": groups,
     }
-    if not all(group["weights"]["symmetric"] for group in groups.values()):
-        # transformers sizes packed zero points wrongly where it keeps the model compressed (its "weight_zero_point"
-        # then has one row per output channel, and loading fails; seen with transformers 5.23 and compressed-tensors
-        # 0.20), but reads them rightly where it decompresses while loading. It takes the choice from config.json; vLLM
-        # ignores the key.
+    if _dequantizes([group["weights"]["symmetric"] for group in groups.values()], loading):
         config["dequantize"] = True
+    if loading.joins:
+        config["config_groups"] = {**groups, "floats_to_join": _FLOATS_TO_JOIN}
     return config
+
+
+def _dequantizes(symmetric: Collection[bool], loading: Loading) -> bool:
+    """Whether transformers must decompress while it loads. It takes the choice from config.json; vLLM ignores the key.
+
+    Otherwise it keeps the model compressed until the first forward. There it sizes packed zero points wrongly (its
+    "weight_zero_point" has one row per output channel, and loading fails; seen with transformers 5.23 and
+    compressed-tensors 0.20), and has no weight for those who read one before that forward.
+    """
+    return loading.early or not all(symmetric)
+
+
+# transformers 5.23 takes whatever it joins while loading for quantized experts, drops tensors that are not, and fails.
+# How they are quantized, it reads from the group whose patterns speak of "experts"; those of 8-bit floats without
+# scales it leaves as they are. This one says so, of modules that no model has.
+_FLOATS_TO_JOIN = {
+    "targets": ["re:^no module: float experts stay as they are$"],
+    "format": "float-quantized",
+    "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
+    "input_activations": None,
+    "output_activations": None,
+}
+
+#: How config.json names the experts of a mixture, which are one tensor in the model and modules in the file.
+EXPERTS = r"re:.*\.experts\..*"
+
+
+def stored_problem(quantization: dict[str, Any], layers: Iterable[Stored], loading: Loading) -> str:
+    """Why transformers cannot load a checkpoint with this `quantization_config`, or nothing; see `loading_problem`."""
+    kinds = set(layers)
+    if problem := loading_problem(kinds, loading):
+        return problem
+    lacks = "`dequantize`: true"
+    if quantization.get("dequantize") or not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
+        lacks = "a group for the experts" if loading.joins and not _speaks_of_experts(quantization) else ""
+    return lacks and f"quantization_config in config.json lacks {lacks}; export it anew, which adds it"
+
+
+def _speaks_of_experts(quantization: dict[str, Any]) -> bool:
+    targets = [target for group in quantization["config_groups"].values() for target in group["targets"]]
+    return any(target.startswith("re:") and "experts" in target for target in targets)
+
+
+def loading_problem(layers: Iterable[Stored], loading: Loading) -> str:
+    """Why transformers cannot load a checkpoint of layers that are stored so, or nothing."""
+    kinds = set(layers)
+    if loading.cuts:
+        return (
+            f"while loading, transformers cuts the tensor {loading.cuts!r} of this architecture, which it cannot do in "
+            "a checkpoint of compressed-tensors (seen with 5.23)"
+        )
+    if not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
+        return ""
+    why = "reads weights of this architecture before the first forward" if loading.early else "reads zero points"
+    if any(act_bits is not None for _, _, act_bits in kinds):
+        return f"transformers {why}, so it decompresses the model while loading, and then rounds no activations"
+    if len(kinds) > 1:
+        return f"transformers {why}, so it decompresses the model while loading, and then knows one grid for all layers"
+    return ""
 
 
 # -- reading
@@ -170,6 +234,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
     groups = [
         (group.get("targets") or [], scheme_of(label, group, quantization.get("format"), packing))
         for label, group in (quantization.get("config_groups") or {}).items()
+        if group.get("targets") != _FLOATS_TO_JOIN["targets"]
     ]
 
     # compressed-tensors' order: names, then patterns, then classes of modules; each of them alphabetically
@@ -178,12 +243,12 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
         key=lambda pair: (pair[0] == "Linear", "re:" in pair[0], pair[0]),
     )
 
-    def layer(name: str) -> Scheme:
+    def layer(*names: str) -> Scheme:
         for target, scheme in by_target:
-            if target == "Linear" or _matches(target, name):
+            if target == "Linear" or any(_matches(target, name) for name in names):
                 return scheme
         raise ValueError(
-            f"Layer {name!r} is stored quantized, but no entry of `config_groups` in config.json names it."
+            f"Layer {names[0]!r} is stored quantized, but no entry of `config_groups` in config.json names it."
         )
 
     return layer
@@ -336,7 +401,8 @@ class CompressedTensorsWriter(SafetensorsWriter):
             else (info.grid, 8, 8)
             for name, info in self.packed(source).items()
         }
-        described = quantization_config(source.float_linears, layers)
+        also = {source.modules[name]: stored for name, stored in layers.items() if name in source.modules}
+        described = quantization_config(source.float_linears, {**layers, **also}, source.loading)
         widths = sorted({bits for _, bits, _ in layers.values()})
         return Plan(described, f"{described['format']}, {' and '.join(map(str, widths))} bits", layers)
 

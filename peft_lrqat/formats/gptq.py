@@ -137,9 +137,15 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
         )
     overrides = quantization.get("dynamic") or {}
 
-    def layer(name: str) -> Scheme:
+    def layer(name: str, *others: str) -> Scheme:
         own: dict[str, Any] = next(
-            (o for p, o in overrides.items() if not p.startswith("-:") and re.match(p.removeprefix("+:"), name)), {}
+            (
+                options
+                for pattern, options in overrides.items()
+                if not pattern.startswith("-:")
+                and any(re.match(pattern.removeprefix("+:"), called) for called in (name, *others))
+            ),
+            {},
         )
         said = {**quantization, **own}
         bits, group_size = said.get("bits"), said.get("group_size", -1)

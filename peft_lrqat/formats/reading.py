@@ -42,7 +42,8 @@ _INTEGERS = {"I8", "U8", "I16", "I32", "I64"}
 
 
 def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = None) -> Describe:
-    """A function that says how a named layer is stored.
+    """A function that says how a layer is stored, of which it takes the name in the file and, if it has one, another
+    that config.json may use: the one in the model.
 
     Args:
         quantization: `quantization_config` of config.json.
@@ -62,13 +63,13 @@ def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = 
     except _MALFORMED as error:
         raise _malformed(method, error) from error
 
-    def layer(name: str) -> Scheme:
+    def layer(*names: str) -> Scheme:
         try:
-            scheme = scheme_of(name)
+            scheme = scheme_of(*names)
         except _MALFORMED as error:
             raise _malformed(method, error) from error
         if isinstance(scheme.bits, bool) or not isinstance(scheme.bits, int) or not 2 <= scheme.bits <= 8:
-            raise ValueError(f"Layer {name!r} is stored with {scheme.bits!r} bits; 2 to 8 can be read.")
+            raise ValueError(f"Layer {names[0]!r} is stored with {scheme.bits!r} bits; 2 to 8 can be read.")
         return scheme
 
     return layer

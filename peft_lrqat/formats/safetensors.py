@@ -80,7 +80,9 @@ class SafetensorsWriter(Writer):
         config.quantization_config = plan.quantization_config
         grids = {name: info.grid for name, info in self.packed(source).items()}
         most = Counter(grids.values()).most_common(1)[0][0]
+        grids |= {source.modules[name]: grid for name, grid in grids.items() if name in source.modules}
         Record(most, source.scale_dtype, source.recipe).with_layers(grids).put_into(config)
+        source.save_code(folder, config)
         config.save_pretrained(folder)
         if source.generation_config is not None:
             source.generation_config.save_pretrained(folder)

@@ -63,8 +63,9 @@ def int32(packed: torch.Tensor, name: str) -> torch.Tensor:
     return packed
 
 
-#: Module name -> how its weight is stored. Raises ValueError for a name that config.json says nothing of.
-Describe = Callable[[str], Scheme]
+#: Name of a module in the file, and, if it is another, in the model -> how its weight is stored. Raises ValueError for
+#: a module that config.json says nothing of.
+Describe = Callable[..., Scheme]
 
 
 @dataclass(frozen=True)

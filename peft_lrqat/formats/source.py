@@ -7,15 +7,16 @@ of a model or a folder is `checkpoint/open.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ..grid import Grid, GridTensor
 
-__all__ = ["GridTensor", "LayerInfo", "Source"]
+__all__ = ["GridTensor", "LayerInfo", "Loading", "Source"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,25 @@ class LayerInfo:
         return self.out_features * self.in_features
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What transformers does with an architecture while it loads a checkpoint (`modules/architecture.py` finds out).
+
+    Attributes:
+        early: it reads weights before the model's first forward, or the model is used in other ways than by that.
+        joins: it joins some float tensors of a file into one, as the experts of a mixture.
+        cuts: it cuts a tensor of this name into several; "" if it does not.
+        experts: the model holds experts in one tensor each, which are modules for other engines.
+    """
+
+    early: bool = False
+    joins: bool = False
+    cuts: str = ""
+    experts: bool = False
+
+
 class Source(ABC):
-    """What an exporter reads.
+    """What an exporter reads. Modules and tensors have the names that files of the architecture give them.
 
     Attributes:
         config: the model's configuration, a copy, with `architectures` and `dtype`, without `quantization_config`.
@@ -56,7 +74,10 @@ class Source(ABC):
         origin: a few words for messages and model cards: a path, or a base model's name.
         recipe: how it was trained, in Markdown, or None if unknown.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
-        float_linears: names of the nn.Linear modules that are not quantized.
+        float_linears: names of the modules that are not quantized and that an engine may take for linear layers; where
+            the model has another name than the file, both.
+        modules: name of a quantized module in the file -> in the model, where they differ.
+        loading: what transformers does with the architecture.
         tied: state-dict names that share storage with another tensor and are not written: alias -> name.
         tokenizer: folder from which the tokenizer can be loaded, or None.
     """
@@ -67,6 +88,8 @@ class Source(ABC):
     recipe: str | None = None
     scale_dtype: str | None = None
     float_linears: list[str]
+    modules: Mapping[str, str]
+    loading: Loading = Loading()
     tied: dict[str, str]
     tokenizer: str | None = None
 
@@ -94,6 +117,9 @@ class Source(ABC):
     def zero_point(self, name: str) -> torch.Tensor | None:
         """The zero points of `layer(name)`, int8 (rows, groups), without its codes; None on a symmetric grid."""
         return None if self.grids()[name].grid.symmetric else self.layer(name).zero_point
+
+    def save_code(self, folder: Path, config: Any) -> None:  # noqa: B027  # most models have none
+        """Write the Python files that define the model, if they are not transformers', and name them in `config`."""
 
     @abstractmethod
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:

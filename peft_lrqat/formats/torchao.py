@@ -55,7 +55,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
     if described and kinds != {_KIND}:
         raise ValueError(f"The checkpoint's tensors are {', '.join(sorted(kinds)) or 'floats'}; {_KIND} can be read.")
 
-    def layer(name: str) -> Scheme:
+    def layer(name: str, *others: str) -> Scheme:
         if name not in described:
             raise ValueError(f"Layer {name!r} is stored quantized, but the files' metadata does not describe it.")
         data = described[name]["_data"]
@@ -150,5 +150,7 @@ class TorchAOWriter(SafetensorsWriter):
         for name in shards.names:
             if name.rpartition(".")[2] not in PARTS:
                 metadata[name] = json.dumps({"_type": torch.Tensor.__name__})
+        for name, inside in source.modules.items():  # transformers looks for its own names, vLLM for those of the file
+            metadata[f"{inside}.weight"] = metadata[f"{name}.weight"]
         # the loaders read the metadata of all tensors from any of the files
         shards.metadata |= {**metadata, "tensor_names": json.dumps(list(metadata))}

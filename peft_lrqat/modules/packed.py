@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..ops.inputs import check_ids, linear_input
 from ..ops.linear import linear_weight
 from ..packing import unpack
 from ..read_only import ReadOnlyTensor
+from .architecture import float_names, loading, module_names, skeleton_of
 from .rounded_input import WHY_READ_ONLY, BitNetLinear, Int8Linear, KeepsScales, merged_info
 
 
@@ -213,16 +215,21 @@ def merged_layer(
 def describe(model: Any, record: Record | None = None) -> None:
     """Set `config.quantization_config` to what `save_pretrained` writes of a model with layers of `merged_layer`.
 
+    Where transformers cannot load it, it warns.
+
     Args:
         record: how they were trained, for config.json's own entry; None: that stays as it is.
 
     Raises:
         ValueError: BitNet's layers stand beside layers of another format, which no `quantization_config` describes.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    floats = [name for name, module in linears.items() if not isinstance(module, MERGED)]
-    kinds = {type(module) for module in linears.values() if isinstance(module, MERGED)}
-    stored: dict[str, Any] = {name: module for name, module in linears.items() if isinstance(module, MERGED)}
+    modules = dict(model.named_modules())
+    quantized: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, MERGED)}
+    kinds = {type(module) for module in quantized.values()}
+    # what a module is called in the model, and in files
+    names = module_names(model, quantized)
+    stored = {**quantized, **{file: quantized[name] for name, file in names.items() if file is not None}}
+    floats = float_names(model, modules, quantized)
     if record is not None:
         record.with_layers({name: layer.grid for name, layer in stored.items()}).put_into(model.config)
     if BitNetLinear in kinds:
@@ -234,4 +241,12 @@ def describe(model: Any, record: Record | None = None) -> None:
         name: (layer.grid, layer.info.container_bits, None if layer.info.activations is None else 8)
         for name, layer in stored.items()
     }
-    model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes)
+    needs = loading(skeleton_of(model), quantized)
+    model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes, needs)
+    if problem := compressed_tensors.loading_problem(schemes.values(), needs):
+        warnings.warn(
+            f"transformers will not load what `save_pretrained` writes of this model: {problem}. What works: "
+            "`peft_lrqat.load_quantized`"
+            + ("; and transformers with what `export(..., format='torchao')` writes." if needs.cuts else "."),
+            stacklevel=4,
+        )

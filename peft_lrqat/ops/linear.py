@@ -232,7 +232,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # the rounding has no second derivative
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, y, *weight = ctx.saved_tensors
+        try:
+            x, y, *weight = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RuntimeError(
+                "The input or the output of a quantized layer was changed in place after its forward (Falcon does so), "
+                "but the gradient of scales that belong to whole rows needs the output. Train in groups "
+                "(`group_size=128`), or with `learn_scales=False`."
+            ) from error
         if ctx.weight is not None and ctx.versions != _versions(ctx.weight):
             raise RuntimeError(
                 "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "

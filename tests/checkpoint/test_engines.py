@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig, WhisperConfig
 
 from peft_lrqat.checkpoint.engines import engines
 from peft_lrqat.formats.source import LayerInfo
@@ -27,6 +30,32 @@ def verdicts(format: str, bits: int, group: int, act_bits: int | None = None, si
 ])  # fmt: skip
 def test_the_rules(format: str, bits: int, group: int, engine: str, loads: bool):
     assert verdicts(format, bits, group)[engine] is loads
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "loads"),
+    [
+        (LlamaConfig(), "LlamaForCausalLM", True),
+        (WhisperConfig(), "WhisperForConditionalGeneration", True),
+        (T5Config(), "T5ForConditionalGeneration", False),
+        (ViTConfig(), "ViTForImageClassification", False),
+        (BertConfig(), "BertForMaskedLM", False),
+        (BertConfig(), "BertForSequenceClassification", True),
+    ],
+)
+def test_which_architectures_vllm_has(config: Any, architecture: str, loads: bool):
+    config.architectures = [architecture]
+    info = LayerInfo(64, 64, Grid(4, 32), "linear", False, torch.bfloat16, 4)
+    found = {engine.name: engine for engine in engines("compressed-tensors", [info], 4, 32, config=config)}
+    assert found["vLLM on a CPU"].loads is loads
+    assert loads or architecture in found["vLLM on a CPU"].why
+
+
+def test_what_transformers_cannot_load_is_said():
+    info = LayerInfo(64, 64, Grid(4, 32), "linear", False, torch.bfloat16, 4)
+    found = engines("compressed-tensors", [info], 4, 32, problem="a reason")
+    assert (found[0].loads, found[0].why) == (False, "a reason")
+    assert found[1].loads
 
 
 def test_int8_activations_and_odd_layers():

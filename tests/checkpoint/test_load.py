@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import Grid, LRQATConfig, export, load_quantized
+from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.packing import pack, unpack
 from tests.models import logits, tiny, tokens, train
@@ -191,6 +192,22 @@ def test_of_several_grids_one_is_trained_and_the_others_are_kept(tmp_path: Path)
     adapted.merge_and_unload().save_pretrained(tmp_path / "out")
     for load in (load_quantized, AutoModelForCausalLM.from_pretrained):
         assert torch.equal(logits(load(tmp_path / "out"), IDS), trained)
+
+
+def test_several_grids_that_transformers_does_not_load_are_said_when_they_are_merged(tmp_path: Path):
+    groups = {
+        "group_0": quantization_config(Spec("packed", 4, 32, False))["config_groups"]["group_0"],
+        "group_1": quantization_config(Spec("packed", 8, -1))["config_groups"]["group_0"],
+    }
+    groups["group_0"]["targets"] = ["re:.*self_attn"]
+    other = {"self_attn": Spec("packed", 4, 32, False)}
+    float_model = write(tmp_path, Spec("packed", 8, -1), other, config_groups=groups)
+    with pytest.warns(UserWarning, match=r"knows one grid for all layers. What works: `peft_lrqat.load_quantized`\."):
+        model = load_quantized(tmp_path)
+    assert torch.equal(logits(model, IDS), logits(float_model, IDS))
+    transformers = inspect(tmp_path).engines[0]
+    assert not transformers.loads
+    assert "knows one grid" in transformers.why
 
 
 def test_a_second_adapter_takes_the_grid_as_well(tmp_path: Path):

@@ -31,15 +31,16 @@ def test_models_whose_files_are_cut_otherwise(tmp_path):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
     model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads), dtype=torch.bfloat16)
     model = adapted(model, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="save_pretrained, and export that folder"):
-        open_source(model)
+    adapted_floats = dict(open_source(model).floats(["model.layers.0.self_attn.q_proj"]))
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
-    source = open_source(tmp_path)
-    assert list(source.grids()) == ["model.layers.0.self_attn.q_proj"]
-    floats = dict(source.floats(source.grids()))
-    saved = read(tmp_path)
-    assert floats.keys() == {name for name in saved if ".weight_" not in name}
+    saved = {name: tensor for name, tensor in read(tmp_path).items() if ".weight_" not in name}
+    assert any("experts.1.w2" in name for name in saved)  # one tensor of the model
+    for source in (open_source(tmp_path), open_source(merged)):
+        assert list(source.grids()) == ["model.layers.0.self_attn.q_proj"]
+        floats = dict(source.floats(source.grids()))
+        assert floats.keys() == saved.keys() == adapted_floats.keys()
+        assert all(torch.equal(floats[name], tensor) for name, tensor in saved.items())
 
 
 def test_float_models():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from peft_lrqat import export, packing
 from peft_lrqat.formats import compressed_tensors, reading
+from peft_lrqat.formats.source import Loading
 from peft_lrqat.grid import Grid
 from tests.files import read
 from tests.grids import on_grid, random_tensor
@@ -71,6 +73,36 @@ def test_names_come_before_patterns_and_patterns_in_their_order():
     }
     scheme_of = compressed_tensors.schemes({"config_groups": groups}, {})
     assert [scheme_of(name).bits for name in ("a.down_proj", "b.down_proj", "b.up_proj", "c")] == [2, 3, 4, 8]
+    assert scheme_of("language_model.c", "model.language_model.c").bits == 8
+    assert scheme_of("language_model.a.down_proj", "a.down_proj").bits == 2  # the name in the file, and in the model
+
+
+SYMMETRIC, ASYMMETRIC, ACTIVATIONS = (Grid(4, -1), 4, None), (Grid(4, -1, False), 4, None), (Grid(8, -1), 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("layers", "loading", "problem"),
+    [
+        ([SYMMETRIC, SYMMETRIC], Loading(early=True), ""),
+        ([SYMMETRIC, (Grid(8, -1), 8, None)], Loading(), ""),
+        ([ASYMMETRIC], Loading(), ""),
+        ([SYMMETRIC, ASYMMETRIC], Loading(), "reads zero points.*one grid for all layers"),
+        ([SYMMETRIC, (Grid(8, -1), 8, None)], Loading(early=True), "before the first forward.*one grid for all layers"),
+        ([ACTIVATIONS], Loading(early=True), "rounds no activations"),
+        ([SYMMETRIC], Loading(joins=True, cuts="a.weight"), "cuts the tensor 'a.weight'"),
+    ],
+)
+def test_what_transformers_cannot_load_is_known(layers, loading: Loading, problem: str):
+    found = compressed_tensors.loading_problem(layers, loading)
+    assert re.search(problem, found) if problem else not found
+    described = compressed_tensors.quantization_config([], dict(zip("abcd", layers, strict=False)), loading)
+    assert compressed_tensors.stored_problem(described, layers, loading) == found
+
+
+def test_a_checkpoint_that_does_not_say_what_transformers_needs():
+    described = compressed_tensors.quantization_config([], {"a": SYMMETRIC})
+    for loading, lacking in ((Loading(early=True), "`dequantize`: true"), (Loading(joins=True), "group for the exp")):
+        assert lacking in compressed_tensors.stored_problem(described, [SYMMETRIC], loading)
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def _write_vocabulary(writer: Any, source: Source, settings: Settings) -> list[s
     if not hasattr(tokenizer, "get_vocab"):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     config = source.config
     return write_tokenizer(writer, tokenizer, config.vocab_size, _stops(source), settings.options.tokenizer_pre)
 

@@ -1,0 +1,165 @@
+"""What transformers does with an architecture's tensors between a model and its files.
+
+transformers 5 loads many checkpoints under other names than they are stored with (Llava's `language_model.lm_head` is
+`lm_head` in the model), cuts some tensors and joins others (the experts of a mixture), and goes back when it saves. A
+file, and every engine but transformers, knows the names of the file; transformers compares those of the model with
+config.json. Some models read weights while they are loaded, which a model that is still compressed does not have.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from ..formats.source import Loading
+
+# A tensor that every merged layer has, whatever else it is made of: its name tells how a quantized layer is renamed.
+_PART = "weight_packed"
+
+
+# -- names
+
+
+def tensor_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str | None]:
+    """Name of each tensor -> what it is called in a file; None if it is cut or joined with others there.
+
+    Args:
+        tensors: names in the model -> tensors, which may be on the meta device.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in tensors}
+    marks = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    marks = {name: mark if mark is not tensors[name] else mark.detach() for name, mark in marks.items()}
+    places = {id(mark): name for name, mark in revert_weight_conversion(model, dict(marks)).items()}
+    return {name: places.get(id(mark)) for name, mark in marks.items()}
+
+
+def module_names(model: nn.Module, quantized: Iterable[str]) -> dict[str, str | None]:
+    """Name of each quantized module -> what it is called in a file; None if its codes are cut or joined there."""
+    keys = {name: f"{name}.{_PART}" for name in quantized}
+    called = tensor_names(model, {key: torch.empty(1, 1, device="meta") for key in keys.values()})
+    return {name: (called[key] or "").removesuffix("." + _PART) or None for name, key in keys.items()}
+
+
+def float_names(model: nn.Module, modules: Mapping[str, nn.Module], quantized: Container[str]) -> list[str]:
+    """Names, in files and, where it is another, in the model, of float modules that an engine may take for linear
+    layers: whatever holds a matrix and is no embedding. (The router of a mixture is an nn.Linear for some.)
+
+    Args:
+        modules: all modules that count, by their names in the model.
+        quantized: names of those that are not float.
+    """
+    weights = {}
+    for name, module in modules.items():
+        inner = getattr(module, "original_module", module)  # PEFT's wrapper of trained tokens
+        weight = inner._parameters.get("weight")
+        if name not in quantized and not isinstance(inner, nn.Embedding) and weight is not None and weight.ndim == 2:
+            weights[f"{name}.weight"] = weight.detach()
+    called = tensor_names(model, weights)
+    both = [one for pair in called.items() for one in reversed(pair) if one is not None]
+    return list(dict.fromkeys(name.removesuffix(".weight") for name in both))
+
+
+def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
+    """Name of each tensor of a file -> what transformers calls it in the model; None if it is cut or joined."""
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in stored}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    known = dict(model.state_dict())  # as transformers looks into it for the prefix
+    found: dict[str, str | None] = {}
+    for name in stored:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
+        found[name] = renamed if pattern is None else None
+    return found
+
+
+def loaded_modules(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Name of each quantized module of a file -> what transformers calls it in the model: itself, if it is unknown."""
+    names = list(stored)
+    found = loaded_names(model, [f"{name}.weight" for name in names])
+    return {name: (found[f"{name}.weight"] or f"{name}.weight").removesuffix(".weight") for name in names}
+
+
+# -- loading
+
+
+def skeleton_of(model: Any) -> Any:
+    """The model that `model.config` describes, without weights; None if it cannot be made so."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            return type(model)._from_config(config)
+    except Exception:  # somebody else's class: whatever it may need
+        return None
+
+
+def loading(skeleton: Any, quantized: Iterable[str]) -> Loading:
+    """What a checkpoint must say so that transformers loads it.
+
+    Args:
+        skeleton: a model without weights; it is spoiled. None: nothing is known.
+        quantized: names of its quantized modules.
+    """
+    if not isinstance(skeleton, PreTrainedModel):
+        return Loading()
+    joins, cuts = False, ""
+    for conversion in get_model_conversion_mapping(skeleton, add_legacy=False):
+        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        if isinstance(conversion, WeightConverter) and all(source.endswith(".weight") for source in sources):
+            joins = True
+            if len(targets) > 1:
+                cuts = sources[0]
+    experts = any(name.endswith("experts") and _stacked(module) for name, module in skeleton.named_modules())
+    early = _other_entries(skeleton) or _reads_weights(skeleton, set(quantized))
+    return Loading(early, joins, cuts, experts)
+
+
+def _stacked(module: nn.Module) -> bool:
+    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+
+
+def _other_entries(model: Any) -> bool:
+    """Whether a model is used by other ways than its `forward`, whose first call unpacks a compressed model."""
+    features = any(hasattr(model, f"get_{what}_features") for what in ("text", "image", "video", "audio"))
+    return features or bool(getattr(model.config, "is_encoder_decoder", False))  # `generate` runs the encoder first
+
+
+def _reads_weights(model: Any, quantized: set[str]) -> bool:
+    """Whether initializing a model, which transformers does while loading, reads the weight of a quantized layer."""
+    for name in quantized:
+        module = dict(model.named_modules()).get(name)
+        if module is not None:
+            module._parameters.pop("weight", None)
+
+    def read(module: nn.Module, owner: Any) -> bool:
+        inner = (read(child, child if isinstance(child, PreTrainedModel) else owner) for child in module.children())
+        if any(inner):
+            return True
+        try:
+            owner._init_weights(module)
+        except AttributeError as error:
+            return "no attribute 'weight'" in str(error)
+        except Exception:  # what else does not work on the meta device says nothing
+            return False
+        return False
+
+    with torch.device("meta"), torch.no_grad():
+        return read(model, model)
