@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from types import ModuleType
@@ -10,22 +11,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from trl.experimental.async_distillation import async_distillation_trainer
-from trl.experimental.async_grpo import async_grpo_trainer
-from trl.experimental.async_grpo.async_grpo_trainer import (
-    AsyncGRPOConfig,
-    AsyncGRPOTrainer,
-    _iter_vllm_named_params,
-    select_adapter_sync,
-    validate_lora_for_vllm_sync,
-)
 
 from peft_lrqat.tuners.common.async_rollouts import teach_async_trainers
 from tests.models import tiny
 
-#: The functions as somebody holds them who imported them before any model was converted, and as the modules have them.
-WALKS = [_iter_vllm_named_params, lambda model: async_distillation_trainer._iter_vllm_named_params(model)]
-CHECKS = [validate_lora_for_vllm_sync, lambda model: async_distillation_trainer.validate_lora_for_vllm_sync(model)]
+pytest.importorskip("trl", minversion="1.15", reason="earlier versions take no PEFT models")
+grpo = importlib.import_module("trl.experimental.async_grpo.async_grpo_trainer")
+distillation = importlib.import_module("trl.experimental.async_distillation.async_distillation_trainer")
+
+#: As somebody holds it who imported it before any model was converted.
+walk_of_grpo, check_of_grpo = grpo._iter_vllm_named_params, grpo.validate_lora_for_vllm_sync
+WALKS = [walk_of_grpo, lambda model: distillation._iter_vllm_named_params(model)]
+CHECKS = [check_of_grpo, lambda model: distillation.validate_lora_for_vllm_sync(model)]
 
 
 def described(named: object) -> list[tuple]:
@@ -50,14 +47,14 @@ def test_what_is_announced_is_what_is_sent(method: ModuleType, family: str, walk
 
 def test_the_trainers_own_stream_agrees(method: ModuleType, base):
     model = method.random_adapter(base)
-    announced = described(_iter_vllm_named_params(model))
+    announced = described(walk_of_grpo(model))
     sent = []
 
     def send(weights: object) -> None:
         sent.extend(weights)
 
     nothing = types.SimpleNamespace(send_weights=send, pause=lambda: None, resume=lambda: None)
-    trainer = AsyncGRPOTrainer.__new__(AsyncGRPOTrainer)
+    trainer = grpo.AsyncGRPOTrainer.__new__(grpo.AsyncGRPOTrainer)
     trainer.model, trainer.weight_transfer, trainer.model_version, trainer.rollout_worker = model, nothing, 0, None
     trainer.accelerator = types.SimpleNamespace(
         unwrap_model=lambda model: model,
@@ -66,7 +63,7 @@ def test_the_trainers_own_stream_agrees(method: ModuleType, base):
         wait_for_everyone=lambda: None,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(async_grpo_trainer, "logger", types.SimpleNamespace(info=lambda *args: None))
+        patch.setattr(grpo, "logger", types.SimpleNamespace(info=lambda *args: None))
         trainer._sync_weight_merged(0.0)
     assert described(sent) == announced
     assert not any(layer.merged for layer in method.layers(model).values())
@@ -78,16 +75,16 @@ def test_the_trainers_own_stream_agrees(method: ModuleType, base):
 
 def test_layers_without_the_active_adapter_are_announced(two_adapters: PeftModel):
     two_adapters.set_adapter("other")
-    announced = described(_iter_vllm_named_params(two_adapters))
+    announced = described(walk_of_grpo(two_adapters))
     two_adapters.merge_adapter()
-    assert described(_iter_vllm_named_params(two_adapters)) == announced
+    assert described(walk_of_grpo(two_adapters)) == announced
 
 
 def test_rounded_inputs_are_refused_before_training(method: ModuleType, base):
     model = method.random_adapter(base, group_size=-1, bits=8, act_bits=8)
     before = described(model.named_parameters())
     with pytest.raises(ValueError, match=r"act_bits.*another policy"):
-        list(_iter_vllm_named_params(model))
+        list(walk_of_grpo(model))
     assert described(model.named_parameters()) == before
 
 
@@ -104,8 +101,8 @@ def test_the_trainer_then_sends_merged_weights(method: ModuleType, base, caplog)
     }
     with pytest.MonkeyPatch.context() as patch:
         warned = []
-        patch.setattr(async_grpo_trainer, "logger", types.SimpleNamespace(warning=warned.append))
-        assert not select_adapter_sync(server, method.random_adapter(base), AsyncGRPOConfig)
+        patch.setattr(grpo, "logger", types.SimpleNamespace(warning=warned.append))
+        assert not grpo.select_adapter_sync(server, method.random_adapter(base), grpo.AsyncGRPOConfig)
     assert "is no LoRA adapter" in warned[0]
 
 
@@ -113,13 +110,13 @@ def test_other_models_are_as_before(method: ModuleType, base):
     method.random_adapter(base)
     lora = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     names = [name for name, _ in tiny().named_parameters()]
-    assert [name for name, _ in _iter_vllm_named_params(lora)] == names
-    assert validate_lora_for_vllm_sync(lora) is lora.peft_config["default"]
-    assert [name for name, _ in _iter_vllm_named_params(tiny())] == names
+    assert [name for name, _ in walk_of_grpo(lora)] == names
+    assert check_of_grpo(lora) is lora.peft_config["default"]
+    assert [name for name, _ in walk_of_grpo(tiny())] == names
 
 
 def test_an_unknown_version_is_reported(monkeypatch):
-    name = async_grpo_trainer.__name__
+    name = grpo.__name__
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(is_peft_model=lambda model: True))
     with pytest.warns(UserWarning, match=r"in a way that this package does not know.*report your version of TRL"):
         teach_async_trainers()
@@ -129,6 +126,6 @@ def test_an_unknown_version_is_reported(monkeypatch):
 
 def test_the_list_is_made_without_a_byte(method: ModuleType, base):
     model = method.random_adapter(base)
-    weights = [p for name, p in _iter_vllm_named_params(model) if "proj.weight" in name]
+    weights = [p for name, p in walk_of_grpo(model) if "proj.weight" in name]
     assert len(weights) == 14
     assert all(p.is_meta and isinstance(p, nn.Parameter) for p in weights)

@@ -51,32 +51,27 @@ class Engine:
             self.loaded.append(name)
 
 
-def generation(model: PeftModel) -> VLLMGeneration:
-    """TRL's syncing side, as `VLLMGeneration.sync_weights` sees it in one process."""
-    syncing = VLLMGeneration.__new__(VLLMGeneration)
-    syncing.model = model
-    syncing._dist = types.SimpleNamespace(is_fsdp=False, gather_params=lambda p: contextlib.nullcontext())
+def colocated(kind: type, model: PeftModel, engine: Engine) -> Any:
+    """TRL's syncing side with an engine in its process, as it is after `__init__`, whatever TRL's version."""
+    syncing = kind.__new__(kind)
+    state = types.SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None)
+    syncing.model, syncing.accelerator = model, types.SimpleNamespace(state=state, is_main_process=True)
+    syncing._dist = types.SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: contextlib.nullcontext())
+    syncing.is_fsdp_enabled = syncing.enable_sleep_mode = False
+    syncing.mode = syncing.vllm_mode = "colocate"
+    runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=engine))
+    executor = types.SimpleNamespace(driver_worker=runner)
+    llm_engine = types.SimpleNamespace(model_executor=executor)
+    syncing.llm = types.SimpleNamespace(llm_engine=llm_engine, reset_prefix_cache=lambda: None)
     return syncing
 
 
 def sync(model: PeftModel, engine: Engine) -> None:
-    for name, weight in generation(model)._iter_named_params():
-        engine.load_weights([(name, weight)])
+    colocated(VLLMGeneration, model, engine).sync_weights()
 
 
 def sync_online_dpo(model: PeftModel, engine: Engine) -> None:
-    trainer: Any = types.SimpleNamespace(
-        model=model,
-        accelerator=types.SimpleNamespace(state=types.SimpleNamespace(deepspeed_plugin=None)),
-        is_fsdp_enabled=False,
-        vllm_mode="colocate",
-        _fix_param_name_to_vllm=lambda name, **kwargs: name.replace("modules_to_save.default.", ""),
-    )
-    runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=engine))
-    trainer.llm = types.SimpleNamespace(
-        llm_engine=types.SimpleNamespace(model_executor=types.SimpleNamespace(driver_worker=runner))
-    )
-    OnlineDPOTrainer._move_model_to_vllm_inner(trainer)
+    colocated(OnlineDPOTrainer, model, engine)._move_model_to_vllm()
 
 
 def check_engine(model: PeftModel, engine: Engine) -> None:
