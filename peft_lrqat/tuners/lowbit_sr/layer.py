@@ -220,7 +220,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         name = next((name for name in adapters if name in self.lowbitsr_weight), None)
         weight: Any = None if name is None else self.lowbitsr_weight[name].weight
-        if not hasattr(weight, "packed") or weight.is_meta:  # (its values are about to be loaded)
+        if not hasattr(weight, "packed"):
             return None
         if name not in self.lowbitsr_scale_shift:
             return weight.scale, weight.scale

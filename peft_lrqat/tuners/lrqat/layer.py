@@ -210,7 +210,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         shifts = [share(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
-        if not shifts or any(shift.is_meta for shift in shifts):  # (they are about to be loaded)
+        if not shifts:
             return None
         start = share(self.frozen.scale0_bits).view(torch.float32)
         return start, start * (1 + torch.stack([shift.float() for shift in shifts]).sum(0))
