@@ -5,9 +5,10 @@
 
 Random weights in the shapes of TinyLlama 1.1B or SmolLM2-135M, rank 32 on all linear layers, groups of 64, greedy
 decoding from random prompts of 16 tokens. All variants live in one process and take turns, after one turn that warms
-up; a figure is the median over turns of a whole call's seconds by its new tokens, so the prompt, and what a call builds
-once, are counted. "kept off": the same model with `limit_kept_weights(0)`; the tokens must be the same. Memory: before,
-at the peak of, and after one call; on a GPU what torch has allocated, on a CPU the process's resident set.
+up; figures are medians over turns: milliseconds to the first token (the prompt, and what a call builds once), and
+milliseconds a token after it. "kept off": the same model with `limit_kept_weights(0)`; the tokens must be the same.
+Memory: before, at the peak of, and after one call; on a GPU what torch has allocated, on a CPU the process's resident
+set. `--cpu-time` counts the process's CPU time, for machines that others use.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from common import provenance, write_json
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from peft_lrqat import LowBitSRConfig, LRQATConfig, limit_kept_weights
 
@@ -113,35 +114,44 @@ def memory(device: str, into: dict[str, float]) -> Iterator[None]:
     into.update({"before": before / MIB, "peak_more": (peak - before) / MIB, "after_more": (after - before) / MIB})
 
 
-def generate(model: Any, prompts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float]:
-    """The tokens of one call, and its seconds."""
-    begin = time.perf_counter()
+def generate(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, float, float]:
+    """The tokens of one call, seconds to the first of them, and seconds a token after it."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    times = [clock()]
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        times.append(clock())
+        return scores
+
     out = model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
+        max_new_tokens=args.tokens,
+        min_new_tokens=args.tokens,
         do_sample=False,
+        logits_processor=LogitsProcessorList([note]),
     )
-    if out.is_cuda:
-        torch.cuda.synchronize()
-    return out, time.perf_counter() - begin
+    return out, times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)
 
 
 def measure(variants: dict[str, tuple[torch.nn.Module, int | None]], batch: int, args: argparse.Namespace) -> dict:
-    """Variant -> milliseconds a token, ratios to float and LoRA (medians over turns), and memory in MiB."""
+    """Variant -> milliseconds, ratios to float and LoRA (medians over turns), and memory in MiB."""
     vocabulary = SHAPES[args.shapes]["vocab_size"]
     prompts = torch.randint(3, vocabulary, (batch, 16), generator=torch.Generator().manual_seed(1)).to(args.device)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    first: dict[str, list[float]] = {name: [] for name in variants}
     held: dict[str, dict[str, float]] = {name: {} for name in variants}
     tokens: dict[str, torch.Tensor] = {}
     for turn in range(args.turns + 1):
         for name, (model, limit) in variants.items():
             limit_kept_weights(limit)
             with memory(args.device, held[name]):
-                tokens[name], spent = generate(model, prompts, args.tokens)
+                tokens[name], to_first, spent = generate(model, prompts, args)
             if turn:  # the first warms up
                 seconds[name].append(spent)
+                first[name].append(to_first)
     for name in variants:
         if name.endswith(", kept off"):
             assert torch.equal(tokens[name], tokens[name.removesuffix(", kept off")]), f"{name}: other tokens"
@@ -152,7 +162,8 @@ def measure(variants: dict[str, tuple[torch.nn.Module, int | None]], batch: int,
             for other in ("float", "LoRA")
         }
         rows[name] = {
-            "ms_per_token": round(1000 * statistics.median(spent) / args.tokens, 2),
+            "ms_to_first": round(1000 * statistics.median(first[name]), 2),
+            "ms_per_token": round(1000 * statistics.median(spent), 2),
             "to_float": to["float"],
             "to_LoRA": to["LoRA"],
             "memory_MiB": {key: round(value, 1) for key, value in held[name].items()},
@@ -168,6 +179,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--without-off", action="store_true", help="leave the variants that keep nothing out")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time, not the clock's")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -183,17 +195,19 @@ def main() -> None:
         "shapes": args.shapes,
         "dtype": str(args.dtype),
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if args.cpu_time else "wall",
         "tokens": args.tokens,
         "turns": args.turns,
         "batches": {},
     }
     for batch in args.batches:
         rows = result["batches"][str(batch)] = measure(variants, batch, args)
-        print(f"\nbatch {batch:<32}{'ms/token':>10}{'/ float':>9}{'/ LoRA':>9}{'peak MiB':>10}{'after':>8}")
+        heads = f"{'first ms':>10}{'ms/token':>10}{'/ float':>9}{'/ LoRA':>9}{'peak MiB':>10}{'after':>8}"
+        print(f"\nbatch {batch:<32}{heads}")
         for name, row in rows.items():
             grown = row["memory_MiB"]
             print(
-                f"{name:<38}{row['ms_per_token']:>10.1f}{row['to_float']:>9.2f}{row['to_LoRA']:>9.2f}"
+                f"{name:<38}{row['ms_to_first']:>10.1f}{row['ms_per_token']:>10.1f}{row['to_float']:>9.2f}{row['to_LoRA']:>9.2f}"
                 f"{grown['peak_more']:>10.0f}{grown['after_more']:>8.0f}"
             )
         write_json(args.out, result)
