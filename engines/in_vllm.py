@@ -36,7 +36,7 @@ def answer(job: dict[str, Any]) -> list[list[list[int]]]:
 
     def tokens() -> list[list[int]]:
         # one after the other: sums of a batch may be in another order
-        return [list(engine.generate(text, greedy)[0].outputs[0].token_ids) for text in job["prompts"]]
+        return [list(engine.generate(text, greedy, use_tqdm=False)[0].outputs[0].token_ids) for text in job["prompts"]]
 
     found = [tokens()]
     runner = engine.llm_engine.model_executor.driver_worker.model_runner  # as TRL reaches it
