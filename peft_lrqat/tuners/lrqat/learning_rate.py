@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 # updates until a typical weight has moved by half a grid step
 _FAR_TOO_MANY = 10_000
 
-_hook: Any = None
+# whether the hook is there, and whether it has something to look for: torch does not like it if it removes itself
+_installed = _waiting = False
 
 
 def watch(B: Any, in_features: int, strength: float) -> None:
@@ -32,22 +33,23 @@ def watch(B: Any, in_features: int, strength: float) -> None:
         B: (out, r), the parameter.
         strength: c, in grid steps.
     """
-    global _hook
+    global _installed, _waiting
     B._grid_steps_per_unit = strength * (B.shape[1] / (3 * in_features)) ** 0.5
-    if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_check)
+    if not _installed:
+        register_optimizer_step_pre_hook(_check)
+    _installed = _waiting = True
 
 
 def _check(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """torch calls it before the steps of all optimizers, until it has seen the one that trains an adapter."""
-    global _hook
+    """torch calls it before the steps of all optimizers; it waits for the one that trains an adapter."""
+    global _waiting
+    if not _waiting:
+        return
     for group in optimizer.param_groups:
         found = [p._grid_steps_per_unit for p in group["params"] if hasattr(p, "_grid_steps_per_unit")]
         if not found:
             continue
-        if _hook is not None:
-            _hook.remove()
-            _hook = None
+        _waiting = False
         rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
         if "betas" not in group or "d" in group or not rate:
             return
