@@ -193,6 +193,7 @@ ARCHITECTURES = {
         _of("FalconConfig", **_STATE, num_attention_heads=4),
         _text,
         {"group_size": 8},
+        early=True,
     ),
     "BLOOM": Architecture("BloomForCausalLM", _of("BloomConfig", **_STATE, n_head=4), _text, slow=False),
     "OPT": Architecture(

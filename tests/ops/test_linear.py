@@ -6,6 +6,7 @@ import torch
 from peft_lrqat import chunks
 from peft_lrqat.grid import snap_scale
 from peft_lrqat.ops import quantized_linear, reference, trained_scale
+from tests.models import adapted, tiny
 from tests.problems import (
     COLS,
     GRANULARITY,
@@ -250,3 +251,11 @@ def test_gradient_checkpointing(reentrant):
     y.backward(p.dy)
     for name, leaf in p.leaves.items():
         assert torch.equal(leaf.grad, expected[name])
+
+
+def test_an_output_that_is_changed_in_place_is_named():
+    layer = adapted(tiny(num_hidden_layers=1)).base_model.model.model.layers[0].mlp.up_proj  # one scale a row
+    y = layer(torch.randn(2, 3, layer.in_features))
+    y += 1
+    with pytest.raises(RuntimeError, match=r"changed in place.*group_size=128.*learn_scales=False"):
+        y.sum().backward()
