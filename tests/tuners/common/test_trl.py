@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -281,6 +283,10 @@ def test_a_dropped_base_has_no_room_for_a_reference():
         trl_copies(model)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="of several adapters, Trainer put all back but 'default' before transformers 5.23",
+)
 def test_training_with_a_reference_resumes_bit_for_bit(start, tmp_path: Path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     whole = start("dpo", "model", **options)
