@@ -49,9 +49,16 @@ _lock = threading.RLock()
 class _Kept(NamedTuple):
     value: Any
     sources: tuple[Tensor | None, ...]  # holding them keeps their identities from being used again
-    state: list[tuple | None]
+    state: list[tuple[int, int | None] | None]  # address and version of each
     device: torch.device
     size: int  # bytes
+
+    def made_of(self, sources: Sequence[Tensor | None]) -> bool:
+        """Whether it is these very tensors, unchanged. Asked for every product: with little Python."""
+        for now, then, state in zip(sources, self.sources, self.state, strict=True):
+            if now is not then or (now is not None and (now.data_ptr(), now._version) != state):
+                return False
+        return True
 
 
 class _Generation:
@@ -107,14 +114,14 @@ class Slot:
                 return None
             stream = torch._C._cuda_getCurrentRawStream(device.index)  # another one would not wait for the weight
         key = dtype, key, stream
-        state = [None if t is None else (id(t), t.data_ptr(), _version(t)) for t in sources]
         kept = self._kept.get(key)
-        if kept is not None and kept.state == state:
+        if kept is not None and kept.made_of(sources):
             return kept.value
+        state = [None if t is None else (t.data_ptr(), _version(t)) for t in sources]
         size = self._numel * dtype.itemsize
         with _lock:
             self._drop(key)
-            if not self._generation.has_room(device, size) or any(known and known[2] is None for known in state):
+            if not self._generation.has_room(device, size) or any(known and known[1] is None for known in state):
                 return None
             try:
                 value = build()

@@ -100,7 +100,9 @@ class QuantizedLinear(KeepsScales):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         input = linear_input(input, self)
-        bias = self.bias if self.bias is None else self.bias.to(input.dtype)
+        bias: torch.Tensor | None = self.bias
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)
         weight = self._kept_weight(input.dtype)
         if weight is not None:
             return nn.functional.linear(input, weight, bias)
@@ -114,7 +116,8 @@ class QuantizedLinear(KeepsScales):
         slot = self.slot()
         if slot is None:
             return None
-        stored = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        buffers = self._buffers  # a step of decoding waits for Python, and `self.weight_packed` takes a microsecond
+        stored = (buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point"))
         return slot.get(dtype, stored, lambda: self._dense(dtype))
 
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
