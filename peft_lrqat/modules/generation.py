@@ -17,8 +17,10 @@ CUDA graph is captured; for layers whose tensors FSDP, DeepSpeed or accelerate p
 There W^ is built as always.
 
 **Never stale.** A kept weight remembers the tensors that it was made of, by identity, address and version, which
-counts writes in place; every use compares them. Another adapter, strength or dtype is another key. A forward that
-wants gradients drops what the layer kept, so an optimizer that torch does not see writing finds nothing.
+counts writes in place; every use compares them. Another adapter, strength or dtype is another key. A fused optimizer
+is not counted, so the step of any optimizer drops everything, and so does, for its layer, a forward that wants
+gradients. Writes through `.data` in the middle of a call are seen by nothing: use `torch.no_grad()` and write to the
+tensor itself.
 
 **How much.** 2 or 4 bytes a weight, up to a limit (`limit_kept_weights`); layers that find no room, and all of them
 when the device runs out of memory while one is built, go on as without.
@@ -37,6 +39,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 #: transformers' entries to generation.
 _ENTRIES = ("generate", "generate_batch")
@@ -162,6 +165,18 @@ class KeepsWeight:
         return slot
 
 
+def _drop_all(*args: Any) -> None:
+    """After the step of any optimizer."""
+    with _lock:
+        for slot in _SLOTS.values():
+            slot.clear()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_drop_all)  # torch does not like hooks that come and go between steps
+
+
 # of the layers, and models, that generate just now
 _SLOTS: dict[Any, Slot] = {}
 _GENERATIONS: dict[nn.Module, _Generation] = {}
@@ -219,6 +234,7 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
     Args:
         model: one with layers of this package, adapted or merged; other layers are left alone.
     """
+    _watch_optimizers()
     with _lock:
         generation = _GENERATIONS.get(model)
         if generation is None:

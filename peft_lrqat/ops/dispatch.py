@@ -83,3 +83,17 @@ def no_autocast(tensor: torch.Tensor, only: torch.dtype | None = None) -> contex
     stack.enter_context(torch.autocast(kind, enabled=False))
     stack.enter_context(on_device_of(tensor))
     return stack
+
+
+def refuse_second_derivatives() -> None:
+    """For backward: raise RuntimeError if it is recorded (`create_graph=True`), because W^ is built without a graph.
+
+    It cannot wait until the second derivative is taken: with named inputs (`autograd.grad`, `backward(inputs=...)`)
+    torch never comes to the node that would raise, and leaves that part out.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "`create_graph=True` asks for second derivatives (a gradient penalty, a Hessian), which a layer on a grid "
+            "does not have: its rounded weight is built outside of the graph. Train without them, or leave the layers "
+            "that they go through float (`exclude_modules`)."
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..chunks import row_chunks
 from ..grid import grouped, rows_of, sum_per_scale
-from .dispatch import no_autocast
+from .dispatch import no_autocast, refuse_second_derivatives
 from .factors import optional_factors
 from .reference import build_weight, rounded_levels
 from .stored_base import BaseFormat
@@ -113,6 +113,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy: Tensor):
+    refuse_second_derivatives()
     ids, base, scale, zero_point, A, B = ctx.saved_tensors
     ds, dA, dB = _embedding_backward(dy, ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, ctx.downcast)
     need_scale, need_A, need_B = (ctx.needs_input_grad[i] for i in (2, 4, 5))

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
-from .dispatch import kernels_for, no_autocast
+from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
 from .stored_base import BaseFormat
 
 _NAMESPACE = "peft_lrqat"
@@ -230,8 +229,8 @@ class _Linear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # the rounding has no second derivative
     def backward(ctx: Any, dy: Tensor) -> tuple:
+        refuse_second_derivatives()
         try:
             x, y, *weight = ctx.saved_tensors
         except RuntimeError as error:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
 from . import reference
-from .dispatch import kernels_for, no_autocast
+from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
 from .reference import low_bit_levels
 
 __all__ = ["low_bit_levels", "low_bit_linear", "low_bit_weight", "mean_code"]
@@ -136,8 +135,8 @@ class _LowBitLinear(torch.autograd.Function):
         return run(x, packed, scale, ternary_scale, bias, bits)
 
     @staticmethod
-    @once_differentiable  # the rounding has no second derivative
     def backward(ctx, dy):
+        refuse_second_derivatives()
         x, packed, scale, ternary_scale, factor = ctx.saved_tensors
         need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]
         if x is None:

@@ -113,6 +113,7 @@ class QuantizingModel(LoraModel):
         every = config.target_modules == ALL_LINEAR
         if heads := task_heads(model, config.task_type, every):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+        _warn_of_unknown_names(model, config)
         if every:
             _tell_left_out(model)
             config.target_modules = self._named_targets(model, config)
@@ -428,3 +429,21 @@ def _check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:
                 "made for another grid or architecture, rank or group size: load it on the model, with the "
                 "configuration, that it was trained with. Nothing was loaded."
             )
+
+
+def _warn_of_unknown_names(model: nn.Module, config: Any) -> None:
+    """Warn where some of `target_modules` name nothing; PEFT raises where all of them do."""
+    if config.inference_mode or isinstance(config.target_modules, str) or not config.target_modules:
+        return
+    names = [name for name, _ in model.named_modules()]
+    unknown = [
+        wanted
+        for wanted in sorted(config.target_modules)
+        if not any(name == wanted or name.endswith("." + wanted) for name in names)
+    ]
+    if unknown and len(unknown) < len(config.target_modules):
+        warnings.warn(
+            f"`target_modules` names {', '.join(map(repr, unknown))}, but no module of this model is called so. What "
+            "was meant stays float: look for a typing error, or leave the name out.",
+            stacklevel=2,
+        )

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...ops.dispatch import refuse_second_derivatives
 from ...read_only import ReadOnlyTensor
 
 _WHY_READ_ONLY = (
@@ -34,8 +34,8 @@ class _Weight(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    @once_differentiable  # as the product
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        refuse_second_derivatives()
         needs = ctx.needs_input_grad[2:]
         with torch.enable_grad():
             trained = [

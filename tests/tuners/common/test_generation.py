@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessorList
 
-from peft_lrqat import limit_kept_weights
+from peft_lrqat import kept_weights, limit_kept_weights
 from peft_lrqat.modules import generation
 from tests import lowbit_sr, lrqat
-from tests.models import tiny, train
+from tests.models import logits, tiny, train
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +169,20 @@ def test_an_optimizer_that_steps_between_two_tokens(method: ModuleType):
         return generate(model, limit, each_step=step)
 
     assert torch.equal(trained(None), trained(0))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_after_a_forward_without_gradients(method: ModuleType, fused: bool):
+    """A fused step does not count as a write to torch, and the weight was kept between backward and step."""
+    model = method.adapt(tiny(), **method.GRID).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1, fused=fused)
+    with kept_weights(model):
+        model(input_ids=method.IDS, labels=method.IDS).loss.backward()
+        before = logits(model, method.IDS)
+        optimizer.step()
+        after = logits(model, method.IDS)
+    assert torch.equal(after, logits(model, method.IDS))
+    assert not torch.equal(after, before)
 
 
 def test_beams_and_no_cache(method: ModuleType):

@@ -72,12 +72,12 @@ def test_mixed_batches_are_refused_where_lora_refuses_them(two_adapters: PeftMod
 
 
 @pytest.mark.parametrize("kind", ["adapted", "merged"])
-def test_a_gradient_of_a_gradient_is_refused(method: ModuleType, kind: str):
+def test_second_derivatives_are_refused(method: ModuleType, kind: str):
     """W^ is built without a graph, so a gradient penalty would miss the part that goes through the weight."""
     net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 8))
     model = method.adapt(net, **method.GRID, target_modules=["0"], task_type=None)
     model = model.merge_and_unload() if kind == "merged" else model
     x = torch.randn(3, 16, requires_grad=True)
-    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
+    with pytest.raises(RuntimeError, match="`create_graph=True` asks for second derivatives"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    torch.autograd.grad(model(x).square().sum(), x)

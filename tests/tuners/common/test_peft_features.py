@@ -48,6 +48,11 @@ def test_modules_are_chosen_as_in_lora(method: ModuleType, options: dict, expect
     assert any("lm_head" in name for name in found) == (options["target_modules"] == ["lm_head"])
 
 
+def test_a_name_that_no_module_has_is_said(method: ModuleType):
+    with pytest.warns(UserWarning, match="`target_modules` names 'v_porj', but no module"):
+        method.adapt(tiny(), **method.GRID, target_modules=["q_proj", "v_porj"])
+
+
 @pytest.mark.parametrize("bias", ["none", "only", "all"])
 def test_bias_options(method: ModuleType, bias: str):
     named = method.ONLY if bias == "only" else bias
