@@ -33,7 +33,7 @@ from .safetensors import (
     round_scale,
     scale_problems,
 )
-from .scheme import Describe, Scheme, Tensors, int32
+from .scheme import Describe, Scheme, Tensors, int32, pattern_matches
 from .source import LayerInfo, Loading, Source
 from .usage import how_to_load
 from .writer import Loss, Problem, Settings
@@ -255,7 +255,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
 
 
 def _matches(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+    return pattern_matches(target[3:], name) if target.startswith("re:") else target == name
 
 
 def scheme_of(label: str, group: dict[str, Any], fallback: str | None, packing: str = _NEW) -> Scheme:

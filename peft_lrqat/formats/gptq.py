@@ -14,7 +14,6 @@ Both packings are dense little-endian bit streams (32 codes of 3 bits in three w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from .safetensors import (
     round_scale,
     scale_problems,
 )
-from .scheme import Describe, Scheme, Tensors, int32
+from .scheme import Describe, Scheme, Tensors, int32, pattern_matches
 from .shards import ShardWriter
 from .source import LayerInfo, Source
 from .usage import how_to_load
@@ -143,7 +142,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
                 options
                 for pattern, options in overrides.items()
                 if not pattern.startswith("-:")
-                and any(re.match(pattern.removeprefix("+:"), called) for called in (name, *others))
+                and any(pattern_matches(pattern.removeprefix("+:"), called) for called in (name, *others))
             ),
             {},
         )

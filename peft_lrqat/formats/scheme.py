@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import regex
 import torch
 
 from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor
@@ -241,3 +242,17 @@ def check_codes(scales: Scales, codes: torch.Tensor, where: str) -> GridTensor:
             )
         scale = torch.where(scale == 0, 2.0**-24, scale)
     return GridTensor(codes, scale, zero_point, grid)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """`re.match` of a regular expression that a file brings, which may be made to run for ever.
+
+    Raises:
+        ValueError: it is none, or takes longer than a second.
+    """
+    try:
+        return regex.match(pattern, name, timeout=1.0) is not None
+    except TimeoutError:
+        raise ValueError(f"The pattern {pattern[:80]!r} in config.json takes for ever: the file is damaged.") from None
+    except regex.error as error:
+        raise ValueError(f"The pattern {pattern[:80]!r} in config.json is none: {error}.") from error

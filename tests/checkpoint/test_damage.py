@@ -148,6 +148,18 @@ def config(**entries) -> Callable[[Path], None]:
     return change
 
 
+def pattern(target: str) -> Callable[[Path], None]:
+    """All layers are named by this regular expression."""
+
+    def change(folder: Path) -> None:
+        described = json.loads((folder / "config.json").read_text())
+        for group in described["quantization_config"]["config_groups"].values():
+            group["targets"] = [f"re:{target}"]
+        (folder / "config.json").write_text(json.dumps(described))
+
+    return change
+
+
 def file(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).unlink()
@@ -181,6 +193,8 @@ _HARM = {
     "many labels": (config(num_labels=10**8), "`num_labels` is"),
     "many inner layers": (config(text_config={"encoder_layers": [2, 10**9]}), "`encoder_layers` is"),
     "no such model": (config(model_type="x"), "model type `x`"),
+    "a pattern that takes for ever": (pattern("(.|..|...|....)*(?<=Z)"), "takes for ever"),
+    "a pattern that is none": (pattern("("), "is none"),
     "a large config": (file("config.json", large), "has 100000000 bytes"),
     "a deep config": (file("config.json", lambda path: path.write_text('{"a":' * 10**5)), "damaged"),
     "a key twice": (file("config.json", lambda path: path.write_text('{"a": 1, "a": 2}')), "twice"),
