@@ -21,8 +21,8 @@ from .served_weight import ServedWeight
 #: What an error says to whoever writes to the weight of a merged layer.
 WHY_READ_ONLY = (
     "This layer is quantized: its weight is built from packed integers and cannot be changed. A float adapter cannot "
-    "be merged into it without a second rounding; keep the adapter beside the model, or train one inside the rounding "
-    "with LRQATConfig on the float model."
+    "be merged into it without a second rounding; keep the adapter beside the model, or train one inside the rounding: "
+    "LRQATConfig on the float model, or on what `load_quantized` makes of this checkpoint."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections import Counter
 from typing import Any, NamedTuple
@@ -12,7 +13,19 @@ from torch import nn
 from ...modules.packed import MERGED
 from .layer import MergingLayer
 
+
+class _Console(logging.Handler):
+    """Writes to stderr where the program has not set up logging, in which Python drops what is below a warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.root.handlers:
+            print(self.format(record), file=sys.stderr)
+
+
 _LOGGER = logging.getLogger("peft_lrqat")
+_LOGGER.addHandler(_Console())
+if _LOGGER.level == logging.NOTSET:
+    _LOGGER.setLevel(logging.INFO)
 
 
 class Summary(NamedTuple):
@@ -86,10 +99,14 @@ def summarize(model: nn.Module, grid: str) -> Summary:
 
 
 def report(model: nn.Module, config: Any) -> None:
-    """Say at level INFO what became of a model (logger "peft_lrqat"), and warn where most of it stayed float."""
+    """Say what became of a model (logger "peft_lrqat", level INFO), and warn where most of it stayed float.
+
+    For an adapter that is loaded, which was trained so, the level is DEBUG, and nothing is warned about.
+    """
     summary = summarize(model, config.grid.describe())
-    _LOGGER.info("%s: %s", config.method, summary)
-    if summary.mostly_float and config._adapter_shapes is None:  # not of an adapter that was trained so
+    loaded = config._adapter_shapes is not None
+    _LOGGER.log(logging.DEBUG if loaded else logging.INFO, "%s: %s", config.method, summary)
+    if summary.mostly_float and not loaded:
         warnings.warn(
             f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "
             "layers. Weights that are no nn.Linear or Conv1D (experts in one parameter, convolutions) stay float.",

@@ -44,6 +44,7 @@ def test_the_default_is_said_and_counted(method: ModuleType, caplog: pytest.LogC
 def test_a_further_adapter_converts_nothing(method: ModuleType, caplog: pytest.LogCaptureFixture):
     targets = ["q_proj", "up_proj", "down_proj", "gate_proj"]
     model = get_peft_model(tiny(), method.config(target_modules=targets))
+    caplog.clear()
     with caplog.at_level(logging.INFO, "peft_lrqat"):
         model.add_adapter("other", method.config(target_modules=["up_proj"]))
         assert not caplog.records
@@ -73,3 +74,10 @@ def test_experts_in_one_parameter_are_named(method: ModuleType):
     with pytest.warns(UserWarning, match=r"gate_up_proj \(512\).*experts in one parameter"):
         get_peft_model(model, method.config(target_modules=["router"]))
     assert summarize(model, "").matrices == {"gate_up_proj": 512, "tied": 64}
+
+
+@pytest.mark.parametrize("set_up", [False, True])
+def test_it_is_seen_where_nobody_set_up_logging(method: ModuleType, monkeypatch, capsys, set_up: bool):
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()] if set_up else [])
+    method.adapt(tiny(), **method.GRID)
+    assert ("14 layers on the grid" in capsys.readouterr().err) != set_up
