@@ -30,3 +30,15 @@ def _reproducible():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nothing_stays():
+    """After the test no layer keeps a dense weight, and the limit is the default."""
+    from peft_lrqat import limit_kept_weights
+    from peft_lrqat.modules import generation
+
+    yield
+    limit_kept_weights(None)
+    assert not generation._SLOTS
+    assert not +generation._held

@@ -71,6 +71,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        _refuse_adapter(Path(pretrained_model_name_or_path))
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
     quantization = getattr(config, "quantization_config", None)
     quantization = quantization if quantization is None or isinstance(quantization, dict) else quantization.to_dict()
@@ -97,6 +98,15 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
             f"e.g. {', '.join(missing[:3])}. The checkpoint is incomplete: download or write it again."
         )
     return (model, info) if wants_info else model
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ValueError for the folder of an adapter, of which transformers says that it does not know the model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter, and no checkpoint. Load it on its base with "
+            "`PeftModel.from_pretrained`, or give the folder of a merged model."
+        )
 
 
 class _Stored(nn.Module):

@@ -144,9 +144,8 @@ def _other_entries(model: Any) -> bool:
 
 def _reads_weights(model: Any, quantized: set[str]) -> bool:
     """Whether initializing a model, which transformers does while loading, reads the weight of a quantized layer."""
-    for name in quantized:
-        module = dict(model.named_modules()).get(name)
-        if module is not None:
+    for name, module in model.named_modules():
+        if name in quantized:
             module._parameters.pop("weight", None)
 
     def read(module: nn.Module, owner: Any) -> bool:

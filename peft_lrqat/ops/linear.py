@@ -75,10 +75,9 @@ def _linear_impl(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
-    fmt = BaseFormat(bits, x.shape[-1], downcast)
-    implementation = kernels_for(x) or reference
+    constants = (c, bits, downcast, scale_dtype, x.shape[-1], x.dtype)
     with no_autocast(x, x.dtype):
-        weight = implementation.linear_weight(base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype, x.dtype)
+        weight = linear_weight(base, scale0, shift, zero_point, A, B, *constants)
         return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -128,3 +128,9 @@ def test_adapters_of_quantized_and_float_bases_are_told_apart(tmp_path: Path):
         PeftModel.from_pretrained(tiny(**SIZES), tmp_path / "quantized")
     with pytest.raises(ValueError, match=r"its float weights had .* have integers"):
         PeftModel.from_pretrained(load_quantized(tmp_path / "base"), tmp_path / "float")
+
+
+def test_an_adapter_is_no_checkpoint(tmp_path: Path):
+    get_peft_model(tiny(), LRQATConfig(r=4, group_size=8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds an adapter, and no checkpoint.*PeftModel.from_pretrained"):
+        load_quantized(tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,12 +21,7 @@ IDS = tokens(batch=2)
 GRID = {"bits": 4, "group_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    yield
-    limit_kept_weights(None)
-    assert not generation._SLOTS
-    assert not +generation._held
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 @pytest.fixture(scope="module")

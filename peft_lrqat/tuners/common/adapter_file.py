@@ -17,7 +17,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...modules.packed import QuantizedLinear
+from .fingerprint import check_checksum, in_order
 from .layer import MergingLayer
+
+#: How a PeftModel's files name the model.
+PREFIX = "base_model.model."
 
 
 class Content(NamedTuple):
@@ -128,3 +132,35 @@ def _found(values: torch.Tensor) -> str:
     if not finite.all():
         return f"{int((~finite).sum())} that are NaN or infinite"
     return f"{values.dtype}, the smallest {float(values.min()):.3g}"
+
+
+def check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise ValueError if tensors of an adapter's file do not fit, before the first of them is copied."""
+    for key in here.keys() & found.keys():
+        shapes = tuple(found[key].shape), tuple(here[key].shape)
+        if shapes[0] != shapes[1] and len(shapes[0]) == len(shapes[1]):  # FSDP1 shows flat shards
+            raise ValueError(
+                f"In the adapter file {key!r} has shape {shapes[0]}, but this model needs {shapes[1]}. The adapter was "
+                "made for another grid or architecture, rank or group size: load it on the model, with the "
+                "configuration, that it was trained with. Nothing was loaded."
+            )
+
+
+def check_same_base(model: nn.Module, adapter_name: str, saved: dict[str, torch.Tensor], name: str) -> None:
+    """Raise ValueError if an adapter was trained over other integers than the model's.
+
+    Args:
+        saved: the checksums, called `name`, of its file: one for the adapter, or, from earlier versions, one a layer.
+    """
+    layers = {
+        path: int(layer.frozen.checksum())
+        for path, layer in model.named_modules()
+        if isinstance(layer, MergingLayer) and adapter_name in layer.adapter_options
+    }
+    for key, value in saved.items():
+        where = key.partition(f".{name}")[0]
+        known = layers.get(where, layers.get(where.removeprefix(PREFIX)))
+        if known is None and where in ("", name, PREFIX[:-1]):
+            check_checksum(in_order(layers.values()), in_order([int(value)]))
+        elif known is not None:
+            check_checksum(in_order([known]), in_order([int(value)]))

@@ -6,7 +6,6 @@ import copy
 import warnings
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import nn
@@ -14,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card
 from ...modules.packed import MERGED, QuantizedLinear, describe
-from .adapter_file import check_adapter_file, check_state_dict
+from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
 from .extras import check_extras, check_reference, task_heads
@@ -23,14 +22,13 @@ from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
-from .plain import has_own_forward
 from .preflight import check_adapter_name, check_base, check_targets
 from .scale_range import warn_of_lost_scales
 from .summary import report
+from .targets import left_out, tell_left_out, warn_of_unknown_names
 from .undo import Undo
 
-# How a PeftModel's files name the model, and, after the method's prefix, the checksum of the base.
-_PREFIX = "base_model.model."
+# How an adapter's file names, after the method's prefix, the checksum of the base.
 _CHECKSUM = "base_checksum"
 
 
@@ -113,9 +111,9 @@ class QuantizingModel(LoraModel):
         every = config.target_modules == ALL_LINEAR
         if heads := task_heads(model, config.task_type, every):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-        _warn_of_unknown_names(model, config)
+        warn_of_unknown_names(model, config)
         if every:
-            _tell_left_out(model)
+            tell_left_out(model)
             config.target_modules = self._named_targets(model, config)
         targets = self._targets(model, config, state_dict)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
@@ -217,7 +215,7 @@ class QuantizingModel(LoraModel):
         if config.target_modules != ALL_LINEAR:
             return config.target_modules
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        names = plan.target_modules - set(_left_out(model))
+        names = plan.target_modules - set(left_out(model))
         if not names:
             check_base(model, config)  # a quantized one, whose layers have a forward of their own
             raise ValueError(
@@ -289,7 +287,7 @@ class QuantizingModel(LoraModel):
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
-            prefix = _PREFIX if any(key.startswith(_PREFIX) for key in found) else ""
+            prefix = PREFIX if any(key.startswith(PREFIX) for key in found) else ""
             found[prefix + cls.prefix + _CHECKSUM] = as_tensor(config.base_checksum)
         return found
 
@@ -306,11 +304,11 @@ class QuantizingModel(LoraModel):
         saved = {key: remapped.pop(key) for key in list(remapped) if cls.prefix + _CHECKSUM in key.split(".")}
         for name, layer in model.named_modules():
             if isinstance(layer, MergingLayer):
-                _check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
+                check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
         check_state_dict(model, config, adapter_name, cls.prefix, remapped)
         cls._check_loaded(model, config, adapter_name, remapped)
         if saved:
-            _check_same_base(model, adapter_name, saved, cls.prefix + _CHECKSUM)
+            check_same_base(model, adapter_name, saved, cls.prefix + _CHECKSUM)
         return remapped
 
     @classmethod
@@ -372,78 +370,9 @@ class QuantizingModel(LoraModel):
         return model
 
 
-def _left_out(model: nn.Module) -> list[str]:
-    """Names of the layers that 'all-linear' leaves out because they compute something else than their class does."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and has_own_forward(module)
-    ]
-
-
-def _tell_left_out(model: nn.Module) -> None:
-    if names := _left_out(model):
-        kinds = sorted({type(model.get_submodule(name)).__name__ for name in names})
-        warnings.warn(
-            f"`target_modules='all-linear'` leaves {len(names)} layers out ({', '.join(kinds)}, e.g. {names[0]!r}), "
-            "because they have a `forward` of their own, which cannot be kept: they stay float.",
-            stacklevel=2,
-        )
-
-
 def _adapters_of(module: nn.Module) -> dict[str, Any]:
     return module.adapter_options if isinstance(module, MergingLayer) else {}
 
 
 def _layers_with(adapter: str, model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if adapter in _adapters_of(module)}
-
-
-def _check_same_base(model: nn.Module, adapter_name: str, saved: dict[str, torch.Tensor], name: str) -> None:
-    """Raise ValueError if an adapter was trained over other integers than the model's.
-
-    Args:
-        saved: the checksums, called `name`, of its file: one for the adapter, or, from earlier versions, one a layer.
-    """
-    layers = {
-        path: int(layer.frozen.checksum())
-        for path, layer in model.named_modules()
-        if adapter_name in _adapters_of(layer)
-    }
-    for key, value in saved.items():
-        where = key.partition(f".{name}")[0]
-        known = layers.get(where, layers.get(where.removeprefix(_PREFIX)))
-        if known is None and where in ("", name, _PREFIX[:-1]):
-            check_checksum(in_order(layers.values()), in_order([int(value)]))
-        elif known is not None:
-            check_checksum(in_order([known]), in_order([int(value)]))
-
-
-def _check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise ValueError if tensors of an adapter's file do not fit, before the first of them is copied."""
-    for key in here.keys() & found.keys():
-        shapes = tuple(found[key].shape), tuple(here[key].shape)
-        if shapes[0] != shapes[1] and len(shapes[0]) == len(shapes[1]):  # FSDP1 shows flat shards
-            raise ValueError(
-                f"In the adapter file {key!r} has shape {shapes[0]}, but this model needs {shapes[1]}. The adapter was "
-                "made for another grid or architecture, rank or group size: load it on the model, with the "
-                "configuration, that it was trained with. Nothing was loaded."
-            )
-
-
-def _warn_of_unknown_names(model: nn.Module, config: Any) -> None:
-    """Warn where some of `target_modules` name nothing; PEFT raises where all of them do."""
-    if config.inference_mode or isinstance(config.target_modules, str) or not config.target_modules:
-        return
-    names = [name for name, _ in model.named_modules()]
-    unknown = [
-        wanted
-        for wanted in sorted(config.target_modules)
-        if not any(name == wanted or name.endswith("." + wanted) for name in names)
-    ]
-    if unknown and len(unknown) < len(config.target_modules):
-        warnings.warn(
-            f"`target_modules` names {', '.join(map(repr, unknown))}, but no module of this model is called so. What "
-            "was meant stays float: look for a typing error, or leave the name out.",
-            stacklevel=2,
-        )

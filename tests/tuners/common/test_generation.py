@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +17,7 @@ from peft_lrqat.modules import generation
 from tests import lowbit_sr, lrqat
 from tests.models import logits, tiny, train
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    yield
-    limit_kept_weights(None)
-    assert not generation._SLOTS
-    assert not +generation._held
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def generate(model: Any, limit: int | None, each_step: Callable | None = None, **options: Any) -> torch.Tensor:

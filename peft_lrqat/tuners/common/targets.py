@@ -1,0 +1,49 @@
+"""Which layers `target_modules` means, and what is said of those that it does not reach."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .plain import has_own_forward
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Names of the layers that 'all-linear' leaves out because they compute something else than their class does."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and has_own_forward(module)
+    ]
+
+
+def tell_left_out(model: nn.Module) -> None:
+    """Warn of what `left_out` finds."""
+    if names := left_out(model):
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in names})
+        warnings.warn(
+            f"`target_modules='all-linear'` leaves {len(names)} layers out ({', '.join(kinds)}, e.g. {names[0]!r}), "
+            "because they have a `forward` of their own, which cannot be kept: they stay float.",
+            stacklevel=2,
+        )
+
+
+def warn_of_unknown_names(model: nn.Module, config: Any) -> None:
+    """Warn where some of `target_modules` name nothing; PEFT raises where all of them do."""
+    if config.inference_mode or isinstance(config.target_modules, str) or not config.target_modules:
+        return
+    names = [name for name, _ in model.named_modules()]
+    unknown = [
+        wanted
+        for wanted in sorted(config.target_modules)
+        if not any(name == wanted or name.endswith("." + wanted) for name in names)
+    ]
+    if unknown and len(unknown) < len(config.target_modules):
+        warnings.warn(
+            f"`target_modules` names {', '.join(map(repr, unknown))}, but no module of this model is called so. What "
+            "was meant stays float: look for a typing error, or leave the name out.",
+            stacklevel=2,
+        )

@@ -1,0 +1,37 @@
+"""Which modules `target_modules` and its kin choose, and what is said of names that reach none."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from tests.models import tiny
+
+ATTENTION = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": "all-linear"}, 14),
+        ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, 12),
+        ({"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}, 8),
+        ({"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"}, 2),
+        ({"target_modules": ATTENTION, "layers_to_transform": [1]}, 2),
+        ({"target_modules": ATTENTION, "layers_to_transform": 0, "layers_pattern": "layers"}, 2),
+        ({"target_modules": None}, 14),
+        ({"target_modules": "All-Linear", "layers_to_transform": [1]}, 7),
+        ({"target_modules": None, "layers_to_transform": 0, "exclude_modules": ["q_proj"]}, 6),
+        ({"target_modules": ["lm_head"]}, 1),
+    ],
+)
+def test_modules_are_chosen_as_in_lora(method: ModuleType, options: dict, expected: int):
+    found = method.layers(method.adapt(tiny(), **method.GRID, **options))
+    assert len(found) == expected
+    assert any("lm_head" in name for name in found) == (options["target_modules"] == ["lm_head"])
+
+
+def test_a_name_that_no_module_has_is_said(method: ModuleType):
+    with pytest.warns(UserWarning, match="`target_modules` names 'v_porj', but no module"):
+        method.adapt(tiny(), **method.GRID, target_modules=["q_proj", "v_porj"])
