@@ -4,7 +4,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
 """
 
 from ._version import __version__
-from .calibration import preprocess_gptq
+from .calibration import preprocess_blockwise, preprocess_gptq
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
@@ -31,6 +31,7 @@ __all__ = [
     "kept_weights",
     "limit_kept_weights",
     "load_quantized",
+    "preprocess_blockwise",
     "preprocess_gptq",
 ]
 

@@ -65,7 +65,7 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
         _save_adapter(tmp_path, of_quantized=page == "docs/from-quantized.md")
     given = {name: _given(name, folders, page) for name in PAGES[page]}
     for block in snippets(page):
-        if "preprocess_gptq" in block:
+        if "import preprocess_" in block:
             given["model"] = _float_model(folders)
         # as README says of machines without a GPU
         exec(compile(block.replace('SFTConfig("adapter"', 'SFTConfig("adapter", use_cpu=True'), page, "exec"), given)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 
 class _EnoughError(Exception):
@@ -24,7 +25,18 @@ class BlockInputs:
         masks: bool (batch, length) or None a batch: which tokens count.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        keep_on: torch.device | str | None = None,
+    ) -> None:
+        """
+        Args:
+            keep_on: where `hidden` is kept; None: where the blocks compute.
+        """
+        self.keep_on = keep_on
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []
         self.masks: list[torch.Tensor | None] = []
@@ -38,7 +50,8 @@ class BlockInputs:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if not calls:
-                self.hidden.append(hidden)
+                self.device = hidden.device
+                self.hidden.append(self._keep(hidden))
             calls.append((args[1:], kwargs))
             if module is blocks[-1]:
                 raise _EnoughError
@@ -54,14 +67,32 @@ class BlockInputs:
         mask = batch.get("attention_mask")
         self.masks.append(None if mask is None or bool(mask.all()) else mask.bool())
 
-    def run(self, index: int, block: nn.Module) -> list[torch.Tensor]:
-        """Outputs of block number `index`, one (batch, length, width) a batch."""
-        found = []
-        for hidden, calls in zip(self.hidden, self.calls, strict=True):
-            args, kwargs = calls[index]
-            out = block(hidden, *args, **kwargs)
-            found.append(out[0] if isinstance(out, tuple) else out)
-        return found
+    def run(
+        self, index: int, block: nn.Module, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Outputs of block number `index`, one (batch, length, width) a batch.
+
+        Args:
+            weights: see `run_one`.
+        """
+        return [self._keep(self.run_one(index, block, one, weights)) for one in range(len(self.hidden))]
+
+    def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.keep_on is None else hidden.to(self.keep_on)
+
+    def run_one(
+        self, index: int, block: nn.Module, batch: int, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The output for one batch.
+
+        Args:
+            weights: parameters of the block, by their names in it, that stand in for its own.
+        """
+        args, kwargs = self.calls[batch][index]
+        hidden = self.hidden[batch]
+        args = (hidden if self.keep_on is None else hidden.to(self.device), *args)
+        out = block(*args, **kwargs) if weights is None else functional_call(block, dict(weights), args, kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
 
 class _Hessians:
@@ -111,3 +142,50 @@ def collect_hessians(
     finally:
         found = hessians.finish()
     return found
+
+
+def decoder_blocks(
+    model: nn.Module, targets: dict[str, nn.Module], method: str
+) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
+    """(name, the list of decoder blocks, the targeted layers by name); ValueError, in which `method` is named, if
+    there is no such list."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, blocks in lists:  # outer lists come first
+        inside = {key: module for key, module in targets.items() if key.startswith(name + ".")}
+        if len(inside) == len(targets) and inside:
+            others = [key for key, module in inside.items() if not isinstance(module, nn.Linear)]
+            if others:
+                raise ValueError(
+                    f"`target_modules` names {others[0]!r}, a {type(inside[others[0]]).__name__}; {method} "
+                    "here is for nn.Linear. Use the ranges of LRQATConfig for it (`range_method='lp'`)."
+                )
+            return name, blocks, inside  # type: ignore[return-value]  # checked just now
+    raise ValueError(
+        f"{method} goes through the decoder blocks one by one, but the targeted modules are not all inside one list of "
+        "blocks. Leave out embeddings and the output layer, for instance with `target_modules='all-linear'`."
+    )
+
+
+def read_batches(
+    model: Any, calibration: Iterable[Any], tokenizer: Any, length: int
+) -> Iterable[dict[str, torch.Tensor]]:
+    """What the model takes, of calibration text in any form that `preprocess_gptq` names; ValueError: there is none."""
+    items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
+    texts = [item for item in items if isinstance(item, str)]
+    if texts:
+        if tokenizer is None or len(texts) < len(items):
+            raise ValueError("`calibration` holds texts: give a `tokenizer`, and texts only.")
+        items = _windows(texts, tokenizer, length)
+    if not items:
+        raise ValueError(f"`calibration` is empty, or has fewer tokens than one window (`length={length}`).")
+    device = model.get_input_embeddings().weight.device
+    for item in items:
+        batch = item if isinstance(item, Mapping) else {"input_ids": item}
+        yield {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+
+
+def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[torch.Tensor]:
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text)["input_ids"], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    return list(torch.tensor(ids[: len(ids) // length * length]).view(-1, 1, length))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..checkpoint.load import replace_layer
 from ..formats.record import Record
 from ..modules.packed import MERGED, describe, merged_layer
 from ..tuners.lrqat import LRQATConfig, LRQATModel
-from .calibrate import BlockInputs, collect_hessians
+from .calibrate import BlockInputs, collect_hessians, decoder_blocks, read_batches
 from .gptq import gptq_round
 
 
@@ -59,8 +59,8 @@ def preprocess_gptq(
     if any(isinstance(module, MERGED) for module in model.modules()):
         raise ValueError("`model` is quantized already; GPTQ starts from the float model.")
     targets = LRQATModel.find_targets(model, config)
-    name, blocks, layers = _blocks(model, targets)
-    batches = list(_batches(model, calibration, tokenizer, length))
+    name, blocks, layers = decoder_blocks(model, targets, "GPTQ")
+    batches = list(read_batches(model, calibration, tokenizer, length))
     was_training = model.training
     model.eval()
     inputs = BlockInputs(model, blocks, batches)
@@ -90,44 +90,3 @@ def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, dam
         damping=damping,
     )
     return merged_layer(weight, layer.bias, config.stored_bits, layer.weight.dtype)
-
-
-def _blocks(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
-    """(name, the list of decoder blocks, the targeted layers by name)."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for name, blocks in lists:  # outer lists come first
-        inside = {key: module for key, module in targets.items() if key.startswith(name + ".")}
-        if len(inside) == len(targets) and inside:
-            others = [key for key, module in inside.items() if not isinstance(module, nn.Linear)]
-            if others:
-                raise ValueError(
-                    f"`target_modules` names {others[0]!r}, a {type(inside[others[0]]).__name__}; GPTQ here is for "
-                    "nn.Linear. Use the ranges of LRQATConfig for it (`range_method='lp'`)."
-                )
-            return name, blocks, inside  # type: ignore[return-value]  # checked just now
-    raise ValueError(
-        "GPTQ goes through the decoder blocks one by one, but the targeted modules are not all inside one list of "
-        "blocks. Leave out embeddings and the output layer, for instance with `target_modules='all-linear'`."
-    )
-
-
-def _batches(model: Any, calibration: Iterable[Any], tokenizer: Any, length: int) -> Iterable[dict[str, torch.Tensor]]:
-    items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
-    texts = [item for item in items if isinstance(item, str)]
-    if texts:
-        if tokenizer is None or len(texts) < len(items):
-            raise ValueError("`calibration` holds texts: give a `tokenizer`, and texts only.")
-        items = _windows(texts, tokenizer, length)
-    if not items:
-        raise ValueError(f"`calibration` is empty, or has fewer tokens than one window (`length={length}`).")
-    device = model.get_input_embeddings().weight.device
-    for item in items:
-        batch = item if isinstance(item, Mapping) else {"input_ids": item}
-        yield {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
-
-
-def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[torch.Tensor]:
-    ids: list[int] = []
-    for text in texts:
-        ids += [*tokenizer(text)["input_ids"], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    return list(torch.tensor(ids[: len(ids) // length * length]).view(-1, 1, length))

@@ -25,12 +25,15 @@ class Record:
         scale_dtype: what the scales are exact in (`grid.SCALE_DTYPES`), None if unknown.
         recipe: how they were trained, in Markdown, None if unknown.
         others: layer -> its grid, for layers that lie on another one.
+        fixed_point_bits: of the narrower grid of whose steps the 8-bit codes are fixed-point numbers, for LR-QAT to
+            start from (`preprocess_blockwise`); None: they are nothing but codes.
     """
 
     grid: Grid
     scale_dtype: str | None = None
     recipe: str | None = None
     others: Mapping[str, Grid] = field(default_factory=dict)
+    fixed_point_bits: int | None = None
 
     def grid_of(self, layer: str) -> Grid:
         """What a layer lies on."""
@@ -43,6 +46,8 @@ class Record:
     def entry(self) -> dict[str, Any]:
         """The value in config.json."""
         found = {**_fields(self.grid), "scale_dtype": self.scale_dtype, "recipe": self.recipe}
+        if self.fixed_point_bits is not None:
+            found["fixed_point_bits"] = self.fixed_point_bits
         if self.others:
             alike: dict[Grid, list[str]] = {}
             for name, grid in self.others.items():
@@ -55,7 +60,7 @@ class Record:
         """The record in an entry of config.json, None if there is none.
 
         Raises:
-            ValueError: the entry describes no grid.
+            ValueError: the entry describes no grid, or one that there is not.
         """
         if not entry:
             return None
@@ -66,7 +71,13 @@ class Record:
             raise ValueError(
                 f"config.json's {KEY!r} is {entry!r}, which describes no grid. Delete the entry."
             ) from error
-        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"), others)
+        fixed_point_bits = entry.get("fixed_point_bits")
+        if fixed_point_bits not in (None, *range(2, 8)):
+            raise ValueError(
+                f"config.json's {KEY!r} has `fixed_point_bits` {fixed_point_bits!r}; allowed are 2 to 7. Delete the "
+                "entry."
+            )
+        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"), others, fixed_point_bits)
 
     @classmethod
     def of(cls, config: Any) -> Record | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..grid import code_range
+from ..grid import Grid, GridTensor, code_range
 from ..packing import pack, unpack
 
 #: What a frozen base can be stored as: fixed point, packed codes, or floats (kept as raw bits).
@@ -67,3 +67,32 @@ def decode_base(base: torch.Tensor, fmt: BaseFormat) -> torch.Tensor:
         return unpack(base, fmt.bits, fmt.in_features).float()
     # a copy even from fp32: callers round in place, and must not round the stored base
     return base.view(_FLOAT_BITS[fmt.downcast]).to(torch.float32, copy=True)
+
+
+def to_eight_bits(
+    numbers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid
+) -> GridTensor:
+    """Take a base in fixed point (fx8) as an 8-bit weight of the same integers, which any checkpoint format holds.
+
+    It is the base with its fraction, but for half a step of the 8-bit grid, because a number of fx8 stands for the
+    middle of its cell.
+
+    Args:
+        numbers: int8 (out, in), as `encode_base` stores them.
+        scale: fp32 (rows, groups), weight units per step of `grid`.
+        zero_point: int8 (rows, groups), steps of `grid`, or None.
+        grid: below 8 bits.
+    """
+    fraction = 8 - grid.code_bits
+    wide = Grid(8, grid.group_size, grid.symmetric)
+    return GridTensor(numbers, scale * 2.0**-fraction, None if zero_point is None else zero_point << fraction, wide)
+
+
+def from_eight_bits(weight: GridTensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Take the codes of an 8-bit weight as a base in fixed point (fx8): the inverse of `to_eight_bits`.
+
+    Returns:
+        int8 (out, in), fp32 (rows, groups) and int8 (rows, groups) or None: the base, its scale and zero point.
+    """
+    fraction, zero_point = 8 - bits, weight.zero_point
+    return weight.codes, weight.scale * 2.0**fraction, None if zero_point is None else zero_point >> fraction

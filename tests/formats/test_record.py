@@ -25,6 +25,14 @@ def test_only_layers_on_another_grid_are_listed():
     assert "others" not in Record(Grid(3, 32)).with_layers({"x": Grid(3, 32)}).entry()
 
 
+def test_what_8_bit_codes_are_fixed_point_numbers_of():
+    record = Record(Grid(8, 32), "auto", "a recipe", {}, 3)
+    assert Record.read(json.loads(json.dumps(record.entry()))) == record
+    assert "fixed_point_bits" not in Record(Grid(8, 32)).entry()
+    with pytest.raises(ValueError, match=r"`fixed_point_bits` 8; allowed are 2 to 7"):
+        Record.read({**record.entry(), "fixed_point_bits": 8})
+
+
 @pytest.mark.parametrize("entry", [{"bits": 4}, {"bits": 4, "group_size": 32, "symmetric": True, "others": [{}]}, "x"])
 def test_an_entry_that_describes_no_grid(entry):
     with pytest.raises(ValueError, match=r"describes no grid\. Delete the entry"):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from peft_lrqat.grid import Grid
-from peft_lrqat.ops.stored_base import BaseFormat, decode_base, encode_base
+from peft_lrqat.grid import Grid, dequantize, grouped
+from peft_lrqat.ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from tests.problems import KINDS
 
 
@@ -20,3 +20,19 @@ def test_stored_base(bits, downcast):
     assert ((found - levels).abs() <= half_step + (levels - inside).abs()).all()
     found.zero_()  # a copy: whoever decodes may write into it
     assert torch.equal(stored, encode_base(levels.clone(), bits, downcast))
+
+
+@pytest.mark.parametrize("grid", [Grid(4, -1), Grid(2, 11, False), Grid(7, 0, False)], ids=Grid.describe)
+def test_fixed_point_is_an_8_bit_weight_with_its_fraction(grid):
+    shape = grid.scale_shape(7, 33)
+    zero_point = None if grid.symmetric else torch.randint(grid.qmin, grid.qmax + 1, shape, dtype=torch.int8)
+    levels = (torch.rand(7, 33) - 0.5) * 2**grid.bits
+    numbers, scale = encode_base(levels.clone(), grid.bits, "fx8"), torch.rand(shape) + 0.1
+    wide = to_eight_bits(numbers, scale, zero_point, grid)
+    assert wide.grid == Grid(8, grid.group_size, grid.symmetric)
+    found = from_eight_bits(wide, grid.bits)
+    for one, other in zip(found, (numbers, scale, zero_point), strict=True):
+        assert one is other is None or torch.equal(one, other)
+    middle = dequantize(decode_base(numbers, BaseFormat(grid.bits, 33, "fx8")), scale, zero_point, torch.float32)
+    step = grouped(torch.ones(7, 33), scale) * wide.scale.unsqueeze(-1)
+    assert torch.allclose(wide.dequantize(torch.float32) + step.view(7, 33) / 2, middle, atol=1e-5)

@@ -13,13 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...chunks import row_chunks
-from ...grid import Grid, grouped, rows_of, snap_scale
+from ...grid import Grid, GridTensor, grouped, rows_of, snap_scale
 from ...modules.generation import KeepsWeight, Slot
 from ...modules.packed import QuantizedLinear
 from ...ops import quantized_linear
 from ...ops.inputs import linear_input
 from ...ops.linear import linear_weight
-from ...ops.stored_base import BaseFormat, encode_base
+from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
 from .fingerprint import codes_checksum, float_checksum, position_weighted_sum
@@ -84,6 +84,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
 
     Attributes:
         source_checksum: of the weight that it was made from, see `fingerprint.py`; None where that was not finite.
+        fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
     """
 
     base: nn.Parameter
@@ -114,6 +115,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         self.out_features, self.in_features = shape
         self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
         self.compute_dtype, self.ranges = compute_dtype, ranges
+        self.fixed_point = False
         self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
 
     @classmethod
@@ -153,23 +155,33 @@ class FrozenWeight(nn.Module, KeepsWeight):
     @classmethod
     @skip_init_on_device
     def of_codes(
-        cls, layer: QuantizedLinear, grid: Grid, downcast: str, scale_dtype: str, *, source_checksum: int | None = None
+        cls,
+        layer: QuantizedLinear,
+        grid: Grid,
+        downcast: str,
+        scale_dtype: str,
+        *,
+        fixed_point: bool = False,
+        source_checksum: int | None = None,
     ) -> FrozenWeight:
         """The base of a layer that was quantized before, whose codes lie on `grid`; they are taken as they are.
 
         Args:
+            fixed_point: the 8-bit codes are fixed-point numbers in steps of `grid` (fx8), and are taken as such.
             source_checksum: `codes_checksum` of the layer, if it is known.
         """
         weight = layer.grid_tensor()
         frozen = cls((layer.out_features, layer.in_features), grid, downcast, scale_dtype, layer.compute_dtype)
+        frozen.fixed_point = fixed_point
+        codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
+        if fixed_point:
+            codes, scale, zero_point = from_eight_bits(weight, frozen.fmt.bits)
+        stored, parts = frozen.fmt._replace(downcast="fx8"), []
         with torch.no_grad():
-            base = torch.cat(
-                [
-                    encode_base(weight.codes[rows].float(), frozen.fmt.bits, downcast)
-                    for rows in row_chunks(frozen.out_features, frozen.in_features, weight.codes.device)
-                ]
-            )
-        frozen._hold(base, snap_scale(weight.scale, scale_dtype), weight.zero_point, layer.bias)
+            for rows in row_chunks(frozen.out_features, frozen.in_features, codes.device):
+                levels = decode_base(codes[rows], stored) if fixed_point else codes[rows].float()
+                parts.append(encode_base(levels, stored.bits, downcast))
+        frozen._hold(torch.cat(parts), snap_scale(scale, scale_dtype), zero_point, layer.bias)
         frozen.source_checksum = codes_checksum(weight) if source_checksum is None else source_checksum
         return frozen
 
@@ -247,6 +259,11 @@ class FrozenWeight(nn.Module, KeepsWeight):
         layer.register_parameter("weight", nn.Parameter(self.dense().contiguous(), requires_grad=False))
         layer.register_parameter("bias", self.bias)
         return layer
+
+    def eight_bits(self) -> GridTensor:
+        """What `of_codes` made a base in fixed point (fx8) of."""
+        zero_point = None if self.zero_point is None else whole(self.zero_point.detach())
+        return to_eight_bits(whole(self.base.detach()), self.scale0, zero_point, self.grid)
 
     def checksum(self) -> torch.Tensor:
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""

@@ -48,7 +48,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...grid import GridTensor
-from ...modules.packed import QuantizedLinear
+from ...modules.packed import QuantizedLinear, merged_layer
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
@@ -98,11 +98,13 @@ class LRQATLinear(nn.Module, LRQATLayer):
         r: int = 0,
         lora_alpha: int = 1,
         source_checksum: int | None = None,
+        fixed_point: bool = False,
         **kwargs: Any,
     ) -> None:
         """Convert `base_layer` and add the first adapter. The layer's weight is not kept.
 
         Args:
+            fixed_point: see `FrozenWeight.of_codes`.
             source_checksum: of that weight, if it is known.
         """
         super().__init__()
@@ -110,7 +112,12 @@ class LRQATLinear(nn.Module, LRQATLayer):
         downcast = str(config.downcast)  # None exists only until the configuration is made
         if isinstance(base_layer, QuantizedLinear):
             frozen = FrozenWeight.of_codes(
-                base_layer, config.grid, downcast, config.scale_dtype, source_checksum=source_checksum
+                base_layer,
+                config.grid,
+                downcast,
+                config.scale_dtype,
+                fixed_point=fixed_point,
+                source_checksum=source_checksum,
             )
         else:
             frozen = FrozenWeight.of_floats(
@@ -293,7 +300,10 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return GridTensor(codes(whole(frozen.base), A, B, frozen.fmt, c), scale, whole(frozen.zero_point), frozen.grid)
 
     def _float_layer(self) -> nn.Module:
-        return self._merged([]) if self.frozen.quantized_before else self._as_it_was()
+        frozen = self.frozen
+        if frozen.fixed_point and frozen.downcast == "fx8":
+            return merged_layer(frozen.eight_bits(), frozen.bias, 8, frozen.compute_dtype)
+        return self._merged([]) if frozen.quantized_before else self._as_it_was()
 
     def _as_it_was(self) -> nn.Module:
         """The base at step 0 as the kind of float layer that it was."""

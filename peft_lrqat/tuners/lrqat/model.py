@@ -13,7 +13,7 @@ from ..common.model import QuantizingModel
 from .config import LRQATConfig
 from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
-from .quantized_base import adopt_base
+from .quantized_base import adopt_base, is_fixed_point
 
 
 class LRQATModel(QuantizingModel):
@@ -39,7 +39,7 @@ class LRQATModel(QuantizingModel):
             config.learn_scales = any(self.peft_config[name].learn_scales for name in self._combining)
             config.use_rslora = False  # with PEFT's lora_alpha = r the factors are taken as they are
         adopted = adopt_compressed_tensors(model)
-        adopt_base(self._targets(model, config, state_dict), config)
+        adopt_base(model, self._targets(model, config, state_dict), config)
         return adopted
 
     def _check_new_adapter_config(self, config: Any) -> None:
@@ -57,6 +57,8 @@ class LRQATModel(QuantizingModel):
         for unused in ("device_map", "parameter_name", "tied_adapter", "get_apply_tensor_subclass"):
             kwargs.pop(unused, None)
         kind = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
+        if is_fixed_point(self.model, target, lora_config):
+            kwargs["fixed_point"] = True
         checksum = self._source_checksum(kwargs["target_name"])
         return kind(target, adapter_name, config=lora_config, source_checksum=checksum, **kwargs)
 

@@ -3,17 +3,22 @@
 At step 0 the adapted model is the loaded one, so nothing of it may be rounded anew: bits, groups and zero points are
 the checkpoint's, the scales' dtype is the first that holds them exactly, and layers that the checkpoint left float are
 not quantized on the way.
+
+Or its 8-bit codes are fixed-point numbers in steps of a narrower grid, which `preprocess_blockwise` has trained and
+config.json records: they become an fx8 base, and the adapted model at step 0 is the one that was trained, rounded.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...formats.record import Record
 from ...grid import SCALE_DTYPES, Grid, snap_scale
 from ...modules.packed import QuantizedLinear
 from ..common.layer import MergingLayer
@@ -22,8 +27,8 @@ from .config import LRQATConfig
 _FIELDS = ("bits", "group_size", "symmetric")
 
 
-def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
-    """Complete `config` by the grid of the targeted modules that are quantized already, if any.
+def adopt_base(model: nn.Module, targets: dict[str, nn.Module], config: LRQATConfig) -> None:
+    """Complete `config` by the grid of the targeted modules of `model` that are quantized already, if any.
 
     Raises:
         ValueError: `config` asks for another grid; the modules are on several grids; some of them are float.
@@ -31,6 +36,7 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
     packed = {name: module for name, module in targets.items() if isinstance(module, QuantizedLinear)}
     adapted: list[Any] = [module for module in targets.values() if isinstance(module, MergingLayer)]
     if not packed and not adapted:
+        _refuse_lost_integers(model)
         config.adopt_defaults()
         return
     if not packed:
@@ -41,19 +47,63 @@ def adopt_base(targets: dict[str, nn.Module], config: LRQATConfig) -> None:
         return
     _refuse_float(targets, packed)
     grid = _the_grid(packed)
-    config.adopt(downcast="int")
+    bits = _fixed_point_bits(model) if grid.bits == 8 else None
+    if bits is not None and config.adopt(bits=bits) and config.bits == 8:
+        bits = None  # the codes themselves are asked for
+    if bits is not None:
+        grid = replace(grid, bits=bits)
+        _check_fixed_point(packed, config, bits)
+    config.adopt(downcast="int" if bits is None else "fx8")
     other = config.adopt(**{name: getattr(grid, name) for name in _FIELDS})
-    if other and not (other == ["bits"] and config.bits < grid.bits and _all_on(packed, config.grid)):
+    narrower = other == ["bits"] and bits is None and config.bits < grid.bits
+    if other and not (narrower and _all_on(packed, config.grid)):
         wanted, found = (", ".join(f"{n}={getattr(it, n)!r}" for n in other) for it in (config, grid))
         raise ValueError(
-            f"The configuration asks for {wanted}, but the base model is quantized with {found}. Leave these options "
-            "out of the configuration, which then takes the base's grid; for another grid, start from the float model."
+            f"The configuration asks for {wanted}, but the base model is quantized {'with' if bits is None else 'for'} "
+            f"{found}. Leave these options out of the configuration, which then takes the base's grid; for another "
+            "grid, start from the float model."
         )
     config.check_int8_activations()
-    container = next(iter(packed.values())).bits
+    container = next(iter(packed.values())).bits if bits is None else bits
     if config.container_bits is None and container > config.bits:
         config.container_bits = container
     _adopt_scale_dtype(packed, config)
+
+
+def is_fixed_point(model: nn.Module, target: nn.Module, config: LRQATConfig) -> bool:
+    """Whether the codes of a module of `model` are fixed-point numbers in steps of `config`'s grid."""
+    if not isinstance(target, QuantizedLinear) or target.grid.bits != 8 or config.bits == 8:
+        return False
+    return _fixed_point_bits(model) == config.bits
+
+
+def _fixed_point_bits(model: Any) -> int | None:
+    record = Record.of(getattr(model, "config", None))
+    return None if record is None else record.fixed_point_bits
+
+
+def _refuse_lost_integers(model: nn.Module) -> None:
+    if _fixed_point_bits(model) is not None and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise ValueError(
+            "The base model was trained block by block (`preprocess_blockwise`), but has been loaded as floats, in "
+            "which its grid is lost. Load it with `peft_lrqat.load_quantized(...)`."
+        )
+
+
+def _check_fixed_point(packed: dict[str, QuantizedLinear], config: LRQATConfig, bits: int) -> None:
+    if config.downcast not in (None, "fx8", "int"):
+        raise ValueError(
+            f"`downcast` is {config.downcast!r}, but the base model holds 8-bit fixed-point numbers. Use 'fx8', which "
+            "keeps them, or 'int', which rounds them."
+        )
+    for name, layer in packed.items():
+        zero_point = layer.zero_point
+        if zero_point is not None and bool(zero_point.remainder(1 << (8 - bits)).any()):
+            raise ValueError(
+                f"config.json says that the 8-bit codes of the base model were trained for {bits} bits, but zero "
+                f"points of {name!r} are none of that grid. Delete `fixed_point_bits` there, or take an intact "
+                "checkpoint."
+            )
 
 
 def on_grid(layer: QuantizedLinear, grid: Grid) -> bool:

@@ -1,0 +1,273 @@
+"""`preprocess_blockwise`: train the rounding of one decoder block at a time, for LR-QAT to start from.
+
+EfficientQAT's first stage (Block-AP, arXiv 2407.11062). All weights, scales and zero points of a block are trained in
+full rank (`block_weight.py`) so that the block, rounded, gives what the float block gives on calibration text. The
+input of the rounded block is what the rounded blocks before it give, the target is the float model's own stream, so
+errors are made up for as they come. The error of each token counts relative to the size of its target: a few tokens of
+most models have hidden states a hundred times as large as all others, and behind the next norm they count no more than
+those.
+
+What is left behind keeps the fraction of every weight: see `preprocess_blockwise`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..checkpoint.load import replace_layer
+from ..formats.record import Record
+from ..grid import Grid
+from ..modules.packed import MERGED, describe, merged_layer
+from ..tuners.lrqat import LRQATConfig, LRQATModel
+from .block_weight import BlockWeight, FixedPoint
+from .calibrate import BlockInputs, decoder_blocks, read_batches
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a block is trained."""
+
+    epochs: int
+    learning_rate: float
+    scale_learning_rate: float
+    held_out: float
+    batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer, 1 or more.")
+        for name in ("learning_rate", "scale_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a number, 0 or more.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"`held_out` is {self.held_out!r}; it must be a number from 0 to below 1.")
+
+
+@torch.no_grad()
+def preprocess_blockwise(
+    model: nn.Module,
+    config: LRQATConfig,
+    calibration: Iterable[Mapping[str, torch.Tensor] | torch.Tensor | str],
+    tokenizer: Any = None,
+    *,
+    epochs: int = 2,
+    learning_rate: float = 1e-2,
+    scale_learning_rate: float = 1e-3,
+    batch: int = 2,
+    length: int = 1024,
+    held_out: float = 1 / 16,
+    offload: bool = False,
+    seed: int = 0,
+    progressbar: bool = True,
+) -> None:
+    """Train the rounding of the layers that `config` targets block by block, in place.
+
+        config = LRQATConfig(bits=3, group_size=64, ...)
+        preprocess_blockwise(model, config, texts, tokenizer)
+        model.save_pretrained("base")                        # adapters belong to this base
+        model = get_peft_model(model, config)                # train on; or merge at once: `model.merge_and_unload()`
+
+    Args:
+        model: a float causal language model of transformers.
+        config: its grid (`bits`, `group_size`, `symmetric`), where scales start (`range_method`, `range_p`,
+            `scale_dtype`) and target modules are used, and `downcast`, which says what is left behind. "fx8" (the
+            default below 8 bits): the trained weights with their fraction, as 8-bit layers, which LR-QAT takes as its
+            base. "int": the integers, `bits` wide.
+        calibration: as for `preprocess_gptq`; 128 windows of 1024 tokens or more.
+        tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
+        epochs: over the calibration text, for each block.
+        learning_rate: of weights and zero points, in grid steps; AdamW, cosine decay to 0.
+        scale_learning_rate: of the scales' relative change.
+        batch: windows (rows of token ids) a step.
+        length: tokens a window; only for texts.
+        held_out: share of the text that is not trained on. The state of a block that is best there is kept, of those
+            before training and after each epoch.
+        offload: keep the hidden states of all tokens in the CPU's memory.
+        seed: of the order of the text.
+        progressbar: show the blocks go by, with the error on the held-out text before and after.
+
+    Raises:
+        ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, or an option is
+            out of range: nothing was changed then. Or no token reached a layer: blocks before it are quantized by then,
+            so load the model again.
+
+    Memory: above the float model, twice the hidden states of the calibration tokens, and for one block at a time five
+    fp32 copies of its weights.
+    """
+    settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
+    if any(isinstance(module, MERGED) for module in model.modules()):
+        raise ValueError("`model` is quantized already; block-wise training starts from the float model.")
+    if config.act_bits is not None:
+        raise ValueError(
+            f"`act_bits` is {config.act_bits}, but block-wise training does not round activations. Leave it out here; "
+            "LR-QAT can train them on top."
+        )
+    if config.downcast not in ("fx8", "int"):
+        raise ValueError(
+            f"`downcast` is {config.downcast!r}, but block-wise training leaves 8-bit fixed point ('fx8') or integers "
+            "('int')."
+        )
+    targets = LRQATModel.find_targets(model, config)
+    name, blocks, layers = decoder_blocks(model, targets, "Block-wise training")
+    batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
+    was_training = model.training
+    model.eval()
+    inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
+    floats = copy.copy(inputs)  # the same calls; its hidden states are those of the float model
+    in_block = [_inside(layers, f"{name}.{index}.") for index in range(len(blocks))]
+    last = max(index for index, own in enumerate(in_block) if own)
+    described = tqdm(range(last + 1), desc="block-wise", disable=not progressbar)
+    for index in described:
+        block, own = blocks[index], in_block[index]
+        floats.hidden = floats.run(index, block)
+        if not own:
+            inputs.hidden = inputs.run(index, block)
+            continue
+        trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
+        described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
+        rounded = {f"{key}.weight": one.rounded().dequantize(own[key].weight.dtype) for key, one in trained.items()}
+        inputs.hidden = inputs.run(index, block, rounded)
+        for key, one in trained.items():
+            replace_layer(model, f"{name}.{index}.{key}", _left_behind(one, own[key], config))
+    model.train(was_training)
+    if getattr(model, "config", None) is not None:
+        describe(model, _record(config))
+
+
+def _inside(layers: dict[str, nn.Linear], prefix: str) -> dict[str, nn.Linear]:
+    return {key.removeprefix(prefix): layer for key, layer in layers.items() if key.startswith(prefix)}
+
+
+def _steps(items: Iterable[dict[str, torch.Tensor]], batch: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of calibration batches, `batch` at a time as far as they are alike."""
+    rows: list[dict[str, torch.Tensor]] = []
+    for item in items:
+        for index in range(len(item["input_ids"])):
+            row = {key: value[index : index + 1] for key, value in item.items()}
+            if rows and (len(rows) == batch or _shapes(row) != _shapes(rows[0])):
+                yield _joined(rows)
+                rows = []
+            rows.append(row)
+    if rows:
+        yield _joined(rows)
+
+
+def _shapes(row: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in row.items()}
+
+
+def _joined(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+
+def _train(
+    block: nn.Module,
+    layers: dict[str, nn.Linear],
+    inputs: BlockInputs,
+    targets: list[torch.Tensor],
+    index: int,
+    config: LRQATConfig,
+    settings: _Settings,
+) -> tuple[dict[str, FixedPoint], tuple[float, float]]:
+    """The trained weights of block number `index`, by the names of `layers`; the held-out errors before and after."""
+    weights = {
+        key: BlockWeight(layer.weight, config.grid, config.range_method, config.range_p, config.scale_dtype)
+        for key, layer in layers.items()
+    }
+
+    def error(batch: int) -> torch.Tensor:
+        built = {f"{key}.weight": weight() for key, weight in weights.items()}
+        with _autocast(inputs.device, next(iter(layers.values())).weight.dtype):
+            out = inputs.run_one(index, block, batch, built)
+        return _relative_error(out, targets[batch].to(out.device), inputs.masks[batch])
+
+    count = len(inputs.hidden)
+    held = round(count * settings.held_out) or int(settings.held_out > 0 and count > 1)
+    train, test = list(range(count - held)), list(range(count - held, count)) or list(range(count))
+
+    def test_error() -> float:
+        return torch.stack([error(batch) for batch in test]).mean().item()
+
+    parameters = [parameter for weight in weights.values() for parameter in weight.parameters()]
+    optimizer = _optimizer(weights.values(), settings)
+    steps = settings.epochs * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    order = torch.Generator().manual_seed(settings.seed + index)
+    reached: set[str] = set()
+    before = best = test_error()
+    kept = [parameter.clone() for parameter in parameters]
+    for _ in range(settings.epochs):
+        for position in torch.randperm(len(train), generator=order).tolist():
+            with torch.enable_grad():
+                loss = error(train[position])
+                # not `backward`, which would add to the gradients of the block's other parameters
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            reached |= {key for key, weight in weights.items() if weight.weight.grad is not None}
+            optimizer.step()
+            schedule.step()
+        now = test_error()
+        if now < best:
+            best = now
+            kept = [parameter.clone() for parameter in parameters]
+    if missed := sorted(weights.keys() - reached):
+        raise ValueError(
+            f"No calibration token reached layer {missed[0]!r} of block {index} (an expert, perhaps). Leave it out of "
+            "`target_modules`, or give more text."
+        )
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.copy_(value)
+    return {key: weight.fixed_point() for key, weight in weights.items()}, (before, best)
+
+
+def _optimizer(weights: Iterable[BlockWeight], settings: _Settings) -> torch.optim.Optimizer:
+    scales: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for weight in weights:
+        for name, parameter in weight.named_parameters():
+            (scales if name == "scale_shift" else others).append(parameter)
+    groups = [
+        {"params": others, "lr": settings.learning_rate},
+        {"params": scales, "lr": settings.scale_learning_rate},
+    ]
+    # gradients are those of an error relative to the size of what it is an error of, a mean over all tokens: tiny
+    return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-15, fused=True)
+
+
+def _relative_error(out: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean over tokens of |out - target|^2 / |target|^2: fp32 scalar."""
+    target = target.float()
+    size = target.square().sum(-1)
+    errors = (out.float() - target).square().sum(-1) / size.clamp(min=1e-3 * size.mean())
+    return errors.mean() if mask is None else errors[mask].mean()
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    """bf16 on an accelerator."""
+    wanted = device.type != "cpu" and dtype != torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def _left_behind(trained: FixedPoint, layer: nn.Linear, config: LRQATConfig) -> nn.Module:
+    if config.downcast == "int":
+        return merged_layer(trained.rounded(), layer.bias, config.stored_bits, layer.weight.dtype)
+    return merged_layer(trained.eight_bits(), layer.bias, 8, layer.weight.dtype)
+
+
+def _record(config: LRQATConfig) -> Record:
+    recipe = "block-wise training (EfficientQAT's Block-AP, arXiv 2407.11062)"
+    if config.downcast == "int":
+        return Record(config.grid, config.scale_dtype, recipe)
+    wide = Grid(8, config.group_size, config.symmetric)
+    return Record(wide, config.scale_dtype, recipe, fixed_point_bits=config.bits)

@@ -1,0 +1,205 @@
+"""Blocks trained one by one, left behind as 8-bit layers with the weights' fraction, as the base of LR-QAT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_lrqat import LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
+from peft_lrqat.modules.packed import QuantizedLinear
+from tests.models import logits, tiny, tokens, train
+
+IDS = tokens()
+TEXT = [tokens(4, 32, seed=seed) for seed in range(2, 8)]
+ASYMMETRIC = {"bits": 2, "group_size": 16, "symmetric": False}
+
+
+def config(**options) -> LRQATConfig:
+    settings = {"r": 4, "lora_alpha": 32, "group_size": -1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return LRQATConfig(**{**settings, **options})
+
+
+def trained(options: dict | None = None, model: nn.Module | None = None, calibration=TEXT, **settings) -> nn.Module:
+    model = tiny(num_hidden_layers=1) if model is None else model
+    preprocess_blockwise(model, config(**(options or {"bits": 3})), calibration, progressbar=False, **settings)
+    return model
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_buffers() if "weight_" in name}
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    left, right = buffers(one), buffers(other)
+    return bool(left) and left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, ASYMMETRIC, {"bits": 4, "group_size": 0}, {"bits": 4, "downcast": "int"}], ids=str
+)
+def test_start_train_save_and_reload(options: dict, tmp_path: Path):
+    wanted = config(**options)
+    model = trained(options, tiny(dtype=torch.bfloat16), epochs=1)
+    model.save_pretrained(tmp_path / "base")
+    peft_model = get_peft_model(model, wanted)
+    layer = peft_model.base_model.model.model.layers[0].mlp.down_proj
+    assert (layer.frozen.downcast, layer.frozen.grid) == (wanted.downcast, wanted.grid)
+    start = logits(peft_model, IDS)
+    open_options = dict.fromkeys(("bits", "group_size", "symmetric", "downcast"))
+    loads = [load_quantized, AutoModelForCausalLM.from_pretrained][: 1 + wanted.symmetric]
+    for load in loads:  # what config.json says decides what was left open
+        again = get_peft_model(load(tmp_path / "base"), config(**open_options))
+        assert torch.equal(logits(again, IDS), start)
+
+    train(peft_model, IDS)
+    after = logits(peft_model, IDS)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_quantized(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(again, IDS), after)
+    merged = peft_model.merge_and_unload()
+    assert merged.config.peft_lrqat["bits"] == wanted.bits
+    assert "fixed_point_bits" not in merged.config.peft_lrqat
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), IDS), after)
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, ASYMMETRIC], ids=str)
+def test_merged_at_once_it_is_what_downcast_int_leaves(options: dict):
+    merged = get_peft_model(trained(options), config(**options)).merge_and_unload()
+    integers = trained({**options, "downcast": "int"})
+    assert equal(merged, integers)
+    assert torch.equal(logits(merged, IDS), logits(integers, IDS))
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, ASYMMETRIC], ids=str)
+def test_unloading_gives_the_base_back(options: dict):
+    model = trained(options)
+    before = {name: value.clone() for name, value in buffers(model).items()}
+    entry = dict(model.config.peft_lrqat)
+    peft_model = get_peft_model(model, config(**options))
+    start = logits(peft_model, IDS)
+    back = peft_model.unload()
+    assert buffers(back).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in buffers(back).items())
+    assert back.config.peft_lrqat == entry
+    rounded = get_peft_model(back, config(**options, downcast="int"))  # its integers, in less memory
+    assert torch.equal(logits(rounded, IDS), start)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "opt"])
+def test_outputs_are_nearer_to_the_float_model_than_those_of_gptq(family: str):
+    text = torch.cat(TEXT)
+    expected = logits(tiny(family), text)
+    model = trained({"bits": 3, "downcast": "int"}, tiny(family), epochs=4)
+    other = tiny(family)
+    preprocess_gptq(other, config(bits=3), TEXT, progressbar=False)
+    error, of_gptq = ((logits(m, text) - expected).pow(2).mean() for m in (model, other))
+    assert error < 0.9 * of_gptq
+
+
+def test_the_rest_of_the_model_stays_as_it_was():
+    model = tiny().train()
+    hidden = {name: value.clone() for name, value in model.named_parameters() if "proj" not in name}
+    seen: list[type] = []
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, y: seen.append(type(module)))
+    wanted = config(target_modules=["up_proj"], layers_to_transform=[1], layers_pattern="layers")
+    preprocess_blockwise(model, wanted, TEXT, progressbar=False)
+    assert model.training
+    assert [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)] == [
+        "model.layers.1.mlp.up_proj"
+    ]
+    assert all(torch.equal(value, hidden[name]) for name, value in model.named_parameters() if name in hidden)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    seen.clear()
+    logits(model, IDS)
+    assert seen == [QuantizedLinear]
+
+
+def test_forms_of_calibration_text_and_memory():
+    words = torch.cat(TEXT)
+    padding = {"input_ids": torch.randint(3, 90, (len(words), 3)), "attention_mask": torch.zeros(len(words), 3)}
+    padded = {
+        "input_ids": torch.cat([words, padding["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(words), padding["attention_mask"].long()], 1),
+    }
+    other = {**padded, "input_ids": torch.cat([words, padding["input_ids"].flip(0)], 1)}
+    once = trained(calibration=[words])
+    assert equal(once, trained(calibration=list(words.split(1))))
+    assert equal(once, trained(calibration=[words[:5], words[5:]]))
+    assert equal(once, trained(calibration=[words], offload=True))
+    assert not equal(once, trained(calibration=[words], seed=1))
+    of_padded = trained(calibration=[padded])
+    assert equal(of_padded, trained(calibration=[other]))  # what stands in the padding does not count
+    assert not equal(of_padded, trained(calibration=[{"input_ids": padded["input_ids"]}]))
+
+
+def test_no_epoch_is_kept_that_made_the_held_out_text_worse():
+    start = get_peft_model(tiny(num_hidden_layers=1), config(bits=3)).merge_and_unload()
+    diverged = trained({"bits": 3, "downcast": "int"}, learning_rate=30.0, scale_learning_rate=1.0)
+    assert equal(start, diverged)
+    assert not equal(start, trained({"bits": 3, "downcast": "int"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "calibration", "settings", "match"),
+    [
+        ({}, [], {}, "`calibration` is empty"),
+        ({}, ["some text"], {}, "give a `tokenizer`"),
+        ({"target_modules": ["q_proj", "lm_head"]}, TEXT, {}, "not all inside one list of blocks"),
+        ({"group_size": 5}, TEXT, {}, "does not divide"),
+        ({"downcast": "fp16"}, TEXT, {}, "leaves 8-bit fixed point"),
+        ({}, TEXT, {"epochs": 0}, "`epochs` is 0"),
+        ({}, TEXT, {"batch": 0}, "`batch` is 0"),
+        ({}, TEXT, {"held_out": 1.0}, "`held_out` is 1.0"),
+        ({}, TEXT, {"learning_rate": -1.0}, "`learning_rate` is -1.0"),
+        ({"act_bits": 8}, TEXT, {}, "`act_bits` is 8"),
+    ],
+)
+def test_what_is_refused_changes_nothing(options: dict, calibration: list, settings: dict, match: str):
+    model = tiny()
+    before = logits(model, IDS)
+    with pytest.raises(ValueError, match=match):
+        preprocess_blockwise(model, config(**options), calibration, progressbar=False, **settings)
+    assert torch.equal(logits(model, IDS), before)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"bits": 4}, "asks for bits=4, but the base model is quantized for bits=3"),
+        ({"group_size": 16}, "asks for group_size=16, but the base model is quantized for group_size=-1"),
+        ({"downcast": "bf16"}, "`downcast` is 'bf16', but the base model holds 8-bit fixed-point numbers"),
+    ],
+)
+def test_a_base_is_for_the_grid_that_it_was_trained_for(options: dict, match: str):
+    model = trained({"bits": 3})
+    with pytest.raises(ValueError, match=match):
+        get_peft_model(model, config(**{"bits": 3, **options}))
+    assert all(isinstance(m, QuantizedLinear) for n, m in model.named_modules() if n.endswith("proj"))
+
+
+def test_at_eight_bits_the_base_is_an_ordinary_one():
+    model = trained({"bits": 3})
+    served = logits(model, IDS)
+    wide = get_peft_model(model, config(bits=8))
+    assert torch.equal(logits(wide, IDS), served)
+
+
+def test_a_base_that_was_loaded_as_floats_is_refused(tmp_path: Path):
+    trained(ASYMMETRIC).save_pretrained(tmp_path)
+    floats = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"loaded as floats.* `peft_lrqat.load_quantized"):
+        get_peft_model(floats, config(**ASYMMETRIC))
+
+
+def test_quantized_models_are_refused():
+    with pytest.raises(ValueError, match="quantized already"):
+        trained(model=trained())
+    with pytest.raises(ValueError, match=r"Conv1D; Block-wise training here is for nn.Linear"):
+        trained(model=tiny("gpt2"))
