@@ -13,9 +13,11 @@ What is left behind keeps the fraction of every weight: see `preprocess_blockwis
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ from ..checkpoint.load import replace_layer
 from ..formats.record import Record
 from ..grid import Grid
 from ..modules.packed import MERGED, describe, merged_layer
+from ..tuners.common.fingerprint import float_checksum, in_order
 from ..tuners.lrqat import LRQATConfig, LRQATModel
+from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
 from .calibrate import BlockInputs, decoder_blocks, read_batches
 
@@ -68,6 +72,7 @@ def preprocess_blockwise(
     held_out: float = 1 / 16,
     offload: bool = False,
     seed: int = 0,
+    resume_from: str | os.PathLike | None = None,
     progressbar: bool = True,
 ) -> None:
     """Train the rounding of the layers that `config` targets block by block, in place.
@@ -94,12 +99,15 @@ def preprocess_blockwise(
             before training and after each epoch.
         offload: keep the hidden states of all tokens in the CPU's memory.
         seed: of the order of the text.
+        resume_from: a folder in which every trained block is kept (a byte a weight). If the run is interrupted, load
+            the float model again and call this again with the same folder: it goes on at the first block that is not
+            there, and gives what it would have given. It may be deleted afterwards.
         progressbar: show the blocks go by, with the error on the held-out text before and after.
 
     Raises:
-        ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, or an option is
-            out of range: nothing was changed then. Or no token reached a layer: blocks before it are quantized by then,
-            so load the model again.
+        ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, an option is out
+            of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer: blocks
+            before it are quantized by then, so load the model again.
 
     Memory: above the float model, twice the hidden states of the calibration tokens, and for one block at a time five
     fp32 copies of its weights.
@@ -120,6 +128,9 @@ def preprocess_blockwise(
     targets = LRQATModel.find_targets(model, config)
     name, blocks, layers = decoder_blocks(model, targets, "Block-wise training")
     batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
+    results = None
+    if resume_from is not None:
+        results = BlockResults(resume_from, _identity(layers, batches, config, settings), config.grid)
     was_training = model.training
     model.eval()
     inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
@@ -133,8 +144,12 @@ def preprocess_blockwise(
         if not own:
             inputs.hidden = inputs.run(index, block)
             continue
-        trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
-        described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
+        trained = None if results is None else results.read(index, next(iter(own.values())).weight.device)
+        if trained is None:
+            trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
+            described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
+            if results is not None:
+                results.write(index, trained)
         rounded = {f"{key}.weight": one.rounded().dequantize(own[key].weight.dtype) for key, one in trained.items()}
         inputs.hidden = inputs.run(index, block, rounded)
         for key, one in trained.items():
@@ -142,6 +157,25 @@ def preprocess_blockwise(
     model.train(was_training)
     if getattr(model, "config", None) is not None:
         describe(model, _record(config))
+
+
+def _identity(
+    layers: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], config: LRQATConfig, settings: _Settings
+) -> dict[str, Any]:
+    """What the trained blocks depend on."""
+    text = hashlib.blake2b(digest_size=8)
+    for one in batches:
+        for key in sorted(one):
+            text.update(f"{key} {tuple(one[key].shape)}".encode())
+            text.update(one[key].to("cpu", torch.int64).numpy().tobytes())
+    return {
+        **{name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "range_method", "range_p")},
+        **{"scale_dtype": config.scale_dtype, **asdict(settings)},
+        "layers": len(layers),
+        "weights": in_order(float_checksum(layer.weight) or 0 for layer in layers.values()),
+        "dtype": str(next(iter(layers.values())).weight.dtype),
+        "text": text.hexdigest(),
+    }
 
 
 def _inside(layers: dict[str, nn.Linear], prefix: str) -> dict[str, nn.Linear]:

@@ -170,7 +170,8 @@ def read_batches(
     model: Any, calibration: Iterable[Any], tokenizer: Any, length: int
 ) -> Iterable[dict[str, torch.Tensor]]:
     """What the model takes, of calibration text in any form that `preprocess_gptq` names; ValueError: there is none."""
-    items: list[Any] = [calibration] if isinstance(calibration, str) else list(calibration)
+    whole = isinstance(calibration, (str, torch.Tensor, Mapping))  # iterating over it would take it apart
+    items: list[Any] = [calibration] if whole else list(calibration)
     texts = [item for item in items if isinstance(item, str)]
     if texts:
         if tokenizer is None or len(texts) < len(items):
@@ -181,7 +182,8 @@ def read_batches(
     device = model.get_input_embeddings().weight.device
     for item in items:
         batch = item if isinstance(item, Mapping) else {"input_ids": item}
-        yield {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+        kept = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+        yield {key: value if value.ndim > 1 else value.unsqueeze(0) for key, value in kept.items()}
 
 
 def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[torch.Tensor]:

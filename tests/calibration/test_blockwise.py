@@ -130,6 +130,7 @@ def test_forms_of_calibration_text_and_memory():
     other = {**padded, "input_ids": torch.cat([words, padding["input_ids"].flip(0)], 1)}
     once = trained(calibration=[words])
     assert equal(once, trained(calibration=list(words.split(1))))
+    assert equal(once, trained(calibration=words))
     assert equal(once, trained(calibration=[words[:5], words[5:]]))
     assert equal(once, trained(calibration=[words], offload=True))
     assert not equal(once, trained(calibration=[words], seed=1))

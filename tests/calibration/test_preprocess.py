@@ -75,6 +75,9 @@ def test_forms_of_calibration_text_and_padding():
     found = []
     for calibration, tool in (
         ([words], None),
+        (words, None),
+        (list(words), None),
+        ({"input_ids": words}, None),
         ([{"input_ids": words}], None),
         ([padded], None),
         ([" ".join(map(str, row.tolist())) for row in words], _Tokenizer()),
