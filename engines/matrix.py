@@ -1,7 +1,7 @@
 """`make engines`: one trained checkpoint in every format, run by every engine that reads it.
 
     python3 engines/matrix.py             everything; writes benchmarks/results/formats.json
-    python3 engines/matrix.py gguf gptq   only these formats, and only their rows
+    python3 engines/matrix.py gguf gptq   only these formats (or checkpoints), and only their rows
 
 A real run, of real programs, on this machine: it trains and merges SmolLM2 (`checkpoints.py`), exports it with
 `peft_lrqat.export` (`exports.py`), makes the engines' environments (`environment.py`), and gives each engine the same
@@ -46,7 +46,7 @@ class Run:
         return f"{self.spec}-{self.format}"
 
 
-SPEC = "w4-g64"
+SPEC, SIGNED = "w4-g64", "w4-g64-signed"
 RUNS = (
     Run(SPEC, "compressed-tensors", "transformers"),
     Run(SPEC, "compressed-tensors", "vllm", "vllm", "float16"),
@@ -60,6 +60,18 @@ RUNS = (
     Run(SPEC, "torchao", "vllm", "vllm", "bfloat16"),
     Run(SPEC, "gguf", "transformers"),
     Run(SPEC, "gguf", "llamacpp"),
+    # a negative scale wherever the grid's extra level serves better above zero
+    Run(SIGNED, "compressed-tensors", "transformers"),
+    Run(SIGNED, "compressed-tensors", "vllm", "vllm", "float16"),
+    Run("w4-channel-a8-signed", "compressed-tensors", "transformers", dtype="bfloat16"),
+    Run("w4-channel-a8-signed", "compressed-tensors", "vllm", "vllm", "bfloat16"),
+    Run(SIGNED, "gptq", "gptqmodel", "gptq", "float16", answers=2),
+    Run(SIGNED, "gptq", "vllm", "vllm", "float16"),
+    Run(SIGNED, "gptq", "onnx", "onnx"),
+    Run(SIGNED, "torchao", "transformers", dtype="bfloat16"),
+    Run(SIGNED, "torchao", "vllm", "vllm", "bfloat16"),
+    Run(SIGNED, "gguf", "transformers"),
+    Run(SIGNED, "gguf", "llamacpp"),
     Run("w3-g64-in-4", "torchao", "vllm", "vllm", "bfloat16"),
     Run("w2-g64", "torchao", "vllm", "vllm", "bfloat16"),
     Run("w2-g64", "gguf", "llamacpp"),
@@ -69,18 +81,19 @@ RUNS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", help="of " + ", ".join(dict.fromkeys(run.format for run in RUNS)))
+    known = dict.fromkeys(name for run in RUNS for name in (run.format, run.spec))
+    parser.add_argument("names", nargs="*", help="formats or checkpoints, of " + ", ".join(known))
     parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="the project's python")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "engines", help="where checkpoints are kept")
     arguments = parser.parse_args()
-    runs = [run for run in RUNS if not arguments.formats or run.format in arguments.formats]
+    runs = [run for run in RUNS if not arguments.names or {run.format, run.spec} & set(arguments.names)]
     if not runs:
-        parser.error(f"no run of {', '.join(arguments.formats)}")
+        parser.error(f"no run of {', '.join(arguments.names)}")
     head = record(arguments.python, {}, "python3 engines/matrix.py")
     job = _prepare(arguments, runs)
 
     rows: list[dict[str, Any]] = []
-    kept = json.loads(RESULTS.read_text())["rows"] if arguments.formats and RESULTS.exists() else []
+    kept = json.loads(RESULTS.read_text())["rows"] if arguments.names and RESULTS.exists() else []
     for run in runs:
         folder = arguments.folder / run.folder
         mine = job | {"folder": str(folder), "dtype": run.dtype, "prompts": job["prompts"][: run.answers]}

@@ -17,6 +17,7 @@ class Spec:
     stored: str = "bfloat16"  # dtype of the scales and of what is not quantized
     dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
     act_bits: int | None = None
+    signed_scales: bool = False
 
     @property
     def grid(self) -> str:
@@ -38,6 +39,8 @@ SPECS = (
 # For matrix.py only; "ternary" is a low-bit SR model, its first rounding with a
 # few steps on top: it says nothing, but says it in every engine alike.
 EXPORTED = (
+    Spec("w4-g64-signed", 4, 64, signed_scales=True),
+    Spec("w4-channel-a8-signed", 4, -1, container_bits=8, act_bits=8, signed_scales=True),
     Spec("w4-channel-a8", 4, -1, container_bits=8, act_bits=8),
     Spec("w2-g64", 2, 64, container_bits=2),
     Spec("ternary", 1.58, 0, container_bits=2, act_bits=8),

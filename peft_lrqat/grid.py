@@ -10,6 +10,9 @@ level that the LR-QAT paper (arXiv 2406.06385, eq. 1 and 8) writes, with bounds 
 z' = z + 2^(bits-1). Keeping codes centred means that one 8-bit fixed-point format, one packing and one clip serve both
 kinds of grid.
 
+A symmetric grid has one level more below zero than above. A scale may be negative: then that level lies above. Nothing
+else changes: every formula with s holds as it is.
+
 Scales have shape (rows, groups): (out, in / group_size) per group, (out, 1) per output channel, (1, 1) per tensor.
 """
 
@@ -124,7 +127,8 @@ class GridTensor:
 
     Attributes:
         codes: int8 (out, in), in [grid.qmin, grid.qmax].
-        scale: fp32 (rows, groups), weight units per grid step, exactly as trained; rows is out, or 1 per tensor.
+        scale: fp32 (rows, groups), weight units per grid step, exactly as trained, not zero; rows is out, or 1 per
+            tensor.
         zero_point: int8 (rows, groups) in grid steps, None if the grid is symmetric.
         grid: what they lie on.
     """
@@ -211,36 +215,50 @@ def dequantize(
 
 
 def scale_bounds(scale_dtype: str) -> tuple[float, float]:
-    """Return the smallest and the largest scale that a checkpoint stores; ValueError: no such `scale_dtype`."""
+    """Return the smallest and the largest magnitude of a stored scale; ValueError: no such `scale_dtype`."""
     if scale_dtype not in _SCALE_BOUNDS:
         raise ValueError(f"`scale_dtype` is {scale_dtype!r}; allowed are {SCALE_DTYPES}.")
     return _SCALE_BOUNDS[scale_dtype]
 
 
 def scales_out_of_range(scale: torch.Tensor, start: torch.Tensor, scale_dtype: str) -> torch.Tensor:
-    """Tell where trained scales have left what a checkpoint stores, so that `snap_scale` holds them at an end: bool.
+    """Tell where trained scales have left what a checkpoint stores, so that the forward holds them at an end: bool.
 
     Args:
-        scale: fp32, as trained, not snapped; NaN is out of range.
+        scale: fp32, as trained, not snapped; NaN is out of range, and so is what has changed its sign.
         start: the same shape, what it was before training. Weights that are all zero start at the smallest scale:
             there a smaller one, above 0, is no loss.
     """
     smallest, largest = scale_bounds(scale_dtype)
+    scale, start = torch.where(start < 0, -scale, scale), start.abs()
     return ~(scale <= largest) | ~((scale >= smallest) | (start <= smallest)) | (scale <= 0)
 
 
 def snap_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
-    """Round a scale to the nearest positive one that a checkpoint stores exactly (design principle 1).
+    """Round a scale to the nearest one of its sign (0: positive) that a checkpoint stores exactly (design principle 1).
+
+    See `snap_magnitude`. Idempotent: `snap(snap(s)) == snap(s)`.
+    """
+    return with_sign_of(scale, snap_magnitude(scale.abs(), scale_dtype))
+
+
+def with_sign_of(scale: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Give magnitudes the signs of scales of the same shape; 0 counts as positive."""
+    return torch.where(scale < 0, -magnitude, magnitude)
+
+
+def snap_magnitude(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
+    """Round to the nearest positive scale that a checkpoint stores exactly.
 
     "auto" gives numbers that are exact in bf16 *and* fp16: 8 significant bits, and multiples of 2^-24 below 2^-17 where
     fp16 runs out of exponent. One checkpoint is then exact whatever dtype an engine computes in.
 
     Args:
-        scale: any shape, fp32, weight units per grid step.
+        scale: any shape, fp32, weight units per grid step; what is not positive becomes the smallest.
         scale_dtype: one of `SCALE_DTYPES`.
 
     Returns:
-        fp32 tensor of the same shape. Idempotent: `snap(snap(s)) == snap(s)`. NaN stays NaN.
+        fp32 tensor of the same shape. NaN stays NaN.
 
     Raises:
         ValueError: there is no such `scale_dtype`.

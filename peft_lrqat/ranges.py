@@ -9,16 +9,21 @@ besides, the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1)
 a weight that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. Every candidate is
 snapped to what the checkpoint can store *before* it is judged.
 
+A symmetric grid has one level more on one side. With `signed`, every scale chooses the side, by its sign: all
+candidates are tried with both, and where they tie, the positive one stays.
+
 The arithmetic is the same on every device: elementwise IEEE operations (no `pow` where p is a multiple of 1/2), sums in
 fp64. An adapter file relies on it, because loading recomputes s0 from the base model (and verifies it by a checksum).
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from .chunks import chunk_size, row_chunks
-from .grid import Grid, snap_scale
+from .grid import Grid, snap_magnitude
 
 RANGE_METHODS = ("lp", "minmax")
 LOW_BIT_RANGE_METHODS = ("absmean", "minmax", "lp")
@@ -28,7 +33,12 @@ _MARGIN = 1 + 1e-4
 
 
 def choose_range(
-    weight: torch.Tensor, grid: Grid, method: str = "lp", p: float = 2.5, scale_dtype: str = "auto"
+    weight: torch.Tensor,
+    grid: Grid,
+    method: str = "lp",
+    p: float = 2.5,
+    scale_dtype: str = "auto",
+    signed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose scales and zero points for a weight.
 
@@ -38,9 +48,10 @@ def choose_range(
         method: "lp", "minmax", or "absmean" (symmetric grids only).
         p: exponent of the error norm, > 0 (only for "lp").
         scale_dtype: see `snap_scale`.
+        signed: whether scales may be negative ("lp" and "minmax" on symmetric grids).
 
     Returns:
-        scale: fp32 (rows, groups), positive, already snapped; zero_point: int8 (rows, groups) or None if symmetric.
+        scale: fp32 (rows, groups), already snapped; zero_point: int8 (rows, groups) or None if symmetric.
 
     Raises:
         ValueError: the group size does not divide `in`; there is no such `scale_dtype`.
@@ -58,13 +69,13 @@ def choose_range(
         for rows_ in row_chunks(out_features, in_features, device):
             # (chunk rows * groups, group size): one line for each scale
             lines = weight[rows_].float().reshape(-1, in_features // groups).contiguous()
-            chosen = _search([lines], grid, method, p, scale_dtype)
+            chosen = _search([lines], grid, method, p, scale_dtype, signed)
             scale[rows_] = chosen[0].view(-1, groups)
             if zero_point is not None:
                 zero_point[rows_] = chosen[1].view(-1, groups).to(torch.int8)
     else:  # one scale for all: the chunks are the parts of a single line
         parts = [weight[rows_].float().reshape(1, -1) for rows_ in row_chunks(out_features, in_features, device)]
-        chosen = _search(parts, grid, method, p, scale_dtype)
+        chosen = _search(parts, grid, method, p, scale_dtype, signed)
         scale.copy_(chosen[0].view(1, 1))
         if zero_point is not None:
             zero_point.copy_(chosen[1].view(1, 1))
@@ -72,7 +83,7 @@ def choose_range(
 
 
 def _search(
-    parts: list[torch.Tensor], grid: Grid, method: str, p: float, scale_dtype: str
+    parts: list[torch.Tensor], grid: Grid, method: str, p: float, scale_dtype: str, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the best (scale, centred zero point) of each line, fp32 (lines,); `parts` are (lines, n) tensors that
     together make up the lines."""
@@ -82,10 +93,13 @@ def _search(
     if method == "absmean":
         count = sum(part.shape[1] for part in parts)
         total = torch.stack([_line_sum(part.float().abs()) for part in parts]).sum(dim=0)
-        scale = snap_scale((total / (count * grid.qmax)).float(), scale_dtype)
+        scale = snap_magnitude((total / (count * grid.qmax)).float(), scale_dtype)
         return scale, torch.zeros_like(scale)
     top = grid.qmax if grid.symmetric else grid.qmax - grid.qmin
     scale, zero = _smallest_that_clips_nothing(lo, hi, grid, scale_dtype)
+    if signed:  # the codes of W with a negative scale are those of -W with a positive one
+        turned, _ = _smallest_that_clips_nothing(-hi, -lo, grid, scale_dtype)
+        scale = torch.where(turned < scale, -turned, scale)
     if method == "minmax":
         return scale, zero
 
@@ -97,16 +111,18 @@ def _search(
     widest = max(part.numel() for part in parts)
     at_a_time = min(len(divisors), max(1, chunk_size(lo.device) // max(1, widest)))  # small weights: fewer launches
     work, spare = (torch.empty(at_a_time * widest, device=lo.device) for _ in range(2))
-    for first in range(0, len(divisors), at_a_time):
+    starts = range(0, len(divisors), at_a_time)
+    for sign, first in itertools.product((1, -1) if signed else (1,), starts):
         some = divisors[first : first + at_a_time]
         scale, zero = _candidates(lo, hi, some, grid, scale_dtype)
+        scale *= sign
         if min(some) > top and bool((_least_clipping(lo, hi, scale, zero, grid) ** p > best_error * _MARGIN).all()):
             continue  # the largest weight alone costs more than the best candidate so far: for every line
         error = torch.zeros(scale.shape, dtype=torch.float64, device=lo.device)
         for part in parts:
             size = len(some) * part.numel()
             error += _error(part, scale, zero, grid, p, work[:size], spare[:size])
-        error *= scale.double() ** p
+        error *= scale.double().abs() ** p
         winner = error.argmin(dim=0, keepdim=True)  # the first of equals
         error, scale, zero = (values.gather(0, winner).squeeze(0) for values in (error, scale, zero))
         better = error < best_error
@@ -121,8 +137,8 @@ def _least_clipping(
 ) -> torch.Tensor:
     """Bound a line's largest error from below, in weight units, by what the grid's ends cut off its extremes; fp64."""
     step, zero = scale.double(), zero.double()
-    below = step * (grid.qmin - zero) - lo
-    above = hi - step * (grid.qmax - zero)
+    ends = step * (grid.qmin - zero), step * (grid.qmax - zero)
+    below, above = torch.minimum(*ends) - lo, hi - torch.maximum(*ends)
     return torch.maximum(below, above).clamp_(min=0)
 
 
@@ -132,7 +148,7 @@ def _smallest_that_clips_nothing(
     """Choose the scale and centred zero point of each line by its extremes; fp32 (lines,)."""
     if grid.symmetric:
         top, bottom = torch.tensor([[grid.qmax], [grid.qmin]], dtype=torch.float32, device=lo.device)
-        scale = snap_scale(torch.maximum(hi / top, lo / bottom), scale_dtype)
+        scale = snap_magnitude(torch.maximum(hi / top, lo / bottom), scale_dtype)
         return scale, torch.zeros_like(scale)
     scale, zero = _candidates(lo, hi, [grid.qmax - grid.qmin], grid, scale_dtype)
     return scale[0], zero[0]
@@ -146,10 +162,10 @@ def _candidates(
     # tensors on the device: a GPU divides by a Python number by multiplying with its rounded inverse
     steps = torch.tensor(divisors, dtype=torch.float32, device=lo.device).unsqueeze(1)
     if grid.symmetric:
-        scale = snap_scale(torch.maximum(hi, -lo) / steps, scale_dtype)
+        scale = snap_magnitude(torch.maximum(hi, -lo) / steps, scale_dtype)
         return scale, torch.zeros_like(scale)
     top = grid.qmax - grid.qmin
-    scale = snap_scale((hi - lo) / steps, scale_dtype)
+    scale = snap_magnitude((hi - lo) / steps, scale_dtype)
     # clipping shrinks both ends alike; a coarser step clips nothing
     kept = torch.tensor([min(1.0, top / d) for d in divisors], dtype=torch.float32, device=lo.device).unsqueeze(1)
     zero = (-lo * kept / scale).round_() + grid.qmin

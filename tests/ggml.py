@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from peft_lrqat.grid import Grid, GridTensor
+from tests.grids import either_sign
 
 pytest.importorskip("xllamacpp", reason="ggml comes with xllamacpp")
 
@@ -136,10 +137,10 @@ class Llama:
 
 
 def filled(grid: Grid, rows: int = 4, columns: int = 512) -> GridTensor:
-    """Random codes with both ends of the grid in every row, random scales and zero points."""
+    """Random codes with both ends of the grid in every row, random scales of both signs, or zero points."""
     codes = torch.randint(grid.qmin, grid.qmax + 1, (rows, columns)).to(torch.int8)
     codes[:, 0], codes[:, -1] = grid.qmin, grid.qmax
     shape = grid.scale_shape(rows, columns)
-    scale = (torch.rand(shape) * 0.1 + 0.01).bfloat16().float()
+    scale = either_sign((torch.rand(shape) * 0.1 + 0.01).bfloat16().float(), grid)
     zero_point = None if grid.symmetric else torch.randint(grid.qmin, grid.qmax + 1, shape).to(torch.int8)
     return GridTensor(codes, scale, zero_point, grid)

@@ -16,13 +16,21 @@ from tests.models import adapted, tiny
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 
 
+def either_sign(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The scales with random signs, on grids where that means something."""
+    if grid.ternary or not grid.symmetric:
+        return scale
+    return torch.where(torch.rand(scale.shape) < 0.5, -scale, scale)
+
+
 def random_tensor(grid: Grid, out_features: int, in_features: int, scale_dtype: str = "auto") -> GridTensor:
-    """Codes that are uniform on the grid, and scales of a usual size; zero points above the lowest code."""
+    """Codes that are uniform on the grid, and scales of a usual size, of both signs where `signed_scales` gives such;
+    zero points above the lowest code."""
     codes = torch.randint(grid.qmin, grid.qmax + 1, (out_features, in_features), dtype=torch.int8)
     codes[0, 0], codes[-1, -1] = grid.qmin, grid.qmax
     shape = grid.scale_shape(out_features, in_features)
     spread = max(1, grid.qmax - grid.qmin) * in_features**0.5
-    scale = snap_scale((0.5 + torch.rand(shape)) * 4 / spread, scale_dtype)
+    scale = either_sign(snap_scale((0.5 + torch.rand(shape)) * 4 / spread, scale_dtype), grid)
     zero = None if grid.symmetric else torch.randint(grid.qmin + 1, grid.qmax + 1, shape, dtype=torch.int8)
     return GridTensor(codes, scale, zero, grid)
 

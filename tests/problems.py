@@ -119,7 +119,7 @@ def problem(
     """
     grid = Grid(bits, group_size, symmetric)
     weight = torch.randn(rows, cols) * 0.02
-    scale, zero = choose_range(weight, grid, "minmax")
+    scale, zero = choose_range(weight, grid, "minmax", signed=symmetric)
     levels = grouped(weight, scale) / scale.unsqueeze(-1)
     if zero is not None:
         levels = levels + zero.unsqueeze(-1)

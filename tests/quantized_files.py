@@ -80,6 +80,8 @@ def random_layer(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.
     scale = scale.to(torch.float16).to(spec.scale_dtype or spec.dtype)
     low = grid.qmin + (spec.method == "gptq")  # version 1 has no zero point at the lower end
     zero = torch.randint(low, grid.qmax + 1, shape, generator=generator)
+    if spec.symmetric:  # as Gemma's 4-bit releases have them, and llama.cpp's Q4_0
+        scale = torch.where(zero < 0, -scale, scale)
     return codes, scale, zero * (not spec.symmetric)
 
 

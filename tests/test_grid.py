@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from peft_lrqat import Grid
-from peft_lrqat.grid import SCALE_DTYPES, code_range, dequantize, quantize, rows_of, snap_scale, sum_per_scale
+from peft_lrqat.grid import (
+    SCALE_DTYPES,
+    code_range,
+    dequantize,
+    quantize,
+    rows_of,
+    scales_out_of_range,
+    snap_scale,
+    sum_per_scale,
+)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -110,6 +119,21 @@ def test_snapping_is_to_the_nearest_number_that_both_dtypes_hold():
     scale = scale[(scale > both.min()) & (scale < both.max())]
     nearest = (scale.double().unsqueeze(1) - both).abs().amin(dim=1)
     assert torch.equal((snap_scale(scale, "auto").double() - scale.double()).abs(), nearest)
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+def test_a_scale_keeps_its_sign(scale_dtype):
+    scale = _positive_floats()
+    scale = scale[scale > 0]
+    assert torch.equal(snap_scale(-scale, scale_dtype), -snap_scale(scale, scale_dtype))
+    assert (snap_scale(torch.tensor([0.0, -0.0]), scale_dtype) > 0).all()
+
+
+def test_a_scale_is_lost_where_it_leaves_the_range_or_changes_its_sign():
+    start = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, -(2.0**-24), -1.0])
+    scale = torch.tensor([0.5, -0.5, -0.5, 0.5, 1e6, -1e6, -(2.0**-26), torch.nan])
+    lost = scales_out_of_range(scale, start, "auto")
+    assert lost.tolist() == [False, False, True, True, True, True, False, True]
 
 
 def test_unknown_scale_dtype():

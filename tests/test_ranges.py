@@ -275,3 +275,34 @@ def test_powers_are_made_of_operations_that_are_rounded_alike_everywhere(monkeyp
 def test_group_size_must_divide():
     with pytest.raises(ValueError, match="does not divide"):
         choose_range(torch.randn(4, 20), Grid(4, 8))
+
+
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("method", ranges.RANGE_METHODS)
+def test_a_signed_scale_is_the_better_one_of_the_weight_and_of_its_mirror_image(method, bits, group_size):
+    weight, grid = all_weights(), Grid(bits, group_size)
+    lines = as_lines(weight, grid)
+    found = choose_range(weight, grid, method, signed=True)[0].flatten()
+    sides = [choose_range(weight, grid, method)[0].flatten(), -choose_range(-weight, grid, method)[0].flatten()]
+    assert ((found == sides[0]) | (found == sides[1])).all()
+    zero = torch.zeros_like(found)
+    cost = [side.abs().double() if method == "minmax" else errors(lines, side, zero, grid, 2.5) for side in sides]
+    clear = (cost[1] - cost[0]).abs() > 1e-5 * cost[0]
+    assert torch.equal(found[clear], torch.where(cost[1] < cost[0], sides[1], sides[0])[clear])
+    assert method == "lp" or (found[~clear] > 0).all()
+    assert group_size == 0 or (found < 0).any()
+
+
+@pytest.mark.parametrize("method", ranges.RANGE_METHODS)
+def test_a_lattice_of_signed_scales_keeps_its_weights_and_its_scales(method):
+    """As ggml's Q4_0 has them: d, an fp16 number, is a block's extremum divided by -8."""
+    grid = Grid(4, 32)
+    codes = torch.randint(-8, 8, (64, 256), dtype=torch.int8)
+    codes[:, ::32] = -8
+    d = (torch.randn(64, 8) * 0.01).half().float()
+    weight = dequantize(codes, d, None, torch.float32)
+    scale, _ = choose_range(weight, grid, method, scale_dtype="fp16", signed=True)
+    assert torch.equal(scale, d)
+    assert torch.equal(quantize(weight, scale, None, grid), codes)
+    assert not torch.equal(choose_range(weight, grid, method, scale_dtype="fp16")[0].abs(), d.abs())

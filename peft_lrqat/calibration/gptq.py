@@ -29,6 +29,7 @@ def gptq_round(
     range_method: str = "lp",
     range_p: float = 2.5,
     scale_dtype: str = "auto",
+    signed_scales: bool = False,
     damping: float = 0.01,
 ) -> GridTensor:
     """Codes and scales of a weight, chosen for its inputs.
@@ -36,8 +37,8 @@ def gptq_round(
     Args:
         weight: (out, in), weight units, any float dtype.
         hessian: fp32 (in, in), the sum of x^T x over the layer's inputs, any positive factor.
-        range_method, range_p, scale_dtype: where scales come from, see `choose_range`; they are those of the weight
-            before any column was moved.
+        range_method, range_p, scale_dtype, signed_scales: where scales come from, see `choose_range`; they are those of
+            the weight before any column was moved.
         damping: what is added to the diagonal of `hessian`, as a fraction of its mean.
 
     Raises:
@@ -47,7 +48,7 @@ def gptq_round(
     """
     work = weight.detach().to(torch.float32, copy=True)
     out_features, in_features = work.shape
-    scale, zero_point = choose_range(work, grid, range_method, range_p, scale_dtype)
+    scale, zero_point = choose_range(work, grid, range_method, range_p, scale_dtype, signed_scales)
     per_scale = in_features // scale.shape[1]
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damping)

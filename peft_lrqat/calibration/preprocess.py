@@ -39,8 +39,8 @@ def preprocess_gptq(
 
     Args:
         model: a float causal language model of transformers.
-        config: its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`, `scale_dtype`) and
-            target modules are used.
+        config: its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`, `scale_dtype`,
+            `signed_scales`) and target modules are used.
         calibration: texts, or token ids (batch, length), or what the model takes (`input_ids`, `attention_mask`), for
             instance from a DataLoader. 64 to 256 windows of 1024 tokens are usual.
         tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
@@ -87,6 +87,7 @@ def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, dam
         range_method=config.range_method,
         range_p=config.range_p,
         scale_dtype=config.scale_dtype,
+        signed_scales=config.signed_scales,
         damping=damping,
     )
     return merged_layer(weight, layer.bias, config.stored_bits, layer.weight.dtype)

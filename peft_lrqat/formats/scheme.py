@@ -74,7 +74,8 @@ class Scales:
     """The small tensors of a layer, checked.
 
     Attributes:
-        scale: fp32 (rows, groups) of `grid`, weight units per grid step, finite and not negative.
+        scale: fp32 (rows, groups) of `grid`, weight units per grid step, finite; negative where the
+            side with one level more lies above zero (`signed_scales`).
         zero_point: int8 (rows, groups) in grid steps, None if the grid is symmetric.
         grid: of the container, or the narrower one that was recorded.
         dtype: of the scales in the file.
@@ -101,8 +102,8 @@ def check_scales(
         where: the layer's name, for messages.
 
     Raises:
-        ValueError: a shape or a dtype is not what the scheme needs; a scale is negative, infinite or NaN; a zero point
-            lies outside of the grid, or beside rounded activations.
+        ValueError: a shape or a dtype is not what the scheme needs; a scale is infinite or NaN; a zero point lies
+            outside of the grid, or beside rounded activations.
     """
     dtype = scale.dtype
     if dtype not in _FLOATS:
@@ -134,10 +135,10 @@ def check_scales(
             "from a symmetric checkpoint, or from the float model."
         )
     scale = scale.float()
-    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+    if not bool(torch.isfinite(scale).all()):
         raise ValueError(
-            f"Layer {where!r} has scales that are negative, infinite or NaN. A trained grid has positive scales: the "
-            "checkpoint is damaged, or its tool writes others. Download it again, or quantize the model again."
+            f"Layer {where!r} has scales that are infinite or NaN: the checkpoint is damaged. Download it again, or "
+            "quantize the model again."
         )
     if bool((scale == 0).all()):
         raise ValueError(f"Layer {where!r} has only scales of zero: the checkpoint is damaged. Download it again.")

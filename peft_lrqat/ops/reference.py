@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import row_chunks
-from ..grid import grouped, rows_of, snap_scale, sum_per_scale
+from ..grid import grouped, rows_of, snap_magnitude, sum_per_scale, with_sign_of
 from ..packing import unpack
 from .factors import Factors, optional_factors
 from .stored_base import BaseFormat, decode_base
@@ -47,8 +47,13 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
 
 
 def snapped_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Tensor:
-    """Compute s = snap(s0 (1 + shift)): fp32 (rows, groups), weight units per grid step; s0 itself without a shift."""
-    return scale0 if shift is None else snap_scale(scale0 * (1 + shift.float()), scale_dtype)
+    """Compute s = snap(s0 (1 + shift)): fp32 (rows, groups), weight units per grid step; s0 itself without a shift.
+
+    It keeps the sign of s0: a scale that training has moved through zero is held at the smallest that is stored.
+    """
+    if shift is None:
+        return scale0
+    return with_sign_of(scale0, snap_magnitude(scale0.abs() * (1 + shift.float()), scale_dtype))
 
 
 def rounded_levels(base: Tensor, factors: Factors | None, fmt: BaseFormat) -> Tensor:

@@ -11,7 +11,8 @@ Everything happens in fp32 on the rows at hand; in and out go packed codes and t
     e = (clip(q + d) - q') s                                                 what the rounding lost, weight units
     m += (1 - b1^t) (1 - 1/b1) (sqrt(v^) + eps) e / eta                      error feedback (ECO, arXiv 2601.22101)
 
-eta is the learning rate eta0 in weight units, or eta0 s with lr_unit="grid", where the learning rate counts grid steps.
+eta is the learning rate eta0 in weight units, or eta0 |s| with lr_unit="grid", where the learning rate counts grid
+steps.
 The remainder e is taken inside the grid, so that a weight at the end of its range does not wind up a momentum that
 points outwards. With eta = 0 nothing moves, and nothing is fed back.
 
@@ -37,7 +38,7 @@ from typing import NamedTuple
 import torch
 
 from ..chunks import row_chunks
-from ..grid import Grid, grouped, rows_of
+from ..grid import Grid, grouped, rows_of, with_sign_of
 from ..packing import pack, unpack
 from ..rounding import poison, random_words, round_stochastically, spare_dither, uniform
 
@@ -191,14 +192,16 @@ def update_rows(
     adam = m / denominator
     if rule.beta1:
         adam = adam / correction1
-    adam = grouped(adam, scale) if rule.lr_unit == "grid" else grouped(adam, scale) / step_size
+    adam = grouped(adam, scale)
+    adam = with_sign_of(step_size, adam) if rule.lr_unit == "grid" else adam / step_size
     move = -lr * (adam.reshape_as(codes) + rule.weight_decay * codes)
     rounded = round_stochastically(codes, move, uniform(words), rule.grid)
 
     if rule.error_feedback:
         lost = (codes + move).clamp(rule.grid.qmin, rule.grid.qmax) - rounded
-        if rule.lr_unit != "grid":
-            lost = (grouped(lost, scale) * step_size).reshape_as(codes)
+        lost = grouped(lost, scale)
+        lost = with_sign_of(step_size, lost) if rule.lr_unit == "grid" else lost * step_size
+        lost = lost.reshape_as(codes)
         factor = correction1 * (1 - 1 / rule.beta1) / torch.where(lr > 0, lr, torch.inf)
         m = m + factor * denominator * lost
     _write_momentum(state, m, words)

@@ -171,7 +171,6 @@ _GPTQ, _PACKED, _INT8 = (
     Spec("w8a8", 8, -1),
 )
 DAMAGE = {
-    "a scale is negative": (_GPTQ, _set("scales", -0.1), "negative"),
     "a scale is infinite": (_GPTQ, _set("scales", float("inf")), "infinite"),
     "a scale is NaN": (_PACKED, _set("weight_scale", float("nan")), "NaN"),
     "a scale is zero": (_GPTQ, _set("scales", 0.0), "scales of zero whose codes"),

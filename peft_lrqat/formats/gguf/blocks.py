@@ -202,7 +202,7 @@ def _unpack_q2_k(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pack_q3_k(block: Contents) -> torch.Tensor:
-    d, factors = multiples(block.scale, 31)
+    d, factors = multiples(block.scale, 31, signed=True)
     codes, stored = within(block.levels, -4, 3) + 4, factors + 32
     high, low = put(codes >> 2, (1, 8, 32), 1), put(codes & 3, (2, 4, 32), 2)
     return torch.cat([high, low, put(stored & 15, (1, 2, 8), 4), put(stored >> 4, (1, 4, 4), 2), half(d)], 1)
@@ -251,7 +251,7 @@ def _unpack_q5_k(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pack_q6_k(block: Contents) -> torch.Tensor:
-    d, factors = multiples(block.scale, 127)
+    d, factors = multiples(block.scale, 127, signed=True)
     codes = within(block.levels, -32, 31) + 32
     bits = [put(codes & 15, (2, 2, 64), 4), put(codes >> 4, (2, 4, 32), 2)]
     return torch.cat([*bits, factors.to(torch.uint8), half(d)], 1)

@@ -113,9 +113,11 @@ def holds(stored: torch.Tensor, kind: BlockType, tensor: GridTensor) -> bool:
     for part in row_chunks(rows, cols, tensor.codes.device):
         levels, scale = from_blocks(stored[part], kind)
         wanted = contents(rows_of(tensor, part), kind)
-        if not torch.equal(levels.view_as(wanted.levels), wanted.levels):
+        if not torch.equal(scale.view_as(wanted.scale).abs(), wanted.scale.abs()):
             return False
-        if not torch.equal(scale.view_as(wanted.scale), wanted.scale):
+        # types that may turn a block around do not keep the sign of its scale, but that of level x scale
+        signs = (scale.view_as(wanted.scale) * wanted.scale).sign().to(levels.dtype).repeat_interleave(kind.part, 1)
+        if not torch.equal(levels.view_as(wanted.levels) * signs, wanted.levels):
             return False
     return True
 

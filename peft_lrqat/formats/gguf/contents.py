@@ -83,11 +83,17 @@ def only(scale: torch.Tensor) -> torch.Tensor:
     return scale[:, :1]
 
 
-def multiples(scale: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greatest d (n, 1) of which all scales of a block are multiples, and the multiples, int64 (n, parts).
+def multiples(scale: torch.Tensor, largest: int, signed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The d (n, 1) of greatest magnitude of which all scales of a block are multiples, and the multiples, int64
+    (n, parts).
+
+    d has the sign of the block's first scale, so multiples are positive where all scales have one sign.
+
+    Args:
+        signed: whether multiples may be negative.
 
     Raises:
-        NotExact: a multiple would be above `largest`.
+        NotExact: a multiple would be above `largest` (or below its negative), or negative where it may not.
     """
     steps = scale.double() * 2.0**24  # fp16 numbers are multiples of 2^-24
     whole = steps.to(torch.int64)
@@ -96,8 +102,11 @@ def multiples(scale: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Te
     common = whole[:, :1].clone()
     for i in range(1, whole.shape[1]):
         common = torch.gcd(common, whole[:, i : i + 1])
+    common *= whole[:, :1].sign()
     factors = whole // common
-    if int(factors.max()) > largest:
+    if not signed and int(factors.min()) < 0:
+        raise NotExact("the scales of a block of 256 weights have both signs, and their factors have none")
+    if int(factors.abs().max()) > largest:
         raise NotExact(f"the scales of a block of 256 weights are not multiples, up to {largest}, of one fp16 number")
     return (common.double() * 2.0**-24).float(), factors
 

@@ -145,7 +145,8 @@ def _values_problem(source: Source, name: str, info: LayerInfo, settings: Settin
     if settings.options.type == "auto":
         return None
     kind = BLOCK_TYPES[settings.options.type]
-    fits_fp16 = not kind.offset or float(source.scale(name).max()) <= 2**8  # an offset is up to 2^7 times the scale
+    # an offset is up to 2^7 times the scale
+    fits_fp16 = not kind.offset or float(source.scale(name).abs().max()) <= 2**8
     if fits_fp16 and choice.fit(kind, info.grid, info.in_features).certain:
         return None
     try:

@@ -204,8 +204,7 @@ def _update_kernel(
     adam = tl.div_rn(m, denominator)
     if m_values is not None:
         adam = tl.div_rn(adam, c1)
-    if not GRID_UNIT:
-        adam = tl.div_rn(adam, s)
+    adam = tl.where(s < 0, -adam, adam) if GRID_UNIT else tl.div_rn(adam, s)
     move = -rate * (adam + weight_decay * q)
     target = q + tl.floor(move + _uniform(random, 9, 23))
     rounded = tl.clamp(tl.where(target == target, target, 0.0), QMIN, QMAX)
@@ -215,8 +214,7 @@ def _update_kernel(
     if m_values is not None:
         if FEEDBACK:
             lost = tl.clamp(q + move, QMIN, QMAX, propagate_nan=tl.PropagateNan.ALL) - rounded
-            if not GRID_UNIT:
-                lost = lost * s
+            lost = tl.where(s < 0, -lost, lost) if GRID_UNIT else lost * s
             factor = tl.div_rn(c1 * feedback, tl.where(rate > 0, rate, float("inf")))
             m = m + factor * denominator * lost
         if m_step is not None:

@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
 
 @triton.jit
 def _snap(s, SNAP: tl.constexpr):
-    """Snap as `grid.snap_scale` does, bit for bit; NaN stays NaN."""
+    """Snap as `grid.snap_magnitude` does, bit for bit; NaN stays NaN."""
     if SNAP == 0:  # exact in bf16 and fp16
         kept = tl.clamp(s, 5.9604644775390625e-08, 65280.0)
         small = round_half_even(kept * 16777216.0) * 5.9604644775390625e-08
@@ -74,10 +74,11 @@ def _snap(s, SNAP: tl.constexpr):
 
 @triton.jit
 def trained_scale(scale0, shift, at, ok, SNAP: tl.constexpr):
-    """Compute s = snap(s0 (1 + shift)) of some entries."""
+    """Compute s = snap(s0 (1 + shift)) of some entries, with the sign of s0."""
     s = tl.load(scale0 + at, mask=ok, other=1.0)
     if shift is not None:
-        s = _snap(s * (1.0 + tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)), SNAP)
+        kept = _snap(tl.abs(s) * (1.0 + tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)), SNAP)
+        s = tl.where(s < 0, -kept, kept)
     return s
 
 

@@ -36,7 +36,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 FACTOR = Content("finite numbers", _FLOATS, lambda values: bool(values.isfinite().all()))
 SCALE = Content(
-    "finite numbers above 0", (torch.float32,), lambda values: bool((values.isfinite() & (values > 0)).all())
+    "finite numbers, none of them 0", (torch.float32,), lambda values: bool((values.isfinite() & (values != 0)).all())
 )
 CODES = Content("packed codes", (torch.int32,))
 STREAM = Content("a key and a count", (torch.int64,), lambda values: values.numel() == 2 and int(values[1]) >= 0)

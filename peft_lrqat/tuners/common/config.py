@@ -43,6 +43,8 @@ class GridConfig(PeftConfigMixin):
     group_size: int
     container_bits: int | None
     scale_dtype: str
+    signed_scales: bool
+    range_method: Any
     range_p: float
     base_model_name_or_path: str | None
     base_fingerprint: str | None
@@ -142,6 +144,22 @@ class GridConfig(PeftConfigMixin):
                 "with int8 weights. Use 8 or None."
             )
         self.container_bits = 8
+
+    def check_signed_scales(self) -> None:
+        """Raise ValueError if `signed_scales` has no meaning on the grid."""
+        if not self.signed_scales:
+            return
+        if self.grid.ternary or self.range_method == "absmean":
+            raise ValueError(
+                "`signed_scales` is True, which lets every scale choose the side on which the grid has one level more, "
+                f"but {'the ternary grid has as many on both' if self.grid.ternary else 'absmean looks at no side'}. "
+                f"Leave it out{'' if self.grid.ternary else ', or use range_method=' + repr('lp')}."
+            )
+        if not self.grid.symmetric:
+            raise ValueError(
+                "`signed_scales` is True with `symmetric=False`, but zero points place the levels already. Use one of "
+                "the two."
+            )
 
     def check_container(self) -> None:
         """Raise ValueError if the codes of the checkpoint do not fit into `container_bits`."""

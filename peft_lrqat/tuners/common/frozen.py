@@ -102,14 +102,15 @@ class FrozenWeight(nn.Module, KeepsWeight):
         downcast: str,
         scale_dtype: str,
         compute_dtype: torch.dtype,
-        ranges: tuple[str, float] | None = None,
+        ranges: tuple[str, float, bool] | None = None,
         transposed: bool = False,
     ) -> None:
         """A description without tensors; `of_floats` and `of_codes` make a base.
 
         Args:
             shape: (out, in).
-            ranges: method and exponent by which the scales of a float weight are chosen; None: it was quantized before.
+            ranges: method and exponent by which the scales of a float weight are chosen, and whether they have signs;
+                None: it was quantized before.
         """
         super().__init__()
         self.out_features, self.in_features = shape
@@ -129,6 +130,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         range_p: float = 2.5,
         scale_dtype: str = "auto",
         *,
+        signed_scales: bool = False,
         transposed: bool = False,
         convert_on: torch.device | None = None,
         source_checksum: int | None = None,
@@ -143,7 +145,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         weight = layer.weight.detach()
         weight = weight.t() if transposed else weight
         out_features, in_features = weight.shape
-        ranges = (range_method, range_p)
+        ranges = (range_method, range_p, signed_scales)
         frozen = cls((out_features, in_features), grid, downcast, scale_dtype, weight.dtype, ranges, transposed)
         there = weight if convert_on is None else weight.to(convert_on)
         base, scale, zero_point = frozen._convert(there)
@@ -202,7 +204,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
     def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(base, s0, zero point) of a float (out, in) weight, a row chunk at a time."""
         assert self.ranges is not None
-        scale, zero_point = choose_range(weight, self.grid, *self.ranges, self.scale_dtype)
+        method, p, signed = self.ranges
+        scale, zero_point = choose_range(weight, self.grid, method, p, self.scale_dtype, signed)
         parts = []
         for rows in row_chunks(self.out_features, self.in_features, weight.device):
             levels = grouped(weight[rows].float().contiguous(), scale) / rows_of(scale, rows).unsqueeze(-1)

@@ -46,9 +46,9 @@ def describe_lost(scale_dtype: str) -> str:
     """What has happened to scales that training has lost, and what to do: the end of a sentence, and one more."""
     smallest, largest = scale_bounds(scale_dtype)
     return (
-        f"have left what `scale_dtype={scale_dtype!r}` holds ({smallest:.3g} to {largest:.3g}), or are not finite: the "
-        "forward holds them at the end of that range, and training does not move them any more. Take an earlier "
-        "checkpoint, and a lower learning rate for the scales, or `learn_scales=False`."
+        f"have left what `scale_dtype={scale_dtype!r}` holds (magnitudes of {smallest:.3g} to {largest:.3g}), or are "
+        "not finite: the forward holds them at the end of that range, and training does not move them any more. Take "
+        "an earlier checkpoint, and a lower learning rate for the scales, or `learn_scales=False`."
     )
 
 

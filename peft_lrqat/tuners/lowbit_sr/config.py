@@ -93,6 +93,13 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         },
     )
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    signed_scales: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the sign of a scale chooses the side of zero on which the symmetric grid has its extra "
+            "level (-8 to 7, or -7 to 8): rounding loses less, above all at 2 to 4 bits in groups, at no cost."
+        },
+    )
     learn_scales: bool = field(default=False, metadata={"help": "Train the scales, as relative changes in fp32."})
     error_feedback: bool = field(
         default=False,
@@ -196,6 +203,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     def recipe(self) -> str:
         extras = [f"{self.bits}-bit codes, ranges by {self.range_method}"]
+        if self.signed_scales:
+            extras.append("signed scales")
         if self.error_feedback:
             extras.append("error feedback")
         if self.learn_scales:
@@ -213,6 +222,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         """Raise ValueError if an option is out of range, or options contradict each other."""
         self.check_fields()
         self._check_grid()
+        self.check_signed_scales()
         self.check_container()
         self._check_export()
 

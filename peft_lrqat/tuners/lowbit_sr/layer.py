@@ -97,6 +97,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             config.range_method or "minmax",
             config.range_p,
             config.scale_dtype,
+            signed_scales=config.signed_scales,
             transposed=isinstance(base_layer, Conv1D),
             source_checksum=source_checksum,
         )

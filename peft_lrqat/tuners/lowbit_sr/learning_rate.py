@@ -41,7 +41,7 @@ def check_rate(optimizer: Optimizer) -> None:
             continue
         some = weights[:: max(1, len(weights) // 16)]
         size = median(_size(weight) for weight in some)
-        step = median(float(weight.scale.median()) for weight in some)
+        step = median(float(weight.scale.abs().median()) for weight in some)
         rate = max(float(group["lr"]), float(group.get("initial_lr", 0))) * float(group.get("d", 1))  # d: Prodigy's
         if group.get("lr_unit") == "grid":
             rate *= step

@@ -127,6 +127,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
                 config.range_method,
                 config.range_p,
                 config.scale_dtype,
+                signed_scales=config.signed_scales,
                 transposed=transposed,
                 convert_on=config.conversion_device(),
                 source_checksum=source_checksum,

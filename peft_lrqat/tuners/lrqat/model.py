@@ -29,6 +29,7 @@ class LRQATModel(QuantizingModel):
         "range_method",
         "range_p",
         "scale_dtype",
+        "signed_scales",
         "act_bits",
     )
     _combining: tuple[str, ...] = ()  # the adapters, within add_weighted_adapter

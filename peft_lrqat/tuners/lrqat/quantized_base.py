@@ -64,6 +64,7 @@ def adopt_base(model: nn.Module, targets: dict[str, nn.Module], config: LRQATCon
             "grid, start from the float model."
         )
     config.check_int8_activations()
+    config.check_signed_scales()
     container = next(iter(packed.values())).bits if bits is None else bits
     if config.container_bits is None and container > config.bits:
         config.container_bits = container
@@ -155,7 +156,7 @@ def _adopt_scale_dtype(packed: dict[str, QuantizedLinear], config: LRQATConfig) 
     holds = [name for name in SCALE_DTYPES if torch.equal(snap_scale(scales, name), scales)]
     if not config.adopt(scale_dtype=holds[0]) or config.scale_dtype in holds:
         return
-    change = ((snap_scale(scales, config.scale_dtype) - scales).abs() / scales).max().item()
+    change = ((snap_scale(scales, config.scale_dtype) - scales) / scales).abs().max().item()
     warnings.warn(
         f"`scale_dtype={config.scale_dtype!r}` does not hold the scales of the quantized base: they are rounded, by up "
         f"to {change:.1g} of their size, so the model at step 0 is not exactly the one that was loaded. "

@@ -27,7 +27,7 @@ DAMAGE: dict[str, dict[str, list]] = {
         "lora_scale_shift.weight": [NAN, INF, torch.int64],
     },
     "Low-bit SR": {
-        "lowbitsr_scale": [NAN, INF, 0.0, -0.01, torch.float16],
+        "lowbitsr_scale": [NAN, INF, 0.0, torch.float16],
         "lowbitsr_codes": [torch.float32, torch.int64],
         "lowbitsr_stream": [torch.int32, -5],
     },

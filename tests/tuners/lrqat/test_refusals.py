@@ -28,6 +28,7 @@ IDS = tokens()
         ({"downcast": "int4"}, "`downcast` is 'int4'; allowed are 'fx8'"),
         ({"bits": 8, "downcast": "fx8"}, "Use 'int'"),
         ({"act_bits": 8, "group_size": -1, "symmetric": False}, "`act_bits` is 8 with `symmetric=False`"),
+        ({"signed_scales": True, "symmetric": False}, "`signed_scales` is True with `symmetric=False`"),
         ({"lora_dropout": 0.1}, "`lora_dropout` is 0.1"),
         ({"init_lora_weights": "pissa"}, "`init_lora_weights` is 'pissa'; LR-QAT knows True, False and 'loftq'"),
         ({"init_lora_weights": "gaussian"}, "`init_lora_weights` is 'gaussian'"),
@@ -115,15 +116,15 @@ def test_a_tied_table_is_refused():
 def test_adapters_of_one_model_share_the_rounding_of_activations():
     model = adapted(tiny(), bits=4, group_size=-1)
     with pytest.raises(ValueError, match=r"share its converted base.*act_bits=8"):
-        model.add_adapter("other", config(bits=4, group_size=-1, act_bits=8))
+        model.add_adapter("other", config(bits=4, group_size=-1, act_bits=8, signed_scales=False))
 
 
-@pytest.mark.parametrize("option", [{"symmetric": False}, {"downcast": "int"}])
+@pytest.mark.parametrize("option", [{"symmetric": False}, {"downcast": "int"}, {"signed_scales": True}])
 def test_adapters_of_one_model_share_a_grid(option: dict):
     model = adapted(tiny(), bits=4, group_size=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"share its converted base.*{next(iter(option))}="):
-        model.add_adapter("other", config(**option))
+        model.add_adapter("other", config(**{"signed_scales": False, **option}))
     assert list(model.peft_config) == ["default"]
     assert model.state_dict().keys() == before.keys()
 
@@ -131,7 +132,7 @@ def test_adapters_of_one_model_share_a_grid(option: dict):
 def test_loftq_needs_the_float_weight():
     model = adapted(tiny())
     with pytest.raises(ValueError, match=r"needs the float weight.*first adapter"):
-        model.add_adapter("other", config(group_size=-1, init_lora_weights="loftq"))
+        model.add_adapter("other", config(group_size=-1, init_lora_weights="loftq", signed_scales=False))
 
 
 # -- adapter files
