@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..grid import Grid, GridTensor, dequantize, grouped, snap_scale, sum_per_scale
+from ..grid import Grid, GridTensor, dequantize, grouped, snap_magnitude, sum_per_scale, with_sign_of
 from ..ops.stored_base import BaseFormat, decode_base, encode_base, to_eight_bits
 from ..ranges import choose_range
 
@@ -75,15 +75,23 @@ class BlockWeight(nn.Module):
     start: torch.Tensor
     zero_point: nn.Parameter | None
 
-    def __init__(self, weight: torch.Tensor, grid: Grid, range_method: str, range_p: float, scale_dtype: str) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        grid: Grid,
+        range_method: str,
+        range_p: float,
+        scale_dtype: str,
+        signed_scales: bool = False,
+    ) -> None:
         """
         Args:
             weight: (out, in), any float dtype; it is not changed.
-            range_method, range_p, scale_dtype: where scales and zero points start, see `choose_range`.
+            range_method, range_p, scale_dtype, signed_scales: where scales and zero points start, see `choose_range`.
         """
         super().__init__()
         self.grid, self.scale_dtype, self.dtype = grid, scale_dtype, weight.dtype
-        start, zero_point = choose_range(weight, grid, range_method, range_p, scale_dtype)
+        start, zero_point = choose_range(weight, grid, range_method, range_p, scale_dtype, signed_scales)
         steps = grouped(weight.detach().float().contiguous(), start) / start.unsqueeze(-1)
         self.register_buffer("start", start)
         self.weight = nn.Parameter(steps.view(weight.shape))
@@ -108,9 +116,10 @@ class BlockWeight(nn.Module):
         return FixedPoint(numbers, scale, None if zero is None else zero.to(torch.int8), self.grid)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
-        """A scale that is exact in the file, also as the scale of 8-bit codes."""
+        """A scale that is exact in the file, also as the scale of 8-bit codes, with the sign that it started with."""
         fraction = 2.0 ** (8 - self.grid.code_bits)
-        return snap_scale(scale.detach() / fraction, self.scale_dtype) * fraction
+        magnitude = with_sign_of(self.start, scale.detach()) / fraction
+        return with_sign_of(self.start, snap_magnitude(magnitude, self.scale_dtype) * fraction)
 
     def _integer(self, zero_point: torch.Tensor) -> torch.Tensor:
         return zero_point.detach().round().clamp(self.grid.qmin, self.grid.qmax)

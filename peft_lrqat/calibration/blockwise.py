@@ -85,9 +85,9 @@ def preprocess_blockwise(
     Args:
         model: a float causal language model of transformers.
         config: its grid (`bits`, `group_size`, `symmetric`), where scales start (`range_method`, `range_p`,
-            `scale_dtype`) and target modules are used, and `downcast`, which says what is left behind. "fx8" (the
-            default below 8 bits): the trained weights with their fraction, as 8-bit layers, which LR-QAT takes as its
-            base. "int": the integers, `bits` wide.
+            `scale_dtype`, `signed_scales`) and target modules are used, and `downcast`, which says what is left behind.
+            "fx8" (the default below 8 bits): the trained weights with their fraction, as 8-bit layers, which LR-QAT
+            takes as its base. "int": the integers, `bits` wide.
         calibration: as for `preprocess_gptq`; 128 windows of 1024 tokens or more.
         tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
         epochs: over the calibration text, for each block.
@@ -170,7 +170,7 @@ def _identity(
             text.update(one[key].to("cpu", torch.int64).numpy().tobytes())
     return {
         **{name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "range_method", "range_p")},
-        **{"scale_dtype": config.scale_dtype, **asdict(settings)},
+        **{"scale_dtype": config.scale_dtype, "signed_scales": config.signed_scales, **asdict(settings)},
         "layers": len(layers),
         "weights": in_order(float_checksum(layer.weight) or 0 for layer in layers.values()),
         "dtype": str(next(iter(layers.values())).weight.dtype),
@@ -214,10 +214,8 @@ def _train(
     settings: _Settings,
 ) -> tuple[dict[str, FixedPoint], tuple[float, float]]:
     """The trained weights of block number `index`, by the names of `layers`; the held-out errors before and after."""
-    weights = {
-        key: BlockWeight(layer.weight, config.grid, config.range_method, config.range_p, config.scale_dtype)
-        for key, layer in layers.items()
-    }
+    ranges = config.range_method, config.range_p, config.scale_dtype, config.signed_scales
+    weights = {key: BlockWeight(layer.weight, config.grid, *ranges) for key, layer in layers.items()}
 
     def error(batch: int) -> torch.Tensor:
         built = {f"{key}.weight": weight() for key, weight in weights.items()}

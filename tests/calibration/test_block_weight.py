@@ -14,7 +14,7 @@ GRIDS = [Grid(4, -1), Grid(3, 8), Grid(2, 16, False), Grid(7, 0, False), Grid(8,
 
 def trained(grid: Grid, dtype: torch.dtype = torch.float32, scale_dtype: str = "auto") -> BlockWeight:
     """A weight of 6 x 48 somewhere in training: off its first values in every way."""
-    made = BlockWeight((torch.randn(6, 48) * 0.1).to(dtype), grid, "lp", 2.5, scale_dtype)
+    made = BlockWeight((torch.randn(6, 48) * 0.1).to(dtype), grid, "lp", 2.5, scale_dtype, grid.symmetric)
     with torch.no_grad():
         made.weight += torch.randn_like(made.weight)
         made.scale_shift += 0.1 * torch.randn_like(made.scale_shift)
@@ -26,8 +26,8 @@ def trained(grid: Grid, dtype: torch.dtype = torch.float32, scale_dtype: str = "
 @pytest.mark.parametrize("grid", GRIDS, ids=Grid.describe)
 def test_it_starts_at_the_weight_rounded_to_nearest(grid: Grid):
     weight = torch.randn(6, 48) * 0.1
-    found = BlockWeight(weight, grid, "lp", 2.5, "auto").fixed_point().rounded()
-    scale, zero_point = choose_range(weight, grid)
+    found = BlockWeight(weight, grid, "lp", 2.5, "auto", grid.symmetric).fixed_point().rounded()
+    scale, zero_point = choose_range(weight, grid, signed=grid.symmetric)
     assert torch.equal(found.scale, scale)
     assert torch.equal(found.codes, quantize(weight, scale, zero_point, grid))
 

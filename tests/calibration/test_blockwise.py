@@ -26,7 +26,8 @@ def config(**options) -> LRQATConfig:
 
 def trained(options: dict | None = None, model: nn.Module | None = None, calibration=TEXT, **settings) -> nn.Module:
     model = tiny(num_hidden_layers=1) if model is None else model
-    preprocess_blockwise(model, config(**(options or {"bits": 3})), calibration, progressbar=False, **settings)
+    options = options or {"bits": 3, "signed_scales": True}
+    preprocess_blockwise(model, config(**options), calibration, progressbar=False, **settings)
     return model
 
 
