@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import provenance, write_json
-from quality import SEQ, Step, batches
+from training import SEQ, Step, batches
 
 PATHS = ("kernels", "plain", "plain, halves")
 

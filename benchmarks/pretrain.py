@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import provenance, write_json
-from quality import Step, loss_of, targets
+from training import Step, loss_of, targets
 from torch import nn
 
 _OURS = {"error_feedback": True, "state": "8bit", "betas": (0.9, 0.98)}
