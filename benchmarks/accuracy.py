@@ -8,9 +8,9 @@
 
 The float model is first trained on the training text ("healed": all weights of the linear layers), so that a row
 shows what quantization costs, and not what the text gives. Every row starts from it and sees the same batches (same
-seed), with AdamW under bf16 autocast, linear warm-up over 10 % and cosine decay. Measured on held-out text, against the healed model:
-perplexity, KL, greedy agreement, and HellaSwag where a job asks for it. Settings are chosen on `tune`; `report` and
-`wikitext2` (WikiText-2's validation split) are told of.
+seed), with AdamW under bf16 autocast, linear warm-up over 10 % and cosine decay. Measured on held-out text, against the
+healed model: perplexity, KL, greedy agreement, and HellaSwag where a job asks for it. Settings are chosen on `tune`;
+`report` and `wikitext2` (WikiText-2's validation split) are told of.
 
 A line of the jobs file is a method and its options (accuracy_methods.py has both); a comma makes a job of each value:
 

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import provenance, write_json
-from training import Step, loss_of, targets
 from torch import nn
+from training import Step, loss_of, targets
 
 _OURS = {"error_feedback": True, "state": "8bit", "betas": (0.9, 0.98)}
 _PUBLISHED = {  # DQT: one scale per tensor that clips at the mean magnitude, fp32 AdamW state, 8-bit activations
