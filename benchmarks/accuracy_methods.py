@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "bits": 4,
     "group": 64,  # -1: one scale a channel
     "symmetric": True,
+    "signed": False,  # whether the sign of a scale chooses the side with one level more
     "p": 2.5,  # the range norm
     "steps": 300,
     "batch": 8,
@@ -106,10 +107,10 @@ class _Lsq(torch.autograd.Function):
 class LsqLinear(nn.Module):
     """Full QAT of one linear layer: fp32 master, scales in relative units."""
 
-    def __init__(self, linear: nn.Linear, grid: Grid, p: float) -> None:
+    def __init__(self, linear: nn.Linear, grid: Grid, p: float, signed: bool) -> None:
         super().__init__()
         self.weight, self.bias, self.grid = linear.weight, linear.bias, grid
-        scale, zero = choose_range(linear.weight.detach(), grid, "lp", p)
+        scale, zero = choose_range(linear.weight.detach(), grid, "lp", p, signed=signed)
         self.register_buffer("scale0", scale)
         self.register_buffer("zero", torch.zeros_like(scale) if zero is None else zero.float())
         self.shift = nn.Parameter(torch.zeros_like(scale))
@@ -128,7 +129,7 @@ def round_model(model: nn.Module, job: dict[str, Any]) -> None:
     """Every targeted weight to the nearest of its grid, in place."""
     grid = Grid(job["bits"], job["group"], job["symmetric"])
     for _, _, linear in targets(model):
-        scale, zero = choose_range(linear.weight, grid, "lp", job["p"])
+        scale, zero = choose_range(linear.weight, grid, "lp", job["p"], signed=job["signed"])
         linear.weight.copy_(dequantize(quantize(linear.weight, scale, zero, grid), scale, zero, torch.float32))
 
 
@@ -171,7 +172,7 @@ def _autoround(model: nn.Module, job: dict[str, Any], text: Text) -> nn.Module:
         seqlen=text.seq,
         batch_size=8,
         seed=job["seed"],
-        amp=True,
+        enable_torch_compile=False,
     )
     model, _ = rounded.quantize()
     return model.float().to(device)
@@ -231,6 +232,7 @@ def config_of(job: dict[str, Any]) -> Any:
         "bits": job["bits"],
         "group_size": job["group"],
         "range_p": job["p"],
+        "signed_scales": job["signed"],
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
@@ -252,7 +254,7 @@ def start_key(job: dict[str, Any]) -> str | None:
     if not job["start"]:
         return None
     parts = {k: v for k, v in sorted(job.items()) if k.startswith("start_")}
-    parts |= {k: job[k] for k in ("bits", "group", "symmetric", "p")}
+    parts |= {k: job[k] for k in ("bits", "group", "symmetric", "signed", "p")}
     parts["integers"] = job["method"] == "scales" or job.get("downcast") == "int"
     return "-".join([job["start"], *(f"{k}={v}" for k, v in parts.items())])
 
@@ -291,7 +293,7 @@ def prepare(model: nn.Module, job: dict[str, Any], text: Text) -> tuple[nn.Modul
     if method == "lsq":
         grid = Grid(job["bits"], job["group"], job["symmetric"])
         for parent, name, linear in targets(model):
-            setattr(parent, name, LsqLinear(linear, grid, job["p"]))
+            setattr(parent, name, LsqLinear(linear, grid, job["p"], job["signed"]))
             linear.weight.requires_grad_(True)
         scales = "shift"
     elif method == "lora":

@@ -82,11 +82,13 @@ def read(files: list[str]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
 
 
 def recovered(row: Row, rows: list[Row], floats: dict[str, dict[str, Any]], text: str) -> float:
-    """1 - ln(ppl / float) / ln(rounded / float); rounded with the better range norm. NaN: not known."""
+    """1 - ln(ppl / float) / ln(rounded / float); plainly rounded, with the better range norm. NaN: not known."""
     rounded = [
         other.mean(text, "ppl")
         for other in rows
-        if (other.model, other.grid) == (row.model, row.grid) and other.runs[0]["job"]["method"] == "round"
+        if (other.model, other.grid) == (row.model, row.grid)
+        and (job := other.runs[0]["job"])["method"] == "round"
+        and not job["signed"]
     ]
     if not rounded or row.model not in floats:
         return math.nan
