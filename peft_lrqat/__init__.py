@@ -8,6 +8,7 @@ from .calibration import preprocess_blockwise, preprocess_gptq
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
+from .distillation import distillation_loss
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .registration import before_injection, register
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "can_export",
     "create_lrqat_optimizer",
+    "distillation_loss",
     "export",
     "kept_weights",
     "limit_kept_weights",

@@ -16,7 +16,7 @@ PACKAGE = "peft_lrqat"
 FLOORS = (
     ("peft_lrqat", "autoload"),
     ("cli",),
-    ("calibration",),
+    ("calibration", "distillation"),
     ("tuners", "tuners.lrqat", "tuners.lowbit_sr"),
     ("tuners.common",),
     ("checkpoint",),

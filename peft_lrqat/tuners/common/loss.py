@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 # Logits that are in fp32 at a time
-_CHUNK = 1 << 23
+CHUNK = 1 << 23
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits: torch.Tensor) -> list[slice]:
-    step = max(1, _CHUNK // max(1, logits.shape[1]))
+    step = max(1, CHUNK // max(1, logits.shape[1]))
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
@@ -75,12 +75,24 @@ def causal_lm_loss(
     Returns:
         fp32 scalar. Further keyword arguments are not looked at, as in transformers.
     """
+    targets = shifted(labels, shift_labels, ignore_index).to(logits.device)
+    total = _CrossEntropy.apply(logits.reshape(-1, vocab_size), targets, ignore_index)
+    return divided(total, targets, num_items_in_batch, ignore_index)
+
+
+def shifted(labels: torch.Tensor, shift_labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """The labels of `causal_lm_loss` as (N,): one for each row of the flattened logits."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    shift_labels = shift_labels.reshape(-1).to(logits.device)
-    total = _CrossEntropy.apply(logits.reshape(-1, vocab_size), shift_labels, ignore_index)
+    return shift_labels.reshape(-1)
+
+
+def divided(
+    total: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None, ignore_index: int
+) -> torch.Tensor:
+    """A sum over tokens as `causal_lm_loss` returns it: by what the Trainer counts, or by the tokens that count."""
     if num_items_in_batch is None:
-        return total / (shift_labels != ignore_index).sum()
+        return total / (targets != ignore_index).sum()
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch

@@ -14,7 +14,7 @@ from tests.models import adapted, tiny, tokens
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_loss_of_transformers(monkeypatch, chunk, items, shifted, dtype):
-    monkeypatch.setattr(loss, "_CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     labels = torch.randint(0, 50, (2, 9))
     labels[0, 3:5] = -100
     extra = {"num_items_in_batch": items, "shift_labels": labels if shifted else None}

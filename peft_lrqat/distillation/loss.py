@@ -1,0 +1,262 @@
+"""KL(teacher || student) over the tokens of a causal language model, alone or mixed with its own loss.
+
+Like the lean loss (`tuners/common/loss.py`), the sums are made in fp32 for some tokens at a time, and backward writes
+the gradient by its formula, softmax(student) - softmax(teacher). Kept for it are the logits of both, which exist
+anyway, and three numbers a token. Tokens whose label does not count are not looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..tuners.common import loss as lean
+
+
+class TopK(NamedTuple):
+    """What is known of a teacher's distributions: its k most likely tokens, and what the others have together.
+
+    One row for each token that counts, in the order of the (flattened) labels. A row is normalized before use, so that
+    rounding what is stored does no harm.
+    """
+
+    indices: torch.Tensor
+    """(M, k), integers: which tokens of the vocabulary; no token twice in a row."""
+    log_probs: torch.Tensor
+    """(M, k + 1), any float dtype: their log-probabilities at the temperature of the loss; last, that of all others."""
+
+
+class TokenLosses(NamedTuple):
+    """fp32 (N,), each 0 where the label does not count."""
+
+    loss: torch.Tensor
+    """weight * temperature ** 2 * KL + (1 - weight) * cross-entropy; the only one with a gradient."""
+    kl: torch.Tensor
+    """KL(teacher || student) in nats, at the temperature of the loss."""
+
+
+class _Distillation(torch.autograd.Function):
+    """`TokenLosses` of the `rows` of (N, V) logits; the teacher is full logits (N, V), or the two parts of `TopK`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor,
+        temperature: float,
+        weight: float,
+        *teacher: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+        kl = torch.zeros_like(loss)
+        log_sums = torch.zeros(3, len(rows), dtype=torch.float32, device=logits.device)
+        for part in _parts(rows, logits):
+            picked = rows[part]
+            student = logits[picked].float()
+            log_sums[0, part] = student.logsumexp(-1)
+            ce = log_sums[0, part] - student.gather(1, labels[picked].unsqueeze(1)).squeeze(1)
+            compare = _compare_top_k if len(teacher) == 2 else _compare_full
+            found = compare(student.div_(temperature), picked, part, log_sums, temperature, *teacher)
+            kl[picked] = found
+            loss[picked] = weight * temperature**2 * found + (1 - weight) * ce
+        ctx.save_for_backward(logits, labels, rows, log_sums, *teacher)
+        ctx.options = temperature, weight
+        ctx.mark_non_differentiable(kl)
+        return loss, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _kl: Any) -> tuple[torch.Tensor | None, ...]:
+        logits, labels, rows, log_sums, *teacher = ctx.saved_tensors
+        temperature, weight = ctx.options
+        result = torch.zeros_like(logits)
+        for part in _parts(rows, logits):
+            picked = rows[part]
+            student = logits[picked].float()
+            difference = _slope_top_k if len(teacher) == 2 else _slope_full
+            slope = difference(student / temperature, picked, part, log_sums, temperature, *teacher)
+            slope.mul_(weight * temperature)
+            if weight != 1:
+                own = student.sub_(log_sums[0, part].unsqueeze(1)).exp_()
+                own.scatter_add_(1, labels[picked].unsqueeze(1), own.new_full((len(own), 1), -1.0))
+                slope.add_(own, alpha=1 - weight)
+            result[picked] = slope.mul_(grad[picked].unsqueeze(1)).to(result.dtype)
+        return result, None, None, None, None, *(None for _ in teacher)
+
+
+def _parts(rows: torch.Tensor, logits: torch.Tensor) -> list[slice]:
+    step = max(1, lean.CHUNK // max(1, logits.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+# The four below see some rows of the student's logits, (n, V) fp32, divided by the temperature already. `rows` are
+# those of the logits, `part` those among the tokens that count.
+
+
+def _compare_full(
+    student: torch.Tensor,
+    rows: torch.Tensor,
+    part: slice,
+    log_sums: torch.Tensor,
+    temperature: float,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    teacher = logits[rows].float().div_(temperature)
+    log_sums[1, part] = student.logsumexp(-1)
+    log_sums[2, part] = teacher.logsumexp(-1)
+    teacher -= log_sums[2, part].unsqueeze(1)
+    share = teacher.exp()
+    # 0 log 0 = 0, also where the student agrees that a token is impossible
+    difference = teacher.sub_(student.sub_(log_sums[1, part].unsqueeze(1))).masked_fill_(share == 0, 0.0)
+    return share.mul_(difference).sum(-1)
+
+
+def _slope_full(
+    student: torch.Tensor,
+    rows: torch.Tensor,
+    part: slice,
+    log_sums: torch.Tensor,
+    temperature: float,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    teacher = logits[rows].float().div_(temperature).sub_(log_sums[2, part].unsqueeze(1)).exp_()
+    return student.sub_(log_sums[1, part].unsqueeze(1)).exp_().sub_(teacher)
+
+
+def _compare_top_k(
+    student: torch.Tensor,
+    rows: torch.Tensor,
+    part: slice,
+    log_sums: torch.Tensor,
+    temperature: float,
+    indices: torch.Tensor,
+    log_probs: torch.Tensor,
+) -> torch.Tensor:
+    index = indices[part].long()
+    teacher = log_probs[part].float().log_softmax(-1)
+    log_sums[1, part] = student.logsumexp(-1)
+    head = student.gather(1, index)
+    log_sums[2, part] = student.scatter_(1, index, -torch.inf).logsumexp(-1)
+    found = torch.cat([head, log_sums[2, part].unsqueeze(1)], 1).sub_(log_sums[1, part].unsqueeze(1))
+    share = teacher.exp()
+    return share.mul_(teacher.sub_(found).masked_fill_(share == 0, 0.0)).sum(-1)
+
+
+def _slope_top_k(
+    student: torch.Tensor,
+    rows: torch.Tensor,
+    part: slice,
+    log_sums: torch.Tensor,
+    temperature: float,
+    indices: torch.Tensor,
+    log_probs: torch.Tensor,
+) -> torch.Tensor:
+    """softmax(student), less the teacher's share; the share of "all others" falls to each as the student divides it."""
+    index = indices[part].long()
+    teacher = log_probs[part].float().softmax(-1)
+    rest = teacher[:, -1] / (log_sums[2, part] - log_sums[1, part]).exp()
+    rest = torch.where(teacher[:, -1] == 0, 0.0, rest)
+    own = student.sub_(log_sums[1, part].unsqueeze(1)).exp_()
+    head = own.gather(1, index).sub_(teacher[:, :-1])
+    return own.mul_((1 - rest).unsqueeze(1)).scatter_(1, index, head)
+
+
+def token_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | TopK,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    ignore_index: int = -100,
+) -> TokenLosses:
+    """The losses of single tokens.
+
+    Args:
+        logits: (N, V), any float dtype; row i predicts `labels[i]`.
+        labels: (N,) int64.
+        teacher: logits of the same shape, any float dtype, or `TopK`; no gradient goes there.
+
+    The rest, and what is raised, as for `distillation_loss`.
+    """
+    check_options(temperature, weight)
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    if isinstance(teacher, TopK):
+        count, k = teacher.indices.shape
+        if count != len(rows) or teacher.log_probs.shape != (count, k + 1):
+            raise ValueError(
+                f"The labels have {len(rows)} tokens that count; `teacher` has indices of shape "
+                f"{tuple(teacher.indices.shape)} and log_probs of shape {tuple(teacher.log_probs.shape)}. "
+                "They must be (tokens that count, k) and (tokens that count, k + 1)."
+            )
+        parts = tuple(part.to(logits.device) for part in teacher)
+    else:
+        if teacher.shape != logits.shape:
+            raise ValueError(
+                f"The teacher's logits are {tuple(teacher.shape)}, the student's {tuple(logits.shape)}. Both must be "
+                "of the same tokens and the same vocabulary."
+            )
+        parts = (teacher.detach().to(logits.device),)
+    return TokenLosses(*_Distillation.apply(logits, labels, rows, temperature, weight, *parts))
+
+
+def check_options(temperature: float, weight: float) -> None:
+    """Refuse with ValueError what is no temperature or no weight."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"`temperature` is {temperature}; it must be positive. 1 compares the models' probabilities.")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"`weight` is {weight}; it must be from 0 (the model's own loss) to 1 (the teacher's only).")
+
+
+def distillation_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | TopK,
+    *,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """weight * temperature ** 2 * KL(teacher || student) + (1 - weight) * cross-entropy, for a loop of one's own.
+
+    Both distributions are taken at the temperature, the cross-entropy at 1. The factor temperature ** 2 keeps the size
+    of the gradient. Of a `TopK` teacher, all that is below the k-th token is one event, "something else": the KL is
+    then a lower bound of the full one, and the student is told how likely the head is altogether, which renormalizing
+    over the k tokens would not tell.
+
+    Args:
+        logits: (..., tokens, V), any float dtype: the student's.
+        labels: (..., tokens) int64; token t is predicted from the logits at t - 1. Only tokens with a label count.
+        teacher: the teacher's logits, of the shape of the student's, or `TopK`, which has a row for each token that
+            counts. No gradient goes there.
+        temperature: above 0.
+        weight: from 0 to 1.
+        num_items_in_batch: what the sum is divided by (the Trainer's, with gradient accumulation); None: the mean.
+        ignore_index: the label that does not count.
+        shift_labels: labels that are shifted already.
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ValueError: options out of range, or shapes that do not fit.
+    """
+    targets = lean.shifted(labels, shift_labels, ignore_index).to(logits.device)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if not isinstance(teacher, TopK):
+        teacher = teacher.reshape(-1, teacher.shape[-1])
+    found = token_losses(rows, targets, teacher, temperature, weight, ignore_index)
+    return lean.divided(found.loss.sum(), targets, num_items_in_batch, ignore_index)
+
+
+def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The `TopK` of logits (N, V), in fp32; k is at most V."""
+    scaled = logits.float().div(temperature)
+    scaled -= scaled.logsumexp(-1, keepdim=True)
+    values, indices = scaled.topk(k, -1)
+    rest = scaled.scatter_(1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+    return TopK(indices, torch.cat([values, rest], 1))
