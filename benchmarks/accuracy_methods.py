@@ -269,9 +269,7 @@ def make_start(model: nn.Module, job: dict[str, Any], text: Text) -> nn.Module:
     options.pop("windows"), options.pop("seed", None)
     if unknown := set(options) - known:
         raise ValueError(f"preprocess_{job['start']} has no {', '.join(sorted(unknown))}.")
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=False):
-        function(model.eval(), config_of(job), text.calibration(job), progressbar=False, **options)
+    function(model.eval(), config_of(job), text.calibration(job), progressbar=False, **options)
     return model
 
 

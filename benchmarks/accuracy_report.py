@@ -76,7 +76,7 @@ def read(files: list[str]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
         if data.get("healed"):
             floats[data["model"]] = data["healed"]["after"]
         for run in data["runs"]:
-            job = run["job"]
+            run["job"] = job = {**DEFAULTS, **run["job"]}  # an older file has fewer options
             found[data["model"], (job["bits"], job["group"], job["symmetric"]), label_of(job)].append(run)
     return [Row(*key, runs) for key, runs in found.items()], floats
 
