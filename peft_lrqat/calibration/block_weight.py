@@ -29,7 +29,7 @@ class FixedPoint(NamedTuple):
     """A trained weight as it is left behind.
 
     Attributes:
-        numbers: int8 (out, in), V in fixed point (fx8, see `ops.stored_base`); at 8 bits: codes, without a fraction.
+        numbers: int8 (out, in), V in fixed point (fx8, see `ops.stored_base`); of 8 bits, and ternary: codes.
         scale: fp32 (rows, groups), weight units per grid step.
         zero_point: int8 (rows, groups) in grid steps, or None.
         grid: that the weight was trained for.
@@ -51,16 +51,21 @@ class FixedPoint(NamedTuple):
 
 def _numbers(levels: torch.Tensor, grid: Grid) -> torch.Tensor:
     """int8 (out, in) of fp32 centred grid steps, which are overwritten."""
-    if grid.code_bits == 8:
-        return levels.round_().clamp_(grid.qmin, grid.qmax).to(torch.int8)
-    return encode_base(levels, grid.code_bits, "fx8")
+    if _has_fraction(grid):
+        return encode_base(levels, grid.code_bits, "fx8")
+    return levels.round_().clamp_(grid.qmin, grid.qmax).to(torch.int8)
 
 
 def _codes(numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
     """fp32 (out, in), the integers that `numbers` round to."""
-    if grid.code_bits == 8:
-        return numbers.float()
-    return decode_base(numbers, BaseFormat(grid.code_bits, numbers.shape[1], "fx8")).round_()
+    if _has_fraction(grid):
+        return decode_base(numbers, BaseFormat(grid.code_bits, numbers.shape[1], "fx8")).round_()
+    return numbers.float()
+
+
+def _has_fraction(grid: Grid) -> bool:
+    """Whether numbers of a grid have fraction bits; the ternary grid, on which LR-QAT does not train, has none here."""
+    return grid.code_bits < 8 and not grid.ternary
 
 
 class BlockWeight(nn.Module):
@@ -117,7 +122,7 @@ class BlockWeight(nn.Module):
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         """A scale that is exact in the file, also as the scale of 8-bit codes, with the sign that it started with."""
-        fraction = 2.0 ** (8 - self.grid.code_bits)
+        fraction = 2.0 ** (8 - self.grid.code_bits) if _has_fraction(self.grid) else 1.0
         magnitude = with_sign_of(self.start, scale.detach()) / fraction
         return with_sign_of(self.start, snap_magnitude(magnitude, self.scale_dtype) * fraction)
 

@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
-from ..grid import Grid
-from ..modules.packed import MERGED, describe, merged_layer
+from ..modules.packed import describe, merged_layer
 from ..tuners.common.fingerprint import float_checksum, in_order
-from ..tuners.lrqat import LRQATConfig, LRQATModel
+from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
-from .calibrate import BlockInputs, decoder_blocks, read_batches
+from .calibrate import AnyConfig, BlockInputs, decoder_blocks, read_batches
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class _Settings:
 @torch.no_grad()
 def preprocess_blockwise(
     model: nn.Module,
-    config: LRQATConfig,
+    config: AnyConfig,
     calibration: Iterable[Mapping[str, torch.Tensor] | torch.Tensor | str],
     tokenizer: Any = None,
     *,
@@ -87,7 +86,7 @@ def preprocess_blockwise(
         config: its grid (`bits`, `group_size`, `symmetric`), where scales start (`range_method`, `range_p`,
             `scale_dtype`, `signed_scales`) and target modules are used, and `downcast`, which says what is left behind.
             "fx8" (the default below 8 bits): the trained weights with their fraction, as 8-bit layers, which LR-QAT
-            takes as its base. "int": the integers, `bits` wide.
+            takes as its base. "int" (and for low-bit SR): the integers, `bits` wide.
         calibration: as for `preprocess_gptq`; 128 windows of 1024 tokens or more.
         tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
         epochs: over the calibration text, for each block.
@@ -113,20 +112,17 @@ def preprocess_blockwise(
     fp32 copies of its weights.
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
-    if any(isinstance(module, MERGED) for module in model.modules()):
-        raise ValueError("`model` is quantized already; block-wise training starts from the float model.")
     if config.act_bits is not None:
         raise ValueError(
             f"`act_bits` is {config.act_bits}, but block-wise training does not round activations. Leave it out here; "
             "LR-QAT can train them on top."
         )
-    if config.downcast not in ("fx8", "int"):
+    if _downcast(config) not in ("fx8", "int"):
         raise ValueError(
-            f"`downcast` is {config.downcast!r}, but block-wise training leaves 8-bit fixed point ('fx8') or integers "
-            "('int')."
+            f"`downcast` is {_downcast(config)!r}, but block-wise training leaves 8-bit fixed point ('fx8') or "
+            "integers ('int')."
         )
-    targets = LRQATModel.find_targets(model, config)
-    name, blocks, layers = decoder_blocks(model, targets, "Block-wise training")
+    name, blocks, layers = decoder_blocks(model, config, "block-wise training")
     batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
     results = None
     if resume_from is not None:
@@ -160,7 +156,10 @@ def preprocess_blockwise(
 
 
 def _identity(
-    layers: dict[str, nn.Linear], batches: list[dict[str, torch.Tensor]], config: LRQATConfig, settings: _Settings
+    layers: dict[str, nn.Linear],
+    batches: list[dict[str, torch.Tensor]],
+    config: AnyConfig,
+    settings: _Settings,
 ) -> dict[str, Any]:
     """What the trained blocks depend on."""
     text = hashlib.blake2b(digest_size=8)
@@ -169,8 +168,9 @@ def _identity(
             text.update(f"{key} {tuple(one[key].shape)}".encode())
             text.update(one[key].to("cpu", torch.int64).numpy().tobytes())
     return {
-        **{name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "range_method", "range_p")},
-        **{"scale_dtype": config.scale_dtype, "signed_scales": config.signed_scales, **asdict(settings)},
+        **{name: getattr(config, name) for name in ("range_method", "range_p", "scale_dtype", "signed_scales")},
+        **asdict(config.grid),
+        **asdict(settings),
         "layers": len(layers),
         "weights": in_order(float_checksum(layer.weight) or 0 for layer in layers.values()),
         "dtype": str(next(iter(layers.values())).weight.dtype),
@@ -210,11 +210,11 @@ def _train(
     inputs: BlockInputs,
     targets: list[torch.Tensor],
     index: int,
-    config: LRQATConfig,
+    config: AnyConfig,
     settings: _Settings,
 ) -> tuple[dict[str, FixedPoint], tuple[float, float]]:
     """The trained weights of block number `index`, by the names of `layers`; the held-out errors before and after."""
-    ranges = config.range_method, config.range_p, config.scale_dtype, config.signed_scales
+    ranges = config.range_method or "lp", config.range_p, config.scale_dtype, config.signed_scales
     weights = {key: BlockWeight(layer.weight, config.grid, *ranges) for key, layer in layers.items()}
 
     def error(batch: int) -> torch.Tensor:
@@ -291,15 +291,21 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-def _left_behind(trained: FixedPoint, layer: nn.Linear, config: LRQATConfig) -> nn.Module:
-    if config.downcast == "int":
-        return merged_layer(trained.rounded(), layer.bias, config.stored_bits, layer.weight.dtype)
+def _downcast(config: AnyConfig) -> str | None:
+    """What is left behind: "fx8" or "int"."""
+    return config.downcast if isinstance(config, LRQATConfig) else "int"
+
+
+def _left_behind(trained: FixedPoint, layer: nn.Linear, config: AnyConfig) -> nn.Module:
+    if _downcast(config) == "int":
+        bits = config.container_bits or config.grid.code_bits
+        return merged_layer(trained.rounded(), layer.bias, bits, layer.weight.dtype)
     return merged_layer(trained.eight_bits(), layer.bias, 8, layer.weight.dtype)
 
 
-def _record(config: LRQATConfig) -> Record:
+def _record(config: AnyConfig) -> Record:
     recipe = "block-wise training (EfficientQAT's Block-AP, arXiv 2407.11062)"
-    if config.downcast == "int":
+    if _downcast(config) == "int":
         return Record(config.grid, config.scale_dtype, recipe)
-    wide = Grid(8, config.group_size, config.symmetric)
+    wide = replace(config.grid, bits=8)
     return Record(wide, config.scale_dtype, recipe, fixed_point_bits=config.bits)

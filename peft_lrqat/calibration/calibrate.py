@@ -10,6 +10,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..modules.packed import MERGED
+from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
+from ..tuners.lrqat import LRQATConfig, LRQATModel
+
+#: What says how to quantize.
+AnyConfig = LRQATConfig | LowBitSRConfig
+
 
 class _EnoughError(Exception):
     """Ends a forward of which the rest is not needed."""
@@ -144,11 +151,20 @@ def collect_hessians(
     return found
 
 
-def decoder_blocks(
-    model: nn.Module, targets: dict[str, nn.Module], method: str
-) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
-    """(name, the list of decoder blocks, the targeted layers by name); ValueError, in which `method` is named, if
-    there is no such list."""
+def decoder_blocks(model: nn.Module, config: AnyConfig, method: str) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
+    """The name of the list of decoder blocks, that list, and the layers that `config` targets, by name.
+
+    Args:
+        method: what goes through the blocks, for messages.
+
+    Raises:
+        ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them is none
+            that can be quantized.
+    """
+    if any(isinstance(module, MERGED) for module in model.modules()):
+        raise ValueError(f"`model` is quantized already; {method} starts from the float model.")
+    kind = LRQATModel if isinstance(config, LRQATConfig) else LowBitSRModel
+    targets = kind.find_targets(model, config)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name, blocks in lists:  # outer lists come first
         inside = {key: module for key, module in targets.items() if key.startswith(name + ".")}

@@ -11,16 +11,15 @@ from tqdm import tqdm
 
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
-from ..modules.packed import MERGED, describe, merged_layer
-from ..tuners.lrqat import LRQATConfig, LRQATModel
-from .calibrate import BlockInputs, collect_hessians, decoder_blocks, read_batches
+from ..modules.packed import describe, merged_layer
+from .calibrate import AnyConfig, BlockInputs, collect_hessians, decoder_blocks, read_batches
 from .gptq import gptq_round
 
 
 @torch.no_grad()
 def preprocess_gptq(
     model: nn.Module,
-    config: LRQATConfig,
+    config: AnyConfig,
     calibration: Iterable[Mapping[str, torch.Tensor] | torch.Tensor | str],
     tokenizer: Any = None,
     *,
@@ -39,8 +38,8 @@ def preprocess_gptq(
 
     Args:
         model: a float causal language model of transformers.
-        config: its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`, `scale_dtype`,
-            `signed_scales`) and target modules are used.
+        config: of either method; its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`,
+            `scale_dtype`, `signed_scales`) and target modules are used.
         calibration: texts, or token ids (batch, length), or what the model takes (`input_ids`, `attention_mask`), for
             instance from a DataLoader. 64 to 256 windows of 1024 tokens are usual.
         tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
@@ -56,10 +55,7 @@ def preprocess_gptq(
     Memory: above the float model, the hidden states of the calibration tokens, and, for a block at a time, an fp32
     (in, in) matrix for each distinct layer input.
     """
-    if any(isinstance(module, MERGED) for module in model.modules()):
-        raise ValueError("`model` is quantized already; GPTQ starts from the float model.")
-    targets = LRQATModel.find_targets(model, config)
-    name, blocks, layers = decoder_blocks(model, targets, "GPTQ")
+    name, blocks, layers = decoder_blocks(model, config, "GPTQ")
     batches = list(read_batches(model, calibration, tokenizer, length))
     was_training = model.training
     model.eval()
@@ -79,15 +75,15 @@ def preprocess_gptq(
         describe(model, Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
 
 
-def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: LRQATConfig, damping: float) -> nn.Module:
+def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: AnyConfig, damping: float) -> nn.Module:
     weight = gptq_round(
         layer.weight,
         hessian,
         config.grid,
-        range_method=config.range_method,
+        range_method=config.range_method or "lp",
         range_p=config.range_p,
         scale_dtype=config.scale_dtype,
         signed_scales=config.signed_scales,
         damping=damping,
     )
-    return merged_layer(weight, layer.bias, config.stored_bits, layer.weight.dtype)
+    return merged_layer(weight, layer.bias, config.container_bits or config.grid.code_bits, layer.weight.dtype)

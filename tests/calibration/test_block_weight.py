@@ -9,7 +9,7 @@ from peft_lrqat.calibration.block_weight import BlockWeight
 from peft_lrqat.grid import Grid, grouped, quantize, sum_per_scale
 from peft_lrqat.ranges import choose_range
 
-GRIDS = [Grid(4, -1), Grid(3, 8), Grid(2, 16, False), Grid(7, 0, False), Grid(8, 8), Grid(8, -1, False)]
+GRIDS = [Grid(4, -1), Grid(3, 8), Grid(2, 16, False), Grid(7, 0, False), Grid(8, 8), Grid(8, -1, False), Grid(1.58, -1)]
 
 
 def trained(grid: Grid, dtype: torch.dtype = torch.float32, scale_dtype: str = "auto") -> BlockWeight:
@@ -42,7 +42,7 @@ def test_what_is_left_behind_is_what_was_trained(grid: Grid, dtype: torch.dtype)
     assert rounded.codes.max() <= grid.qmax
     assert rounded.codes.unique().numel() > 2
     assert torch.equal(rounded.dequantize(dtype), weight().detach())
-    if grid.bits < 8:
+    if 2 <= grid.bits < 8:
         wide, step = left.eight_bits(), 2 ** (8 - grid.bits)
         assert torch.equal(wide.scale * step, rounded.scale)
         nearest = torch.floor((wide.codes.float() + step / 2) / step).clamp(grid.qmin, grid.qmax)

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_lrqat import LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
+from peft_lrqat import LowBitSRConfig, LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
 from peft_lrqat.modules.packed import QuantizedLinear
 from tests.models import logits, tiny, tokens, train
 
@@ -200,8 +200,30 @@ def test_a_base_that_was_loaded_as_floats_is_refused(tmp_path: Path):
         get_peft_model(floats, config(**ASYMMETRIC))
 
 
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 1.58}, {"bits": 4, "forward_bits": 1.58}], ids=str)
+def test_low_bit_sr_starts_from_the_integers(options: dict, tmp_path: Path):
+    wanted = LowBitSRConfig(target_modules="all-linear", **options)
+    for preprocess in (preprocess_blockwise, preprocess_gptq):
+        model = tiny(num_hidden_layers=1)
+        preprocess(model, wanted, TEXT, progressbar=False)
+        start = logits(model, IDS)
+        model.save_pretrained(tmp_path)
+        for base in (model, load_quantized(tmp_path)):
+            peft_model = get_peft_model(base, wanted)
+            with peft_model.disable_adapter():
+                assert torch.equal(logits(peft_model, IDS), start)
+            if "forward_bits" not in options:
+                assert torch.equal(logits(peft_model, IDS), start)
+
+
+def test_low_bit_sr_starts_from_fixed_point_too():
+    rounded = logits(trained({"bits": 3, "downcast": "int"}), IDS)
+    peft_model = get_peft_model(trained({"bits": 3}), LowBitSRConfig(bits=3, target_modules="all-linear"))
+    assert torch.equal(logits(peft_model, IDS), rounded)
+
+
 def test_quantized_models_are_refused():
     with pytest.raises(ValueError, match="quantized already"):
         trained(model=trained())
-    with pytest.raises(ValueError, match=r"Conv1D; Block-wise training here is for nn.Linear"):
+    with pytest.raises(ValueError, match=r"Conv1D; block-wise training here is for nn.Linear"):
         trained(model=tiny("gpt2"))

@@ -111,9 +111,9 @@ def test_a_model_of_gptqmodel_is_told_the_way():
         adapt(model)
 
 
-def test_low_bit_sr_wants_floats(tmp_path: Path):
+def test_low_bit_sr_asks_for_the_grid_of_the_base(tmp_path: Path):
     write(tmp_path, Spec("gptq"))
-    with pytest.raises(ValueError, match=r"already quantized .*Low-bit SR starts from float weights. Load the float"):
+    with pytest.raises(ValueError, match=r"asks for bits=8.*quantized with bits=4.* Ask for the grid of the base;"):
         get_peft_model(load_quantized(tmp_path), LowBitSRConfig(target_modules="all-linear"))
 
 

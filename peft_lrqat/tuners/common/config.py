@@ -28,14 +28,12 @@ class GridConfig(PeftConfigMixin):
     Attributes:
         method: the method's name, for messages.
         quantizes: the classes of modules that can be adapted.
-        takes_quantized: whether training may start from a base that is quantized already.
         rules: what each field may hold.
         contents: what the parts of a layer hold in an adapter's file.
     """
 
     method: ClassVar[str]
     quantizes: ClassVar[tuple[type, ...]]
-    takes_quantized: ClassVar[bool] = False
     rules: ClassVar[dict[str, Rule]]
     contents: ClassVar[dict[str, Any]]
     target_modules: Any

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ...chunks import row_chunks
 from ...grid import Grid, GridTensor, grouped, rows_of, snap_scale
 from ...modules.generation import KeepsWeight, Slot
-from ...modules.packed import QuantizedLinear
+from ...modules.packed import QuantizedLinear, merged_layer
 from ...ops import quantized_linear
 from ...ops.inputs import linear_input
 from ...ops.linear import linear_weight
@@ -85,6 +85,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
     Attributes:
         source_checksum: of the weight that it was made from, see `fingerprint.py`; None where that was not finite.
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
+        container_bits: how wide the codes of that layer were stored, if it was quantized.
     """
 
     base: nn.Parameter
@@ -116,7 +117,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         self.out_features, self.in_features = shape
         self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
         self.compute_dtype, self.ranges = compute_dtype, ranges
-        self.fixed_point = False
+        self.fixed_point, self.container_bits = False, grid.code_bits
         self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
 
     @classmethod
@@ -174,7 +175,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """
         weight = layer.grid_tensor()
         frozen = cls((layer.out_features, layer.in_features), grid, downcast, scale_dtype, layer.compute_dtype)
-        frozen.fixed_point = fixed_point
+        frozen.fixed_point, frozen.container_bits = fixed_point, layer.bits
         codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
         if fixed_point:
             codes, scale, zero_point = from_eight_bits(weight, frozen.fmt.bits)
@@ -263,10 +264,16 @@ class FrozenWeight(nn.Module, KeepsWeight):
         layer.register_parameter("bias", self.bias)
         return layer
 
-    def eight_bits(self) -> GridTensor:
-        """What `of_codes` made a base in fixed point (fx8) of."""
-        zero_point = None if self.zero_point is None else whole(self.zero_point.detach())
-        return to_eight_bits(whole(self.base.detach()), self.scale0, zero_point, self.grid)
+    @torch.no_grad()
+    def quantized_layer(self) -> nn.Module:
+        """The layer that `of_codes` took (with its fraction rounded away, if the base is kept as integers)."""
+        base, scale, zero_point, bits = whole(self.base), self.scale0, whole(self.zero_point), self.container_bits
+        if self.fixed_point and self.downcast == "fx8":
+            weight = to_eight_bits(base.detach(), scale, zero_point, self.grid)
+        else:
+            weight = GridTensor(decode_base(base, self.fmt).round_().to(torch.int8), scale, zero_point, self.grid)
+            bits = self.fmt.bits if self.fixed_point else bits
+        return merged_layer(weight, self.bias, bits, self.compute_dtype)
 
     def checksum(self) -> torch.Tensor:
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""

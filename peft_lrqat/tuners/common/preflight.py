@@ -78,18 +78,18 @@ def check_base(model: nn.Module, config: Any) -> None:
     method = getattr(method, "value", method)  # transformers' enum
     packed = any(isinstance(module, MERGED) for module in model.modules())
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    if packed and config.takes_quantized:
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return
     if (isinstance(method, str) and not adapted) or packed:
         how = (
             f"Load it with `peft_lrqat.load_quantized(...)`, which keeps its integers for {config.method} to start from"
-            if config.takes_quantized and method in METHODS and method != "bitnet"  # whose inputs are rounded
+            if method in METHODS and method != "bitnet"  # whose inputs are rounded
             else "Load the float model"
         )
         raise ValueError(
             f"The base model is already quantized ({method or 'packed layers'}), but {config.method} starts from float "
-            f"weights{' or from integers' if config.takes_quantized else ''}. {how}; for a model that was "
-            "dequantized on loading (GGUF), delete `model.config.quantization_config`."
+            f"weights or from integers. {how}; for a model that was dequantized on loading (GGUF), delete "
+            "`model.config.quantization_config`."
         )
 
 
@@ -111,7 +111,7 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
             )
         _check_kind(module, config, where)
         check_plain(module, where)
-        if isinstance(module, QuantizedLinear) and config.takes_quantized:
+        if isinstance(module, QuantizedLinear):
             _check_quantized(module, config, where)
         else:
             weight = _float_weight(module, config, where)

@@ -202,9 +202,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         return shapes
 
     def recipe(self) -> str:
-        extras = [f"{self.bits}-bit codes, ranges by {self.range_method}"]
-        if self.signed_scales:
-            extras.append("signed scales")
+        ranges = f"ranges by {self.range_method}{' with signed scales' if self.signed_scales else ''}"
+        extras = [f"{self.bits}-bit codes, {'from a quantized base' if self.wants_quantized_base else ranges}"]
         if self.error_feedback:
             extras.append("error feedback")
         if self.learn_scales:

@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...grid import GridTensor, dequantize, snap_scale
 from ...modules.generation import KeepsWeight
+from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
@@ -76,31 +77,43 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
     def __init__(
         self,
-        base_layer: nn.Linear | Conv1D,
+        base_layer: nn.Linear | Conv1D | QuantizedLinear,
         adapter_name: str,
         config: LowBitSRConfig,
         name: str,
         source_checksum: int | None = None,
+        fixed_point: bool = False,
         **kwargs: Any,
     ) -> None:
         """Convert `base_layer` and add the first adapter. Its float weight is not kept.
 
         Args:
+            fixed_point: see `FrozenWeight.of_codes`.
             name: the module's name in the model, which (with the seed) tells its random stream from the others'.
             source_checksum: of the layer's weight, if it is known.
         """
         super().__init__()
-        frozen = FrozenWeight.of_floats(
-            base_layer,
-            config.grid,
-            "int",
-            config.range_method or "minmax",
-            config.range_p,
-            config.scale_dtype,
-            signed_scales=config.signed_scales,
-            transposed=isinstance(base_layer, Conv1D),
-            source_checksum=source_checksum,
-        )
+        if isinstance(base_layer, QuantizedLinear):
+            frozen = FrozenWeight.of_codes(
+                base_layer,
+                config.grid,
+                "int",
+                config.scale_dtype,
+                fixed_point=fixed_point,
+                source_checksum=source_checksum,
+            )
+        else:
+            frozen = FrozenWeight.of_floats(
+                base_layer,
+                config.grid,
+                "int",
+                config.range_method or "minmax",
+                config.range_p,
+                config.scale_dtype,
+                signed_scales=config.signed_scales,
+                transposed=isinstance(base_layer, Conv1D),
+                source_checksum=source_checksum,
+            )
         LowBitSRLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
         self.name = name
@@ -358,7 +371,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                 "`keep_base=False` dropped the base codes, so the adapter cannot be unloaded. Use merge_and_unload(), "
                 "or load the float model again."
             )
-        return self.frozen.float_layer()
+        frozen = self.frozen
+        return frozen.quantized_layer() if frozen.quantized_before else frozen.float_layer()
 
     def __repr__(self) -> str:
         return "lowbitsr." + super().__repr__()

@@ -7,8 +7,11 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from ...checkpoint.adopt import adopt_compressed_tensors
 from ..common.model import QuantizingModel
+from ..common.quantized_base import check_grid, is_fixed_point, packed_targets, scales_of
 from .config import LowBitSRConfig
 from .layer import LowBitSRLayer, LowBitSRLinear
 from .parts import PARTS
@@ -25,6 +28,18 @@ class LowBitSRModel(QuantizingModel):
 
     # -- before anything is changed
 
+    def _adopt_base(self, model: nn.Module, config: Any, state_dict: dict | None) -> bool:
+        adopted = adopt_compressed_tensors(model)
+        if packed := packed_targets(model, self._targets(model, config, state_dict)):
+            check_grid(model, packed, config)
+            _, holds = scales_of(packed)
+            if config.scale_dtype not in holds:
+                raise ValueError(
+                    f"`scale_dtype` is {config.scale_dtype!r}, which does not hold the scales of the quantized base. "
+                    f"Use {holds[0]!r}."
+                )
+        return adopted
+
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1 and not config.keep_base:
@@ -40,7 +55,7 @@ class LowBitSRModel(QuantizingModel):
             if isinstance(module, BaseTunerLayer) or config.export_format != "bitnet":
                 continue
             linear: Any = module
-            bias, rows = linear.bias, linear.weight.shape[0]
+            bias, rows = linear.bias, linear.nf if isinstance(linear, Conv1D) else linear.out_features
             if bias is not None or rows % 4:
                 what = "a bias, which transformers' BitNet layer would multiply with the weight's scale"
                 what = what if bias is not None else f"{rows} output features, no multiple of 4"
@@ -67,7 +82,14 @@ class LowBitSRModel(QuantizingModel):
             target.update_layer(adapter_name, config, current_key)
             return
         linear: Any = target
-        module = LowBitSRLinear(linear, adapter_name, config, current_key, self._source_checksum(current_key))
+        module = LowBitSRLinear(
+            linear,
+            adapter_name,
+            config,
+            current_key,
+            self._source_checksum(current_key),
+            is_fixed_point(self.model, target, config),
+        )
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)

@@ -64,7 +64,6 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     method = "LR-QAT"
     quantizes = (nn.Linear, Conv1D, nn.Embedding)
-    takes_quantized = True
     contents: ClassVar[dict[str, Any]] = dict.fromkeys(("lora_A", "lora_B", "lora_scale_shift"), FACTOR)
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,

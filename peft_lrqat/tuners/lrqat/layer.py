@@ -48,7 +48,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...grid import GridTensor
-from ...modules.packed import QuantizedLinear, merged_layer
+from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
@@ -301,10 +301,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return GridTensor(codes(whole(frozen.base), A, B, frozen.fmt, c), scale, whole(frozen.zero_point), frozen.grid)
 
     def _float_layer(self) -> nn.Module:
-        frozen = self.frozen
-        if frozen.fixed_point and frozen.downcast == "fx8":
-            return merged_layer(frozen.eight_bits(), frozen.bias, 8, frozen.compute_dtype)
-        return self._merged([]) if frozen.quantized_before else self._as_it_was()
+        return self.frozen.quantized_layer() if self.frozen.quantized_before else self._as_it_was()
 
     def _as_it_was(self) -> nn.Module:
         """The base at step 0 as the kind of float layer that it was."""

@@ -10,10 +10,11 @@ from torch import nn
 
 from ...checkpoint.adopt import adopt_compressed_tensors
 from ..common.model import QuantizingModel
+from ..common.quantized_base import is_fixed_point
 from .config import LRQATConfig
 from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
-from .quantized_base import adopt_base, is_fixed_point
+from .quantized_base import adopt_base
 
 
 class LRQATModel(QuantizingModel):

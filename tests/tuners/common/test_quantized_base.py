@@ -1,0 +1,106 @@
+"""Both methods start from a model that is quantized already, and take its integers as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from peft_lrqat import LRQATConfig, load_quantized
+from peft_lrqat.modules.packed import QuantizedLinear
+from tests import lowbit_sr
+from tests.models import adapted, logits, tiny, tokens, train
+
+IDS = tokens(batch=4)
+GRID = {"bits": 4, "group_size": 8}
+
+
+def merged(**options) -> PreTrainedModel:
+    """A quantized model whose weights are away from those of `tiny()`."""
+    return adapted(tiny(), **{**GRID, **options}, init_lora_weights=False).merge_and_unload()
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized")
+    merged().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_quantized, AutoModelForCausalLM.from_pretrained])
+def test_start_train_save_and_reload(method: ModuleType, load, quantized_folder: Path, tmp_path: Path):
+    model = load(quantized_folder)
+    start = logits(model, IDS)
+    peft_model = method.adapt(model, **GRID)
+    assert torch.equal(logits(peft_model, IDS), start)
+    train(peft_model, IDS, lr=0.1)
+    trained = logits(peft_model, IDS)
+    assert not torch.equal(trained, start)
+    with peft_model.disable_adapter():
+        assert torch.equal(logits(peft_model, IDS), start)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_quantized(quantized_folder), tmp_path / "adapter")
+    assert torch.equal(logits(again, IDS), trained)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), IDS), trained)
+    with pytest.raises(ValueError, match="its integers had the fingerprint"):
+        PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("container", [4, 8])
+def test_unloading_gives_the_base_back(method: ModuleType, container: int):
+    model = merged(container_bits=container)
+    before = {name: value.clone() for name, value in model.named_buffers() if "weight_" in name}
+    back = method.adapt(model, **GRID).unload()
+    found = {name: value for name, value in back.named_buffers() if "weight_" in name}
+    assert found.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("container", [4, 8])
+def test_merging_keeps_the_container(method: ModuleType, container: int):
+    peft_model = method.adapt(merged(container_bits=container), **GRID)
+    assert {m.bits for m in peft_model.merge_and_unload().modules() if isinstance(m, QuantizedLinear)} == {container}
+
+
+def test_fewer_bits_than_the_container_where_every_code_has_them(method: ModuleType):
+    start = logits(model := merged(bits=3, container_bits=4), IDS)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.grid = type(layer.grid)(4, 8)  # as a foreign file has it
+    assert torch.equal(logits(method.adapt(model, bits=3, group_size=8), IDS), start)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"group_size": -1}, "asks for group_size=-1, but the base model is quantized with group_size=8"),
+        ({"bits": 3}, "asks for bits=3, but the base model is quantized with bits=4"),
+        ({"exclude_modules": None, "target_modules": ["q_proj", "lm_head"]}, "1 of the targeted modules are float"),
+    ],
+)
+def test_what_contradicts_the_base(method: ModuleType, options: dict, match: str):
+    model = merged()
+    start = logits(model, IDS)
+    with pytest.raises(ValueError, match=match):
+        method.adapt(model, **{**GRID, **options})
+    assert torch.equal(logits(model, IDS), start)
+
+
+def test_scales_that_low_bit_sr_could_not_keep():
+    model = merged(scale_dtype="fp32")
+    with pytest.raises(ValueError, match=r"`scale_dtype` is 'auto', which does not hold .* Use 'fp32'"):
+        lowbit_sr.adapt(model, **GRID)
+    start = logits(model, IDS)
+    assert torch.equal(logits(lowbit_sr.adapt(model, **GRID, scale_dtype="fp32"), IDS), start)
+
+
+def test_zero_points_are_for_lr_qat():
+    model = merged(symmetric=False)
+    with pytest.raises(ValueError, match="asks for symmetric=True, but the base model is quantized with"):
+        lowbit_sr.adapt(model, **GRID)
+    assert get_peft_model(model, LRQATConfig(target_modules="all-linear")).peft_config["default"].symmetric is False
