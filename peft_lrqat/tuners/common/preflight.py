@@ -76,18 +76,16 @@ def check_base(model: nn.Module, config: Any) -> None:
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     method = getattr(method, "value", method)  # transformers' enum
-    packed = any(isinstance(module, MERGED) for module in model.modules())
-    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        return
-    if (isinstance(method, str) and not adapted) or packed:
+    if any(isinstance(module, (BaseTunerLayer, *MERGED)) for module in model.modules()):
+        return  # layer by layer: `check_targets`
+    if isinstance(method, str):
         how = (
             f"Load it with `peft_lrqat.load_quantized(...)`, which keeps its integers for {config.method} to start from"
             if method in METHODS and method != "bitnet"  # whose inputs are rounded
             else "Load the float model"
         )
         raise ValueError(
-            f"The base model is already quantized ({method or 'packed layers'}), but {config.method} starts from float "
+            f"The base model is already quantized ({method}), but {config.method} starts from float "
             f"weights or from integers. {how}; for a model that was dequantized on loading (GGUF), delete "
             "`model.config.quantization_config`."
         )

@@ -75,8 +75,7 @@ def test_what_a_format_cannot_hold_is_refused_before_training(family, overrides,
 def test_a_merged_model_that_rounds_its_inputs_is_not_converted_again():
     for options in ({"bits": 8, "act_bits": 8}, {"bits": 1.58, "group_size": 0, "act_bits": 8}):
         merged = low_bit(tiny(), **options).merge_and_unload()
-        del merged.config.quantization_config
-        with refused(merged, "already quantized"):
+        with refused(merged, r"q_proj' \(.*Linear\) has no float weight \(it seems to be quantized\).*Load the float"):
             get_peft_model(merged, config())
 
 
