@@ -6,7 +6,8 @@ training, puts the mean magnitude on the highest level (DQT, arXiv 2412.04787, e
 
 The search is exact over its candidates: clipping at 1 %, 2 %, ..., 100 % of the largest magnitude, as in the paper, and
 besides, the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1). The latter make the search idempotent:
-a weight that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. Every candidate is
+a weight that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. (Where the weight was
+rounded to its dtype since, `lattice.py` finds the scale that gives it back.) Every candidate is
 snapped to what the checkpoint can store *before* it is judged.
 
 A symmetric grid has one level more on one side. With `signed`, every scale chooses the side, by its sign: all
@@ -24,6 +25,7 @@ import torch
 
 from .chunks import chunk_size, row_chunks
 from .grid import Grid, snap_magnitude
+from .lattice import recover_scale
 
 RANGE_METHODS = ("lp", "minmax")
 LOW_BIT_RANGE_METHODS = ("absmean", "minmax", "lp")
@@ -69,13 +71,13 @@ def choose_range(
         for rows_ in row_chunks(out_features, in_features, device):
             # (chunk rows * groups, group size): one line for each scale
             lines = weight[rows_].float().reshape(-1, in_features // groups).contiguous()
-            chosen = _search([lines], grid, method, p, scale_dtype, signed)
+            chosen = _search([lines], grid, method, p, scale_dtype, signed, weight.dtype)
             scale[rows_] = chosen[0].view(-1, groups)
             if zero_point is not None:
                 zero_point[rows_] = chosen[1].view(-1, groups).to(torch.int8)
     else:  # one scale for all: the chunks are the parts of a single line
         parts = [weight[rows_].float().reshape(1, -1) for rows_ in row_chunks(out_features, in_features, device)]
-        chosen = _search(parts, grid, method, p, scale_dtype, signed)
+        chosen = _search(parts, grid, method, p, scale_dtype, signed, weight.dtype)
         scale.copy_(chosen[0].view(1, 1))
         if zero_point is not None:
             zero_point.copy_(chosen[1].view(1, 1))
@@ -83,10 +85,25 @@ def choose_range(
 
 
 def _search(
+    parts: list[torch.Tensor],
+    grid: Grid,
+    method: str,
+    p: float,
+    scale_dtype: str,
+    signed: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the best (scale, centred zero point) of each line, fp32 (lines,); `parts` are fp32 (lines, n) tensors of
+    numbers in `dtype` that together make up the lines."""
+    scale, zero = _best(parts, grid, method, p, scale_dtype, signed)
+    if method == "absmean":
+        return scale, zero
+    return recover_scale(parts, scale, zero, grid, scale_dtype, dtype), zero
+
+
+def _best(
     parts: list[torch.Tensor], grid: Grid, method: str, p: float, scale_dtype: str, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the best (scale, centred zero point) of each line, fp32 (lines,); `parts` are (lines, n) tensors that
-    together make up the lines."""
     lo = torch.stack([part.float().amin(dim=1) for part in parts]).amin(dim=0).clamp_(max=0)
     hi = torch.stack([part.float().amax(dim=1) for part in parts]).amax(dim=0).clamp_(min=0)
 

@@ -1,0 +1,81 @@
+"""Weights that lie on a grid already, but for the rounding to the dtype that they were stored in.
+
+Such are the floats of a model that was quantized before: Google's Gemma "qat-q4_0-unquantized", or any checkpoint that
+was dequantized. They are s (q - z), rounded to bf16 or fp16, so that the largest of them no longer tells s: 8 s has 8
+significant bits in bf16, where s, an fp16 number, has 11. But each weight says within which bounds s lies:
+
+    the halfway points to the neighbours of |w| in its dtype, divided by |q - z|
+
+A scale within the bounds of all weights that share it gives every one of them back.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .grid import Grid, snap_magnitude, with_sign_of
+
+# half a step between neighbours, in fp32's bits (not for fp16's subnormal numbers, which are left as they are)
+_HALF_STEP = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}
+
+
+def recover_scale(
+    parts: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    scale_dtype: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Replace scales by those that give the weights back exactly, where there are such near them.
+
+    Args:
+        parts: fp32 (lines, n) each; all parts of a line share its scale.
+        scale, zero: fp32 (lines,), a scale near enough for the right codes, and the centred zero point.
+        scale_dtype: see `grid.snap_scale`.
+        dtype: of the weight; numbers in bf16 or fp16 are looked for in fp32 too.
+
+    Returns:
+        fp32 (lines,); what it was where the line does not lie on the grid, or did so with the scale that it had.
+    """
+    for low in [dtype] if dtype in _HALF_STEP else list(_HALF_STEP):
+        if not any(bool((part.to(low).float() == part).all(dim=1).any()) for part in parts):
+            continue
+        least, most = torch.zeros_like(scale), torch.full_like(scale, torch.inf)
+        for part in parts:
+            steps = _levels(part, scale, zero, grid).abs_()
+            bits = part.abs().view(torch.int32)
+            below, above = ((bits + half).view(torch.float32) / steps for half in (-_HALF_STEP[low], _HALF_STEP[low]))
+            least = torch.maximum(least, torch.where(steps > 0, below, 0.0).amax(dim=1))
+            most = torch.minimum(most, torch.where(steps > 0, above, torch.inf).amin(dim=1))
+        found = with_sign_of(scale, snap_magnitude((least + most) * 0.5, scale_dtype))
+        better = on_grid(parts, found, zero, grid, low, scale) & ~on_grid(parts, scale, zero, grid, low)
+        scale = torch.where(better, found, scale)
+    return scale
+
+
+def on_grid(
+    parts: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    codes_by: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Tell which lines are s (q - z), rounded to `dtype`, of whole codes: bool (lines,).
+
+    Args:
+        codes_by: the scale that gives the codes; None: `scale`.
+    """
+    exact = torch.ones_like(scale, dtype=torch.bool)
+    for part in parts:
+        levels = _levels(part, scale if codes_by is None else codes_by, zero, grid)
+        exact &= ((levels * scale.unsqueeze(1)).to(dtype).float() == part).all(dim=1)
+    return exact
+
+
+def _levels(part: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The levels q - z nearest to the weights of some lines: fp32 (lines, n)."""
+    zero = zero.unsqueeze(1)
+    levels = (part / scale.unsqueeze(1)).round_().add_(zero)
+    return levels.clamp_(grid.qmin, grid.qmax).sub_(zero)
