@@ -23,7 +23,7 @@ FLOORS = (
     ("modules",),
     ("formats",),
     ("ops",),
-    ("grid", "packing", "ranges", "rounding", "chunks", "files", "read_only", "registration", "_version"),
+    ("grid", "lattice", "packing", "ranges", "rounding", "chunks", "files", "read_only", "registration", "_version"),
 )
 SIBLINGS = ("tuners.lrqat", "tuners.lowbit_sr")
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...chunks import row_chunks
-from ...grid import Grid, GridTensor, grouped, rows_of, snap_scale
+from ...grid import Grid, GridTensor, dequantize, grouped, quantize, rows_of, snap_scale, sum_per_scale
 from ...modules.generation import KeepsWeight, Slot
 from ...modules.packed import QuantizedLinear, merged_layer
 from ...ops import quantized_linear
@@ -84,6 +84,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
 
     Attributes:
         source_checksum: of the weight that it was made from, see `fingerprint.py`; None where that was not finite.
+        lossless: how many scales gave all their weights back when a float weight was rounded, and of how many.
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
         container_bits: how wide the codes of that layer were stored, if it was quantized.
     """
@@ -95,6 +96,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
     out_features: int
     in_features: int
     source_checksum: int | None
+    lossless: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -207,14 +209,19 @@ class FrozenWeight(nn.Module, KeepsWeight):
         assert self.ranges is not None
         method, p, signed = self.ranges
         scale, zero_point = choose_range(weight, self.grid, method, p, self.scale_dtype, signed)
-        parts = []
+        parts, changed = [], torch.zeros(scale.shape, dtype=torch.int64, device=weight.device)
         for rows in row_chunks(self.out_features, self.in_features, weight.device):
-            levels = grouped(weight[rows].float().contiguous(), scale) / rows_of(scale, rows).unsqueeze(-1)
-            if zero_point is not None:
-                levels += rows_of(zero_point, rows).unsqueeze(-1)
+            s, z = rows_of(scale, rows), rows_of(zero_point, rows)
+            here = weight[rows].contiguous()
+            differs = dequantize(quantize(here, s, z, self.grid), s, z, weight.dtype) != here
+            rows_of(changed, rows).add_(sum_per_scale(differs, s))
+            levels = grouped(here.float(), scale) / s.unsqueeze(-1)
+            if z is not None:
+                levels += z.unsqueeze(-1)
             if self.grid.ternary:  # two-bit codes, of which -2 is not used
                 levels.clamp_(self.grid.qmin, self.grid.qmax)
             parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))
+        self.lossless = int((changed == 0).sum()), changed.numel()
         return torch.cat(parts), scale, zero_point
 
     @property

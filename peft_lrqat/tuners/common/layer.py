@@ -215,8 +215,16 @@ class MergingLayer(LoraLayer):
     def _merged(self, adapters: list[str], options: Any = None, safe_merge: bool = False) -> Any:
         """What takes the base's place while adapters are merged: packed, whatever kind of layer it was."""
         frozen, options = self.frozen, self.options_for(adapters, options)
+        weight = self.grid_tensor(adapters, options, safe_merge)
+        dtype = frozen.compute_dtype
+        if not torch.equal(weight.scale.to(dtype).float().nan_to_num(), weight.scale.nan_to_num()):
+            raise ValueError(
+                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={frozen.scale_dtype!r}` "
+                "exactly. Call `model.float()` before merging (or cast the model back to what it was), train with "
+                "`scale_dtype='auto'`, or leave the model unmerged: `export(..., format='gguf')` stores fp16 scales."
+            )
         return merged_layer(
-            self.grid_tensor(adapters, options, safe_merge),
+            weight,
             frozen.bias,
             options.stored_bits,
             frozen.compute_dtype,
@@ -305,7 +313,7 @@ class MergingLayer(LoraLayer):
     def _check_scale(
         self, adapters: list[str], safe_merge: bool, scale: torch.Tensor, *others: torch.Tensor | None
     ) -> None:
-        """ValueError unless the checkpoint can hold these scales; `safe_merge`: and all is finite."""
+        """ValueError unless a checkpoint can hold these scales; `safe_merge`: and all is finite."""
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, *others) if t is not None):
             adapter = adapters[-1] if adapters else ""
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
@@ -314,13 +322,6 @@ class MergingLayer(LoraLayer):
             raise ValueError(
                 f"The layer cannot be merged: {int(lost)} scales of {self.name!r} "
                 f"{describe_lost(self.frozen.scale_dtype)}"
-            )
-        dtype = self.frozen.compute_dtype
-        if not torch.equal(scale.to(dtype).float().nan_to_num(), scale.nan_to_num()):
-            raise ValueError(
-                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={self.frozen.scale_dtype!r}` "
-                "exactly. Call `model.float()` before merging (or cast the model back to what it was), or train with "
-                "`scale_dtype='auto'`."
             )
 
     def unmerge(self) -> None:

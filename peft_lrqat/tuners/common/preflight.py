@@ -188,7 +188,16 @@ def _float_weight(module: nn.Module, config: Any, where: str) -> torch.Tensor:
 
 
 def _check_scale_dtype(weight: torch.Tensor, config: Any, where: str) -> None:
-    if config.scale_dtype not in _STORABLE[weight.dtype]:
+    if config.scale_dtype in _STORABLE[weight.dtype]:
+        return
+    if config.scale_dtype == "fp16":  # GGUF keeps scales in fp16, whatever the model is in
+        warnings.warn(
+            f"`scale_dtype` is 'fp16', but the model is {weight.dtype}, in which a checkpoint cannot store such "
+            "scales. Training uses them exactly, and `export(..., format='gguf')` writes them exactly, without "
+            "merging. Before merging, call `model.float()`.",
+            stacklevel=2,
+        )
+    else:
         raise ValueError(
             f"`scale_dtype` is {config.scale_dtype!r}, but {where} is {weight.dtype}, and so will the checkpoint's "
             f"scales be. Allowed for it: {_STORABLE[weight.dtype]}; 'auto' is exact everywhere."

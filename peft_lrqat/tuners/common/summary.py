@@ -39,6 +39,8 @@ class Summary(NamedTuple):
     matrices: dict[str, int]  # other float weights of two and more dimensions, by the last name of their module
     bytes_before: int  # of the layers with adapters, in the dtype that they were in
     bytes_after: int  # of their integers and scales
+    scales: int  # chosen for float weights
+    lossless: int  # of those, which gave every weight back
 
     @property
     def mostly_float(self) -> bool:
@@ -50,6 +52,8 @@ class Summary(NamedTuple):
             f"{self.layers} layers on the grid ({self.grid}), {_share(self.weights, self.total)} of the model's "
             f"{_count(self.total)} weights: {_megabytes(self.bytes_before)} became {_megabytes(self.bytes_after)}."
         ]
+        if self.lossless > 0.1 * self.scales:
+            parts.append(f"{_share(self.lossless, self.scales)} of the groups lay on the grid already.")
         if self.tables or self.matrices:
             names = [f"{name} ({_count(size)})" for name, size in self._largest()]
             parts.append(f"Float stay: {', '.join(names)}.")
@@ -67,7 +71,7 @@ def summarize(model: nn.Module, grid: str) -> Summary:
         grid: how the grid is described.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = weights = total = tables = before = after = 0
+    layers = weights = total = tables = before = after = scales = lossless = 0
     matrices: Counter[str] = Counter()
     seen: set[int] = set()
     inside: tuple[str, ...] = ()
@@ -79,6 +83,8 @@ def summarize(model: nn.Module, grid: str) -> Summary:
             frozen = layer.frozen
             size = frozen.out_features * frozen.in_features
             before += size * frozen.compute_dtype.itemsize
+            found = getattr(frozen, "lossless", None) or (0, 0)
+            lossless, scales = lossless + found[0], scales + found[1]
             after += sum(_stored_bytes(parameter) for parameter in layer.parameters())
         elif isinstance(module, MERGED):
             size = module.out_features * module.in_features
@@ -95,7 +101,7 @@ def summarize(model: nn.Module, grid: str) -> Summary:
             continue
         inside += (name + ".",)
         layers, weights, total = layers + 1, weights + size, total + size
-    return Summary(grid, layers, weights, total, tables, dict(matrices), before, after)
+    return Summary(grid, layers, weights, total, tables, dict(matrices), before, after, scales, lossless)
 
 
 def report(model: nn.Module, config: Any) -> None:

@@ -152,7 +152,7 @@ def test_names_of_adapters_that_files_could_not_tell_apart(method: ModuleType, n
         (refusals.in_dtype(torch.float8_e4m3fn), {}, "float8_e4m3fn; .* needs float32"),
         (refusals.says_quantized, {}, r"already quantized \(gptq\), but .* starts from float"),
         (refusals.without_features, {}, r"layers.1.mlp.down_proj.*has shape \(32, 0\).*nothing to quantize"),
-        (lambda m: m.bfloat16(), {"scale_dtype": "fp16"}, "`scale_dtype` is 'fp16'.*'auto' is exact everywhere"),
+        (lambda m: m.bfloat16(), {"scale_dtype": "fp32"}, "`scale_dtype` is 'fp32'.*'auto' is exact everywhere"),
     ],
 )
 def test_base_models_that_cannot_be_converted(method: ModuleType, change: Callable, options: dict, match: str):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
-from peft_lrqat import LRQATConfig, load_quantized
+from peft_lrqat import LRQATConfig, can_export, export, load_quantized
+from peft_lrqat.formats.gguf.blocks import BLOCK_TYPES
+from peft_lrqat.formats.gguf.choice import from_blocks
+from peft_lrqat.formats.gguf.reader import GGUFFile
+from peft_lrqat.formats.gguf.tensors import file_names, in_file_order
+from peft_lrqat.grid import Grid, GridTensor
+from tests.grids import SIZES, random_tensor
 from tests.models import adapted, logits, tiny, train
 
 
@@ -42,6 +51,42 @@ def test_a_scale_that_training_moves_through_zero_is_lost_on_either_side(method:
         shifts["default"].weight.fill_(-1.5)
     with pytest.raises(ValueError, match=f"{layer.frozen.scale0.numel()} scales of"):
         layer.grid_tensor()
+
+
+@pytest.mark.filterwarnings("ignore:`scale_dtype` is 'fp16', but the model is torch.bfloat16")
+def test_a_model_in_bf16_on_the_lattice_of_q4_0_is_trained_and_exported_on_it(
+    method: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """As Google's Gemma "qat-q4_0-unquantized": d is an fp16 number of either sign, the weights are d q in bf16."""
+    model = tiny(dtype=torch.bfloat16, **SIZES)
+    weights = {}
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            linear.weight.data = random_tensor(Grid(4, 32), *linear.weight.shape, "fp16").dequantize(torch.bfloat16)
+            weights[name] = linear.weight.data.clone()
+    expected = logits(model, method.IDS)
+    options = {"bits": 4, "group_size": 32, "range_method": "lp", "signed_scales": True, "scale_dtype": "fp16"}
+    caplog.set_level(logging.INFO, "peft_lrqat")
+    adapted = method.adapt(model, **options)
+    assert "100 % of the groups lay on the grid already." in caplog.text
+    assert torch.equal(logits(adapted, method.IDS), expected)
+    assert not can_export(adapted, "compressed-tensors")
+    with pytest.raises(ValueError, match="cannot hold the scales"):
+        copy.deepcopy(adapted).merge_and_unload()
+    export(adapted, tmp_path, "gguf", vocabulary=False, progress=False)
+    file = GGUFFile(next(tmp_path.glob("*.gguf")))
+    for name, weight in weights.items():
+        key = file_names(model.config)(name + ".weight")
+        assert file.tensors[key].type == "q4_0"
+        levels, d = from_blocks(file.read(key), BLOCK_TYPES["q4_0"])
+        tensor = GridTensor(levels.to(torch.int8), d, None, Grid(4, 32))
+        stored = in_file_order(GridTensor(weight, d, None, Grid(4, 32)), model.config, name).codes
+        assert torch.equal(tensor.dequantize(torch.bfloat16), stored)
+    train(adapted, method.IDS)
+    trained = logits(adapted, method.IDS)
+    assert not torch.equal(trained, expected)
+    export(adapted, tmp_path, "gguf", vocabulary=False, progress=False, overwrite=True)
+    assert torch.equal(logits(adapted, method.IDS), trained)
 
 
 def test_training_goes_on_from_negative_scales(tmp_path: Path):
