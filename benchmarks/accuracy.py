@@ -109,10 +109,13 @@ class Bench:
         self.rows = eval_rows(self.tokens, args.seq, self.bos, args.windows)
         self.items = json.loads(self.tokens["hellaswag"].tobytes())[: args.items]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        extra = {"gguf_file": args.gguf_file} if getattr(args, "gguf_file", None) else {}
+        gguf = getattr(args, "gguf_file", None)
+        extra = {"gguf_file": gguf} if gguf else {}
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **extra)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # GGUF: it is float now
+        if gguf:  # it still calls itself quantized, so its weights get a fresh model
+            del model.config.quantization_config
+            weights, model = model.state_dict(), type(model)(model.config)
+            model.load_state_dict(weights)
         self.model = model.to(self.device).eval().requires_grad_(False)
         # a large vocabulary takes its memory by the chunk
         self.chunk = max(256, min(2048, (1 << 27) // model.config.vocab_size))
