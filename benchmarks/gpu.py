@@ -58,6 +58,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LR-QAT int4": ("lrqat", {"group_size": -1, "downcast": "int"}),
     "LR-QAT fx8, groups of 128": ("lrqat", {"group_size": 128}),
     "LR-QAT int4, groups of 128": ("lrqat", {"group_size": 128, "downcast": "int"}),
+    "LR-QAT fx8, groups of 128, by channel": ("lrqat", {"group_size": 128, "learn_scales": "channel"}),
+    "LR-QAT int4, groups of 128, by channel": (
+        "lrqat",
+        {"group_size": 128, "learn_scales": "channel", "downcast": "int"},
+    ),
     "LR-QAT int3": ("lrqat", {"bits": 3, "group_size": -1, "downcast": "int"}),
     "LR-QAT int2, groups of 128": ("lrqat", {"bits": 2, "group_size": 128, "symmetric": False, "downcast": "int"}),
 }

@@ -18,7 +18,9 @@ from peft_lrqat.ops.stored_base import DOWNCASTS, BaseFormat, decode_base, encod
 from peft_lrqat.ranges import choose_range
 
 ROWS, COLS, RANK = 13, 45, 5
-GRANULARITY = (9, -1, 0)
+#: Groups of 9 whose scales are trained one by one, and by one shift for all of a row.
+BY_CHANNEL = "by channel"
+GRANULARITY = (9, BY_CHANNEL, -1, 0)
 KINDS = [(bits, downcast) for bits in (2, 3, 4, 8) for downcast in DOWNCASTS if (bits, downcast) != (8, "fx8")]
 #: Where kernels are tested: on a GPU where there is one, else in Triton's interpreter.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,8 +78,7 @@ class Problem:
         """bool (out, in): where the clip acts."""
         levels = decode_base(self.base, self.fmt)
         if self.A is not None:
-            A, B = round_factors(self.A.detach(), self.B.detach(), self.c)
-            levels = levels + B @ A
+            levels = levels + adapter_levels(self, *round_factors(self.A.detach(), self.B.detach(), self.c)[:2])
         return (levels.round() < self.grid.qmin) | (levels.round() > self.grid.qmax)
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -102,7 +103,7 @@ class Problem:
 
 def problem(
     bits: int = 4,
-    group_size: int = -1,
+    group_size: int | str = -1,
     symmetric: bool = True,
     downcast: str = "fx8",
     *,
@@ -115,9 +116,10 @@ def problem(
     """A layer whose codes move, with entries that are clipped.
 
     Args:
+        group_size: of the grid, or `BY_CHANNEL`.
         clip: "none"; "few": some, but less than 2 %; "many": more than that.
     """
-    grid = Grid(bits, group_size, symmetric)
+    grid = Grid(bits, 9 if group_size == BY_CHANNEL else group_size, symmetric)
     weight = torch.randn(rows, cols) * 0.02
     scale, zero = choose_range(weight, grid, "minmax", signed=symmetric)
     levels = grouped(weight, scale) / scale.unsqueeze(-1)
@@ -130,11 +132,13 @@ def problem(
         levels = decode_base(base, BaseFormat(bits, cols, downcast)).clamp(-inside, inside - 0.5)
         base = encode_base(levels.clone(), bits, downcast)
         A, B = A.clamp(-1, 1), B.sign() * 0.09 / RANK
+        if group_size == BY_CHANNEL:
+            B /= (scale.abs().amax(1, keepdim=True) / scale).abs().amax()
         if clip == "few":
             A[0], B[:, 0] = 0.0, 0.0
             A[0, 1], A[0, cols - 1], B[0, 0], B[rows - 1, 0] = 2.0, -2.0, 2.0**bits, -(2.0**bits)
     x, dy = torch.randn(*shape, cols), torch.randn(*shape, rows)
-    shift = torch.randn(scale.shape) * 0.1
+    shift = torch.randn(len(scale), 1 if group_size == BY_CHANNEL else scale.shape[1]) * 0.1
     made = Problem(x, base, scale, shift, zero, A, B, torch.randn(rows) if bias else None, dy, grid, downcast)
     share = made.clipped().float().mean().item()
     low, high = {"none": (0, 0), "few": (1e-9, 0.02), "many": (0.0201, 0.9)}[clip]
@@ -144,18 +148,37 @@ def problem(
     return made
 
 
-def plain_weight(p: Problem) -> torch.Tensor:
-    """W^, fp32, as the paper writes it: straight-through rounding (of the factors too), clip, scale."""
-    z = decode_base(p.base, p.fmt)
+def adapter_levels(p: Problem, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """What rounded factors add to the levels: B A, or by channel B A t / s0."""
+    if p.shift.shape == p.scale0.shape:
+        return B @ A
+    units = p.scale0.abs().amax(1, keepdim=True) / p.scale0
+    return (grouped(B @ A, units) * units.unsqueeze(-1)).view(p.base.shape[0], -1)
+
+
+def plain_weight(p: Problem, relative: bool = True) -> torch.Tensor:
+    """W^, fp32, as the paper writes it: straight-through rounding (of the factors too), clip, scale.
+
+    Args:
+        relative: by channel, how snapping the scales is passed through: all of a row as if they had changed by the
+            same factor, or each on its own.
+    """
+    z, scale, passed = decode_base(p.base, p.fmt), p.scale, torch.ones(())
+    if relative and p.shift.shape != p.scale0.shape:
+        t = p.scale0.abs().amax(1, keepdim=True)
+        change = trained_scale(t, p.shift.detach(), "auto") / t
+        scale = scale.detach() * (1 + (p.shift - p.shift.detach()) / change)
+        passed = (change * p.scale0 / scale.detach()).unsqueeze(-1)
     if p.A is not None:
         A, B = p.A.float(), p.B.float() * p.c
-        near_A, near_B = round_factors(p.A.detach(), p.B.detach(), p.c)
-        z = z + (B + (near_B - B).detach()) @ (A + (near_A - A).detach())
-    rounded = z + (z.round() - z).detach()
-    levels = grouped(rounded.clamp(p.grid.qmin, p.grid.qmax), p.scale)
+        near_A, near_B = round_factors(p.A.detach(), p.B.detach(), p.c)[:2]
+        z = z + adapter_levels(p, A + (near_A - A).detach(), B + (near_B - B).detach())
+    z = grouped(z, scale)
+    rounded = z.round().detach() + (z - z.detach()) * passed
+    levels = rounded.clamp(p.grid.qmin, p.grid.qmax)
     if p.zero_point is not None:
         levels = levels - p.zero_point.unsqueeze(-1).float()
-    return (levels * p.scale.unsqueeze(-1)).view(z.shape)
+    return (levels * scale.unsqueeze(-1)).view(-1, p.x.shape[-1])
 
 
 def plain(p: Problem, weight_dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -36,6 +36,7 @@ def _embedding(
     width: int,
     downcast: str,
     dtype: torch.dtype,
+    units: Tensor | None = None,
 ) -> Tensor:
     fmt, flat = BaseFormat(bits, width, downcast), ids.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < base.shape[0]:
@@ -44,7 +45,7 @@ def _embedding(
         )
     out = torch.empty(flat.shape[0], width, dtype=dtype, device=base.device)
     with no_autocast(base):
-        factors = optional_factors(A, B, c)
+        factors = optional_factors(A, B, c, units)
         for rows in row_chunks(base.shape[0], width, base.device):
             here = _tokens_in(flat, rows)
             if here.numel():
@@ -55,7 +56,7 @@ def _embedding(
 
 
 @_embedding.register_fake
-def _(ids, base, scale, zero_point, A, B, c, bits, width, downcast, dtype):
+def _(ids, base, scale, zero_point, A, B, c, bits, width, downcast, dtype, units=None):
     return torch.empty(*ids.shape, width, dtype=dtype, device=base.device)
 
 
@@ -71,11 +72,12 @@ def _embedding_backward(
     c: float,
     bits: int,
     downcast: str,
+    units: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of scale, A and B, fp32 (`tuners/lrqat/layer.py`), with G = dY scattered to its rows."""
     width = dy.shape[-1]
     fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
-    factors = optional_factors(A, B, c)
+    factors = optional_factors(A, B, c, units)
     ds = torch.zeros_like(scale)
     dA = torch.zeros(A.shape if A is not None else (0,), device=base.device)
     dB = torch.zeros(B.shape if B is not None else (0,), device=base.device)
@@ -92,14 +94,15 @@ def _embedding_backward(
             Q = Q if z is None else Q - z.unsqueeze(-1)
             rows_of(ds, rows).add_(sum_per_scale(grouped(G, s) * Q, s))
             if factors is not None:
-                dZ = (grouped(G, s) * s.unsqueeze(-1)).view_as(G).mul_(inside)
-                dB[rows] = torch.mm(dZ, factors.A.t())
-                dA += torch.mm(factors.B[rows].t(), dZ)
+                step = s if units is None else s * rows_of(units, rows)  # what a unit of B~ A~ moves a weight by
+                d = (grouped(G, s) * step.unsqueeze(-1)).view_as(G).mul_(inside)
+                dB[rows] = torch.mm(d, factors.A.t())
+                dA += torch.mm(factors.B[rows].t(), d)
     return ds, dA, dB.mul_(c)
 
 
 @_embedding_backward.register_fake
-def _(dy, ids, base, scale, zero_point, A, B, c, bits, downcast):
+def _(dy, ids, base, scale, zero_point, A, B, c, bits, downcast, units=None):
     return (
         torch.empty_like(scale),
         torch.empty(A.shape if A is not None else (0,), device=base.device),
@@ -108,14 +111,14 @@ def _(dy, ids, base, scale, zero_point, A, B, c, bits, downcast):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, _, ctx.downcast, _ = inputs
-    ctx.save_for_backward(ids, base, scale, zero_point, A, B)
+    ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, _, ctx.downcast, _, units = inputs
+    ctx.save_for_backward(ids, base, scale, zero_point, A, B, units)
 
 
 def _backward(ctx, dy: Tensor):
     refuse_second_derivatives()
-    ids, base, scale, zero_point, A, B = ctx.saved_tensors
-    ds, dA, dB = _embedding_backward(dy, ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, ctx.downcast)
+    ids, base, scale, zero_point, A, B, units = ctx.saved_tensors
+    ds, dA, dB = _embedding_backward(dy, ids, base, scale, zero_point, A, B, ctx.c, ctx.bits, ctx.downcast, units)
     need_scale, need_A, need_B = (ctx.needs_input_grad[i] for i in (2, 4, 5))
     return (
         None,
@@ -124,7 +127,7 @@ def _backward(ctx, dy: Tensor):
         None,
         dA.to(A.dtype) if need_A else None,
         dB.to(B.dtype) if need_B else None,
-        *([None] * 5),
+        *([None] * 6),
     )
 
 
@@ -143,8 +146,9 @@ def quantized_embedding(
     width: int,
     downcast: str,
     dtype: torch.dtype,
+    units: Tensor | None = None,
 ) -> Tensor:
-    """Look up the rows `ids` of W^ = s * (clip(round(Phi + c B A)) - z).
+    """Look up the rows `ids` of W^ = s * (clip(round(Phi + units c B A)) - z).
 
     Args:
         ids: integers (...), each in [0, rows of the table).
@@ -154,6 +158,7 @@ def quantized_embedding(
         bits, downcast: how `base` is stored.
         width: of the embedding.
         dtype: of the result.
+        units: what a unit of B A is in grid steps, if not 1: see `reference.adapter_units`.
 
     Returns:
         (..., width) in `dtype`.
@@ -161,4 +166,4 @@ def quantized_embedding(
     Raises:
         IndexError: an id is not in the table.
     """
-    return _embedding(ids, base, scale, zero_point, A, B, c, bits, width, downcast, dtype)
+    return _embedding(ids, base, scale, zero_point, A, B, c, bits, width, downcast, dtype, units)

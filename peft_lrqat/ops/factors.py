@@ -26,14 +26,18 @@ _MIN_EXPONENT, _MAX_EXPONENT = 127 - 40, 127 + 60
 
 
 class Factors(NamedTuple):
-    """A~ (R, in) and B~ (out, R), fp32, grid steps, with c = lora_alpha / r inside B~."""
+    """A~ (R, in) and B~ (out, R), fp32, with c = lora_alpha / r inside B~, and in what units their product is.
+
+    units: fp32 (out, groups), grid steps a unit of B~ A~ (`reference.adapter_units`); None: it counts grid steps.
+    """
 
     A: torch.Tensor
     B: torch.Tensor
+    units: torch.Tensor | None = None
 
     def rows(self, rows: slice) -> Factors:
-        """Select the factors of some output rows: A~ as it is, B~ (rows, R), a view."""
-        return Factors(self.A, self.B[rows])
+        """Select the factors of some output rows: A~ as it is, views of B~ (rows, R) and of the units."""
+        return Factors(self.A, self.B[rows], None if self.units is None else self.units[rows])
 
 
 def factor_bits(rank: int) -> int:
@@ -47,9 +51,11 @@ def round_factors(A: torch.Tensor, B: torch.Tensor, c: float = 1.0) -> Factors:
     return Factors(_fixed_point(A.float(), 0, bits), _fixed_point(B.float() * c, 1, bits))
 
 
-def optional_factors(A: torch.Tensor | None, B: torch.Tensor | None, c: float) -> Factors | None:
+def optional_factors(
+    A: torch.Tensor | None, B: torch.Tensor | None, c: float, units: torch.Tensor | None = None
+) -> Factors | None:
     """Round the factors of an adapter (`round_factors`); None where there is none (A or B is None)."""
-    return None if A is None or B is None else round_factors(A, B, c)
+    return None if A is None or B is None else round_factors(A, B, c)._replace(units=units)
 
 
 def _fixed_point(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:

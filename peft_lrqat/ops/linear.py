@@ -26,11 +26,11 @@ _NAMESPACE = "peft_lrqat"
 
 def _scale_backward(ctx: Any, grad: Tensor):
     (scale0,) = ctx.saved_tensors
-    return None, (grad * scale0).to(ctx.shift_dtype), None
+    return None, (grad * scale0).sum_to_size(ctx.shift_shape).to(ctx.shift_dtype), None
 
 
 def _scale_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.shift_dtype = inputs[1].dtype
+    ctx.shift_dtype, ctx.shift_shape = inputs[1].dtype, inputs[1].shape
     ctx.save_for_backward(inputs[0])
 
 
@@ -49,7 +49,8 @@ def trained_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Ten
 
     Args:
         scale0: fp32 (rows, groups), weight units per grid step.
-        shift: the same shape, any float dtype: the relative change; None: the scale is s0. Differentiable.
+        shift: the same shape, or (rows, 1) for all groups of a row, any float dtype: the relative change; None: the
+            scale is s0. Differentiable.
         scale_dtype: see `grid.snap_scale`.
 
     Returns:
@@ -152,7 +153,7 @@ def _(dy, x, y, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_
     nothing = scale0.new_empty(0)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        torch.empty_like(scale0) if need_shift else nothing,
+        shift.new_empty(shift.shape, dtype=torch.float32) if need_shift else nothing,
         A.new_empty(A.shape, dtype=torch.float32) if need_AB and A is not None else scale0.new_empty(0),
         B.new_empty(B.shape, dtype=torch.float32) if need_AB and B is not None else scale0.new_empty(0),
     )
@@ -164,7 +165,7 @@ def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tenso
     need = ctx.needs_input_grad
     # Y spares the scale gradient the product dY^T X where a scale belongs to a whole row. With a bias, Y - bias would
     # cancel in low precision, so there the product is made.
-    keep_y = need[3] and bias is None and (kernels_for(x) or reference).keeps_output(scale0, ctx.bits)
+    keep_y = need[3] and bias is None and (kernels_for(x) or reference).keeps_output(scale0, shift, ctx.bits)
     # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -237,8 +238,8 @@ class _Linear(torch.autograd.Function):
                 raise
             raise RuntimeError(
                 "The input or the output of a quantized layer was changed in place after its forward (Falcon does so), "
-                "but the gradient of scales that belong to whole rows needs the output. Train in groups "
-                "(`group_size=128`), or with `learn_scales=False`."
+                "but the gradient of scales that are trained by row needs the output. Train one scale a group "
+                "(`group_size=128`, `learn_scales=True`), or with `learn_scales=False`."
             ) from error
         if ctx.weight is not None and ctx.versions != _versions(ctx.weight):
             raise RuntimeError(
@@ -269,18 +270,20 @@ def quantized_linear(
         x: (..., in), the compute dtype; W^ is built in it.
         base: the frozen base as `encode_base` stores it, (out, words), an integer dtype.
         scale0: fp32 (rows, groups), weight units per grid step.
-        shift: (rows, groups), any float dtype: the relative change of the scales; None: s is s0. Differentiable.
+        shift: (rows, groups), any float dtype: the relative change of the scales; None: s is s0. Differentiable. Or
+            (rows, 1): one change for all groups g of a row j. A and B then count steps of t_j = max_g |s0_jg|, so that
+            Z = Phi + (t_j / s0_jg) c B A, and their gradient is LoRA's.
         zero_point: int8 (rows, groups), grid steps, or None.
-        A, B: (R, in) and (out, R), grid steps, any float dtype, or both None. Differentiable; `factors.py` says how
-            their product is rounded.
+        A, B: (R, in) and (out, R), grid steps (but see `shift`), any float dtype, or both None. Differentiable;
+            `factors.py` says how their product is rounded.
         bias: (out,), x's dtype, or None. Differentiable.
         c: lora_alpha / r.
         bits, downcast: how `base` is stored.
         scale_dtype: what s is snapped to, see `grid.snap_scale`.
 
     Returns:
-        (..., out) in x's dtype. For backward it keeps x, the stored base, the small tensors, and y where a scale is
-        trained that belongs to a whole row; W^ is rebuilt.
+        (..., out) in x's dtype. For backward it keeps x, the stored base, the small tensors, and y where one entry of
+        the shift belongs to a whole row; W^ is rebuilt.
     """
     constants = (c, bits, downcast, scale_dtype)
     if torch.compiler.is_compiling():

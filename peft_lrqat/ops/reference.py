@@ -56,23 +56,61 @@ def snapped_scale(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> Ten
     return with_sign_of(scale0, snap_magnitude(scale0.abs() * (1 + shift.float()), scale_dtype))
 
 
-def rounded_levels(base: Tensor, factors: Factors | None, fmt: BaseFormat) -> Tensor:
-    """Build round(Phi + B~ A~), before clipping: fp32 (rows, in), centred grid steps, ties to even.
+def by_channel(scale0: Tensor, shift: Tensor | None) -> bool:
+    """Tell whether one shift moves several scales of a row: (rows, 1) of (rows, groups)."""
+    return shift is not None and shift.shape[1] != scale0.shape[1]
 
-    The one place where codes come from: forward, backward and merge all call it. B~ A~ is exact (`factors.py`), the sum
-    is rounded once to fp32, so the result is the same on every device and for every choice of rows. (Not addmm, which
-    may start its sum from Phi and round after every term.)
+
+def largest_step(scale0: Tensor) -> Tensor:
+    """Find t_j, the largest |s0| of a row: fp32 (rows, 1), weight units."""
+    return scale0.abs().amax(1, keepdim=True)
+
+
+# What is all zero has the smallest scale there is. A finite quotient keeps 0 times it at 0.
+_MOST_UNITS = 2.0**40
+
+
+def adapter_units(scale0: Tensor, shift: Tensor | None) -> Tensor | None:
+    """Compute t_j / s0_jg, the grid steps that a unit of B A is where it counts the row's largest step.
+
+    Args:
+        scale0, shift: as for `quantized_linear`.
+
+    Returns:
+        fp32 (rows, groups), with the signs of s0; None where B A counts grid steps.
+    """
+    if not by_channel(scale0, shift):
+        return None
+    return (largest_step(scale0) / scale0).clamp_(-_MOST_UNITS, _MOST_UNITS)
+
+
+def rounded_levels(base: Tensor, factors: Factors | None, fmt: BaseFormat) -> Tensor:
+    """Build round(Phi + units B~ A~), before clipping: fp32 (rows, in), centred grid steps, ties to even.
+
+    The one place where codes come from: forward, backward and merge all call it. B~ A~ is exact (`factors.py`), its
+    product with the units (if there are any) is rounded once to fp32, and so is the sum: the result is the same on
+    every device and for every choice of rows. (Not addmm, which may start its sum from Phi and round after every term,
+    nor addcmul, which may round once for both.)
     """
     levels = decode_base(base, fmt)
     if factors is not None:
         with exact_fp32(base.device):
-            levels += torch.mm(factors.B, factors.A)
+            product = torch.mm(factors.B, factors.A)
+        if factors.units is not None:
+            grouped(product, factors.units).mul_(factors.units.unsqueeze(-1))
+        levels += product
     return levels.round_()
 
 
-def codes(base: Tensor, A: Tensor | None, B: Tensor | None, fmt: BaseFormat, c: float = 1.0) -> Tensor:
-    """Build the trained codes round(Phi + c B A), clipped: int8 (out, in) in [qmin, qmax]. What merging stores."""
-    factors = optional_factors(A, B, c)
+def codes(
+    base: Tensor, A: Tensor | None, B: Tensor | None, fmt: BaseFormat, c: float = 1.0, units: Tensor | None = None
+) -> Tensor:
+    """Build the trained codes round(Phi + units c B A), clipped: int8 (out, in) in [qmin, qmax]. What merging stores.
+
+    Args:
+        units: see `adapter_units`.
+    """
+    factors = optional_factors(A, B, c, units)
     out = torch.empty(base.shape[0], fmt.in_features, dtype=torch.int8, device=base.device)
     for rows in row_chunks(out.shape[0], out.shape[1], out.device):
         part = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
@@ -89,7 +127,8 @@ def build_weight(
     dtype: torch.dtype,
     clipped: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """Build W^ = s * (clip(round(Phi + B~ A~)) - z), rounded once to `dtype`: (out, in), weight units (LR-QAT eq. 8).
+    """Build W^ = s * (clip(round(Phi + units B~ A~)) - z), rounded once to `dtype`: (out, in), weight units (LR-QAT
+    eq. 8).
 
     Args:
         scale: fp32 (rows, groups), s itself.
@@ -132,8 +171,8 @@ def linear_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """Build W^ of `quantized_linear`, rounded once to `dtype`: (out, in). See there for the arguments."""
-    scale = snapped_scale(scale0, shift, scale_dtype)
-    return build_weight(base, scale, zero_point, optional_factors(A, B, c), fmt, dtype)
+    scale, units = snapped_scale(scale0, shift, scale_dtype), adapter_units(scale0, shift)
+    return build_weight(base, scale, zero_point, optional_factors(A, B, c, units), fmt, dtype)
 
 
 # -- the backward of LR-QAT
@@ -142,9 +181,10 @@ def linear_weight(
 _SPARSE_LIMIT = 0.02
 
 
-def keeps_output(scale0: Tensor, bits: int) -> bool:
-    """Tell whether the backward goes without G, and then wants Y: where one scale serves a row, on a CPU."""
-    return scale0.shape[1] == 1 and scale0.device.type == "cpu"
+def keeps_output(scale0: Tensor, shift: Tensor | None, bits: int) -> bool:
+    """Tell whether the backward goes without G, and then wants Y: where one scale, or one shift of scales, serves a
+    row, on a CPU."""
+    return (scale0.shape[1] == 1 or by_channel(scale0, shift)) and scale0.device.type == "cpu"
 
 
 class Gradients(NamedTuple):
@@ -181,13 +221,20 @@ def linear_backward(
         base to scale_dtype: as for `quantized_linear`.
         need_x, need_shift, need_AB: what is asked for.
 
-    On a CPU, with one scale per row or per tensor, G = dY^T X is never formed: A and B cost what they cost in LoRA and
-    the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is formed a row chunk at a time.
+    On a CPU, with one scale (or one shift of scales) per row or per tensor, G = dY^T X is never formed: A and B cost
+    what they cost in LoRA and the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is
+    formed a row chunk at a time.
     """
-    scale, factors = snapped_scale(scale0, shift, scale_dtype), optional_factors(A, B, c)
+    scale = snapped_scale(scale0, shift, scale_dtype)
+    factors = optional_factors(A, B, c, adapter_units(scale0, shift))
+    # what a unit of B~ A~ moves a weight by, before training and now: the scales of single groups, or the row's largest
+    step0, step = scale0, scale
+    if by_channel(scale0, shift):
+        step0 = largest_step(scale0)
+        step = snapped_scale(step0, shift, scale_dtype)
     need_AB = need_AB and factors is not None
-    by_rows = keeps_output(scale0, fmt.bits) and (y is not None or not need_shift)
-    ds = dA = dB = None
+    by_rows = keeps_output(scale0, shift, fmt.bits) and (y is not None or not need_shift)
+    dshift = ds = dA = dB = None
     if by_rows or not (need_shift or need_AB):
         clipped: list[tuple[Tensor, Tensor]] = []
         dx = None
@@ -196,17 +243,28 @@ def linear_backward(
             dx = torch.mm(dy, built) if need_x else None
             del built
         if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
-            _, ds, dA, dB = _by_G(dy, x, base, scale, zero_point, factors, fmt, False, need_shift, need_AB)
+            _, ds, dA, dB = _by_G(dy, x, base, scale, step, zero_point, factors, fmt, False, need_shift, need_AB)
         else:
-            if need_shift and y is not None:  # sum_t dY Y = s * sum_i G Q
-                ds = sum_per_scale(_per_row(dy, y).unsqueeze(1) / scale, scale)
+            if need_shift and y is not None:  # sum_t dY Y = sum_i G W^
+                dshift = sum_per_scale(_per_row(dy, y).unsqueeze(1) / step, step) * step0
             if need_AB and factors is not None:
-                dA, dB = _low_rank_by_rows(dy, x, scale, factors, clipped)
+                dA, dB = _low_rank_by_rows(dy, x, step, factors, clipped)
     else:
-        weight, ds, dA, dB = _by_G(dy, x, base, scale, zero_point, factors, fmt, need_x, need_shift, need_AB)
+        weight, ds, dA, dB = _by_G(dy, x, base, scale, step, zero_point, factors, fmt, need_x, need_shift, need_AB)
         dx = None if weight is None else torch.mm(dy, weight)
-    # B~ is c B, and s is s0 (1 + shift)
-    return Gradients(dx, None if ds is None else ds * scale0, dA, None if dB is None else dB.mul_(c))
+    if ds is not None:
+        dshift = ds * scale0 if step is scale else shift_gradient_by_row(ds, scale, step0, step)
+    return Gradients(dx, dshift, dA, None if dB is None else dB.mul_(c))  # B~ is c B
+
+
+def shift_gradient_by_row(ds: Tensor, scale: Tensor, step0: Tensor, step: Tensor) -> Tensor:
+    """Compute the gradient of a shift (rows, 1) that moves all scales of a row: sum_g ds_jg s_jg / (1 + shift_j).
+
+    Args:
+        ds, scale: (rows, groups), the gradient of s, and s.
+        step0, step: (rows, 1), t and u, the largest |s0| and |s| of a row; u / t is 1 + shift, as it is stored.
+    """
+    return (ds * scale).sum(1, keepdim=True) / step * step0
 
 
 def _per_row(dy: Tensor, y: Tensor) -> Tensor:
@@ -220,9 +278,13 @@ def _per_row(dy: Tensor, y: Tensor) -> Tensor:
 def _low_rank_by_rows(
     dy: Tensor, x: Tensor, scale: Tensor, factors: Factors, clipped: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of A~ (R, in) and B~ (out, R), fp32, from LoRA-sized products: dZ = s * G but for the
-    clipped entries, where it is 0."""
-    A, B = factors
+    """Compute the gradients of A~ (R, in) and B~ (out, R), fp32, from LoRA-sized products: that of B~ A~ is
+    `scale` * G but for the clipped entries, where it is 0.
+
+    Args:
+        scale: (rows, 1), what a unit of B~ A~ moves a weight by.
+    """
+    A, B, _ = factors
     xA = torch.mm(x, A.to(x.dtype).t())  # (T, R)
     dB = torch.mm(dy.t(), xA).float() * scale
     sB = (B * scale).to(dy.dtype)
@@ -245,6 +307,7 @@ def _by_G(
     x: Tensor,
     base: Tensor,
     scale: Tensor,
+    step: Tensor,
     zero_point: Tensor | None,
     factors: Factors | None,
     fmt: BaseFormat,
@@ -254,7 +317,7 @@ def _by_G(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Build W^ in dy's dtype, and compute the gradients of s, A~ and B~, through G = dY^T X, a chunk of rows at a time.
 
-    No host-device synchronisation.
+    `step` is what a unit of B~ A~ moves a weight by, (rows, groups) or (rows, 1). No host-device synchronisation.
     """
     ds = torch.zeros_like(scale) if need_scale else None
     dB = torch.empty_like(factors.B) if need_AB and factors else None
@@ -273,9 +336,9 @@ def _by_G(
         if ds is not None:
             rows_of(ds, rows).add_(sum_per_scale(grouped(G, scale) * Q, s))
         if dA is not None and dB is not None and factors is not None:
-            dZ = (grouped(G, scale) * s.unsqueeze(-1)).view_as(G).mul_(levels == inner)
-            dB[rows] = torch.mm(dZ, factors.A.t())
-            dA.addmm_(factors.B[rows].t(), dZ)
+            d = (grouped(G, step) * rows_of(step, rows).unsqueeze(-1)).view_as(G).mul_(levels == inner)
+            dB[rows] = torch.mm(d, factors.A.t())
+            dA.addmm_(factors.B[rows].t(), d)
     return weight, ds, dA, dB
 
 

@@ -5,12 +5,13 @@ import torch
 
 from peft_lrqat.ops import quantized_embedding
 from peft_lrqat.ops.embedding import _embedding_backward
+from peft_lrqat.ops.reference import adapter_units
 from tests.problems import COLS, GRANULARITY, Problem, assert_close, plain_weight, problem
 
 IDS = torch.tensor([[3, 3, 0], [12, 7, 3]])  # rows that are looked up often, once and never
 
 
-def table(group_size: int = 9, symmetric: bool = False) -> Problem:
+def table(group_size: int | str = 9, symmetric: bool = False) -> Problem:
     p = problem(3, group_size, symmetric, "int", clip="many")
     p.c = 0.7
     return p
@@ -18,7 +19,8 @@ def table(group_size: int = 9, symmetric: bool = False) -> Problem:
 
 def operands(p: Problem, dtype: torch.dtype = torch.float32) -> tuple:
     scale = p.scale.detach().requires_grad_()
-    return (p.base, scale, p.zero_point, p.A, p.B, p.c, p.grid.bits, COLS, p.downcast, dtype)
+    units = adapter_units(p.scale0, p.shift)
+    return (p.base, scale, p.zero_point, p.A, p.B, p.c, p.grid.bits, COLS, p.downcast, dtype, units)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -26,14 +28,14 @@ def operands(p: Problem, dtype: torch.dtype = torch.float32) -> tuple:
 @pytest.mark.parametrize("chunk", [1, 5 * COLS, 1 << 18])
 def test_rows_and_gradients_whatever_the_chunks(monkeypatch, chunk, group_size, symmetric):
     p = table(group_size, symmetric)
-    expected, dy = plain_weight(p)[IDS], torch.randn(*IDS.shape, COLS)
+    expected, dy = plain_weight(p, relative=False)[IDS], torch.randn(*IDS.shape, COLS)
     truth = torch.autograd.grad(expected, [p.shift, p.A, p.B], dy)
     monkeypatch.setattr("peft_lrqat.chunks.CPU_CHUNK", chunk)
     leaves = operands(p)
     rows = quantized_embedding(IDS, *leaves)
     assert_close(rows, expected)
     ds, dA, dB = torch.autograd.grad(rows, [leaves[1], p.A, p.B], dy)
-    for name, found, exact in zip(("shift", "A", "B"), (ds * p.scale0, dA, dB), truth, strict=True):
+    for name, found, exact in zip(("shift", "A", "B"), ((ds * p.scale0).sum_to_size(p.shift.shape), dA, dB), truth, strict=True):
         assert_close(found, exact, name)
 
 

@@ -29,7 +29,7 @@ def test_every_stored_base(number, clip):
     """The other axes take turns: a decoded base is a matrix of levels (see `tests/problems.py`)."""
     bits, downcast = KINDS[number]
     turn = number + (clip == "many")
-    check(problem(bits, GRANULARITY[turn % 3], turn % 2 == 0, downcast, clip=clip, bias=number % 4 < 2))
+    check(problem(bits, GRANULARITY[turn % len(GRANULARITY)], turn % 2 == 0, downcast, clip=clip, bias=number % 4 < 2))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

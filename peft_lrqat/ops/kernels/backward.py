@@ -3,8 +3,8 @@
 Products are the vendor library's, in the compute dtype, and kernels do what is between them. Nothing is read by the
 host. Two ways:
 
-*By rows*, where one scale serves a row and few entries are clipped (4 bits and more): A and B cost what they cost in
-LoRA, and G = dY^T X is formed only in tiles that hold a clipped entry, to take that entry's share out again
+*By rows*, where one scale, or one shift of all its scales, serves a row and few entries are clipped (4 bits and more):
+A and B cost what they cost in LoRA, and G = dY^T X is formed only in tiles that hold a clipped entry, to take that entry's share out again
 (`_clipped_kernel`; tiles without one return at once). The shares are added atomically, in no fixed order.
 
 *By G*, everywhere else and under `torch.use_deterministic_algorithms(True)`: G by one product; a kernel turns it into
@@ -21,13 +21,14 @@ import triton
 import triton.language as tl
 
 from ...grid import sum_per_scale
-from ..reference import Gradients
+from ..reference import Gradients, by_channel, shift_gradient_by_row
 from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared, prepare
 from .tiles import (
     INTERPRETED,
     a_tile,
+    adapter_step,
     b_tile,
     ceil_div,
     clip,
@@ -44,12 +45,12 @@ from .weight import prepared_weight
 _BY_ROWS_FROM_BITS = 4
 
 
-def keeps_output(scale0: torch.Tensor, bits: int) -> bool:
+def keeps_output(scale0: torch.Tensor, shift: torch.Tensor | None, bits: int) -> bool:
     """Tell whether the backward goes by rows, and then wants Y for the scales."""
     required = (
         torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     )
-    return scale0.shape[1] == 1 and bits >= _BY_ROWS_FROM_BITS and not required
+    return (scale0.shape[1] == 1 or by_channel(scale0, shift)) and bits >= _BY_ROWS_FROM_BITS and not required
 
 
 def linear_backward(
@@ -77,7 +78,7 @@ def linear_backward(
         weight_side = (base, scale0, shift, zero_point, A, B)
         grads = linear_backward(dy, x, y, *weight_side, c, fmt, scale_dtype, need_x, need_shift, False)
         return grads._replace(A=torch.zeros_like(A, dtype=torch.float32), B=torch.zeros_like(B, dtype=torch.float32))
-    by_rows = keeps_output(scale0, fmt.bits) and (y is not None or not need_shift)
+    by_rows = keeps_output(scale0, shift, fmt.bits) and (y is not None or not need_shift)
     dy, x, base = dy.contiguous(), x.contiguous(), base.contiguous()
     low = dy.dtype if need_AB else None
     prepared = prepare(scale0, shift, scale_dtype, A, B, c, rows, low, by_rows)
@@ -118,7 +119,7 @@ class _RowLaunches(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _row_launches(
-    tokens: int, rows: int, words: int, fmt: BaseFormat, offsets: Offsets, rank: int, c: float, wide: bool
+    tokens: int, rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, c: float, wide: bool
 ) -> _RowLaunches:
     """Fix both launches; `wide`: whether the compute dtype is fp32, whose tiles take twice the space."""
     padded = max(16, power_of_2(rank))
@@ -126,7 +127,7 @@ def _row_launches(
     sums = _row_sums_kernel.launch(
         (ceil_div(rows, 64), padded // BR),
         float(c),
-        offsets.scale_stride,
+        1 if offsets.by_channel else offsets.scale_stride,
         tokens,
         rows,
         RANK=rank,
@@ -135,7 +136,7 @@ def _row_launches(
         BR=BR,
         STAGES=3,
     )
-    tiles = tiling(rows, fmt.in_features, 1)
+    tiles = tiling(rows, fmt.in_features, groups)
     clipped = _clipped_kernel.launch(
         (min(tiles.columns * tiles.rows, _CLIPPED_PROGRAMS),),
         float(c),
@@ -144,7 +145,8 @@ def _row_launches(
         tokens,
         fmt.in_features,
         rows,
-        **tiles.constants(fmt, rank),
+        fused=not offsets.by_channel,
+        **tiles.constants(fmt, rank, offsets.by_channel),
         BT=32,
     )
     return _RowLaunches(sums, clipped)
@@ -164,7 +166,7 @@ def _by_rows(
     """Compute the gradients of the shift (where y is given), A and B (where flags are), all fp32.
 
     Args:
-        prepared: with s B~ in `b_low`.
+        prepared: with s B~ in `b_low` (by channel: the row's largest s).
         flags: int32 (tiles,), 1 for each tile with a clipped entry; None: no gradient of A and B is wanted.
     """
     (tokens, rows), device = dy.shape, dy.device
@@ -179,11 +181,12 @@ def _by_rows(
         dB = torch.empty(rows, prepared.rank, device=device)
     rank = 0 if flags is None else prepared.rank
     wide = dy.dtype == torch.float32
-    launches = _row_launches(tokens, rows, base.shape[1], fmt, prepared.offsets, rank, c, wide)
-    launches.sums(dB, dshift, dy, y, xA, scale0, prepared.scale)
+    step0, step = prepared.row_steps(scale0)
+    launches = _row_launches(tokens, rows, base.shape[1], scale0.shape[1], fmt, prepared.offsets, rank, c, wide)
+    launches.sums(dB, dshift, dy, y, xA, step0, step)
     if flags is not None:
         launches.clipped(dA, dB, dy, x, flags, base, prepared.scale, prepared.buffer)
-    return None if dshift is None else sum_per_scale(dshift, scale0), dA, dB
+    return None if dshift is None else sum_per_scale(dshift, step0), dA, dB
 
 
 @launched
@@ -193,6 +196,7 @@ def _row_sums_kernel(
     BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
+    By channel, s0 and s are the row's largest.
 
     A program owns BC rows of W and BR columns of dB, so the order of the sums does not vary.
     """
@@ -236,6 +240,8 @@ def _clipped_kernel(
     factors,
     c,
     scale_stride,
+    units,
+    step,
     a_step,
     b_step,
     a_int,
@@ -248,6 +254,7 @@ def _clipped_kernel(
     RANK: tl.constexpr,
     BITS: tl.constexpr,
     DOWNCAST: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     FULL: tl.constexpr,
@@ -261,7 +268,7 @@ def _clipped_kernel(
             n, m = tile % columns, tile // columns
             j = m * BM + tl.arange(0, BM)
             row_ok = j < out_features
-            i, column_ok, _, first = tile_columns(n, GROUP, BN)
+            i, column_ok, group, first = tile_columns(n, GROUP, BN)
             G = tl.zeros((BM, BN), dtype=tl.float32)
             for begin in range(0, tokens, BT):
                 t = begin + tl.arange(0, BT)
@@ -273,11 +280,11 @@ def _clipped_kernel(
                     d, v = d.to(tl.float32), v.to(tl.float32)
                 G = tl.dot(tl.trans(d), v, G, input_precision="tf32x3")
             z = rounded_levels(
-                base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK,
-                BITS, DOWNCAST, FULL,
+                base, factors, scale_stride, units, a_step, b_step, a_int, b_int, j, i, group, first, row_ok, column_ok,
+                words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
             )  # fmt: skip
             clipped = (clip(z, BITS) != z) & row_ok[:, None] & column_ok[None, :]
-            s = load(scale + j * scale_stride, row_ok, FULL)
+            s = adapter_step(scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL, FULL)
             dZ = tl.where(clipped, G * s[:, None], 0.0)
             of_a = load(factors + a_step + i, column_ok, FULL)
             of_b = load(factors + b_step + j, row_ok, FULL)
@@ -311,7 +318,8 @@ def _launch_by_G(
         fmt.in_features,
         rows,
         warps=8,
-        **tiles.constants(fmt, rank),
+        fused=not offsets.by_channel,
+        **tiles.constants(fmt, rank, offsets.by_channel),
         WRITE=write,
     )
     return launch, tiles.columns
@@ -338,7 +346,12 @@ def _by_G(
     launch(G, sums, base, zero_point, prepared.scale, prepared.buffer)
     dshift = dA = dB = None
     if sums is not None:
-        dshift = sum_per_scale(sums, scale0) * scale0
+        dshift = sum_per_scale(sums, scale0)
+        if prepared.offsets.by_channel:
+            scale = prepared.scale[: scale0.numel()].view_as(scale0)
+            dshift = shift_gradient_by_row(dshift, scale, *prepared.row_steps(scale0))
+        else:
+            dshift *= scale0
     if need_AB:
         assert prepared.a_low is not None
         assert prepared.b_low is not None
@@ -358,6 +371,8 @@ def _by_G_kernel(
     scale,
     factors,
     scale_stride,
+    units,
+    step,
     a_step,
     b_step,
     a_int,
@@ -369,6 +384,7 @@ def _by_G_kernel(
     RANK: tl.constexpr,
     BITS: tl.constexpr,
     DOWNCAST: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     FULL: tl.constexpr,
@@ -380,8 +396,8 @@ def _by_G_kernel(
     row_ok = j < out_features
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
     z = rounded_levels(
-        base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK, BITS,
-        DOWNCAST, FULL,
+        base, factors, scale_stride, units, a_step, b_step, a_int, b_int, j, i, group, first, row_ok, column_ok, words,
+        in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
     )  # fmt: skip
     q = clip(z, BITS)
     inside = row_ok[:, None] & column_ok[None, :]
@@ -394,5 +410,5 @@ def _by_G_kernel(
         total = tl.sum(tl.where(inside, g * level, 0.0), 1)
         tl.store(sums + j * tl.num_programs(0) + n, total, mask=row_ok)
     if WRITE:
-        s = load(scale + j * scale_stride + group, row_ok, FULL)
+        s = adapter_step(scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL, FULL)
         store(at, tl.where(q == z, g * s[:, None], 0.0), inside, FULL)

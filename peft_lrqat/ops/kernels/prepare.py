@@ -2,9 +2,11 @@
 
 They go into one buffer, because on small batches a step waits for Python, and every tensor costs it some microseconds:
 
-    buffer (fp32):  | s (rows x groups) | a_step (in) | b_step (out) | a_int (R x in, fp16) | b_int (out x R, fp16) |
+    buffer (fp32):  | s (rows x groups) | units (rows x groups) | t (rows) | u (rows) |
+                    | a_step (in) | b_step (out) | a_int (R x in, fp16) | b_int (out x R, fp16) |
 
-A~ = a_int * a_step and B~ = b_int * b_step as `ops/factors.py` defines them.
+A~ = a_int * a_step and B~ = b_int * b_step as `ops/factors.py` defines them. The units of B~ A~, and t and u, the
+largest |s0| and |s| of a row, are there by channel only, where one shift moves all scales of a row.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..factors import _MAX_EXPONENT, _MIN_EXPONENT, factor_bits
+from ..reference import _MOST_UNITS, by_channel
 from .launch import Launch, launched
 from .tiles import bf16_bits, ceil_div, power_of_2, round_half_even, scale_stride, store
 
@@ -28,21 +31,30 @@ class Offsets(NamedTuple):
     """Scalars that every kernel takes: elements of the scale, and of the buffer (fp32, for a_int and b_int too)."""
 
     scale_stride: int  # from row to row; 0 where one scale serves all
+    units: int = 0
+    step: int = 0  # of u
     a_step: int = 0
     b_step: int = 0
     a_int: int = 0
     b_int: int = 0
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether B~ A~ counts the largest step of a row."""
+        return self.units > 0
 
-def layout(stride: int, scales: int, rows: int, cols: int, rank: int) -> tuple[Offsets, int]:
+
+def layout(stride: int, scales: int, rows: int, cols: int, rank: int, channels: bool) -> tuple[Offsets, int]:
     """Lay out the buffer; also returns its size, in fp32 elements.
 
     Every part starts at a multiple of 64 bytes, so that loads can be wide.
     """
     starts = [0]
-    for size in (scales, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2)):
+    extra = (scales, rows, rows) if channels else (0, 0, 0)
+    for size in (scales, *extra, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2)):
         starts.append(starts[-1] + ceil_div(size, 16) * 16)
-    return Offsets(stride, *starts[1:5]), starts[5]
+    units, _, step = starts[1:4] if channels else (0, 0, 0)
+    return Offsets(stride, units, step, *starts[4:8]), starts[8]
 
 
 class Prepared(NamedTuple):
@@ -53,7 +65,19 @@ class Prepared(NamedTuple):
     offsets: Offsets
     rank: int
     a_low: torch.Tensor | None = None  # A~ (R, in) in the compute dtype
-    b_low: torch.Tensor | None = None  # B~ (out, R), or s B~, in the compute dtype
+    b_low: torch.Tensor | None = None  # B~ (out, R), or s B~ (by channel: u B~), in the compute dtype
+
+    def row_steps(self, scale0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the present scale of whole rows, of `scale0`'s shape; by channel t and u, (rows, 1).
+
+        The latter may be a longer tensor that begins with it, where there is one scale a row or a tensor.
+        """
+        if not self.offsets.by_channel:
+            return scale0, self.scale
+        rows = scale0.shape[0]
+        step = self.offsets.step
+        step0 = step - ceil_div(rows, 16) * 16
+        return self.scale[step0 : step0 + rows].view(rows, 1), self.scale[step : step + rows].view(rows, 1)
 
 
 @triton.jit
@@ -73,13 +97,53 @@ def _snap(s, SNAP: tl.constexpr):
 
 
 @triton.jit
+def _change(shift, at, ok):
+    """Load 1 + shift of some entries."""
+    return 1.0 + tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def trained_scale(scale0, shift, at, ok, SNAP: tl.constexpr):
     """Compute s = snap(s0 (1 + shift)) of some entries, with the sign of s0."""
     s = tl.load(scale0 + at, mask=ok, other=1.0)
     if shift is not None:
-        kept = _snap(tl.abs(s) * (1.0 + tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)), SNAP)
+        kept = _snap(tl.abs(s) * _change(shift, at, ok), SNAP)
         s = tl.where(s < 0, -kept, kept)
     return s
+
+
+@triton.jit
+def _rows_by_channel(
+    scale0, shift, buffer, units, step, out_features, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, SNAP: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Store s, units, t and u of the rows of this program."""
+    j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    g = tl.arange(0, PADDED)
+    row_ok = j < out_features
+    at = j[:, None] * GROUPS + g[None, :]
+    ok = row_ok[:, None] & (g < GROUPS)[None, :]
+    s0 = tl.load(scale0 + at, mask=ok, other=0.0)
+    largest, change = tl.max(tl.abs(s0), 1), _change(shift, j, row_ok)
+    s = _snap(tl.abs(s0) * change[:, None], SNAP)
+    tl.store(buffer + at, tl.where(s0 < 0, -s, s), mask=ok)
+    count = tl.div_rn(tl.broadcast_to(largest[:, None], (ROWS, PADDED)), tl.where(ok, s0, 1.0))
+    tl.store(buffer + units + at, tl.clamp(count, -MOST, MOST), mask=ok)
+    before = step - (out_features + 15) // 16 * 16
+    tl.store(buffer + before + j, largest, mask=row_ok)
+    tl.store(buffer + step + j, _snap(largest * change, SNAP), mask=row_ok)
+
+
+@triton.jit
+def _row_step(scale0, shift, j, row_ok, GROUPS: tl.constexpr, SNAP: tl.constexpr):
+    """Compute u, the largest |s| of rows."""
+    largest = tl.zeros((j.shape[0],), dtype=tl.float32)
+    for start in tl.static_range(0, GROUPS, 16):
+        g = start + tl.arange(0, 16)
+        ok = row_ok[:, None] & (g < GROUPS)[None, :]
+        s0 = tl.load(scale0 + j[:, None] * GROUPS + g[None, :], mask=ok, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(s0), 1))
+    return _snap(largest * _change(shift, j, row_ok), SNAP)
 
 
 @triton.jit
@@ -124,6 +188,7 @@ def _b_block(
     HIGHEST,
     SNAP,
     SCALED,
+    GROUPS,
 ):
     at = j[:, None] * RANK + k[None, :]
     row_ok = j < out_features
@@ -133,7 +198,10 @@ def _b_block(
     tl.store(buffer + b_step + j, step, mask=row_ok)
     if b_low is not None:
         if SCALED:
-            step = step * trained_scale(scale0, shift, j * stride, row_ok, SNAP)
+            if GROUPS > 0:
+                step = step * _row_step(scale0, shift, j, row_ok, GROUPS, SNAP)
+            else:
+                step = step * trained_scale(scale0, shift, j * stride, row_ok, SNAP)
         store(b_low + at, n * step[:, None], ok, False)
 
 
@@ -149,6 +217,8 @@ def _prepare_kernel(
     b_low,
     c,
     stride,
+    units,
+    step,
     a_step,
     b_step,
     a_int,
@@ -165,13 +235,22 @@ def _prepare_kernel(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    MOST: tl.constexpr,
 ):
+    """`scales` are worked on SCALES at a time; by channel (GROUPS > 0) these are rows of scales."""
     program = tl.program_id(0)
     first_a = tl.cdiv(scales, SCALES)
     if program < first_a:
-        at = program * SCALES + tl.arange(0, SCALES)
-        ok = at < scales
-        tl.store(buffer + at, trained_scale(scale0, shift, at, ok, SNAP), mask=ok)
+        if GROUPS > 0:
+            _rows_by_channel(
+                scale0, shift, buffer, units, step, out_features, GROUPS, SCALES, PADDED_GROUPS, SNAP, MOST
+            )
+        else:
+            at = program * SCALES + tl.arange(0, SCALES)
+            ok = at < scales
+            tl.store(buffer + at, trained_scale(scale0, shift, at, ok, SNAP), mask=ok)
     elif RANK > 0:
         first_b = first_a + tl.cdiv(in_features, BLOCK)
         k = tl.arange(0, PADDED)
@@ -182,7 +261,7 @@ def _prepare_kernel(
             j = (program - first_b) * BLOCK + tl.arange(0, BLOCK)
             _b_block(
                 B, c, scale0, shift, stride, buffer, b_step, b_int, b_low, j, k, out_features, RANK, BITS, LOWEST,
-                HIGHEST, SNAP, SCALED,
+                HIGHEST, SNAP, SCALED, GROUPS,
             )  # fmt: skip
 
 
@@ -193,13 +272,24 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(scales: tuple[int, int], rows: int, cols: int, rank: int, c: float, scale_dtype: str, scaled: bool) -> _Plan:
+def _plan(
+    scales: tuple[int, int],
+    rows: int,
+    cols: int,
+    rank: int,
+    c: float,
+    scale_dtype: str,
+    scaled: bool,
+    channels: bool,
+) -> _Plan:
     """Work out what depends on shapes and constants only."""
-    count = scales[0] * scales[1]
-    offsets, size = layout(scale_stride(scales), count, rows, cols, rank)
+    count, at_once = scales[0] * scales[1], SCALE_BLOCK
+    offsets, size = layout(scale_stride(scales), count, rows, cols, rank, channels)
+    if channels:
+        count, at_once = rows, max(1, SCALE_BLOCK // power_of_2(scales[1]))
     padded = max(1, power_of_2(rank))
     block = max(16, min(128, 4096 // padded))
-    programs = ceil_div(count, SCALE_BLOCK) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
+    programs = ceil_div(count, at_once) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
     launch = _prepare_kernel.launch(
         (programs,),
         float(c),
@@ -215,7 +305,10 @@ def _plan(scales: tuple[int, int], rows: int, cols: int, rank: int, c: float, sc
         SNAP=SNAPS[scale_dtype],
         SCALED=scaled,
         BLOCK=block,
-        SCALES=SCALE_BLOCK,
+        SCALES=at_once,
+        GROUPS=scales[1] if channels else 0,
+        PADDED_GROUPS=power_of_2(scales[1]),
+        MOST=_MOST_UNITS,
     )
     return _Plan(size, offsets, launch)
 
@@ -248,7 +341,7 @@ def prepare(
     else:
         A, B = A.contiguous(), B.contiguous()
         rank, cols = A.shape
-    plan = _plan(tuple(scale0.shape), rows, cols, rank, c, scale_dtype, scaled)
+    plan = _plan(tuple(scale0.shape), rows, cols, rank, c, scale_dtype, scaled, by_channel(scale0, shift))
     device = scale0.device
     buffer = torch.empty(plan.size, dtype=torch.float32, device=device)
     a_low = b_low = None

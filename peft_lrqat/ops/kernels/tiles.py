@@ -140,12 +140,15 @@ def b_tile(factors, b_int, j, k, row_ok, k_ok, RANK: tl.constexpr, EVEN: tl.cons
 def rounded_levels(
     base,
     factors,
+    scale_stride,
+    units,
     a_step,
     b_step,
     a_int,
     b_int,
     j,
     i,
+    group,
     first,
     row_ok,
     column_ok,
@@ -154,9 +157,13 @@ def rounded_levels(
     RANK: tl.constexpr,
     BITS: tl.constexpr,
     DOWNCAST: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Build round(Phi + B~ A~) (BM, BN) before clipping, fp32. RANK 0: no adapter. `factors`, offsets: `prepare.py`."""
+    """Build round(Phi + units B~ A~) (BM, BN) before clipping, fp32. RANK 0: no adapter.
+
+    `factors` and the offsets in it: `prepare.py`. With BY_CHANNEL, launch it without fused operations.
+    """
     z = stored_levels(base, j, i, first, row_ok, column_ok, words, BITS, DOWNCAST, FULL)
     if RANK > 0:
         BR: tl.constexpr = 16 if RANK <= 16 else 32
@@ -169,8 +176,22 @@ def rounded_levels(
             a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, EVEN)
             product = tl.dot(b, a, product)  # integers below 2^24: exact in any order
         steps = load(factors + b_step + j, row_ok, FULL)[:, None] * load(factors + a_step + i, column_ok, FULL)[None, :]
-        z = z + product * steps  # powers of two: one rounding, fused or not
+        product = product * steps  # powers of two: nothing is rounded, so fused or not with what follows
+        if BY_CHANNEL:
+            product = product * load(factors + units + j * scale_stride + group, row_ok, FULL)[:, None]
+        z = z + product
     return round_half_even(z)
+
+
+@triton.jit
+def adapter_step(
+    scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL: tl.constexpr, FULL: tl.constexpr
+):
+    """Load what a unit of B~ A~ moves the weights of a row by (BM,): its scale, or the largest of the row."""
+    if BY_CHANNEL:
+        return load(factors + step + j, row_ok, FULL)
+    else:
+        return load(scale + j * scale_stride + group, row_ok, FULL)
 
 
 #: Programs that keep a GPU busy; with fewer, no program works on several tiles.
@@ -193,10 +214,11 @@ class Tiling(NamedTuple):
         """Numbers of programs: the columns first, so that neighbours share rows of the base."""
         return self.columns, ceil_div(self.rows, self.loop)
 
-    def constants(self, fmt: BaseFormat, rank: int) -> dict[str, Any]:
+    def constants(self, fmt: BaseFormat, rank: int, by_channel: bool) -> dict[str, Any]:
         """Name the constants that kernels which call `rounded_levels` on these tiles take first."""
         shape = {"BM": self.BM, "BN": self.BN, "FULL": self.full}
-        return {"GROUP": self.group, "RANK": rank, "BITS": fmt.bits, "DOWNCAST": fmt.downcast, **shape}
+        number = {"RANK": rank, "BITS": fmt.bits, "DOWNCAST": fmt.downcast, "BY_CHANNEL": by_channel}
+        return {"GROUP": self.group, **number, **shape}
 
 
 @functools.lru_cache(maxsize=1024)

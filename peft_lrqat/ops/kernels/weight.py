@@ -24,6 +24,8 @@ def _weight_kernel(
     scale,
     factors,
     scale_stride,
+    units,
+    step,
     a_step,
     b_step,
     a_int,
@@ -35,6 +37,7 @@ def _weight_kernel(
     RANK: tl.constexpr,
     BITS: tl.constexpr,
     DOWNCAST: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     FULL: tl.constexpr,
@@ -42,13 +45,13 @@ def _weight_kernel(
 ):
     n = tl.program_id(0)
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
-    for step in tl.range(0, LOOP, num_stages=3):
-        m = tl.program_id(1) * LOOP + step
+    for turn in tl.range(0, LOOP, num_stages=3):
+        m = tl.program_id(1) * LOOP + turn
         j = m * BM + tl.arange(0, BM)
         row_ok = j < out_features
         z = rounded_levels(
-            base, factors, a_step, b_step, a_int, b_int, j, i, first, row_ok, column_ok, words, in_features, RANK, BITS,
-            DOWNCAST, FULL,
+            base, factors, scale_stride, units, a_step, b_step, a_int, b_int, j, i, group, first, row_ok, column_ok,
+            words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
         )  # fmt: skip
         q = clip(z, BITS)
         inside = row_ok[:, None] & column_ok[None, :]
@@ -69,7 +72,8 @@ def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offset
         words,
         fmt.in_features,
         rows,
-        **tiles.constants(fmt, rank),
+        fused=not offsets.by_channel,
+        **tiles.constants(fmt, rank, offsets.by_channel),
         LOOP=tiles.loop,
     )
 

@@ -46,6 +46,9 @@ _REFUSED = {
 # The default of lora_alpha / r (with `use_rslora`: lora_alpha / sqrt(r)), in grid steps: see docs/quality.md.
 _STRENGTH = 16
 
+#: The value of `learn_scales` with which one change is learned for all scales of an output channel.
+BY_CHANNEL = "channel"
+
 # Grid options that may be left open, and what they are on a float base.
 _GRID_DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": True, "scale_dtype": "auto"}
 
@@ -56,7 +59,7 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...),
     except that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight
-    one level. Options of `LoraConfig` that cannot be honoured raise a ValueError.
+    one level (with `learn_scales="channel"`: by the largest scale of its row). Options of `LoraConfig` that cannot be honoured raise a ValueError.
 
     Raises:
         ValueError: a field is out of range, or options contradict each other.
@@ -84,6 +87,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         "downcast": optional(one_of(*DOWNCASTS)),
         "range_method": one_of(*RANGE_METHODS),
         "scale_dtype": optional(SHARED["scale_dtype"]),
+        "learn_scales": one_of(True, False, BY_CHANNEL),
         **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
     }
 
@@ -139,7 +143,14 @@ class LRQATConfig(GridConfig, LoraConfig):
             "level (-8 to 7, or -7 to 8): rounding loses less, above all at 2 to 4 bits in groups, at no cost."
         },
     )
-    learn_scales: bool = field(default=True, metadata={"help": "Whether the scales are trained."})
+    learn_scales: bool | Literal["channel"] = field(
+        default=True,
+        metadata={
+            "help": "Whether the scales are trained. True: each on its own. 'channel': one relative change for all "
+            "groups of an output channel, which makes a step in groups as fast as per channel; `lora_alpha / r` then "
+            "counts steps of the largest of the channel's scales. Without groups the same as True."
+        },
+    )
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
         default=None,  # type: ignore[arg-type]  # as for bits
         metadata={
@@ -272,8 +283,18 @@ class LRQATConfig(GridConfig, LoraConfig):
         rank = self.rank_of(name)
         shapes: dict[str, tuple] = {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
         if self.learn_scales:
-            shapes["lora_scale_shift.weight"] = self.grid.scale_shape(out_features, in_features)
+            shapes["lora_scale_shift.weight"] = self.shift_shape(*self.grid.scale_shape(out_features, in_features))
         return shapes
+
+    def shift_shape(self, rows: int, groups: int) -> tuple[int, int]:
+        """The shape of the scales' learned change, where the scales have shape (rows, groups)."""
+        return (rows, 1 if self.learn_scales == BY_CHANNEL else groups)
+
+    @property
+    def adapter_unit(self) -> str:
+        """What an entry 1 of c lora_B lora_A is: "grid step", or "largest grid step of the row"."""
+        by_row = self.learn_scales == BY_CHANNEL and self.group_size > 0
+        return "largest grid step of the row" if by_row else "grid step"
 
     def check_fields(self) -> None:
         if self.rank_pattern is None or self.alpha_pattern is None:  # as PEFT allows

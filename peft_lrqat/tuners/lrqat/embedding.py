@@ -58,6 +58,7 @@ class LRQATEmbedding(LRQATLinear):
             frozen.in_features,
             frozen.downcast,
             frozen.compute_dtype,
+            self._units(shift),
         )
 
     def _run_merged(self, x: torch.Tensor) -> torch.Tensor:

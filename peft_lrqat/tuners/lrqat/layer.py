@@ -35,6 +35,15 @@ scale.
 Activations. With `act_bits=8` the layer's input is first rounded to 8 bits per token (`round_activations`), with a
 straight-through gradient, as engines do it with such a checkpoint.
 
+One change a row. With `learn_scales="channel"` all groups of a row j share one entry of `lora_scale_shift`, and the
+adapter counts steps of t_j = max_g |s0_jg|, the row's largest, so that it is LoRA in units of weight:
+
+    Z = Phi + (t_j / s0_jg) c lora_B lora_A      s_jg = snap(s0_jg (1 + shift_j))
+
+Both identities hold again, with groups: d lora_B = c t f (dY^T (X lora_A^T)), likewise for A, and
+d shift_j = sum_t dY_tj Y_tj / f_j. f_j, the factor by which the row's scales have changed, is 1 + shift_j as the
+checkpoint stores it for the largest: snapping is passed through as a factor.
+
 Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
 """
 
@@ -52,7 +61,7 @@ from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
-from ...ops.reference import codes
+from ...ops.reference import adapter_units, codes
 from ..common.frozen import FrozenWeight, share, whole
 from ..common.layer import AdapterWeight, MergingLayer
 from ..common.readable import readable_weight, refuse_rounded_inputs
@@ -64,8 +73,8 @@ from .loftq import residual_factors
 class Operands(NamedTuple):
     """The trained part of a layer."""
 
-    shift: torch.Tensor | None  # (rows, groups): the relative change of the scales
-    A: torch.Tensor | None  # (R, in), grid steps
+    shift: torch.Tensor | None  # (rows, groups) or (rows, 1): the relative change of the scales
+    A: torch.Tensor | None  # (R, in), `LRQATConfig.adapter_unit`
     B: torch.Tensor | None  # (out, R)
     c: float  # lora_alpha / r
 
@@ -75,7 +84,7 @@ class LRQATLayer(MergingLayer):
 
     Attributes:
         lora_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
-            entries do not exist where `learn_scales=False`.
+            (rows, 1) with `learn_scales="channel"`; entries do not exist where `learn_scales=False`.
     """
 
     lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module
@@ -154,8 +163,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged."""
         frozen = self.frozen
         if config.learn_scales:
-            rows, groups = frozen.scale0_bits.shape
-            self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(rows, groups, device=frozen.device))
+            shape = config.shift_shape(*frozen.scale0_bits.shape)
+            self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(shape, device=frozen.device))
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         LoraLayer._move_adapter_to_device_of_base_layer(self, adapter_name)  # a new adapter takes the base's dtype
         self.adapter_options[adapter_name] = config
@@ -187,12 +196,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
                 "for the first adapter, and True for further ones."
             )
         weight = weight.t() if self.fan_in_fan_out else weight
-        factor_A, factor_B = residual_factors(weight, self.base_layer, self.r[adapter_name])
+        shift = self._operands([adapter_name]).shift
+        factor_A, factor_B = residual_factors(weight, self.base_layer, self.r[adapter_name], self._units(shift))
         A.data.copy_(factor_A)
         B.data.copy_(factor_B / self.scaling[adapter_name])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """c lora_B lora_A in *grid steps*, before the rounding: (out, in), transposed for Conv1D."""
+        """c lora_B lora_A before the rounding: (out, in), transposed for Conv1D; in *grid steps*, or in the row's largest
+        (`LRQATConfig.adapter_unit`)."""
         delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -226,6 +237,10 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _scale(self, shift: torch.Tensor | None) -> torch.Tensor:
         """s: fp32 (rows, groups), as the checkpoint stores it."""
         return trained_scale(self.frozen.scale0, shift, self.frozen.scale_dtype)
+
+    def _units(self, shift: torch.Tensor | None) -> torch.Tensor | None:
+        """Grid steps a unit of the adapter: fp32 (rows, groups), or None, 1."""
+        return adapter_units(self.frozen.scale0, shift)
 
     @torch.compiler.disable
     def _read(self, adapters: list[str]) -> torch.Tensor:
@@ -298,7 +313,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         shift, A, B, c = self._operands(adapters)
         scale = self._scale(shift)
         self._check_scale(adapters, safe_merge, scale, A, B)
-        return GridTensor(codes(whole(frozen.base), A, B, frozen.fmt, c), scale, whole(frozen.zero_point), frozen.grid)
+        levels = codes(whole(frozen.base), A, B, frozen.fmt, c, self._units(shift))
+        return GridTensor(levels, scale, whole(frozen.zero_point), frozen.grid)
 
     def _float_layer(self) -> nn.Module:
         return self.frozen.quantized_layer() if self.frozen.quantized_before else self._as_it_was()

@@ -31,7 +31,7 @@ def watch(B: Any, in_features: int, strength: float) -> None:
 
     Args:
         B: (out, r), the parameter.
-        strength: c, in grid steps.
+        strength: c, in grid steps (in a row's largest with `learn_scales="channel"`: at least so many then).
     """
     global _installed, _waiting
     B._grid_steps_per_unit = strength * (B.shape[1] / (3 * in_features)) ** 0.5

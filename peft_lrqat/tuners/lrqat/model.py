@@ -11,7 +11,7 @@ from torch import nn
 from ...checkpoint.adopt import adopt_compressed_tensors
 from ..common.model import QuantizingModel
 from ..common.quantized_base import is_fixed_point
-from .config import LRQATConfig
+from .config import BY_CHANNEL, LRQATConfig
 from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
 from .quantized_base import adopt_base
@@ -38,7 +38,9 @@ class LRQATModel(QuantizingModel):
     def _adopt_base(self, model: nn.Module, config: LRQATConfig, state_dict: dict | None) -> bool:
         if self._combining:  # PEFT made this config from the first adapter's, which may have other targets
             config.require_any_base()
-            config.learn_scales = any(self.peft_config[name].learn_scales for name in self._combining)
+            config.learn_scales = max(
+                (self.peft_config[name].learn_scales for name in self._combining), key=(False, True, BY_CHANNEL).index
+            )
             config.use_rslora = False  # with PEFT's lora_alpha = r the factors are taken as they are
         adopted = adopt_compressed_tensors(model)
         adopt_base(model, self._targets(model, config, state_dict), config)
@@ -52,6 +54,17 @@ class LRQATModel(QuantizingModel):
                 "Layers registered with `_register_custom_module` replace LoRA's own layers; LR-QAT has no use for "
                 "them. Make the configuration without them."
             )
+
+    def _check_shared(self, config: LRQATConfig, others: dict[str, Any]) -> None:
+        super()._check_shared(config, others)
+        for name, other in others.items():
+            if isinstance(other, LRQATConfig) and other.adapter_unit != config.adapter_unit:
+                raise ValueError(
+                    f"The adapters of a layer add up in one unit, but with `learn_scales={config.learn_scales!r}` the "
+                    f"new one counts the {config.adapter_unit}, and adapter {name!r} "
+                    f"(`learn_scales={other.learn_scales!r}`) the {other.adapter_unit}. Give both the same "
+                    "`learn_scales`, or load this one on a fresh copy of the model."
+                )
 
     def _create_new_module(  # type: ignore[override]  # PEFT's is static, and called on the instance
         self, lora_config: LRQATConfig, adapter_name: str, target: Any, **kwargs: Any

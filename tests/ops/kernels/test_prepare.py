@@ -33,7 +33,7 @@ def test_scale_is_the_reference_bit_for_bit(scale_dtype):
     scale0 = torch.cat([torch.rand(5000) * 10.0 ** torch.randint(-9, 5, (5000,)), torch.tensor([0.0, 1e-30, 1e9])])
     scale0[::2] *= -1
     shift = torch.randn(5003) * 0.3
-    found = prepare(scale0.to(DEVICE)[:, None], shift.to(DEVICE), scale_dtype, None, None, 1.0, 5003)
+    found = prepare(scale0.to(DEVICE)[:, None], shift.to(DEVICE)[:, None], scale_dtype, None, None, 1.0, 5003)
     expected = snapped_scale(scale0, shift, scale_dtype)
     if DEVICE == "cpu" and scale_dtype == "fp16":  # the interpreter's fp16 has subnormals of its own
         usual = expected.abs() > 1e-4

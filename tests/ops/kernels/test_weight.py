@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from peft_lrqat.grid import Grid, GridTensor
+from peft_lrqat.grid import GridTensor
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.ops import kernels, reference, use_kernels
 from peft_lrqat.ops.factors import round_factors
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TURNS = [(symmetric, dtype) for symmetric in (True, False) for dtype in DTYPES]
 
 
-def check(bits: int, group_size: int, symmetric: bool, downcast: str, dtype: torch.dtype) -> None:
+def check(bits: int, group_size: int | str, symmetric: bool, downcast: str, dtype: torch.dtype) -> None:
     p = problem(bits, group_size, symmetric, downcast, clip="many")
     q = p.there()
     for adapter in (True, False):
@@ -87,7 +87,7 @@ def test_a_merged_layer_is_the_trained_one(bits, group_size, symmetric):
         reference.codes(p.base, None, None, p.fmt),
         p.scale.detach(),
         p.zero_point,
-        Grid(bits, group_size, symmetric),
+        p.grid,
     )
     layer = QuantizedLinear(GridTensor(*weight), None, bits, torch.float32)
     with use_kernels(True):
