@@ -43,8 +43,8 @@ def layers(model: nn.Module) -> dict[str, LRQATLinear]:
 
 
 def codes_of(layer: LRQATLinear, *adapters: str) -> torch.Tensor:
-    _, A, B, c = layer._operands(list(adapters))
-    return codes(layer.frozen.base, A, B, layer.frozen.fmt, c)
+    shift, A, B, c = layer._operands(list(adapters))
+    return codes(layer.frozen.base, A, B, layer.frozen.fmt, c, layer._units(shift))
 
 
 def integers(model: nn.Module) -> list[torch.Tensor]:
@@ -52,7 +52,8 @@ def integers(model: nn.Module) -> list[torch.Tensor]:
     found = []
     for layer in layers(model).values():
         shift, A, B, c = layer._operands(layer.active_adapters)
-        found += [codes(layer.frozen.base, A, B, layer.frozen.fmt, c), layer._scale(shift)]
+        levels = codes(layer.frozen.base, A, B, layer.frozen.fmt, c, layer._units(shift))
+        found += [levels, layer._scale(shift)]
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from peft_lrqat.ops import quantized_embedding
 from peft_lrqat.ops.embedding import _embedding_backward
 from peft_lrqat.ops.reference import adapter_units
-from tests.problems import COLS, GRANULARITY, Problem, assert_close, plain_weight, problem
+from tests.problems import BY_CHANNEL, COLS, GRANULARITY, Problem, assert_close, plain_weight, problem
 
 IDS = torch.tensor([[3, 3, 0], [12, 7, 3]])  # rows that are looked up often, once and never
 
@@ -35,13 +35,15 @@ def test_rows_and_gradients_whatever_the_chunks(monkeypatch, chunk, group_size, 
     rows = quantized_embedding(IDS, *leaves)
     assert_close(rows, expected)
     ds, dA, dB = torch.autograd.grad(rows, [leaves[1], p.A, p.B], dy)
-    for name, found, exact in zip(("shift", "A", "B"), ((ds * p.scale0).sum_to_size(p.shift.shape), dA, dB), truth, strict=True):
+    for name, found, exact in zip(
+        ("shift", "A", "B"), ((ds * p.scale0).sum_to_size(p.shift.shape), dA, dB), truth, strict=True
+    ):
         assert_close(found, exact, name)
 
 
-@pytest.mark.parametrize("adapter", [True, False])
-def test_opcheck(adapter):
-    p = table()
+@pytest.mark.parametrize(("adapter", "group_size"), [(True, 9), (False, 9), (True, BY_CHANNEL)])
+def test_opcheck(adapter, group_size):
+    p = table(group_size)
     if not adapter:
         p.A = p.B = None
     leaves = operands(p, torch.bfloat16)
@@ -49,7 +51,8 @@ def test_opcheck(adapter):
     given = [t if t is None else t.detach() for t in leaves[:5]]
     dy = torch.randn(*IDS.shape, COLS)
     torch.library.opcheck(
-        torch.ops.peft_lrqat.quantized_embedding_backward.default, (dy, IDS, *given, p.c, p.grid.bits, p.downcast)
+        torch.ops.peft_lrqat.quantized_embedding_backward.default,
+        (dy, IDS, *given, p.c, p.grid.bits, p.downcast, leaves[-1]),
     )
 
 

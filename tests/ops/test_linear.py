@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from peft_lrqat import chunks
-from peft_lrqat.grid import snap_scale
+from peft_lrqat.grid import Grid, snap_scale
 from peft_lrqat.ops import quantized_linear, reference, trained_scale
+from peft_lrqat.ops.stored_base import encode_base
+from peft_lrqat.ranges import choose_range
 from tests.models import adapted, tiny
 from tests.problems import (
+    BY_CHANNEL,
     COLS,
     GRANULARITY,
     KINDS,
@@ -19,6 +22,7 @@ from tests.problems import (
     gradients,
     ours,
     plain,
+    plain_weight,
     problem,
 )
 
@@ -88,7 +92,8 @@ def test_views_and_expanded_gradients():
 
 
 @pytest.mark.parametrize(
-    ("group_size", "clip", "by_G"), [(-1, "few", 0), (0, "few", 0), (-1, "many", 1), (9, "few", 1)]
+    ("group_size", "clip", "by_G"),
+    [(-1, "few", 0), (0, "few", 0), (-1, "many", 1), (9, "few", 1), (BY_CHANNEL, "few", 0), (BY_CHANNEL, "many", 1)],
 )
 def test_both_ways_through_backward_are_taken(monkeypatch, group_size, clip, by_G):
     calls = []
@@ -147,14 +152,14 @@ def kept_for_backward(p: Problem) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return y, kept + [t for t in y.grad_fn.weight if t is not None]
 
 
-@pytest.mark.parametrize("group_size", [32, -1, 0])
+@pytest.mark.parametrize("group_size", [32, -1, 0, BY_CHANNEL])
 def test_nothing_weight_sized_in_float_is_kept_for_backward(group_size):
-    p = problem(group_size=group_size, shape=(3,), rows=96, cols=128)
+    p = problem(group_size=group_size, shape=(3,), rows=96, cols=126 if group_size == BY_CHANNEL else 128)
     y, kept = kept_for_backward(p)
     assert any(t.data_ptr() == p.base.data_ptr() for t in kept)
     floats = sum(t.numel() for t in kept if t.is_floating_point())
     small = sum(t.numel() for t in (p.x, y, p.A, p.B, p.scale0, p.shift))
-    assert floats <= small < 96 * 128
+    assert floats <= small < 96 * p.x.shape[-1]
     assert sum(t.nbytes for t in kept if not t.is_floating_point()) == p.base.nbytes
 
 
@@ -176,7 +181,7 @@ def test_frozen_layers_do_not_keep_their_input():
     assert not any(t.shape == p.x.shape for t in kept)
 
 
-@pytest.mark.parametrize(("group_size", "symmetric"), [(9, False), (-1, True), (0, False)])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(9, False), (BY_CHANNEL, True), (-1, True), (0, False)])
 def test_opcheck(group_size, symmetric):
     p = problem(group_size=group_size, symmetric=symmetric, bias=True)
     torch.library.opcheck(torch.ops.peft_lrqat.quantized_linear.default, p.operands)
@@ -185,7 +190,13 @@ def test_opcheck(group_size, symmetric):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "needs"), [(9, (True, True, True)), (-1, (False, True, True)), (0, (True, False, False))]
+    ("group_size", "needs"),
+    [
+        (9, (True, True, True)),
+        (BY_CHANNEL, (True, True, True)),
+        (-1, (False, True, True)),
+        (0, (True, False, False)),
+    ],
 )
 def test_opcheck_backward(group_size, needs):
     p = problem(group_size=group_size)
@@ -198,13 +209,43 @@ def test_opcheck_backward(group_size, needs):
 
 
 @pytest.mark.parametrize("scale_dtype", ["auto", "bf16", "fp16", "fp32"])
-def test_trained_scale(scale_dtype):
-    scale0, shift = torch.rand(5, 3) + 0.01, torch.randn(5, 3).mul_(0.1).requires_grad_()
+@pytest.mark.parametrize("groups", [1, 3])
+def test_trained_scale(scale_dtype, groups):
+    scale0, shift = torch.rand(5, 3) + 0.01, torch.randn(5, groups).mul_(0.1).requires_grad_()
     torch.library.opcheck(torch.ops.peft_lrqat.trained_scale.default, (scale0, shift, scale_dtype))
     scale = trained_scale(scale0, shift, scale_dtype)
     assert torch.equal(scale, snap_scale(scale0 * (1 + shift.detach()), scale_dtype))
     (gradient,) = torch.autograd.grad(scale.sum(), shift)
-    assert torch.equal(gradient, scale0)
+    assert torch.equal(gradient, scale0.sum_to_size(shift.shape))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_by_channel_before_the_first_step_every_gradient_is_that_of_the_formula(symmetric):
+    """Scales are then as they were snapped when they were chosen, so there is one way to pass snapping through."""
+    p = problem(4, BY_CHANNEL, symmetric, clip="few", shape=(50,))
+    with torch.no_grad():
+        p.shift.zero_()
+    found, truth = (
+        torch.autograd.grad(y, [p.x, p.A, p.B, p.shift], p.dy)
+        for y in (ours(p), torch.nn.functional.linear(p.x, plain_weight(p, relative=False)))
+    )
+    for a, b in zip(found, truth, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("scale_dtype", ["auto", "fp32"])
+def test_by_channel_a_group_of_zeros_stays_finite(scale_dtype):
+    """Its scale is the smallest there is, 1e38 times smaller than others: an adapter of 0 adds 0 there, not NaN."""
+    weight = torch.randn(6, 16)
+    weight[2, :8] = 0.0
+    scale0, _ = choose_range(weight, Grid(4, 8), "minmax", 2.5, scale_dtype)
+    base = encode_base((weight.view(6, 2, 8) / scale0.unsqueeze(-1)).view(6, 16), 4, "fx8")
+    x, A = torch.randn(3, 16), torch.randn(2, 16)
+    for B in (torch.zeros(6, 2), torch.randn(6, 2)):
+        shift, A, B = (t.clone().requires_grad_() for t in (torch.zeros(6, 1), A, B))
+        y = quantized_linear(x, base, scale0, shift, None, A, B, None, 1.0, 4, "fx8", scale_dtype)
+        for gradient in (y, *torch.autograd.grad(y.sum(), [shift, A, B])):
+            assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -4,8 +4,9 @@ Products are the vendor library's, in the compute dtype, and kernels do what is 
 host. Two ways:
 
 *By rows*, where one scale, or one shift of all its scales, serves a row and few entries are clipped (4 bits and more):
-A and B cost what they cost in LoRA, and G = dY^T X is formed only in tiles that hold a clipped entry, to take that entry's share out again
-(`_clipped_kernel`; tiles without one return at once). The shares are added atomically, in no fixed order.
+A and B cost what they cost in LoRA, and G = dY^T X is formed only in tiles that hold a clipped entry, to take that
+entry's share out again (`_clipped_kernel`; tiles without one return at once). The shares are added atomically, in no
+fixed order.
 
 *By G*, everywhere else and under `torch.use_deterministic_algorithms(True)`: G by one product; a kernel turns it into
 dZ = M s G in place and sums G Q over each scale; then two thin products for A and B.

@@ -184,9 +184,7 @@ def rounded_levels(
 
 
 @triton.jit
-def adapter_step(
-    scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL: tl.constexpr, FULL: tl.constexpr
-):
+def adapter_step(scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL: tl.constexpr, FULL: tl.constexpr):
     """Load what a unit of B~ A~ moves the weights of a row by (BM,): its scale, or the largest of the row."""
     if BY_CHANNEL:
         return load(factors + step + j, row_ok, FULL)

@@ -59,7 +59,8 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...),
     except that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight
-    one level (with `learn_scales="channel"`: by the largest scale of its row). Options of `LoraConfig` that cannot be honoured raise a ValueError.
+    one level (with `learn_scales="channel"`: by the largest scale of its row). Options of `LoraConfig` that cannot be
+    honoured raise a ValueError.
 
     Raises:
         ValueError: a field is out of range, or options contradict each other.
@@ -292,9 +293,9 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     @property
     def adapter_unit(self) -> str:
-        """What an entry 1 of c lora_B lora_A is: "grid step", or "largest grid step of the row"."""
+        """What c lora_B lora_A counts."""
         by_row = self.learn_scales == BY_CHANNEL and self.group_size > 0
-        return "largest grid step of the row" if by_row else "grid step"
+        return "steps of the row's largest scale" if by_row else "grid steps"
 
     def check_fields(self) -> None:
         if self.rank_pattern is None or self.alpha_pattern is None:  # as PEFT allows

@@ -202,8 +202,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         B.data.copy_(factor_B / self.scaling[adapter_name])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """c lora_B lora_A before the rounding: (out, in), transposed for Conv1D; in *grid steps*, or in the row's largest
-        (`LRQATConfig.adapter_unit`)."""
+        """c lora_B lora_A before the rounding: (out, in), transposed for Conv1D; in *grid steps*, or in those of the
+        row's largest scale (`LRQATConfig.adapter_unit`)."""
         delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 

@@ -5,8 +5,8 @@ alternating step quantizes W0, and gives the adapter the best rank-r approximati
 
     D = W0 / s0 + z - Phi,      lora_B lora_A = SVD_r(D)
 
-in grid steps (with `learn_scales="channel"` of D s0 / t, in the row's largest). The base itself stays the plain rounding
-of W0, so that it can be recomputed when the adapter is loaded.
+in grid steps (with `learn_scales="channel"` of D s0 / t, in the row's largest). The base itself stays the plain
+rounding of W0, so that it can be recomputed when the adapter is loaded.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ class LRQATModel(QuantizingModel):
             if isinstance(other, LRQATConfig) and other.adapter_unit != config.adapter_unit:
                 raise ValueError(
                     f"The adapters of a layer add up in one unit, but with `learn_scales={config.learn_scales!r}` the "
-                    f"new one counts the {config.adapter_unit}, and adapter {name!r} "
-                    f"(`learn_scales={other.learn_scales!r}`) the {other.adapter_unit}. Give both the same "
-                    "`learn_scales`, or load this one on a fresh copy of the model."
+                    f"new one counts {config.adapter_unit}, and adapter {name!r} (`learn_scales="
+                    f"{other.learn_scales!r}`) counts {other.adapter_unit}. Give both the same `learn_scales`, or load "
+                    "this one on a fresh copy of the model."
                 )
 
     def _create_new_module(  # type: ignore[override]  # PEFT's is static, and called on the instance

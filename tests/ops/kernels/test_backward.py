@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat.ops import kernels, reference, use_kernels
 from tests.problems import (
+    BY_CHANNEL,
     DEVICE,
     GRANULARITY,
     Problem,
@@ -69,7 +70,15 @@ NEEDS = [
 
 @pytest.mark.parametrize(
     ("group_size", "symmetric", "deterministic"),
-    [(9, False, False), (-1, True, False), (-1, False, True), (0, False, False), (0, True, True)],
+    [
+        (9, False, False),
+        (BY_CHANNEL, False, False),
+        (BY_CHANNEL, True, True),
+        (-1, True, False),
+        (-1, False, True),
+        (0, False, False),
+        (0, True, True),
+    ],
 )
 def test_kernel_and_reference_return_the_same(group_size, symmetric, deterministic):
     """Whatever is asked for: the same fields, shapes and dtypes, all finished (c and s0 are in), the rest None."""
@@ -96,6 +105,7 @@ def test_kernel_and_reference_return_the_same(group_size, symmetric, determinist
     [
         *((rows, cols, 9) for rows, cols in ((1, 45), (33, 9), (2, 18), (66, 27))),
         *((rows, cols, -1) for rows, cols in ((1, 45), (33, 9), (67, 130), (130, 261))),
+        *((rows, cols, BY_CHANNEL) for rows, cols in ((1, 45), (33, 18), (66, 27))),
     ],
 )
 def test_odd_shapes(rows, cols, group_size):
@@ -176,9 +186,13 @@ def test_no_tokens_and_views():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is nothing to synchronise with")
-@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("group_size", [32, -1, BY_CHANNEL])
 def test_no_synchronisation(group_size):
-    p = problem(group_size=group_size, rows=256, cols=256, shape=(64,)).to(torch.bfloat16).there()
+    p = (
+        problem(group_size=group_size, rows=256, cols=252 if group_size == BY_CHANNEL else 256, shape=(64,))
+        .to(torch.bfloat16)
+        .there()
+    )
     with use_kernels(True):
         gradients(ours(p), p)
         torch.cuda.set_sync_debug_mode("error")

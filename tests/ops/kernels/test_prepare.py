@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat.ops.factors import round_factors
 from peft_lrqat.ops.kernels.prepare import prepare
-from peft_lrqat.ops.reference import snapped_scale
+from peft_lrqat.ops.reference import adapter_units, largest_step, snapped_scale
 from tests.problems import DEVICE
 
 
@@ -41,3 +41,21 @@ def test_scale_is_the_reference_bit_for_bit(scale_dtype):
         assert torch.equal(found, expected)
     else:
         assert torch.equal(found.scale.cpu()[:5003], expected)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(1, 2), (300, 5), (3, 1100)])
+def test_by_channel_every_part_is_the_reference_bit_for_bit(rows, groups):
+    scale0 = torch.randn(rows, groups) * 10.0 ** torch.randint(-4, 2, (rows, groups))
+    scale0[0, 0] = 1e-38  # of a group of zeros
+    shift, A, B = torch.randn(rows, 1) * 0.3, torch.randn(3, groups), torch.randn(rows, 3)
+    operands = [t.to(DEVICE) for t in (scale0, shift, A, B)]
+    found = prepare(*operands[:2], "auto", *operands[2:], 1.0, rows, torch.float32, True)
+    scale, at = found.scale.cpu(), found.offsets
+    assert torch.equal(scale[: scale0.numel()].view_as(scale0), snapped_scale(scale0, shift, "auto"))
+    assert torch.equal(scale[at.units :][: scale0.numel()].view_as(scale0), adapter_units(scale0, shift))
+    t = largest_step(scale0)
+    u = snapped_scale(t, shift, "auto")
+    assert torch.equal(u, snapped_scale(scale0, shift, "auto").abs().amax(1, keepdim=True))
+    for part, expected in zip(found.row_steps(operands[0]), (t, u), strict=True):
+        assert torch.equal(part.cpu(), expected)
+    assert torch.equal(found.b_low.cpu(), round_factors(A, B).B * u)

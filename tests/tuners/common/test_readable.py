@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[type, dict]] = {
     "lrqat": (LRQATConfig, LR),
     "lrqat per channel": (LRQATConfig, {**LR, "group_size": -1}),
     "lrqat asymmetric": (LRQATConfig, {**LR, "symmetric": False}),
+    "lrqat, scales by channel": (LRQATConfig, {**LR, "learn_scales": "channel"}),
     "lrqat without scales": (LRQATConfig, {**LR, "learn_scales": False}),
     "low bit": (LowBitSRConfig, SR),
     "low bit with scales": (LowBitSRConfig, {**SR, "learn_scales": True}),

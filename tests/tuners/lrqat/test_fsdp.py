@@ -28,6 +28,7 @@ CASES = {
     "channel": {"bits": 4},
     "group-asymmetric": {"bits": 3, "group_size": 8, "symmetric": False, "downcast": "int", "container_bits": 4},
     "tensor": {"bits": 4, "group_size": 0},
+    "scales by channel": {"bits": 4, "group_size": 8, "learn_scales": "channel"},
 }
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.grid import Grid, grouped
-from peft_lrqat.ops.reference import codes
+from peft_lrqat.ops.reference import adapter_units, codes
 from peft_lrqat.ops.stored_base import decode_base
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from peft_lrqat.tuners.lrqat import LRQATLinear
@@ -27,6 +27,15 @@ def lost_fractions(weight: torch.Tensor, frozen: FrozenWeight) -> torch.Tensor:
 def frozen_layer(bits: int, group_size: int, symmetric: bool) -> tuple[torch.Tensor, FrozenWeight]:
     layer = nn.Linear(IN, OUT)
     return layer.weight.detach(), FrozenWeight.of_floats(layer, Grid(bits, group_size, symmetric), "int")
+
+
+def test_by_channel_the_factors_fit_what_was_lost_of_the_weight():
+    weight, frozen = frozen_layer(4, 8, True)
+    lost = grouped(lost_fractions(weight, frozen), frozen.scale0) * frozen.scale0.unsqueeze(-1)  # weight units
+    t = frozen.scale0.abs().amax(1, keepdim=True)
+    A, B = residual_factors(weight, frozen, 5, adapter_units(frozen.scale0, t))
+    best = torch.linalg.svdvals(lost.view(OUT, IN) / t)[5:].square().sum().sqrt()
+    assert (lost.view(OUT, IN) / t - B @ A).norm() <= best * (1 + 1e-4) + 1e-4
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

@@ -30,6 +30,7 @@ def load(folder: Path) -> PreTrainedModel:
         {"bits": 4, "group_size": 0, "downcast": "int", "init_lora_weights": "loftq"},
         {"bits": 8, "downcast": "fp16", "learn_scales": False},
         {"bits": 4, "range_method": "minmax", "scale_dtype": "bf16"},
+        {"learn_scales": "channel", "group_size": 16, "bits": 3, "downcast": "int", "init_lora_weights": "loftq"},
         {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 4, 5]},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "use_rslora": True},
     ],

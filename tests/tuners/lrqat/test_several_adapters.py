@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lrqat import LRQATConfig
-from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers, random_adapter
-from tests.models import adapted, logits
+from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers, other, random_adapter
+from tests.models import adapted, logits, tiny, train
 from tests.refusals import refused
 
 # -- several adapters
@@ -154,3 +154,67 @@ def test_mixed_batches_generate_with_beams(two_adapters: PeftModel):
             two_adapters.set_adapter(name)
             alone = two_adapters.generate(input_ids=IDS[row : row + 1], **options)
         assert torch.equal(mixed[row], alone[0])
+
+
+# -- scales by channel
+
+
+def by_channel(model: PreTrainedModel, **options) -> PeftModel:
+    return random_adapter(model, learn_scales="channel", **options)
+
+
+def test_by_channel_without_groups_is_what_one_scale_a_channel_is(base: PreTrainedModel):
+    for size in (-1, 0):
+        results = []
+        for learn_scales in (True, "channel"):
+            torch.manual_seed(0)
+            model = random_adapter(copy.deepcopy(base), learn_scales=learn_scales, group_size=size)
+            losses = train(model, IDS)
+            results.append((losses, logits(model, IDS), logits(model.merge_and_unload(), IDS)))
+        assert results[0][0] == results[1][0]
+        for a, b in zip(results[0][1:], results[1][1:], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_by_channel_merged_is_trained(base: PreTrainedModel, symmetric: bool):
+    model = by_channel(base, symmetric=symmetric, signed_scales=symmetric, bits=3)
+    before = {name: layer._scale(None) for name, layer in layers(model).items()}
+    train(model, IDS)
+    for name, layer in layers(model).items():
+        shift = layer.lora_scale_shift["default"].weight
+        assert shift.shape == (layer.out_features, 1)
+        assert shift.any()
+        factor = layer.grid_tensor().scale / before[name]
+        assert (factor / (1 + shift) - 1).abs().max() <= 2**-8  # of the smallest of a group, as it is stored
+    trained = logits(model, IDS)
+    model.merge_adapter()
+    assert torch.equal(logits(model, IDS), trained)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), trained)
+    assert torch.equal(logits(model.merge_and_unload(), IDS), trained)
+
+
+def test_by_channel_adapters_add_up_in_one_unit(base: PreTrainedModel):
+    model = by_channel(base)
+    first = {name: layer.get_delta_weight("default") for name, layer in layers(model).items()}
+    model.add_adapter("other", other(learn_scales="channel"))
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "mix", combination_type="cat")
+    assert model.peft_config["mix"].learn_scales == "channel"
+    for name, layer in layers(model).items():
+        torch.testing.assert_close(layer.get_delta_weight("mix"), first[name])
+    one = logits(model, IDS)
+    model.base_model.set_adapter(["default", "other"])
+    assert not torch.equal(logits(model, IDS), one)
+    summed = logits(model, IDS)
+    model.merge_adapter()
+    assert torch.equal(logits(model, IDS), summed)
+
+
+@pytest.mark.parametrize("learn_scales", [True, False])
+def test_adapters_of_two_units_are_refused(base: PreTrainedModel, learn_scales: bool):
+    model = by_channel(base)
+    with refused(model, "add up in one unit.*steps of the row's largest scale. Give both"):
+        model.add_adapter("second", other(learn_scales=learn_scales))
+    model = random_adapter(tiny(), group_size=-1)
+    model.add_adapter("second", other(learn_scales="channel", group_size=-1))  # the same thing there
