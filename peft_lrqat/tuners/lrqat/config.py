@@ -148,8 +148,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         default=True,
         metadata={
             "help": "Whether the scales are trained. True: each on its own. 'channel': one relative change for all "
-            "groups of an output channel, which makes a step in groups as fast as per channel; `lora_alpha / r` then "
-            "counts steps of the largest of the channel's scales. Without groups the same as True."
+            "groups of an output channel, whose gradient costs no dense product (from 4 bits on, without a bias); "
+            "`lora_alpha / r` then counts steps of the channel's largest scale. Without groups the same as True."
         },
     )
     scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
