@@ -12,7 +12,6 @@ What is left behind keeps the fraction of every weight: see `preprocess_blockwis
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -130,15 +129,15 @@ def preprocess_blockwise(
     was_training = model.training
     model.eval()
     inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
-    floats = copy.copy(inputs)  # the same calls; its hidden states are those of the float model
+    floats = inputs.fork()  # the float model's own stream
     in_block = [_inside(layers, f"{name}.{index}.") for index in range(len(blocks))]
     last = max(index for index, own in enumerate(in_block) if own)
     described = tqdm(range(last + 1), desc="block-wise", disable=not progressbar)
     for index in described:
         block, own = blocks[index], in_block[index]
-        floats.hidden = floats.run(index, block)
+        floats.advance(index, block)
         if not own:
-            inputs.hidden = inputs.run(index, block)
+            inputs.advance(index, block)
             continue
         trained = None if results is None else results.read(index, next(iter(own.values())).weight.device)
         if trained is None:
@@ -147,7 +146,7 @@ def preprocess_blockwise(
             if results is not None:
                 results.write(index, trained)
         rounded = {f"{key}.weight": one.rounded().dequantize(own[key].weight.dtype) for key, one in trained.items()}
-        inputs.hidden = inputs.run(index, block, rounded)
+        inputs.advance(index, block, rounded)
         for key, one in trained.items():
             replace_layer(model, f"{name}.{index}.{key}", _left_behind(one, own[key], config))
     model.train(was_training)
@@ -249,15 +248,15 @@ def _train(
             reached |= {key for key, weight in weights.items() if weight.weight.grad is not None}
             optimizer.step()
             schedule.step()
+        if missed := sorted(weights.keys() - reached):
+            raise ValueError(
+                f"No calibration token reached layer {missed[0]!r} of block {index} (an expert, perhaps). Leave it out "
+                "of `target_modules`, or give more text."
+            )
         now = test_error()
         if now < best:
             best = now
             kept = [parameter.clone() for parameter in parameters]
-    if missed := sorted(weights.keys() - reached):
-        raise ValueError(
-            f"No calibration token reached layer {missed[0]!r} of block {index} (an expert, perhaps). Leave it out of "
-            "`target_modules`, or give more text."
-        )
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.copy_(value)
     return {key: weight.fixed_point() for key, weight in weights.items()}, (before, best)
@@ -304,8 +303,9 @@ def _left_behind(trained: FixedPoint, layer: nn.Linear, config: AnyConfig) -> nn
 
 
 def _record(config: AnyConfig) -> Record:
-    recipe = "block-wise training (EfficientQAT's Block-AP, arXiv 2407.11062)"
+    recipe = f"block-wise training (EfficientQAT's Block-AP, arXiv 2407.11062) for {config.grid.describe()}"
     if _downcast(config) == "int":
         return Record(config.grid, config.scale_dtype, recipe)
     wide = replace(config.grid, bits=8)
+    recipe += ", kept with the weights' fraction for LR-QAT to start from"
     return Record(wide, config.scale_dtype, recipe, fixed_point_bits=config.bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,15 +75,20 @@ class BlockInputs:
         mask = batch.get("attention_mask")
         self.masks.append(None if mask is None or bool(mask.all()) else mask.bool())
 
-    def run(
-        self, index: int, block: nn.Module, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> list[torch.Tensor]:
-        """Outputs of block number `index`, one (batch, length, width) a batch.
+    def advance(self, index: int, block: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Replace `hidden` by the outputs of block number `index`.
 
         Args:
             weights: see `run_one`.
         """
-        return [self._keep(self.run_one(index, block, one, weights)) for one in range(len(self.hidden))]
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self._keep(self.run_one(index, block, batch, weights))
+
+    def fork(self) -> BlockInputs:
+        """The same calls, with hidden states that go their own way."""
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
 
     def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.keep_on is None else hidden.to(self.keep_on)

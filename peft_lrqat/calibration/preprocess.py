@@ -69,7 +69,7 @@ def preprocess_gptq(
                 raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out of "
                                  "`target_modules`, or give more text.")  # fmt: skip
             replace_layer(model, key, _quantized(layer, hessians.pop(key), config, damping))
-        inputs.hidden = inputs.run(index, block)
+        inputs.advance(index, block)
     model.train(was_training)
     if getattr(model, "config", None) is not None:
         describe(model, Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))

@@ -147,6 +147,16 @@ def test_no_epoch_is_kept_that_made_the_held_out_text_worse():
     assert not equal(start, trained({"bits": 3, "downcast": "int"}))
 
 
+def test_a_layer_that_no_token_reached():
+    model = tiny(num_hidden_layers=1)
+    model.model.layers[0].mlp.spare_proj = nn.Linear(32, 8)
+    with pytest.raises(ValueError, match=r"No calibration token reached layer 'mlp.spare_proj' of block 0"):
+        trained(model=model)
+    wanted = config(bits=3, exclude_modules=["spare_proj"])
+    preprocess_blockwise(model, wanted, TEXT, progressbar=False)
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
+
+
 @pytest.mark.parametrize(
     ("options", "calibration", "settings", "match"),
     [

@@ -16,7 +16,6 @@ class DroppedBase(nn.Module):
     """What stays of a layer whose base codes were dropped (`keep_base=False`): its shape, dtype and bias."""
 
     bias: nn.Parameter | None
-    quantized_before = False
 
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; the bias is the model's own
     def __init__(self, frozen: FrozenWeight) -> None:
@@ -24,6 +23,7 @@ class DroppedBase(nn.Module):
         self.out_features, self.in_features = frozen.out_features, frozen.in_features
         self.compute_dtype, self.transposed, self.grid = frozen.compute_dtype, frozen.transposed, frozen.grid
         self.scale_dtype, self.source_checksum = frozen.scale_dtype, frozen.source_checksum
+        self.quantized_before = frozen.quantized_before
         self._checksum = frozen.checksum()
         self.register_parameter("bias", frozen.bias)
         self.register_buffer("where", torch.empty(0, device=frozen.device), persistent=False)

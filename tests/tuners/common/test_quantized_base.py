@@ -51,6 +51,17 @@ def test_start_train_save_and_reload(method: ModuleType, load, quantized_folder:
         PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
 
 
+def test_a_base_of_integers_that_low_bit_sr_dropped(quantized_folder: Path, tmp_path: Path):
+    model = lowbit_sr.adapt(load_quantized(quantized_folder), **GRID, keep_base=False)
+    train(model, IDS, lr=0.1)
+    trained = logits(model, IDS)
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].base_fingerprint.startswith("int:")
+    again = PeftModel.from_pretrained(load_quantized(quantized_folder), tmp_path)
+    assert torch.equal(logits(again, IDS), trained)
+    assert torch.equal(logits(again.merge_and_unload(), IDS), trained)
+
+
 @pytest.mark.parametrize("container", [4, 8])
 def test_unloading_gives_the_base_back(method: ModuleType, container: int):
     model = merged(container_bits=container)
