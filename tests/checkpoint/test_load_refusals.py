@@ -49,10 +49,6 @@ def _all_ones(state: dict) -> None:
     state[LAYER + ".qzeros"].fill_(-1)
 
 
-def _negative(state: dict) -> None:
-    state[LAYER + ".scales"][0, 0] *= -1
-
-
 def _without_zeros(state: dict) -> None:
     del state[LAYER + ".qzeros"]
 
@@ -66,7 +62,6 @@ def _elsewhere(state: dict) -> None:
     [
         (_act_order, "by activation order"),
         (_all_ones, "stored as 15, which format v1 reads as 16 or 0"),
-        (_negative, "scales that are negative"),
         (_without_zeros, "cannot be read from.*'qzeros'"),
         (_elsewhere, r"1 modules that are no nn.Linear.*experts.0.w1.*mixture"),
     ],
