@@ -8,7 +8,7 @@ from .calibration import preprocess_blockwise, preprocess_gptq
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
-from .distillation import distillation_loss
+from .distillation import Distillation, distillation_loss, store_logits
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .registration import before_injection, register
@@ -17,6 +17,7 @@ from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .tuners.lrqat.optim import create_lrqat_optimizer
 
 __all__ = [
+    "Distillation",
     "Grid",
     "LRQATConfig",
     "LRQATLayer",
@@ -35,6 +36,7 @@ __all__ = [
     "load_quantized",
     "preprocess_blockwise",
     "preprocess_gptq",
+    "store_logits",
 ]
 
 register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)

@@ -53,7 +53,7 @@ class _Distillation(torch.autograd.Function):
         loss = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
         kl = torch.zeros_like(loss)
         log_sums = torch.zeros(3, len(rows), dtype=torch.float32, device=logits.device)
-        for part in _parts(rows, logits):
+        for part in lean.chunks(len(rows), logits.shape[1]):
             picked = rows[part]
             student = logits[picked].float()
             log_sums[0, part] = student.logsumexp(-1)
@@ -73,7 +73,7 @@ class _Distillation(torch.autograd.Function):
         logits, labels, rows, log_sums, *teacher = ctx.saved_tensors
         temperature, weight = ctx.options
         result = torch.zeros_like(logits)
-        for part in _parts(rows, logits):
+        for part in lean.chunks(len(rows), logits.shape[1]):
             picked = rows[part]
             student = logits[picked].float()
             difference = _slope_top_k if len(teacher) == 2 else _slope_full
@@ -85,11 +85,6 @@ class _Distillation(torch.autograd.Function):
                 slope.add_(own, alpha=1 - weight)
             result[picked] = slope.mul_(grad[picked].unsqueeze(1)).to(result.dtype)
         return result, None, None, None, None, *(None for _ in teacher)
-
-
-def _parts(rows: torch.Tensor, logits: torch.Tensor) -> list[slice]:
-    step = max(1, lean.CHUNK // max(1, logits.shape[1]))
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 # The four below see some rows of the student's logits, (n, V) fp32, divided by the temperature already. `rows` are

@@ -26,7 +26,7 @@ class _CrossEntropy(torch.autograd.Function):
         log_sums = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         picked = torch.empty_like(log_sums)
         safe = labels.clamp(min=0)
-        for rows in _chunks(logits):
+        for rows in chunks(*logits.shape):
             part = logits[rows].float()
             log_sums[rows] = part.logsumexp(-1)
             picked[rows] = part.gather(1, safe[rows].unsqueeze(1)).squeeze(1)
@@ -41,16 +41,17 @@ class _CrossEntropy(torch.autograd.Function):
         result = torch.empty_like(logits)
         counted = (labels != ctx.ignore_index).unsqueeze(1)
         safe = labels.clamp(min=0).unsqueeze(1)
-        for rows in _chunks(logits):
+        for rows in chunks(*logits.shape):
             part = (logits[rows].float() - log_sums[rows].unsqueeze(1)).exp_()
             part.scatter_add_(1, safe[rows], part.new_full((part.shape[0], 1), -1.0))
             result[rows] = part.mul_(grad * counted[rows])
         return result, None, None
 
 
-def _chunks(logits: torch.Tensor) -> list[slice]:
-    step = max(1, CHUNK // max(1, logits.shape[1]))
-    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+def chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Cover the rows of (rows, vocabulary) logits with slices that are in fp32 one at a time."""
+    step = max(1, CHUNK // max(1, vocabulary))
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def causal_lm_loss(

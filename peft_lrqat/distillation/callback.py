@@ -1,0 +1,260 @@
+"""`Distillation`: the callback that gives a Trainer's model the probabilities of a teacher to learn from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..tuners.common import loss as lean
+from .loss import TokenLosses, TopK, check_options, token_losses
+from .segments import without_padding
+from .sft import fused_output
+from .stored import MANIFEST, StoredLogits
+from .teacher import KEEP, ModelTeacher, causal_lm, load_teacher, named_inputs
+
+# Which callback a causal language model learns from at the moment
+_active: WeakKeyDictionary[nn.Module, Distillation] = WeakKeyDictionary()
+
+
+class _Call(NamedTuple):
+    """What is known of a forward before it begins."""
+
+    teacher: torch.Tensor | TopK
+    targets: torch.Tensor
+    """(batch * tokens,): what is predicted in each row of the logits; -100 where it does not count."""
+    fused: bool
+    """whether TRL asked for its fused output layer, and reads the losses of single tokens from the output."""
+    loss_function: Any
+    """the model's own."""
+
+
+class Distillation(TrainerCallback):
+    """Training with a teacher, for transformers' Trainer and TRL's SFTTrainer, with any causal language model:
+
+        trainer = SFTTrainer(model, args, train_dataset=data, peft_config=LRQATConfig(...),
+                             callbacks=[Distillation("HuggingFaceTB/SmolLM2-135M-Instruct")])
+
+    While the Trainer trains, the loss is weight * temperature ** 2 * KL(teacher || student) + (1 - weight) *
+    cross-entropy over the tokens whose label counts, divided as the Trainer divides the model's own loss, so packing,
+    completions only, accumulated gradients and several processes are what they are without it. Evaluation is left
+    alone: `eval_loss` is the cross-entropy. The mean KL a token is logged as `kl`. (Trackers that `report_to` names
+    read the log before this callback does; `kl` is in `trainer.state.log_history` and in what is printed.)
+
+    The teacher reads what the student reads, in eval mode, under the student's autocast, in every process. Its logits
+    of a whole micro-batch, (batch, tokens, vocabulary) in the teacher's dtype, exist beside the student's. Stored
+    logits take no second model and no such memory.
+    """
+
+    def __init__(
+        self,
+        teacher: str | os.PathLike | nn.Module,
+        *,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        keep: str | None = None,
+    ) -> None:
+        """
+        Args:
+            teacher: a model of transformers with the student's vocabulary, or its name or folder: it is loaded in the
+                student's dtype on its device when training begins. The model before quantization is the one that helps
+                most. Or a folder that `store_logits` wrote.
+            weight: of the teacher, from 0 to 1; the model's own loss has the rest.
+            temperature: above 0; both distributions are taken at it.
+            keep: how a teacher that is given by name is kept. None: as it is; "int8": its linear layers in 8 bits, a
+                good half of bf16's memory; "cpu": in the CPU's memory, a layer at a time on the device, slowly.
+
+        Raises:
+            ValueError: an option out of range.
+
+        When training begins, or in its first forward, before any weight changes, ValueError says what stands in the
+        way: the teacher is the student or has another vocabulary, or the loss is not computed by the model (label
+        smoothing, `compute_loss_func`, Liger's fused loss, TRL's `loss_type="dft"`).
+        """
+        check_options(temperature, weight)
+        if keep is not None and keep not in KEEP:
+            raise ValueError(f"`keep` is {keep!r}; it must be None, 'int8' or 'cpu'.")
+        if keep is not None and isinstance(teacher, nn.Module):
+            raise ValueError(f"`keep={keep!r}` is for a teacher that is given by name. Give the name, or leave it out.")
+        self.teacher, self.weight, self.temperature, self.keep = teacher, weight, temperature, keep
+        self._student: Any = None
+        self._source: Any = None
+        self._handles: list[Any] = []
+        self._state: Any = None
+        self._armed = False
+        self._extra = 0
+        self._call: _Call | None = None
+        self._losses: TokenLosses | None = None
+        self._kl: torch.Tensor | None = None
+
+    # -- what the Trainer calls
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.remove()
+        _check_arguments(args)
+        student = causal_lm(model)
+        other = _active.get(student)
+        if other is not None and other._state is state:
+            raise ValueError("The Trainer has two `Distillation` callbacks. Give it one.")
+        if other is not None:  # of a training that failed
+            other.remove()
+        self._source = self._find_teacher(student)
+        self._student, self._state, self._kl = student, state, None
+        _active[student] = self
+        self._handles = [
+            student.register_forward_pre_hook(self._before, with_kwargs=True),
+            student.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._armed, self._extra = True, 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check_calls()
+        self._armed = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check_calls()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._kl is None or logs is None or "loss" not in logs:
+            return
+        total, self._kl = self._kl, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        logs["kl"] = (total[0] / total[1].clamp(min=1)).item()
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1]["kl"] = logs["kl"]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the model as it was, and let go of a teacher that was loaded.
+
+        The end of training does it. After an exception in training, the model has its own loss by itself; this frees
+        the teacher.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._restore()
+        if self._student is not None:
+            _active.pop(self._student, None)
+        if self._source is not None:
+            self._source.release()
+        self._student = self._source = self._state = None
+        self._armed = False
+
+    # -- what the model calls
+
+    @torch.compiler.disable
+    def _before(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._restore()
+        if not student.training or not torch.is_grad_enabled():
+            return None
+        if not self._armed:  # after a training that failed; or a second forward in a step
+            self._extra += 1
+            return None
+        self._armed = False
+        inputs = named_inputs(student, args, kwargs)
+        fused = bool(inputs.pop("fused_lm_head", False))
+        labels, shift_labels = inputs.get("labels"), inputs.get("shift_labels")
+        given = labels if shift_labels is None else shift_labels
+        if given is None:
+            raise ValueError(
+                "The model is called without labels, so its loss is computed elsewhere (`compute_loss_func`, label "
+                "smoothing, or a Trainer with a loss of its own), and `Distillation` cannot take part. Leave that out, "
+                "or compute `peft_lrqat.distillation_loss` there."
+            )
+        targets = without_padding(inputs, lean.shifted(given, shift_labels, -100).view(given.shape))
+        teacher = self._source.targets(inputs, targets)
+        self._call = _Call(teacher, targets.flatten(), fused, student.__dict__.get("_loss_function"))
+        student.loss_function = self._loss
+        return (), {**inputs, "fused_lm_head": False} if fused else inputs
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """In the place of `causal_lm_loss`."""
+        assert self._call is not None
+        teacher, targets = self._call.teacher, self._call.targets.to(logits.device)
+        if not isinstance(teacher, TopK):
+            teacher = teacher.reshape(-1, teacher.shape[-1])
+        rows = logits.reshape(-1, vocab_size)
+        self._losses = token_losses(rows, targets, teacher, self.temperature, self.weight)
+        with torch.no_grad():
+            total = torch.stack([self._losses.kl.sum(), (targets != -100).sum().float()])
+            self._kl = total if self._kl is None else self._kl + total
+        return lean.divided(self._losses.loss.sum(), targets, num_items_in_batch, -100)
+
+    @torch.compiler.disable
+    def _after(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call, losses = self._call, self._losses
+        self._restore()
+        if call is None or output is None:  # no step of training; or the forward raised
+            return None
+        if losses is None:
+            raise ValueError(
+                f"The forward of {type(student).__name__} computes its loss without the model's `loss_function` (a "
+                "fused loss of Liger, `loss_type='chunked_nll'` of some versions of TRL, or a loss of its own), so "
+                "`Distillation` cannot take part. Set `use_liger_kernel=False` and TRL's `loss_type='nll'`; for other "
+                "models, compute `peft_lrqat.distillation_loss` in a Trainer's `compute_loss`."
+            )
+        if not call.fused:
+            return None
+        return fused_output(output, losses, call.targets)
+
+    # -- the rest
+
+    def _restore(self) -> None:
+        """The model's own loss, and nothing of the last forward."""
+        if self._call is not None and self._student is not None:
+            if self._call.loss_function is None:
+                self._student.__dict__.pop("_loss_function", None)
+            else:
+                self._student.loss_function = self._call.loss_function
+        self._call = self._losses = None
+
+    def _check_calls(self) -> None:
+        if self._extra:
+            raise ValueError(
+                f"The model was called {self._extra + 1} times with gradients in one step of training; `Distillation` "
+                "takes part in the first call only. Compute `peft_lrqat.distillation_loss` in the Trainer's "
+                "`compute_loss`."
+            )
+
+    def _find_teacher(self, student: Any) -> Any:
+        if isinstance(self.teacher, nn.Module):
+            return ModelTeacher(self.teacher, student)
+        if (Path(self.teacher) / MANIFEST).is_file():
+            if self.keep is not None:
+                raise ValueError(f"`keep={self.keep!r}` is for a model, and {str(self.teacher)!r} holds stored logits.")
+            return StoredLogits(self.teacher, student, self.temperature)
+        return ModelTeacher(load_teacher(self.teacher, student, self.keep), student)
+
+
+def _check_arguments(args: Any) -> None:
+    """Refuse what a Trainer's arguments say would go past the model's loss."""
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor}` replaces the model's loss, and the teacher's "
+            "probabilities are what it stands in for. Set it to 0."
+        )
+    if getattr(args, "loss_type", None) == "dft":
+        raise ValueError("`loss_type='dft'` weights the next-token loss, which is not there. Use `loss_type='nll'`.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            "`Distillation` does not go with `nn.DataParallel`, which the Trainer uses as several GPUs are visible to "
+            "one process. Use `accelerate launch`, or make one visible with CUDA_VISIBLE_DEVICES."
+        )

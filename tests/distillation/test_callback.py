@@ -1,0 +1,256 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+
+from peft_lrqat import Distillation, distillation_loss
+from peft_lrqat.tuners.common.loss import causal_lm_loss
+from tests.models import adapted, low_bit, tiny, tokens
+from tests.trainer import arguments, counting_text, ids_dataset, losses, word_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+KINDS = {"lrqat": adapted, "lowbit_sr": low_bit}
+TEACHER = tiny(seed=1)
+
+
+class ByHand(Trainer):
+    """The same loss in a Trainer's own `compute_loss`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            teacher = self.teacher(**inputs).logits
+        outputs = model(**inputs)
+        return distillation_loss(outputs.logits, labels, teacher, num_items_in_batch=num_items_in_batch, **self.options)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def trainer(model, folder: Path, *callbacks, cls=Trainer, data=None, **options):
+    args = arguments(folder, **{"max_steps": 2, **options})
+    return cls(model=model, args=args, train_dataset=data or ids_dataset(), callbacks=list(callbacks))
+
+
+def sft(model, folder: Path, *callbacks, data=None, **options):
+    from trl import SFTConfig, SFTTrainer
+
+    args = arguments(folder, SFTConfig, **{"max_steps": 2, "max_length": 32, **options})
+    return SFTTrainer(
+        model,
+        args=args,
+        train_dataset=data or counting_text(),
+        processing_class=word_tokenizer(),
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("lowbit_sr", {}), ("lrqat", {"weight": 0.3, "temperature": 2.0})], ids=["kl", "mixed"]
+)
+def test_it_is_the_loss_by_hand(kind, tmp_path, options):
+    runs = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        run = trainer(
+            KINDS[kind](tiny()),
+            tmp_path,
+            *([] if by_hand else [Distillation(TEACHER, **options)]),
+            cls=ByHand if by_hand else Trainer,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+        )
+        run.teacher, run.options = TEACHER, options
+        run.model_accepts_loss_kwargs = True
+        run.train()
+        runs.append(run)
+    assert losses(runs[0]) == losses(runs[1])
+    same(*(state(run.model) for run in runs))
+    if not options:
+        logged = [entry for entry in runs[0].state.log_history if "loss" in entry]
+        assert [entry["kl"] for entry in logged] == pytest.approx([entry["loss"] for entry in logged], rel=1e-5)
+
+
+def test_sft_trainer_trains_the_same(method, tmp_path):
+    """TRL reads log-probabilities of single tokens from a forward without logits."""
+    found = []
+    for make in (sft, trainer):
+        torch.manual_seed(0)
+        tokenizer = word_tokenizer()
+        rows = [tokenizer(text + " </s>")["input_ids"] for text in counting_text()["text"]]
+        data = None if make is sft else ids_dataset().from_dict({"input_ids": rows, "labels": rows})
+        run = make(method.adapt(tiny()), tmp_path, Distillation(tiny(seed=1), weight=0.5), data=data)
+        run.train()
+        found.append([(entry["loss"], entry["kl"]) for entry in run.state.log_history if "kl" in entry])
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=1e-5)
+
+
+PROMPTS = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3} w{i + 4}"} for i in range(3, 40)]
+VARIANTS = {
+    "packing": ("lrqat", {"packing": True, "max_length": 24}),
+    "wrapped": ("lowbit_sr", {"packing": True, "packing_strategy": "wrapped", "max_length": 24}),
+    "padding_free": ("lowbit_sr", {"padding_free": True, "max_length": None}),
+    "completions": ("lrqat", {"completion_only_loss": True}),
+    "accumulation": ("lrqat", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "checkpointing": ("lowbit_sr", {"gradient_checkpointing": True}),
+    "autocast": ("lrqat", {"bf16": True}),
+    "compiled": ("lrqat", {"torch_compile": True, "torch_compile_backend": "eager"}),
+}
+
+SLOW = ("wrapped", "checkpointing", "autocast", "compiled")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS]
+)
+def test_only_the_loss_of_a_token_is_new(tmp_path, variant):
+    """A teacher without weight changes nothing, and one that is a copy of the student agrees with it, at each token."""
+    kind, options = VARIANTS[variant]
+    data = Dataset.from_list(PROMPTS) if variant == "completions" else None
+    found = []
+    for distilled in (False, True):
+        torch.manual_seed(0)
+        model = KINDS[kind](tiny())
+        callbacks = [Distillation(copy.deepcopy(model), weight=0.0)] if distilled else []
+        run = sft(model, tmp_path, *callbacks, data=data, **{"max_steps": 2, **options})
+        run.train()
+        found.append(run.state.log_history[:2])
+    keys = ("loss", "entropy", "mean_token_accuracy", "grad_norm")
+    tolerance = 2e-2 if variant == "autocast" else 1e-4  # there, TRL's own sums are made in bf16
+    for key in keys:
+        assert [entry[key] for entry in found[1]] == pytest.approx([entry[key] for entry in found[0]], rel=tolerance)
+    assert abs(found[1][0]["kl"]) < 1e-6
+    assert found[1][1]["kl"] > 1e-6
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = adapted(tiny())
+    base = model.get_base_model()
+    teacher = tiny(seed=1).train()
+    before = (base.loss_function, len(base._forward_hooks), len(base._forward_pre_hooks))
+    run = trainer(model, tmp_path, Distillation(teacher))
+    run.train()
+    assert (base.loss_function, len(base._forward_hooks), len(base._forward_pre_hooks)) == before
+    assert teacher.training
+
+
+def test_evaluation_is_plain(tmp_path):
+    """`eval_loss` in the course of training is the next-token loss."""
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, max_steps=3)
+    data = ids_dataset()
+    run = Trainer(adapted(tiny()), args, None, data, data.select(range(4)), callbacks=[Distillation(tiny(seed=1))])
+    run.train()
+    found = next(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)
+    assert found == pytest.approx(run.evaluate()["eval_loss"])
+
+
+def test_the_student_comes_closer_to_the_float_model(tmp_path):
+    run = trainer(adapted(tiny(), bits=3), tmp_path, Distillation(tiny()), max_steps=16)
+    run.train()
+    found = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
+    assert sum(found[-4:]) < 0.8 * sum(found[:4])
+
+
+class _Fails(TrainerCallback):
+    """An exception behind the backward of the second step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise RuntimeError("interrupted")
+
+
+def test_after_an_exception_the_model_has_its_own_loss(tmp_path):
+    model = adapted(tiny())
+    first = Distillation(tiny(seed=1))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(model, tmp_path, first, _Fails()).train()
+    assert model.get_base_model().loss_function is causal_lm_loss
+    ids = tokens()
+    model.train()
+    found = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(found, causal_lm_loss(model(input_ids=ids).logits, ids, 96))
+    trainer(model, tmp_path, Distillation(tiny(seed=1))).train()  # takes the place of the first
+    assert not model.get_base_model()._forward_hooks
+    first.remove()
+
+
+class _OwnLoss(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        output = super().forward(input_ids, attention_mask)
+        output.loss = output.logits.float().square().mean()
+        return output
+
+
+def _own_loss():
+    model = tiny()
+    model.__class__ = _OwnLoss
+    return model
+
+
+class _Twice(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, inputs, **kwargs) + super().compute_loss(model, inputs, **kwargs)
+
+
+def _mean(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().mean()
+
+
+def _replaced():
+    model = tiny()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: trainer(_own_loss(), d, Distillation(TEACHER)), "without the model's `loss_function`"),
+        (lambda d: trainer(_replaced(), d, Distillation(TEACHER)), "is not the one of causal language models"),
+        (lambda d: trainer(tiny(), d, Distillation(TEACHER), label_smoothing_factor=0.1), "Set it to 0"),
+        (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_Twice), "called 2 times"),
+        (lambda d: trainer(tiny(), d, Distillation(TEACHER), Distillation(TEACHER)), "Give it one"),
+        (lambda d: trainer(tiny(), d, Distillation(tiny(vocab_size=64))), "64 tokens in its vocabulary"),
+        (lambda d: sft(tiny(), d, Distillation(TEACHER), loss_type="dft"), "Use `loss_type='nll'`"),
+        (
+            lambda d: Trainer(
+                tiny(),
+                arguments(d),
+                train_dataset=ids_dataset(),
+                compute_loss_func=_mean,
+                callbacks=[Distillation(TEACHER)],
+            ),
+            "called without labels",
+        ),
+    ],
+    ids=["own", "replaced", "smoothing", "twice", "two", "vocabulary", "dft", "loss_func"],
+)
+def test_what_goes_past_the_loss_is_refused_before_anything_is_trained(tmp_path, make, message):
+    run = make(tmp_path)
+    before = state(run.model)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    same(state(run.model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -0.1}, "`weight` is -0.1"),
+        ({"temperature": 0}, "`temperature` is 0"),
+        ({"keep": "int4"}, "`keep` is 'int4'"),
+        ({"teacher": tiny(), "keep": "int8"}, "given by name"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Distillation(**{"teacher": "name", **options})
