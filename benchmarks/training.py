@@ -108,6 +108,7 @@ class Step:
         if graph:
             self.rows = torch.zeros(shape, dtype=torch.int64, device="cuda")
             stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())  # `rows` are zeros only then
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self._run(self.rows)
