@@ -25,6 +25,7 @@ METHODS = {
     "LoRA": None,
     "LR-QAT fx8, per channel": {"group_size": -1},
     "LR-QAT fx8, groups of 64": {"group_size": 64},
+    "LR-QAT fx8, groups of 64, by channel": {"group_size": 64, "learn_scales": "channel"},
     "LR-QAT int4, per channel": {"group_size": -1, "downcast": "int"},
     "LR-QAT int4, groups of 64": {"group_size": 64, "downcast": "int"},
 }

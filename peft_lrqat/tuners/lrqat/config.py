@@ -267,7 +267,7 @@ class LRQATConfig(GridConfig, LoraConfig):
             ranges = "integers and scales of a quantized base"
         return (
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
-            f"lora_alpha {self.lora_alpha}, base kept as {self.downcast}, {ranges}"
+            f"lora_alpha {self.lora_alpha} ({self.adapter_unit}), base kept as {self.downcast}, {ranges}"
             + (f", {self.act_bits}-bit activations" if self.act_bits is not None else "")
         )
 
