@@ -21,6 +21,11 @@ from .teacher import KEEP, ModelTeacher, causal_lm, load_teacher, named_inputs
 # Which callback a causal language model learns from at the moment
 _active: WeakKeyDictionary[nn.Module, Distillation] = WeakKeyDictionary()
 
+_TWICE = (
+    "The model was called again, with gradients, in one step of training; `Distillation` takes part in the first call "
+    "only. Compute `peft_lrqat.distillation_loss` in the Trainer's `compute_loss`."
+)
+
 
 class _Call(NamedTuple):
     """What is known of a forward before it begins."""
@@ -87,10 +92,15 @@ class Distillation(TrainerCallback):
         self._handles: list[Any] = []
         self._state: Any = None
         self._armed = False
+        self._pending = False  # a loss was returned that backward has not reached yet
         self._extra = 0
         self._call: _Call | None = None
         self._losses: TokenLosses | None = None
         self._kl: torch.Tensor | None = None
+        self._logged: float | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distillation:
+        return self  # a copy of the student, hooks and all, is not to copy the teacher
 
     # -- what the Trainer calls
 
@@ -112,7 +122,7 @@ class Distillation(TrainerCallback):
         ]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._armed, self._extra = True, 0
+        self._armed, self._pending, self._extra = True, False, 0
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check_calls()
@@ -121,13 +131,16 @@ class Distillation(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check_calls()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._gather(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._gather(control)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self._kl is None or logs is None or "loss" not in logs:
+        if self._logged is None or logs is None or "loss" not in logs:
             return
-        total, self._kl = self._kl, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        logs["kl"] = (total[0] / total[1].clamp(min=1)).item()
+        logs["kl"], self._logged = self._logged, None
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1]["kl"] = logs["kl"]
 
@@ -149,16 +162,18 @@ class Distillation(TrainerCallback):
         if self._source is not None:
             self._source.release()
         self._student = self._source = self._state = None
-        self._armed = False
+        self._armed = self._pending = False
 
     # -- what the model calls
 
     @torch.compiler.disable
     def _before(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._restore()
-        if not student.training or not torch.is_grad_enabled():
+        if student is not self._student or not student.training or not torch.is_grad_enabled():
             return None
-        if not self._armed:  # after a training that failed; or a second forward in a step
+        if self._pending:
+            raise ValueError(_TWICE + " (After a training that failed: call `remove()` of the callback.)")
+        if not self._armed:  # after a training that failed; or a second forward and backward in a step
             self._extra += 1
             return None
         self._armed = False
@@ -192,7 +207,10 @@ class Distillation(TrainerCallback):
         if not isinstance(teacher, TopK):
             teacher = teacher.reshape(-1, teacher.shape[-1])
         rows = logits.reshape(-1, vocab_size)
-        self._losses = token_losses(rows, targets, teacher, self.temperature, self.weight)
+        self._losses = token_losses(rows, targets, teacher, self.temperature, self.weight, overwrite=True)
+        if self._losses.loss.requires_grad:
+            self._pending = True
+            self._losses.loss.register_hook(self._reached)
         with torch.no_grad():
             total = torch.stack([self._losses.kl.sum(), (targets != -100).sum().float()])
             self._kl = total if self._kl is None else self._kl + total
@@ -215,7 +233,19 @@ class Distillation(TrainerCallback):
             return None
         return fused_output(output, losses, call.targets)
 
+    def _reached(self, grad: torch.Tensor) -> None:
+        self._pending = False
+
     # -- the rest
+
+    def _gather(self, control: Any) -> None:
+        """The mean over all processes, when the Trainer is about to log, which it decides alike in all of them."""
+        if not control.should_log or self._kl is None:
+            return
+        total, self._kl = self._kl, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        self._logged = (total[0] / total[1].clamp(min=1)).item()
 
     def _restore(self) -> None:
         """The model's own loss, and nothing of the last forward."""
@@ -228,11 +258,7 @@ class Distillation(TrainerCallback):
 
     def _check_calls(self) -> None:
         if self._extra:
-            raise ValueError(
-                f"The model was called {self._extra + 1} times with gradients in one step of training; `Distillation` "
-                "takes part in the first call only. Compute `peft_lrqat.distillation_loss` in the Trainer's "
-                "`compute_loss`."
-            )
+            raise ValueError(_TWICE)
 
     def _find_teacher(self, student: Any) -> Any:
         if isinstance(self.teacher, nn.Module):

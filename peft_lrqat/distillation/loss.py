@@ -48,6 +48,7 @@ class _Distillation(torch.autograd.Function):
         rows: torch.Tensor,
         temperature: float,
         weight: float,
+        overwrite: bool,
         *teacher: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
@@ -63,7 +64,7 @@ class _Distillation(torch.autograd.Function):
             kl[picked] = found
             loss[picked] = weight * temperature**2 * found + (1 - weight) * ce
         ctx.save_for_backward(logits, labels, rows, log_sums, *teacher)
-        ctx.options = temperature, weight
+        ctx.options = temperature, weight, overwrite
         ctx.mark_non_differentiable(kl)
         return loss, kl
 
@@ -71,8 +72,10 @@ class _Distillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _kl: Any) -> tuple[torch.Tensor | None, ...]:
         logits, labels, rows, log_sums, *teacher = ctx.saved_tensors
-        temperature, weight = ctx.options
-        result = torch.zeros_like(logits)
+        temperature, weight, overwrite = ctx.options
+        overwrite = overwrite and len(teacher) == 1 and teacher[0].dtype == logits.dtype
+        # a second backward finds that a saved tensor was changed, and raises
+        result = teacher[0] if overwrite else torch.zeros_like(logits)
         for part in lean.chunks(len(rows), logits.shape[1]):
             picked = rows[part]
             student = logits[picked].float()
@@ -84,7 +87,11 @@ class _Distillation(torch.autograd.Function):
                 own.scatter_add_(1, labels[picked].unsqueeze(1), own.new_full((len(own), 1), -1.0))
                 slope.add_(own, alpha=1 - weight)
             result[picked] = slope.mul_(grad[picked].unsqueeze(1)).to(result.dtype)
-        return result, None, None, None, None, *(None for _ in teacher)
+        if overwrite and len(rows) < len(result):
+            idle = torch.ones(len(result), dtype=torch.bool, device=result.device)
+            idle[rows] = False
+            result[idle] = 0
+        return result, None, None, None, None, None, *(None for _ in teacher)
 
 
 # The four below see some rows of the student's logits, (n, V) fp32, divided by the temperature already. `rows` are
@@ -166,6 +173,7 @@ def token_losses(
     temperature: float = 1.0,
     weight: float = 1.0,
     ignore_index: int = -100,
+    overwrite: bool = False,
 ) -> TokenLosses:
     """The losses of single tokens.
 
@@ -173,6 +181,8 @@ def token_losses(
         logits: (N, V), any float dtype; row i predicts `labels[i]`.
         labels: (N,) int64.
         teacher: logits of the same shape, any float dtype, or `TopK`; no gradient goes there.
+        overwrite: whether backward may write the gradient over the teacher's logits, which spares a third tensor of
+            this size; there is one backward then.
 
     The rest, and what is raised, as for `distillation_loss`.
     """
@@ -194,7 +204,7 @@ def token_losses(
                 "of the same tokens and the same vocabulary."
             )
         parts = (teacher.detach().to(logits.device),)
-    return TokenLosses(*_Distillation.apply(logits, labels, rows, temperature, weight, *parts))
+    return TokenLosses(*_Distillation.apply(logits, labels, rows, temperature, weight, overwrite, *parts))
 
 
 def check_options(temperature: float, weight: float) -> None:

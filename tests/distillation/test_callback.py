@@ -6,8 +6,9 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
-from peft_lrqat import Distillation, distillation_loss
+from peft_lrqat import Distillation, distillation_loss, store_logits
 from peft_lrqat.tuners.common.loss import causal_lm_loss
+from tests import parallel
 from tests.models import adapted, low_bit, tiny, tokens
 from tests.trainer import arguments, counting_text, ids_dataset, losses, word_tokenizer
 
@@ -196,6 +197,11 @@ def _own_loss():
     return model
 
 
+class _TwoBackwards(Trainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs) + super().training_step(*args, **kwargs)
+
+
 class _Twice(Trainer):
     def compute_loss(self, model, inputs, **kwargs):
         return super().compute_loss(model, inputs, **kwargs) + super().compute_loss(model, inputs, **kwargs)
@@ -217,7 +223,8 @@ def _replaced():
         (lambda d: trainer(_own_loss(), d, Distillation(TEACHER)), "without the model's `loss_function`"),
         (lambda d: trainer(_replaced(), d, Distillation(TEACHER)), "is not the one of causal language models"),
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), label_smoothing_factor=0.1), "Set it to 0"),
-        (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_Twice), "called 2 times"),
+        (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_TwoBackwards), "called again"),
+        (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_Twice), "called again"),
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), Distillation(TEACHER)), "Give it one"),
         (lambda d: trainer(tiny(), d, Distillation(tiny(vocab_size=64))), "64 tokens in its vocabulary"),
         (lambda d: sft(tiny(), d, Distillation(TEACHER), loss_type="dft"), "Use `loss_type='nll'`"),
@@ -232,7 +239,7 @@ def _replaced():
             "called without labels",
         ),
     ],
-    ids=["own", "replaced", "smoothing", "twice", "two", "vocabulary", "dft", "loss_func"],
+    ids=["own", "replaced", "smoothing", "backwards", "twice", "two", "vocabulary", "dft", "loss_func"],
 )
 def test_what_goes_past_the_loss_is_refused_before_anything_is_trained(tmp_path, make, message):
     run = make(tmp_path)
@@ -254,3 +261,59 @@ def test_what_goes_past_the_loss_is_refused_before_anything_is_trained(tmp_path,
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Distillation(**{"teacher": "name", **options})
+
+
+def _distilled(kind: str, teacher, folder: Path, **options):
+    run = parallel.trainer(kind, folder / "base", folder / "out", eval_strategy="no", save_strategy="no", **options)
+    run.add_callback(Distillation(teacher))
+    run.train()
+    sharded = all(hasattr(p, "full_tensor") for p in run.model.parameters())
+    return {
+        **parallel.found(run),
+        "sharded": sharded,
+        "kl": [entry["kl"] for entry in run.state.log_history if "kl" in entry],
+    }
+
+
+def _in_a_process(rank: int, folder: Path):
+    if rank == 0:
+        tiny().save_pretrained(folder / "base")
+    torch.distributed.barrier()
+    results = {kind: _distilled(kind, TEACHER, folder) for kind in KINDS}
+    stores = parallel.trainer("lrqat", folder / "base", folder / "out", eval_strategy="no", save_strategy="no")
+    store_logits(stores, folder / "logits", TEACHER, k=96, progressbar=False)
+    results["stored"] = _distilled("lrqat", folder / "logits", folder)
+    if torch.__version__ >= (2, 12):  # below, FSDP2 shards no integers
+        parallel.announce(parallel.FSDP2)
+        results["fsdp2"] = _distilled("lrqat", TEACHER, folder, use_cpu=False)
+        assert results["fsdp2"]["sharded"]
+    return results
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    found = parallel.in_two_processes(_in_a_process, tmp_path)
+    single = {kind: _distilled(kind, TEACHER, tmp_path) for kind in KINDS}
+    assert len(list((tmp_path / "logits").glob("*.safetensors"))) == 2
+    for here in found:
+        for name, result in here.items():
+            expected = single[name if name in KINDS else "lrqat"]
+            for key in ("losses", "kl", "norms"):
+                assert result[key] == pytest.approx(expected[key], rel=2e-3 if name == "stored" else 1e-5), (name, key)
+            if name != "stored":
+                for one, tensor in result["adapter"].items():
+                    torch.testing.assert_close(
+                        tensor, expected["adapter"][one], rtol=1e-5, atol=1e-6, msg=f"{name} {one}"
+                    )
+
+
+def test_a_checkpoint_is_resumed(tmp_path):
+    found = []
+    for resume in (False, True):
+        torch.manual_seed(0)
+        run = trainer(low_bit(tiny()), tmp_path, Distillation(TEACHER), save_strategy="steps", save_steps=1)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if resume else None)
+        found.append(state(run.model))
+        history = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
+        assert len(history) == 2
+    same(*found)

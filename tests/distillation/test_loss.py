@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peft_lrqat import distillation_loss
-from peft_lrqat.distillation.loss import TopK, top_k
+from peft_lrqat.distillation.loss import TopK, token_losses, top_k
 from peft_lrqat.tuners.common import loss as lean
 from peft_lrqat.tuners.common.loss import causal_lm_loss
 
@@ -133,6 +133,19 @@ def test_labels_that_are_shifted_already():
     shift = lean.shifted(labels, None, -100).view_as(labels)
     expected = distillation_loss(logits, labels, teacher)
     assert torch.equal(distillation_loss(logits, labels, teacher, shift_labels=shift), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_may_take_the_place_of_the_teachers_logits(dtype):
+    logits, labels, teacher = (tensor.flatten(0, 1) for tensor in batch(dtype))
+    teacher[(labels == -100)] = torch.nan
+    plain = torch.autograd.grad(token_losses(logits, labels, teacher).loss.sum(), logits, retain_graph=True)[0]
+    loss = token_losses(logits, labels, teacher, overwrite=True).loss.sum()
+    found = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert torch.equal(found, plain)
+    assert found.data_ptr() == teacher.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
 
 
 @pytest.mark.parametrize(
