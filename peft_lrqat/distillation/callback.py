@@ -79,7 +79,7 @@ class Distillation(TrainerCallback):
 
         When training begins, or in its first forward, before any weight changes, ValueError says what stands in the
         way: the teacher is the student or has another vocabulary, or the loss is not computed by the model (label
-        smoothing, `compute_loss_func`, Liger's fused loss, TRL's `loss_type="dft"`).
+        smoothing, `compute_loss_func`, Liger's fused loss, TRL's `loss_type` "dft" and "chunked_nll").
         """
         check_options(temperature, weight)
         if keep is not None and keep not in KEEP:
@@ -225,9 +225,9 @@ class Distillation(TrainerCallback):
         if losses is None:
             raise ValueError(
                 f"The forward of {type(student).__name__} computes its loss without the model's `loss_function` (a "
-                "fused loss of Liger, `loss_type='chunked_nll'` of some versions of TRL, or a loss of its own), so "
-                "`Distillation` cannot take part. Set `use_liger_kernel=False` and TRL's `loss_type='nll'`; for other "
-                "models, compute `peft_lrqat.distillation_loss` in a Trainer's `compute_loss`."
+                "fused loss of Liger, or a loss of its own), so `Distillation` cannot take part. Set "
+                "`use_liger_kernel=False`; for other models, compute `peft_lrqat.distillation_loss` in a Trainer's "
+                "`compute_loss`."
             )
         if not call.fused:
             return None
@@ -277,8 +277,9 @@ def _check_arguments(args: Any) -> None:
             f"`label_smoothing_factor={args.label_smoothing_factor}` replaces the model's loss, and the teacher's "
             "probabilities are what it stands in for. Set it to 0."
         )
-    if getattr(args, "loss_type", None) == "dft":
-        raise ValueError("`loss_type='dft'` weights the next-token loss, which is not there. Use `loss_type='nll'`.")
+    kind = getattr(args, "loss_type", None)  # "chunked_nll" is the default of TRL 1.4 to 1.12
+    if kind not in (None, "nll"):
+        raise ValueError(f"TRL's `loss_type={kind!r}` makes another loss than the model's. Use `loss_type='nll'`.")
     if args.n_gpu > 1:
         raise ValueError(
             "`Distillation` does not go with `nn.DataParallel`, which the Trainer uses as several GPUs are visible to "

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -14,6 +15,11 @@ from tests.trainer import arguments, counting_text, ids_dataset, losses, word_to
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 KINDS = {"lrqat": adapted, "lowbit_sr": low_bit}
+PLAIN = {
+    "gemma2": lambda: tiny("gemma2", tie=True, final_logit_softcapping=2.0),
+    "granite": lambda: _like_llama("Granite", logits_scaling=8.0),
+    "mixtral": lambda: _like_llama("Mixtral", num_local_experts=4, output_router_logits=True),
+}
 TEACHER = tiny(seed=1)
 
 
@@ -26,6 +32,11 @@ class ByHand(Trainer):
             teacher = self.teacher(**inputs).logits
         outputs = model(**inputs)
         return distillation_loss(outputs.logits, labels, teacher, num_items_in_batch=num_items_in_batch, **self.options)
+
+
+def _like_llama(name, **options):
+    config = getattr(transformers, name + "Config")(**{**tiny().config.to_dict(), "model_type": None, **options})
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def state(model):
@@ -45,7 +56,7 @@ def trainer(model, folder: Path, *callbacks, cls=Trainer, data=None, **options):
 def sft(model, folder: Path, *callbacks, data=None, **options):
     from trl import SFTConfig, SFTTrainer
 
-    args = arguments(folder, SFTConfig, **{"max_steps": 2, "max_length": 32, **options})
+    args = arguments(folder, SFTConfig, **{"max_steps": 2, "max_length": 32, "loss_type": "nll", **options})
     return SFTTrainer(
         model,
         args=args,
@@ -81,7 +92,7 @@ def test_it_is_the_loss_by_hand(kind, tmp_path, options):
         assert [entry["kl"] for entry in logged] == pytest.approx([entry["loss"] for entry in logged], rel=1e-5)
 
 
-def test_sft_trainer_trains_the_same(method, tmp_path):
+def test_sft_trainer_trains_the_same(tmp_path):
     """TRL reads log-probabilities of single tokens from a forward without logits."""
     found = []
     for make in (sft, trainer):
@@ -89,7 +100,7 @@ def test_sft_trainer_trains_the_same(method, tmp_path):
         tokenizer = word_tokenizer()
         rows = [tokenizer(text + " </s>")["input_ids"] for text in counting_text()["text"]]
         data = None if make is sft else ids_dataset().from_dict({"input_ids": rows, "labels": rows})
-        run = make(method.adapt(tiny()), tmp_path, Distillation(tiny(seed=1), weight=0.5), data=data)
+        run = make(adapted(tiny()), tmp_path, Distillation(TEACHER, weight=0.5), data=data)
         run.train()
         found.append([(entry["loss"], entry["kl"]) for entry in run.state.log_history if "kl" in entry])
     torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=1e-5)
@@ -103,11 +114,14 @@ VARIANTS = {
     "completions": ("lrqat", {"completion_only_loss": True}),
     "accumulation": ("lrqat", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
     "checkpointing": ("lowbit_sr", {"gradient_checkpointing": True}),
+    "softcapping": ("gemma2", {}),
+    "scaling": ("granite", {}),
+    "experts": ("mixtral", {}),
     "autocast": ("lrqat", {"bf16": True}),
     "compiled": ("lrqat", {"torch_compile": True, "torch_compile_backend": "eager"}),
 }
 
-SLOW = ("wrapped", "checkpointing", "autocast", "compiled")
+SLOW = ("wrapped", "checkpointing", "scaling", "experts", "autocast", "compiled")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,7 @@ def test_only_the_loss_of_a_token_is_new(tmp_path, variant):
     found = []
     for distilled in (False, True):
         torch.manual_seed(0)
-        model = KINDS[kind](tiny())
+        model = PLAIN[kind]() if kind in PLAIN else KINDS[kind](tiny())
         callbacks = [Distillation(copy.deepcopy(model), weight=0.0)] if distilled else []
         run = sft(model, tmp_path, *callbacks, data=data, **{"max_steps": 2, **options})
         run.train()
@@ -131,6 +145,7 @@ def test_only_the_loss_of_a_token_is_new(tmp_path, variant):
         assert [entry[key] for entry in found[1]] == pytest.approx([entry[key] for entry in found[0]], rel=tolerance)
     assert abs(found[1][0]["kl"]) < 1e-6
     assert found[1][1]["kl"] > 1e-6
+    assert found[1][1].get("aux_loss") == pytest.approx(found[0][1].get("aux_loss"))
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

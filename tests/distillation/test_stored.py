@@ -19,7 +19,7 @@ PROMPTS = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3} w{i +
 def sft(model, folder, *callbacks, data=None, **options):
     from trl import SFTConfig, SFTTrainer
 
-    args = arguments(folder, SFTConfig, **{"max_steps": 2, "max_length": 24, **options})
+    args = arguments(folder, SFTConfig, **{"max_steps": 2, "max_length": 24, "loss_type": "nll", **options})
     data = data or counting_text()
     return SFTTrainer(model, args, None, data, processing_class=word_tokenizer(), callbacks=list(callbacks))
 
@@ -43,7 +43,7 @@ def logged(run):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("lrqat", {"packing": True}),
+        pytest.param("lrqat", {"packing": True}, marks=pytest.mark.slow),
         ("lowbit_sr", {"padding_free": True, "max_length": None, "gradient_accumulation_steps": 2}),
         ("lrqat", {"completion_only_loss": True, "num_train_epochs": 1, "per_device_train_batch_size": 3}),
     ],
