@@ -24,6 +24,7 @@ from tests.problems import (
     plain,
     plain_weight,
     problem,
+    results,
 )
 
 
@@ -231,6 +232,15 @@ def test_by_channel_before_the_first_step_every_gradient_is_that_of_the_formula(
     )
     for a, b in zip(found, truth, strict=True):
         assert_close(a, b)
+
+
+def test_by_channel_scales_that_passed_zero_are_held_and_have_finite_gradients():
+    p = problem(4, BY_CHANNEL, True, shape=(20,))
+    with torch.no_grad():
+        p.shift[:3, 0] = torch.tensor([-1.0, -2.0, -1e30])
+    found = results(ours(p), p)
+    assert (p.scale[:3].abs() == 2.0**-24).all()
+    assert all(value.isfinite().all() for value in found.values())
 
 
 @pytest.mark.parametrize("scale_dtype", ["auto", "fp32"])

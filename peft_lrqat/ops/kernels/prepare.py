@@ -2,7 +2,7 @@
 
 They go into one buffer, because on small batches a step waits for Python, and every tensor costs it some microseconds:
 
-    buffer (fp32):  | s (rows x groups) | units (rows x groups) | t (rows) | u (rows) |
+    buffer (fp32):  | s (rows x groups) | units (rows x groups) | u (rows) | t (rows) |
                     | a_step (in) | b_step (out) | a_int (R x in, fp16) | b_int (out x R, fp16) |
 
 A~ = a_int * a_step and B~ = b_int * b_step as `ops/factors.py` defines them. The units of B~ A~, and t and u, the
@@ -32,7 +32,7 @@ class Offsets(NamedTuple):
 
     scale_stride: int  # from row to row; 0 where one scale serves all
     units: int = 0
-    step: int = 0  # of u
+    step: int = 0  # of u; t follows
     a_step: int = 0
     b_step: int = 0
     a_int: int = 0
@@ -50,11 +50,11 @@ def layout(stride: int, scales: int, rows: int, cols: int, rank: int, channels: 
     Every part starts at a multiple of 64 bytes, so that loads can be wide.
     """
     starts = [0]
-    extra = (scales, rows, rows) if channels else (0, 0, 0)
+    extra = (scales, 2 * rows) if channels else (0, 0)
     for size in (scales, *extra, cols, rows, ceil_div(rank * cols, 2), ceil_div(rank * rows, 2)):
         starts.append(starts[-1] + ceil_div(size, 16) * 16)
-    units, _, step = starts[1:4] if channels else (0, 0, 0)
-    return Offsets(stride, units, step, *starts[4:8]), starts[8]
+    units, step = starts[1:3] if channels else (0, 0)
+    return Offsets(stride, units, step, *starts[3:7]), starts[7]
 
 
 class Prepared(NamedTuple):
@@ -74,10 +74,9 @@ class Prepared(NamedTuple):
         """
         if not self.offsets.by_channel:
             return scale0, self.scale
-        rows = scale0.shape[0]
-        step = self.offsets.step
-        step0 = step - ceil_div(rows, 16) * 16
-        return self.scale[step0 : step0 + rows].view(rows, 1), self.scale[step : step + rows].view(rows, 1)
+        rows, step = scale0.shape[0], self.offsets.step
+        u, t = self.scale[step : step + 2 * rows].view(2, rows, 1)
+        return t, u
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def _rows_by_channel(
     scale0, shift, buffer, units, step, out_features, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, SNAP: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Store s, units, t and u of the rows of this program."""
+    """Store s, units, u and t of the rows of this program."""
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g = tl.arange(0, PADDED)
     row_ok = j < out_features
@@ -129,9 +128,8 @@ def _rows_by_channel(
     tl.store(buffer + at, tl.where(s0 < 0, -s, s), mask=ok)
     count = tl.div_rn(tl.broadcast_to(largest[:, None], (ROWS, PADDED)), tl.where(ok, s0, 1.0))
     tl.store(buffer + units + at, tl.clamp(count, -MOST, MOST), mask=ok)
-    before = step - (out_features + 15) // 16 * 16
-    tl.store(buffer + before + j, largest, mask=row_ok)
     tl.store(buffer + step + j, _snap(largest * change, SNAP), mask=row_ok)
+    tl.store(buffer + step + out_features + j, largest, mask=row_ok)
 
 
 @triton.jit

@@ -196,6 +196,16 @@ def test_by_channel_merged_is_trained(base: PreTrainedModel, symmetric: bool):
     assert torch.equal(logits(model.merge_and_unload(), IDS), trained)
 
 
+def test_by_channel_scales_that_left_their_range_are_counted(base: PreTrainedModel):
+    model = by_channel(base)
+    layer = next(iter(layers(model).values()))
+    with torch.no_grad():
+        layer.lora_scale_shift["default"].weight[2] = -1.5
+    assert int(layer.scales_lost()) == layer.in_features // GRID["group_size"]
+    with pytest.raises(ValueError, match=r"scales of .* have left what"):
+        model.merge_adapter()
+
+
 def test_by_channel_adapters_add_up_in_one_unit(base: PreTrainedModel):
     model = by_channel(base)
     first = {name: layer.get_delta_weight("default") for name, layer in layers(model).items()}
