@@ -59,7 +59,7 @@ def _gptq(pip: Pip, scratch: Path) -> None:
     )
     # gptqmodel 7.7.0 asks for a newer torch than it needs (its PyTorch backend runs with this one)
     pip("install", "--no-deps", "gptqmodel==7.7.0", "optimum==2.3.0")
-    small = ("defuser==0.0.28", "device-smi", "pypcre", "tokenicer", "logbar", "threadpoolctl", "dill", "pyarrow")
+    small = ("defuser==0.0.28", "device-smi", "pypcre", "tokenicer", "logbar", "threadpoolctl", "dill", "pyarrow", "requests")
     pip("install", "--no-deps", *small)
 
 
@@ -72,7 +72,7 @@ def _onnx(pip: Pip, scratch: Path) -> None:
 
 RECIPES = {
     "vllm": Recipe("vllm", f"{VLLM} {TORCH} {TORCHAO} recipe 2", "3.4 GB, about 3 minutes", _vllm),
-    "gptq": Recipe("gptq", f"gptqmodel 7.7.0 {TORCH} recipe 1", "1.3 GB, about 2 minutes", _gptq),
+    "gptq": Recipe("gptq", f"gptqmodel 7.7.0 {TORCH} recipe 2", "1.3 GB, about 2 minutes", _gptq),
     "onnx": Recipe("onnx", f"onnxruntime-genai 0.18.0 {TORCH} recipe 1", "1.3 GB, about 2 minutes", _onnx),
 }
 

@@ -15,7 +15,7 @@ from tests.models import low_bit, tiny, tokens
 
 NAME, TYPE, LAYER = "Low-bit SR", "LOWBITSR", "lowbitsr.LowBitSRLinear"
 IDS = tokens(batch=4)
-GRID = {"bits": 4, "group_size": 8, "range_method": "minmax", "signed_scales": True}
+GRID = {"bits": 4, "group_size": 8, "range_method": "minmax"}
 ATTENTION = ["q_proj", "v_proj"]
 #: Adapters that start away from the base.
 MOVED = {"init_weights": False}

@@ -16,7 +16,7 @@ from tests.models import adapted, tiny, tokens
 
 NAME, TYPE, LAYER = "LR-QAT", "LRQAT", "lrqat.LRQATLinear"
 IDS = tokens(batch=4)
-GRID = {"bits": 4, "group_size": 8, "signed_scales": True}
+GRID = {"bits": 4, "group_size": 8}
 ATTENTION = ["q_proj", "v_proj"]
 #: Adapters that start away from the base.
 MOVED = {"init_lora_weights": False}

@@ -143,9 +143,18 @@ class GridConfig(PeftConfigMixin):
             )
         self.container_bits = 8
 
+    def is_older_adapter(self) -> bool:
+        """Whether the fields are those of an adapter that was made before there was `signed_scales`."""
+        return self.signed_scales is None and (self.base_fingerprint, self.base_checksum) != (None, None)
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether the grid has one level more on one side, and the ranges look at that."""
+        return self.grid.symmetric and not self.grid.ternary and self.range_method != "absmean"
+
     def check_signed_scales(self) -> None:
         """Raise ValueError if `signed_scales` has no meaning on the grid."""
-        if not self.signed_scales:
+        if not self.signed_scales or self.has_sides:
             return
         if self.grid.ternary or self.range_method == "absmean":
             raise ValueError(
@@ -153,11 +162,10 @@ class GridConfig(PeftConfigMixin):
                 f"but {'the ternary grid has as many on both' if self.grid.ternary else 'absmean looks at no side'}. "
                 f"Leave it out{'' if self.grid.ternary else ', or use range_method=' + repr('lp')}."
             )
-        if not self.grid.symmetric:
-            raise ValueError(
-                "`signed_scales` is True with `symmetric=False`, but zero points place the levels already. Use one of "
-                "the two."
-            )
+        raise ValueError(
+            "`signed_scales` is True with `symmetric=False`, but zero points place the levels already. Use one of the "
+            "two."
+        )
 
     def check_container(self) -> None:
         """Raise ValueError if the codes of the checkpoint do not fit into `container_bits`."""

@@ -175,7 +175,7 @@ SHARED: dict[str, Rule] = {
         )
     ),
     "range_p": Rule("it must be a positive number such as 2.4 or 4", is_positive),
-    **dict.fromkeys(("learn_scales", "signed_scales"), FLAG),
+    "learn_scales": FLAG,
     "scale_dtype": one_of(*SCALE_DTYPES),
     "act_bits": one_of(None, 8),
     "inference_mode": FLAG,

@@ -48,6 +48,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         ),
         "forward_bits": one_of(None, TERNARY),
         "range_method": optional(one_of(*LOW_BIT_RANGE_METHODS)),
+        "signed_scales": optional(FLAG),
         "bias": one_of("none", "all", "lowbitsr_only"),
         "export_format": optional(one_of(*EXPORT_FORMATS)),
         "seed": INTEGER,
@@ -93,11 +94,11 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         },
     )
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
-    signed_scales: bool = field(
-        default=False,
+    signed_scales: bool = field(  # type: ignore[assignment]  # None exists only until __post_init__
+        default=None,
         metadata={
-            "help": "Whether the sign of a scale chooses the side of zero on which the symmetric grid has its extra "
-            "level (-8 to 7, or -7 to 8): rounding loses less, above all at 2 to 4 bits in groups, at no cost."
+            "help": "Whether the sign of a scale chooses the side of zero on which the grid has its extra level (-8 to "
+            "7, or -7 to 8). None: yes, but for ternary grids and 'absmean'."
         },
     )
     learn_scales: bool = field(default=False, metadata={"help": "Train the scales, as relative changes in fp32."})
@@ -155,6 +156,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         self.check_options()
         if self.range_method is None:
             self.range_method = "absmean" if self.grid.ternary else "minmax" if self.bits == 8 else "lp"
+        if self.signed_scales is None:
+            self.signed_scales = not self.is_older_adapter() and self.has_sides
         self.require_base()
 
     @property

@@ -213,7 +213,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             factor = (scale / weight.scale).detach()
         if self.adapter_options[adapter].forward_bits is not None:
             rows, groups = weight.scale.shape
-            start = weight.scale * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
+            # positive: a ternary grid has no side to choose, and BitNet's format no sign
+            start = weight.scale.abs() * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
             ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
         return scale, ternary, factor
 

@@ -87,6 +87,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         "symmetric": optional(FLAG),
         "downcast": optional(one_of(*DOWNCASTS)),
         "range_method": one_of(*RANGE_METHODS),
+        "signed_scales": optional(FLAG),
         "scale_dtype": optional(SHARED["scale_dtype"]),
         "learn_scales": one_of(True, False, BY_CHANNEL),
         **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
@@ -137,11 +138,12 @@ class LRQATConfig(GridConfig, LoraConfig):
         default="lp", metadata={"help": "How the first scales are chosen: L_p grid search, or covering every weight."}
     )
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
-    signed_scales: bool = field(
-        default=False,
+    signed_scales: bool = field(  # type: ignore[assignment]  # as for bits
+        default=None,
         metadata={
             "help": "Whether the sign of a scale chooses the side of zero on which the symmetric grid has its extra "
-            "level (-8 to 7, or -7 to 8): rounding loses less, above all at 2 to 4 bits in groups, at no cost."
+            "level (-8 to 7, or -7 to 8): rounding loses less, above all at 2 to 4 bits in groups, at no cost. None: "
+            "where the grid is symmetric; on a quantized base, whether that has such scales."
         },
     )
     learn_scales: bool | Literal["channel"] = field(
@@ -195,8 +197,12 @@ class LRQATConfig(GridConfig, LoraConfig):
         self._default_alpha: tuple | None = None
         self._given_alpha: dict[str, float] = {}
         self.check_fields()
+        if self.is_older_adapter():
+            self.signed_scales = False
         # what the user left open, and what it was set to: a base that is quantized already decides it (`adopt`)
-        self._open = {name: None for name in (*_GRID_DEFAULTS, "downcast") if getattr(self, name) is None}
+        self._open = {
+            name: None for name in (*_GRID_DEFAULTS, "downcast", "signed_scales") if getattr(self, name) is None
+        }
         self.adopt_defaults()
         self.check_options()
         self.require_base()
@@ -228,7 +234,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         """Give what was left open its value on a float base."""
         self.adopt(**{**_GRID_DEFAULTS, **({} if self.act_bits is None else {"group_size": PER_CHANNEL})})
         wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
-        self.adopt(downcast="int" if wide else "fx8")
+        self.adopt(downcast="int" if wide else "fx8", signed_scales=bool(self.symmetric))
 
     def adopt(self, **found: Any) -> list[str]:
         """Take a quantized base's values for the options that were left open.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...grid import snap_scale
-from ...modules.packed import QuantizedLinear
 from ..common.layer import MergingLayer
 from ..common.quantized_base import FIELDS, check_grid, grid_of_base, is_fixed_point, packed_targets, scales_of
 from .config import LRQATConfig
@@ -33,12 +33,15 @@ def adopt_base(model: nn.Module, targets: dict[str, nn.Module], config: LRQATCon
         if adapted[0].frozen.quantized_before:  # a second adapter
             frozen = adapted[0].frozen
             theirs = {name: getattr(frozen.grid, name) for name in FIELDS}
-            config.adopt(**theirs, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)
+            signed = next(iter(adapted[0].adapter_options.values())).signed_scales
+            config.adopt(**theirs, signed_scales=signed, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)
         return
     grid = grid_of_base(model, packed, eight_bits=False)
     if config.adopt(bits=grid.bits) and config.bits == 8:
         grid = grid_of_base(model, packed, eight_bits=True)
+    scales, holds = scales_of(packed)
     config.adopt(group_size=grid.group_size, symmetric=grid.symmetric)
+    config.adopt(signed_scales=grid.symmetric and bool((scales < 0).any()))
     fixed_point = any(is_fixed_point(model, layer, config) for layer in packed.values())
     config.adopt(downcast="fx8" if fixed_point else "int")
     check_grid(model, packed, config)
@@ -47,11 +50,10 @@ def adopt_base(model: nn.Module, targets: dict[str, nn.Module], config: LRQATCon
             f"`downcast` is {config.downcast!r}, but the base model holds 8-bit fixed-point numbers. Use 'fx8', which "
             "keeps them, or 'int', which rounds them."
         )
-    _adopt_scale_dtype(packed, config)
+    _adopt_scale_dtype(scales, holds, config)
 
 
-def _adopt_scale_dtype(packed: dict[str, QuantizedLinear], config: LRQATConfig) -> None:
-    scales, holds = scales_of(packed)
+def _adopt_scale_dtype(scales: torch.Tensor, holds: list[str], config: LRQATConfig) -> None:
     if not config.adopt(scale_dtype=holds[0]) or config.scale_dtype in holds:
         return
     change = ((snap_scale(scales, config.scale_dtype) - scales) / scales).abs().max().item()

@@ -66,7 +66,7 @@ _OPTIONS: dict[str, tuple[tuple[ModuleType, ...], dict[str, Any], dict[str, Any]
     "Conv1D": ((lrqat, lowbit_sr), {"family": "gpt2"}, {}),
     "biases": ((lrqat, lowbit_sr), {"family": "qwen2"}, {}),
     "rounded inputs": ((lrqat, lowbit_sr), {}, {"act_bits": 8, "group_size": -1}),
-    "zero points": ((lrqat,), {}, {"bits": 2, "symmetric": False, "signed_scales": False}),
+    "zero points": ((lrqat,), {}, {"bits": 2, "symmetric": False}),
     "packed base": ((lrqat,), {}, {"downcast": "int"}),
     "scales by channel": ((lrqat,), {}, {"learn_scales": "channel"}),
     "no scales": ((lrqat,), {}, {"learn_scales": False}),
@@ -78,7 +78,7 @@ _OPTIONS: dict[str, tuple[tuple[ModuleType, ...], dict[str, Any], dict[str, Any]
     ),
     "learned scales": ((lowbit_sr,), {}, {"learn_scales": True}),
     "projection": ((lowbit_sr,), {}, {"bits": 8, "forward_bits": 1.58, "group_size": 0}),
-    "BitNet": ((lowbit_sr,), {}, {"bits": 1.58, "group_size": 0, "act_bits": 8, "signed_scales": False}),
+    "BitNet": ((lowbit_sr,), {}, {"bits": 1.58, "group_size": 0, "act_bits": 8, "export_format": "bitnet"}),
     "BitNet, projected": (
         (lowbit_sr,),
         {},

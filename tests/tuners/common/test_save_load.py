@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.models import logits, tiny, tokens, train
 
 IDS = tokens()
-OPTIONS = {"bits": 3, "group_size": 8, "signed_scales": True}
+OPTIONS = {"bits": 3, "group_size": 8}
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_lrqat import LRQATConfig, can_export, export, load_quantized
+from peft_lrqat import LowBitSRConfig, LRQATConfig, can_export, export, load_quantized
 from peft_lrqat.formats.gguf.blocks import BLOCK_TYPES
 from peft_lrqat.formats.gguf.choice import from_blocks
 from peft_lrqat.formats.gguf.reader import GGUFFile
@@ -41,6 +42,27 @@ def test_a_trained_model_is_the_merged_and_the_reloaded_one(method: ModuleType, 
     assert torch.equal(logits(load_quantized(tmp_path / "merged"), method.IDS), expected)
     again = PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path / "adapter")
     assert torch.equal(logits(again, method.IDS), expected)
+
+
+def test_an_adapter_of_before_has_positive_scales(method: ModuleType, tmp_path: Path):
+    model = method.random_adapter(tiny(), signed_scales=False)
+    assert all((layer.frozen.scale0 > 0).all() for layer in method.layers(model).values())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    said = json.loads(path.read_text())
+    assert said.pop("signed_scales") is False
+    path.write_text(json.dumps(said))
+    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(logits(again, method.IDS), logits(model, method.IDS))
+    assert PeftConfig.from_pretrained(tmp_path).signed_scales is False
+    assert method.config().signed_scales is True
+
+
+def test_without_a_side_there_is_no_sign():
+    assert LRQATConfig(symmetric=False).signed_scales is False
+    assert LowBitSRConfig(bits=1.58).signed_scales is False
+    assert LowBitSRConfig(bits=4, range_method="absmean").signed_scales is False
+    assert LowBitSRConfig(bits=4).signed_scales is True
 
 
 def test_a_scale_that_training_moves_through_zero_is_lost_on_either_side(method: ModuleType):
@@ -98,6 +120,7 @@ def test_training_goes_on_from_negative_scales(tmp_path: Path):
     before = logits(base, ids)
     model = get_peft_model(base, LRQATConfig(r=4))
     assert model.peft_config["default"].scale_dtype == "auto"
+    assert model.peft_config["default"].signed_scales is True
     assert torch.equal(logits(model, ids), before)
     assert any((layer.scale0 < 0).any() for layer in model.modules() if hasattr(layer, "scale0"))
     train(model, ids)

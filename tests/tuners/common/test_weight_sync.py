@@ -30,7 +30,7 @@ from tests.models import logits, tiny, tokens, train
 IDS = tokens()
 GRIDS: dict[str, dict] = {
     "channel": {"group_size": -1},
-    "asymmetric groups": {"group_size": 8, "symmetric": False, "signed_scales": False},
+    "asymmetric groups": {"group_size": 8, "symmetric": False},
     "tensor": {"group_size": 0},
 }
 

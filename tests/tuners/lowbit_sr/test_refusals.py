@@ -14,7 +14,6 @@ from tests.models import logits, low_bit, tiny, tokens
 from tests.refusals import refused
 
 IDS = tokens()
-TERNARY = {"bits": 1.58, "signed_scales": False}
 
 
 @pytest.mark.parametrize(
@@ -32,12 +31,12 @@ TERNARY = {"bits": 1.58, "signed_scales": False}
         ({"act_bits": 8}, r"`act_bits` is 8 with `group_size=8`.*output channel \(-1\) or tensor \(0\)"),
         ({"bits": 8, "container_bits": 4}, "`container_bits` is 4.*take 8 bits"),
         ({"bits": 8, "forward_bits": 1.58, "container_bits": 1}, "`container_bits` is 1.*ternary.*take 2 bits"),
-        ({"bits": 1.58}, "`signed_scales` is True.*the ternary grid has as many on both"),
-        ({"range_method": "absmean"}, "`signed_scales` is True.*absmean looks at no side"),
+        ({"bits": 1.58, "signed_scales": True}, "`signed_scales` is True.*the ternary grid has as many on both"),
+        ({"range_method": "absmean", "signed_scales": True}, "`signed_scales` is True.*absmean looks at no side"),
         ({"export_format": "gguf"}, "`export_format` is 'gguf'; allowed are 'compressed-tensors', 'bitnet'"),
         ({"export_format": "bitnet"}, r"holds ternary weights.*`group_size=0`, `act_bits=8`"),
         (
-            {**TERNARY, "group_size": 0, "act_bits": 8, "export_format": "bitnet", "container_bits": 8},
+            {"bits": 1.58, "group_size": 0, "act_bits": 8, "export_format": "bitnet", "container_bits": 8},
             "BitNet's format stores 2 bits a code",
         ),
     ],
@@ -60,8 +59,8 @@ def test_embeddings_cannot_be_converted():
 @pytest.mark.parametrize(
     ("family", "overrides", "options", "match"),
     [
-        ("qwen2", {}, TERNARY, "`export_format='bitnet'` cannot hold module.*q_proj.*a bias"),
-        ("llama", {"intermediate_size": 50}, TERNARY, "cannot hold module.*gate_proj.*50 output features"),
+        ("qwen2", {}, {"bits": 1.58}, "`export_format='bitnet'` cannot hold module.*q_proj.*a bias"),
+        ("llama", {"intermediate_size": 50}, {"bits": 1.58}, "cannot hold module.*gate_proj.*50 output features"),
         ("gpt2", {}, {"bits": 4}, "`act_bits` is 8, but module.*is a Conv1D"),
     ],
 )
@@ -84,7 +83,7 @@ def test_adapters_of_one_model_share_a_grid(option: dict):
     model = low_bit(tiny(), bits=4, group_size=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"{next(iter(option))}="):
-        model.add_adapter("other", config(signed_scales=False, **option))
+        model.add_adapter("other", config(**option))
     assert list(model.peft_config) == ["default"]
     assert model.state_dict().keys() == before.keys()
 

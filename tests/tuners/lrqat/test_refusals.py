@@ -116,15 +116,15 @@ def test_a_tied_table_is_refused():
 def test_adapters_of_one_model_share_the_rounding_of_activations():
     model = adapted(tiny(), bits=4, group_size=-1)
     with pytest.raises(ValueError, match=r"share its converted base.*act_bits=8"):
-        model.add_adapter("other", config(bits=4, group_size=-1, act_bits=8, signed_scales=False))
+        model.add_adapter("other", config(bits=4, group_size=-1, act_bits=8))
 
 
-@pytest.mark.parametrize("option", [{"symmetric": False}, {"downcast": "int"}, {"signed_scales": True}])
+@pytest.mark.parametrize("option", [{"symmetric": False}, {"downcast": "int"}, {"signed_scales": False}])
 def test_adapters_of_one_model_share_a_grid(option: dict):
     model = adapted(tiny(), bits=4, group_size=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"share its converted base.*{next(iter(option))}="):
-        model.add_adapter("other", config(**{"signed_scales": False, **option}))
+        model.add_adapter("other", config(**option))
     assert list(model.peft_config) == ["default"]
     assert model.state_dict().keys() == before.keys()
 
@@ -132,7 +132,7 @@ def test_adapters_of_one_model_share_a_grid(option: dict):
 def test_loftq_needs_the_float_weight():
     model = adapted(tiny())
     with pytest.raises(ValueError, match=r"needs the float weight.*first adapter"):
-        model.add_adapter("other", config(group_size=-1, init_lora_weights="loftq", signed_scales=False))
+        model.add_adapter("other", config(group_size=-1, init_lora_weights="loftq"))
 
 
 # -- adapter files

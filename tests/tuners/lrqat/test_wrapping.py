@@ -69,7 +69,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base: PreTrainedModel, 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compiled_layers_have_no_graph_break(symmetric: bool):
-    model = random_adapter(tiny(), symmetric=symmetric, signed_scales=symmetric)
+    model = random_adapter(tiny(), symmetric=symmetric)
     layer = next(iter(layers(model).values()))
     x = torch.randn(3, layer.in_features, requires_grad=True)
     torch._dynamo.reset()
