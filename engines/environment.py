@@ -59,8 +59,9 @@ def _gptq(pip: Pip, scratch: Path) -> None:
     )
     # gptqmodel 7.7.0 asks for a newer torch than it needs (its PyTorch backend runs with this one)
     pip("install", "--no-deps", "gptqmodel==7.7.0", "optimum==2.3.0")
-    small = ("defuser==0.0.28", "device-smi", "pypcre", "tokenicer", "logbar", "threadpoolctl", "dill", "pyarrow", "requests")
+    small = ("defuser==0.0.28", "device-smi", "pypcre", "tokenicer", "logbar", "threadpoolctl", "dill", "pyarrow")
     pip("install", "--no-deps", *small)
+    pip("install", "requests")
 
 
 def _onnx(pip: Pip, scratch: Path) -> None:
