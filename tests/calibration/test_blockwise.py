@@ -96,9 +96,10 @@ def test_unloading_gives_the_base_back(options: dict):
 def test_outputs_are_nearer_to_the_float_model_than_those_of_gptq(family: str):
     text = torch.cat(TEXT)
     expected = logits(tiny(family), text)
-    model = trained({"bits": 3, "downcast": "int"}, tiny(family), epochs=4)
+    options = {"bits": 3, "signed_scales": False}  # signed ones bring GPTQ near in models as random as these
+    model = trained({**options, "downcast": "int"}, tiny(family), epochs=4)
     other = tiny(family)
-    preprocess_gptq(other, config(bits=3), TEXT, progressbar=False)
+    preprocess_gptq(other, config(**options), TEXT, progressbar=False)
     error, of_gptq = ((logits(m, text) - expected).pow(2).mean() for m in (model, other))
     assert error < 0.9 * of_gptq
 

@@ -136,8 +136,8 @@ def test_each_type_runs_in_llama_cpp_with_the_trained_weights(bits, group_size, 
         dense.weight.data = open_source(merged).layer(name).dequantize(torch.float32)
         merged.set_submodule(name, dense)
     wanted = logits(merged, IDS)[0]
-    # llama.cpp rounds activations to 8 bits
-    assert (in_llama_cpp(path) - wanted).norm() < 0.05 * wanted.norm()
+    # llama.cpp rounds activations to 8 bits, for K types and TQ2_0 with one scale for 256 of them
+    assert (in_llama_cpp(path) - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_embeddings_keep_their_dtype_unless_told(tmp_path):
