@@ -53,7 +53,6 @@ WITHOUT_TEST = {
     "merged models and their folders, in tests/checkpoint": ("checkpoint.verify",),
     "what a method does has a file each (saving, wrapping, refusing), not what it is made of": (
         "tuners.common.config",
-        "tuners.common.fingerprint",
         "tuners.common.frozen",
         "tuners.common.model",
         "tuners.common.preflight",

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...modules.packed import QuantizedLinear
-from .fingerprint import check_checksum, in_order
+from .fingerprint import check_checksum, in_order, of_tensor, version_of
 from .layer import MergingLayer
 
 #: How a PeftModel's files name the model.
@@ -152,15 +152,15 @@ def check_same_base(model: nn.Module, adapter_name: str, saved: dict[str, torch.
     Args:
         saved: the checksums, called `name`, of its file: one for the adapter, or, from earlier versions, one a layer.
     """
-    layers = {
-        path: int(layer.frozen.checksum())
+    layers: dict[str, Any] = {
+        path: layer.frozen
         for path, layer in model.named_modules()
         if isinstance(layer, MergingLayer) and adapter_name in layer.adapter_options
     }
     for key, value in saved.items():
         where = key.partition(f".{name}")[0]
         known = layers.get(where, layers.get(where.removeprefix(PREFIX)))
-        if known is None and where in ("", name, PREFIX[:-1]):
-            check_checksum(in_order(layers.values()), in_order([int(value)]))
-        elif known is not None:
-            check_checksum(in_order([known]), in_order([int(value)]))
+        meant = layers.values() if known is None and where in ("", name, PREFIX[:-1]) else [known] if known else []
+        if meant:
+            version = version_of(required := of_tensor(value))
+            check_checksum(in_order((int(frozen.checksum(version)) for frozen in meant), version), required)

@@ -3,6 +3,10 @@
 Two numbers tell, each a sum over everything times a number for its position, modulo 2^64. The *fingerprint* is that of
 the weights before conversion, floats or integers; it is known, and refused, before anything is changed. The *checksum*
 is that of the integers that the base converted to, so it also tells two conversions of one base apart.
+
+A position's number is a hash of it. In version 1 the numbers grew evenly, and rows [1, 2, 2, 1] and [2, 1, 1, 2] had
+one sum. Files of version 1 are checked by their checksum alone: it can always be computed as they have it, and their
+fingerprint only while the float weights exist.
 """
 
 from __future__ import annotations
@@ -20,17 +24,34 @@ from ...modules.packed import QuantizedLinear
 
 #: How the fingerprint of a base that was quantized already begins.
 QUANTIZED_BASE = "int:"
+#: Of the numbers for positions. Checksums of version 2 say so.
+VERSION = 2
+_SECOND = "v2:"
 
 
-def position_weighted_sum(matrix: torch.Tensor, salt: int) -> torch.Tensor:
+def version_of(checksum: str) -> int:
+    """The version of a fingerprint or checksum."""
+    return 2 if checksum.removeprefix(QUANTIZED_BASE).startswith(_SECOND) else 1
+
+
+def _hash(positions: torch.Tensor) -> torch.Tensor:
+    """int64, odd: SplitMix64's last steps (Steele et al., OOPSLA 2014), whose constants these are, modulo 2^64."""
+    mixed = positions
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * (factor - 2**64)
+    return (mixed ^ ((mixed >> 31) & ((1 << 33) - 1))) | 1
+
+
+def position_weighted_sum(matrix: torch.Tensor, salt: int, version: int = VERSION) -> torch.Tensor:
     """int64 scalar, modulo 2^64: a sum of integers or fp32 bit patterns, each times a number for its position."""
-    return _sum_and_finite(matrix, salt)[0]
+    return _sum_and_finite(matrix, salt, version)[0]
 
 
-def _sum_and_finite(matrix: torch.Tensor, salt: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _sum_and_finite(matrix: torch.Tensor, salt: int, version: int = VERSION) -> tuple[torch.Tensor, torch.Tensor]:
     total = torch.zeros((), dtype=torch.int64, device=matrix.device)
     finite = torch.ones((), dtype=torch.bool, device=matrix.device)
     columns = torch.arange(matrix.shape[1], device=matrix.device) * 2654435761 + salt
+    columns = columns if version == 1 else _hash(columns)
     for rows in row_chunks(matrix.shape[0], matrix.shape[1], matrix.device):
         part = matrix[rows]
         if part.is_floating_point():
@@ -38,6 +59,7 @@ def _sum_and_finite(matrix: torch.Tensor, salt: int) -> tuple[torch.Tensor, torc
             finite &= torch.isfinite(part).all()
             part = part.view(torch.int32)
         row = torch.arange(rows.start, rows.stop, device=matrix.device) * 2246822519 + 1
+        row = row if version == 1 else _hash(row)
         total += ((part.to(torch.int64) * columns).sum(dim=1) * row).sum()
     return total, finite
 
@@ -57,19 +79,34 @@ def codes_checksum(weight: GridTensor) -> int:
     return int(total if weight.zero_point is None else total + position_weighted_sum(weight.zero_point, 3))
 
 
-def in_order(checksums: Iterable[int]) -> str:
-    """One number, 16 hexadecimal digits, for the checksums of several layers, which count by their order.
+def in_order(checksums: Iterable[int], version: int = VERSION) -> str:
+    """One number, its version and 16 hexadecimal digits, for the checksums of several layers, which count by order.
 
     Not by their names: PEFT and transformers prefix them differently.
     """
-    total = sum(checksum * (2 * index + 1) for index, checksum in enumerate(checksums))
-    return f"{total % 2**64:016x}"
+    total = sum(
+        checksum * (2 * index + 1 if version == 1 else pow(0x9E3779B97F4A7C15, index, 2**64))
+        for index, checksum in enumerate(checksums)
+    )
+    return f"{'' if version == 1 else _SECOND}{total % 2**64:016x}"
 
 
 def as_tensor(checksum: str) -> torch.Tensor:
-    """int64 (1,): a number of `in_order` as files of tensors hold it; `in_order` of its entry is the number again."""
-    value = int(checksum, 16)
-    return torch.tensor([value - 2**64 if value >= 2**63 else value])
+    """int64 (2,): a checksum of `in_order` as files of tensors hold it, and its version; version 1: int64 (1,)."""
+    value = int(checksum.removeprefix(_SECOND), 16)
+    version = version_of(checksum)
+    return torch.tensor([value - 2**64 if value >= 2**63 else value, *([version] if version > 1 else [])])
+
+
+def of_tensor(saved: torch.Tensor) -> str:
+    """Undo `as_tensor`."""
+    value, version = [*saved.flatten().tolist(), 1][:2]
+    if version not in (1, VERSION):
+        raise ValueError(
+            f"The adapter file's checksum has version {version}; this version of peft-lrqat knows 1 and {VERSION}. "
+            "Update peft-lrqat, or load the adapter with the version that wrote it. Nothing was loaded."
+        )
+    return in_order([value], version)
 
 
 def fingerprint(targets: dict[str, nn.Module], checksums: dict[str, int]) -> str:
@@ -91,6 +128,9 @@ def check_fingerprint(found: str, required: str | None) -> None:
     """Raise ValueError if an adapter was made for a base with another fingerprint (None: for any)."""
     if required is None or required == found:
         return
+    both = [text.startswith(QUANTIZED_BASE) for text in (found, required)]
+    if version_of(required) != version_of(found) and both[0] == both[1]:
+        return  # the checksum tells
     wanted = "integers" if required.startswith(QUANTIZED_BASE) else "float weights"
     here = "integers" if found.startswith(QUANTIZED_BASE) else "float weights"
     how = (

@@ -22,7 +22,7 @@ from ...ops.linear import linear_weight
 from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
-from .fingerprint import codes_checksum, float_checksum, position_weighted_sum
+from .fingerprint import VERSION, codes_checksum, float_checksum, position_weighted_sum
 from .parallel import FSDP1, ZERO3, Mark, refuse_data_parallel
 
 # Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
@@ -282,14 +282,14 @@ class FrozenWeight(nn.Module, KeepsWeight):
             bits = self.fmt.bits if self.fixed_point else bits
         return merged_layer(weight, self.bias, bits, self.compute_dtype)
 
-    def checksum(self) -> torch.Tensor:
+    def checksum(self, version: int = VERSION) -> torch.Tensor:
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for index, tensor in enumerate((self.base, self.scale0_bits, self.zero_point)):
             if tensor is not None:
                 stored = whole(tensor.detach()).contiguous()
                 stored = stored.view(torch.uint8).reshape(stored.shape[0], -1)
-                total += position_weighted_sum(stored, 40503 * (index + 1))
+                total += position_weighted_sum(stored, 40503 * (index + 1), version)
         return total
 
     _replicate_for_data_parallel = refuse_data_parallel

@@ -17,7 +17,7 @@ from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_sha
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
 from .extras import check_extras, check_reference, task_heads
-from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order
+from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order, version_of
 from .frozen import packed_state_dict
 from .layer import MergingLayer, merging
 from .loss import restore_loss, use_lean_loss
@@ -162,7 +162,9 @@ class QuantizingModel(LoraModel):
         model: nn.Module = self.model
         layers: list[Any] = [model.get_submodule(name) for name in targets]
         config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
-        check_checksum(config.base_checksum, config._required_checksum)
+        if (required := config._required_checksum) is not None:
+            version = version_of(required)
+            check_checksum(in_order((int(layer.frozen.checksum(version)) for layer in layers), version), required)
         # transformers' own `load_adapter` reads the file without us, and would report the checksum as a stray tensor
         ignored = vars(model).get("_keys_to_ignore_on_load_unexpected")
         if isinstance(ignored, set):

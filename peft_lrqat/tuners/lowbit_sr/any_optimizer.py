@@ -31,12 +31,14 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if getattr(optimizer, "handles_low_bit", False):
         return
     _put_back(optimizer)  # if the last step raised in between
-    found = [
+    low_bit = [
         (group, index, parameter)
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
-        if hasattr(type(parameter), "round_from") and parameter.grad is not None  # a `LowBitTensor`
+        if hasattr(type(parameter), "round_from")  # a `LowBitTensor`
     ]
+    closure = any(callable(value) for value in (*args[1:], *kwargs.values()))  # it may make the gradients
+    found = [(group, index, parameter) for group, index, parameter in low_bit if closure or parameter.grad is not None]
     if not found:
         return
     if any(parameter.error_feedback for _, _, parameter in found):
@@ -45,7 +47,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             f"{type(optimizer).__name__} knows nothing about. Use peft_lrqat.LowBitAdamW, or train with "
             "`error_feedback=False`."
         )
-    if any(callable(value) for value in (*args[1:], *kwargs.values())):
+    if closure:
         raise ValueError(
             f"{type(optimizer).__name__}.step() was given a closure, which evaluates the model in the middle of the "
             "step, where low-bit weights have not been rounded yet. Call backward() first and step() without a "

@@ -8,6 +8,7 @@ import torch
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
+from ..common.fingerprint import VERSION
 from ..common.frozen import FrozenWeight
 from ..common.parallel import refuse_data_parallel
 
@@ -24,7 +25,7 @@ class DroppedBase(nn.Module):
         self.compute_dtype, self.transposed, self.grid = frozen.compute_dtype, frozen.transposed, frozen.grid
         self.scale_dtype, self.source_checksum = frozen.scale_dtype, frozen.source_checksum
         self.quantized_before = frozen.quantized_before
-        self._checksum = frozen.checksum()
+        self._checksums = {version: frozen.checksum(version) for version in (1, VERSION)}
         self.register_parameter("bias", frozen.bias)
         self.register_buffer("where", torch.empty(0, device=frozen.device), persistent=False)
 
@@ -32,9 +33,9 @@ class DroppedBase(nn.Module):
     def device(self) -> torch.device:
         return self.where.device  # type: ignore[return-value]  # torch types buffers as Tensor | Module
 
-    def checksum(self) -> torch.Tensor:
+    def checksum(self, version: int = VERSION) -> torch.Tensor:
         """That of the base that was dropped (`FrozenWeight.checksum`)."""
-        return self._checksum
+        return self._checksums[version]
 
     _replicate_for_data_parallel = refuse_data_parallel
 

@@ -89,7 +89,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
         Args:
             fixed_point: see `FrozenWeight.of_codes`.
-            name: the module's name in the model, which (with the seed) tells its random stream from the others'.
+            name: the module's name in the model, which (with the seed and the adapter's name) tells its random stream
+                from the others'.
             source_checksum: of the layer's weight, if it is known.
         """
         super().__init__()
@@ -154,7 +155,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     ) -> None:
         stored = (frozen.base, frozen.scale0)
         packed, scale = (torch.empty_like(t, device=device).copy_(t.detach()) for t in stored)
-        stream = torch.tensor([stream_key(config.seed, name), 0], device=device)
+        # adapters of one layer round apart; one of PEFT's own name as before adapters had streams of their own
+        named = name if adapter_name == "default" else f"{name}/{adapter_name}"
+        stream = torch.tensor([stream_key(config.seed, named), 0], device=device)
         trained_before = bool(config.base_model_name_or_path)  # a model of transformers' from_config has no name
         weight = LowBitTensor(
             packed, scale, stream, config.grid, frozen.in_features, config.error_feedback, trained_before

@@ -249,10 +249,11 @@ def test_a_step_that_fails_leaves_the_optimizer_usable():
     assert not any(torch.equal(p.codes(), codes) for p, codes in zip(trained, before, strict=True))
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", ["LBFGS", "SGD"])
-def test_closures_are_refused(kind: str):
+def test_closures_are_refused(kind: str, first: bool):
     p = next(iter(weights(low_bit(tiny(num_hidden_layers=1))).values()))
-    p.grad = torch.randn(p.shape)
+    p.grad = None if first else torch.randn(p.shape)
     optimizer = getattr(torch.optim, kind)([p], lr=0.1)
     before = p.codes()
     with pytest.raises(ValueError, match=r"given a closure.*LowBitAdamW"):

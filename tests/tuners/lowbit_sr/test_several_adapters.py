@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat.modules.packed import QuantizedLinear
+from peft_lrqat.rounding import stream_key
 from tests.lowbit_sr import IDS, layers, other, random_adapter
 from tests.models import logits, tiny, train
 
@@ -32,6 +33,17 @@ def test_adapters_lie_side_by_side(base: PreTrainedModel):
     assert "second" not in "".join(model.state_dict())
     model.add_adapter("second", other())
     assert torch.equal(logits(model, IDS), one)
+
+
+def test_adapters_of_a_layer_round_apart_and_the_first_as_before(base: PreTrainedModel):
+    model = random_adapter(base)
+    model.add_adapter("second", other())
+    both = {name: layer for name, layer in layers(model).items() if "second" in layer.lowbitsr_weight}
+    assert both
+    for name, layer in both.items():
+        one, two = (layer.lowbitsr_weight[adapter].weight.stream for adapter in ("default", "second"))
+        assert int(one[0]) == stream_key(0, name.removeprefix("base_model.model."))
+        assert int(two[0]) != int(one[0])
 
 
 def test_two_adapters_of_a_layer_cannot_be_active_together(base: PreTrainedModel):
