@@ -16,7 +16,7 @@ from .loss import TokenLosses, TopK, check_options, token_losses
 from .segments import without_padding
 from .sft import fused_output
 from .stored import MANIFEST, StoredLogits
-from .teacher import KEEP, ModelTeacher, causal_lm, load_teacher, named_inputs
+from .teacher import ModelTeacher, causal_lm, check_keep, load_teacher, named_inputs
 
 # Which callback a causal language model learns from at the moment
 _active: WeakKeyDictionary[nn.Module, Distillation] = WeakKeyDictionary()
@@ -82,10 +82,7 @@ class Distillation(TrainerCallback):
         smoothing, `compute_loss_func`, Liger's fused loss, TRL's `loss_type` "dft" and "chunked_nll").
         """
         check_options(temperature, weight)
-        if keep is not None and keep not in KEEP:
-            raise ValueError(f"`keep` is {keep!r}; it must be None, 'int8' or 'cpu'.")
-        if keep is not None and isinstance(teacher, nn.Module):
-            raise ValueError(f"`keep={keep!r}` is for a teacher that is given by name. Give the name, or leave it out.")
+        check_keep(keep, teacher)
         self.teacher, self.weight, self.temperature, self.keep = teacher, weight, temperature, keep
         self._student: Any = None
         self._source: Any = None
@@ -193,6 +190,7 @@ class Distillation(TrainerCallback):
         student.loss_function = self._loss
         return (), {**inputs, "fused_lm_head": False} if fused else inputs
 
+    @torch.compiler.disable
     def _loss(
         self,
         logits: torch.Tensor,
@@ -257,8 +255,15 @@ class Distillation(TrainerCallback):
         self._call = self._losses = None
 
     def _check_calls(self) -> None:
+        """Before the weights change: exactly one forward took part."""
         if self._extra:
             raise ValueError(_TWICE)
+        if self._armed:
+            raise ValueError(
+                f"A step of training did not call the {type(self._student).__name__} that the Trainer holds, so "
+                "`Distillation` could not take part. Compute `peft_lrqat.distillation_loss` in the Trainer's "
+                "`compute_loss`."
+            )
 
     def _find_teacher(self, student: Any) -> Any:
         if isinstance(self.teacher, nn.Module):

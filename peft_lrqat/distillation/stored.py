@@ -31,7 +31,7 @@ from ..files import read_json, write_atomically
 from ..tuners.common import loss as lean
 from .loss import TopK, check_options, top_k
 from .segments import segments, without_padding
-from .teacher import ModelTeacher, causal_lm, load_teacher
+from .teacher import ModelTeacher, causal_lm, check_keep, load_teacher
 
 MANIFEST = "teacher.json"
 
@@ -71,8 +71,7 @@ def store_logits(
             the student, as for `Distillation`.
     """
     check_options(temperature, 1.0)
-    if keep is not None and isinstance(teacher, nn.Module):
-        raise ValueError(f"`keep={keep!r}` is for a teacher that is given by name. Give the name, or leave it out.")
+    check_keep(keep, teacher)
     student = causal_lm(trainer.model)
     vocabulary = student.config.get_text_config().vocab_size
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocabulary:
@@ -140,7 +139,11 @@ class _Writer:
 
     def add(self, source: ModelTeacher, batch: Mapping[str, Any]) -> None:
         """Ask the teacher for a batch, if there is a sequence in it that is not stored."""
-        given = batch["labels"] if batch.get("shift_labels") is None else batch["shift_labels"]
+        given = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
+        if given is None:
+            raise ValueError(
+                "The Trainer's batches have no `labels`, which say what is predicted. Add them to its data."
+            )
         targets = lean.shifted(given, batch.get("shift_labels"), -100).view(given.shape)
         targets = without_padding(batch, targets)
         new = []

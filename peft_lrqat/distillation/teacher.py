@@ -31,6 +31,14 @@ _NOT_FOR_TEACHERS = {
 }
 
 
+def check_keep(keep: str | None, teacher: Any) -> None:
+    """Refuse with ValueError a way to keep a teacher that there is not, or that this one cannot be kept in."""
+    if keep is not None and keep not in KEEP:
+        raise ValueError(f"`keep` is {keep!r}; it must be None, 'int8' or 'cpu'.")
+    if keep is not None and isinstance(teacher, nn.Module):
+        raise ValueError(f"`keep={keep!r}` is for a teacher that is given by name. Give the name, or leave it out.")
+
+
 def load_teacher(name: str | os.PathLike, student: Any, keep: str | None) -> nn.Module:
     """The model of that name or folder, on the student's device and in its dtype.
 

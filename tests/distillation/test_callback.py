@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ VARIANTS = {
     "compiled": ("lrqat", {"torch_compile": True, "torch_compile_backend": "eager"}),
 }
 
-SLOW = ("wrapped", "checkpointing", "scaling", "experts", "autocast", "compiled")
+SLOW = ("wrapped", "accumulation", "checkpointing", "scaling", "experts", "autocast", "compiled")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,12 @@ def test_evaluation_is_plain(tmp_path):
     run.train()
     found = next(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)
     assert found == pytest.approx(run.evaluate()["eval_loss"])
+
+
+def test_data_parallel_is_refused():
+    args = SimpleNamespace(label_smoothing_factor=0.0, n_gpu=2)
+    with pytest.raises(ValueError, match="accelerate launch"):
+        Distillation(TEACHER).on_train_begin(args, None, None, model=tiny())
 
 
 def test_the_student_comes_closer_to_the_float_model(tmp_path):
@@ -217,6 +224,13 @@ class _TwoBackwards(Trainer):
         return super().training_step(*args, **kwargs) + super().training_step(*args, **kwargs)
 
 
+class _Past(Trainer):
+    """As a wrapper may, past hooks."""
+
+    def compute_loss(self, model, inputs, num_items_in_batch=None, **kwargs):
+        return model.forward(**inputs).loss
+
+
 class _Twice(Trainer):
     def compute_loss(self, model, inputs, **kwargs):
         return super().compute_loss(model, inputs, **kwargs) + super().compute_loss(model, inputs, **kwargs)
@@ -239,6 +253,7 @@ def _replaced():
         (lambda d: trainer(_replaced(), d, Distillation(TEACHER)), "is not the one of causal language models"),
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), label_smoothing_factor=0.1), "Set it to 0"),
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_TwoBackwards), "called again"),
+        (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_Past), "did not call the LlamaForCausalLM"),
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), cls=_Twice), "called again"),
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), Distillation(TEACHER)), "Give it one"),
         (lambda d: trainer(tiny(), d, Distillation(tiny(vocab_size=64))), "64 tokens in its vocabulary"),
@@ -254,7 +269,7 @@ def _replaced():
             "called without labels",
         ),
     ],
-    ids=["own", "replaced", "smoothing", "backwards", "twice", "two", "vocabulary", "dft", "loss_func"],
+    ids=["own", "replaced", "smoothing", "backwards", "past", "twice", "two", "vocabulary", "dft", "loss_func"],
 )
 def test_what_goes_past_the_loss_is_refused_before_anything_is_trained(tmp_path, make, message):
     run = make(tmp_path)

@@ -139,6 +139,10 @@ def test_refusals(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             store(tmp_path, rows=4, **options)
+    run = plain(tmp_path)
+    run.train_dataset = run.train_dataset.remove_columns("labels")
+    with pytest.raises(ValueError, match="no `labels`"):
+        store_logits(run, tmp_path / "unlabelled", TEACHER, progressbar=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="holds something else"):
