@@ -55,6 +55,7 @@ class _Settings:
             raise ValueError(f"`held_out` is {self.held_out!r}; it must be a number from 0 to below 1.")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def preprocess_blockwise(
     model: nn.Module,
@@ -105,7 +106,7 @@ def preprocess_blockwise(
     Raises:
         ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, an option is out
             of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer: blocks
-            before it are quantized by then, so load the model again.
+            before it are quantized by then, so load the model again; so where outputs of a block are not finite.
 
     Memory: above the float model, twice the hidden states of the calibration tokens, and for one block at a time five
     fp32 copies of its weights.
@@ -236,11 +237,18 @@ def _train(
     order = torch.Generator().manual_seed(settings.seed + index)
     reached: set[str] = set()
     before = best = test_error()
+    if not math.isfinite(before):
+        raise ValueError(
+            f"The outputs of block {index} on the calibration text are not finite numbers. Load the model in a wider "
+            "dtype (torch.bfloat16), or look for damaged weights."
+        )
+    # Adam does not see the factor, which keeps the gradients of an error in the middle of what fp16 holds
+    factor = targets[0].numel() * torch.stack([target.float().square().mean() for target in targets]).mean().sqrt()
     kept = [parameter.clone() for parameter in parameters]
     for _ in range(settings.epochs):
         for position in torch.randperm(len(train), generator=order).tolist():
             with torch.enable_grad():
-                loss = error(train[position])
+                loss = error(train[position]) * factor
                 # not `backward`, which would add to the gradients of the block's other parameters
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -272,7 +280,6 @@ def _optimizer(weights: Iterable[BlockWeight], settings: _Settings) -> torch.opt
         {"params": others, "lr": settings.learning_rate},
         {"params": scales, "lr": settings.scale_learning_rate},
     ]
-    # gradients are those of an error relative to the size of what it is an error of, a mean over all tokens: tiny
     return torch.optim.AdamW(groups, weight_decay=0.0, eps=1e-15, fused=True)
 
 
@@ -281,7 +288,7 @@ def _relative_error(out: torch.Tensor, target: torch.Tensor, mask: torch.Tensor 
     target = target.float()
     size = target.square().sum(-1)
     errors = (out.float() - target).square().sum(-1) / size.clamp(min=1e-3 * size.mean())
-    return errors.mean() if mask is None else errors[mask].mean()
+    return errors.mean() if mask is None else errors[..., mask].mean()  # Gemma 3n has several streams
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> Any:

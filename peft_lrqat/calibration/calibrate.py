@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -85,9 +85,23 @@ class BlockInputs:
             self.hidden[batch] = self._keep(self.run_one(index, block, batch, weights))
 
     def fork(self) -> BlockInputs:
-        """The same calls, with hidden states that go their own way."""
+        """The same calls, with hidden states that go their own way.
+
+        So do the dictionaries in which blocks leave keys and values for later ones (Gemma 3n, Gemma 4).
+        """
         other = copy.copy(self)
+        copies: dict[int, Any] = {}
+
+        def own(value: Any) -> Any:
+            if not isinstance(value, MutableMapping):
+                return value
+            return copies.setdefault(id(value), copy.copy(value))
+
         other.hidden = list(self.hidden)
+        other.calls = [
+            [(tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}) for args, kwargs in calls]
+            for calls in self.calls
+        ]
         return other
 
     def _keep(self, hidden: torch.Tensor) -> torch.Tensor:

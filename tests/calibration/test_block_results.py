@@ -18,7 +18,7 @@ ASYMMETRIC = {"bits": 2, "group_size": 16, "symmetric": False}
 def trained(folder: Path | None, text=TEXT, model=None, settings: dict | None = None, **options) -> dict:
     model = tiny() if model is None else model
     config = LRQATConfig(**{"target_modules": "all-linear", **ASYMMETRIC, **options})
-    preprocess_blockwise(model, config, text, resume_from=folder, progressbar=False, **(settings or {}))
+    preprocess_blockwise(model, config, text, resume_from=folder, progressbar=False, batch=4, **(settings or {}))
     return {name: value for name, value in model.named_buffers() if "weight_" in name}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitSRConfig, LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
+from peft_lrqat.calibration.calibrate import BlockInputs
 from peft_lrqat.modules.packed import QuantizedLinear
 from tests.models import logits, tiny, tokens, train
 
@@ -27,6 +30,7 @@ def config(**options) -> LRQATConfig:
 def trained(options: dict | None = None, model: nn.Module | None = None, calibration=TEXT, **settings) -> nn.Module:
     model = tiny(num_hidden_layers=1) if model is None else model
     options = options or {"bits": 3, "signed_scales": True}
+    settings = {"epochs": 1, "batch": 8, **settings}
     preprocess_blockwise(model, config(**options), calibration, progressbar=False, **settings)
     return model
 
@@ -40,12 +44,10 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return bool(left) and left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(
-    "options", [{"bits": 3}, ASYMMETRIC, {"bits": 4, "group_size": 0}, {"bits": 4, "downcast": "int"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"bits": 3, "group_size": 0}, ASYMMETRIC, {"bits": 4, "downcast": "int"}], ids=str)
 def test_start_train_save_and_reload(options: dict, tmp_path: Path):
     wanted = config(**options)
-    model = trained(options, tiny(dtype=torch.bfloat16), epochs=1)
+    model = trained(options, tiny(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path / "base")
     peft_model = get_peft_model(model, wanted)
     layer = peft_model.base_model.model.model.layers[0].mlp.down_proj
@@ -92,12 +94,12 @@ def test_unloading_gives_the_base_back(options: dict):
     assert torch.equal(logits(rounded, IDS), start)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_outputs_are_nearer_to_the_float_model_than_those_of_gptq(family: str):
     text = torch.cat(TEXT)
     expected = logits(tiny(family), text)
     options = {"bits": 3, "signed_scales": False}  # signed ones bring GPTQ near in models as random as these
-    model = trained({**options, "downcast": "int"}, tiny(family), epochs=4)
+    model = trained({**options, "downcast": "int"}, tiny(family), epochs=4, batch=2)
     other = tiny(family)
     preprocess_gptq(other, config(**options), TEXT, progressbar=False)
     error, of_gptq = ((logits(m, text) - expected).pow(2).mean() for m in (model, other))
@@ -133,7 +135,6 @@ def test_forms_of_calibration_text_and_memory():
     once = trained(calibration=[words])
     assert equal(once, trained(calibration=list(words.split(1))))
     assert equal(once, trained(calibration=words))
-    assert equal(once, trained(calibration=[words[:5], words[5:]]))
     assert equal(once, trained(calibration=[words], offload=True))
     assert not equal(once, trained(calibration=[words], seed=1))
     of_padded = trained(calibration=[padded])
@@ -146,6 +147,58 @@ def test_no_epoch_is_kept_that_made_the_held_out_text_worse():
     diverged = trained({"bits": 3, "downcast": "int"}, learning_rate=30.0, scale_learning_rate=1.0)
     assert equal(start, diverged)
     assert not equal(start, trained({"bits": 3, "downcast": "int"}))
+
+
+@pytest.mark.parametrize("kind", ["Gemma3n", "Gemma4"])
+def test_keys_and_values_for_later_blocks_are_those_of_the_own_stream(kind: str):
+    settings = {
+        "vocab_size": 96, "vocab_size_per_layer_input": 96, "hidden_size": 32, "hidden_size_per_layer_input": 8,
+        "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "num_kv_shared_layers": 2, "global_head_dim": 8, "sliding_window": 8,
+        "max_position_embeddings": 64, "layer_types": ["sliding_attention", "full_attention"] * 2, "pad_token_id": 0,
+    }  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}TextConfig")(**settings)).eval()
+    blocks = model.model.layers
+    with torch.no_grad():
+        inputs = BlockInputs(model, blocks, [{"input_ids": IDS}])
+        floats = inputs.fork()
+        other = {"self_attn.k_proj.weight": torch.zeros_like(blocks[0].self_attn.k_proj.weight)}
+        undisturbed = BlockInputs(model, blocks, [{"input_ids": IDS}])
+        for index, block in enumerate(blocks):
+            floats.advance(index, block)
+            inputs.advance(index, block, other if index < 2 else None)
+            undisturbed.advance(index, block)
+    assert torch.equal(floats.hidden[0], undisturbed.hidden[0])
+    assert not torch.equal(inputs.hidden[0], undisturbed.hidden[0])
+
+
+def test_gradients_are_no_smaller_than_fp16_holds():
+    model = tiny(num_hidden_layers=1)
+    model.model.embed_tokens.weight.data *= 300  # a stream whose relative errors have small gradients
+    found = [
+        trained({"bits": 3, "downcast": "int"}, copy.deepcopy(model).to(dtype), batch=2).model.layers[0].mlp.down_proj
+        for dtype in (torch.float16, torch.float32)
+    ]
+    assert (found[0].codes == found[1].codes).float().mean() > 0.99
+    start = get_peft_model(model, config(bits=3)).merge_and_unload().model.layers[0].mlp.down_proj
+    assert (found[0].codes == start.codes).float().mean() < 0.98
+
+
+def test_inference_mode_does_not_matter():
+    model = tiny(num_hidden_layers=1)
+    with torch.inference_mode():
+        trained(model=model)
+    assert equal(model, trained())
+
+
+def test_weights_that_are_not_finite():
+    model = tiny(num_hidden_layers=1)
+    model.model.norm.weight.data.fill_(torch.nan)  # after all blocks
+    trained(model=model)
+    model = tiny(num_hidden_layers=1)
+    model.model.layers[0].input_layernorm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"outputs of block 0 .* are not finite"):
+        trained(model=model)
 
 
 def test_a_layer_that_no_token_reached():
