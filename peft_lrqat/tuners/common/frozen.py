@@ -105,15 +105,15 @@ class FrozenWeight(nn.Module, KeepsWeight):
         downcast: str,
         scale_dtype: str,
         compute_dtype: torch.dtype,
-        ranges: tuple[str, float, bool] | None = None,
+        ranges: tuple[str, float, bool, float] | None = None,
         transposed: bool = False,
     ) -> None:
         """A description without tensors; `of_floats` and `of_codes` make a base.
 
         Args:
             shape: (out, in).
-            ranges: method and exponent by which the scales of a float weight are chosen, and whether they have signs;
-                None: it was quantized before.
+            ranges: method and exponent by which the scales of a float weight are chosen, whether they have signs, and
+                their headroom; None: it was quantized before.
         """
         super().__init__()
         self.out_features, self.in_features = shape
@@ -134,6 +134,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         scale_dtype: str = "auto",
         *,
         signed_scales: bool = False,
+        headroom: float = 1.0,
         transposed: bool = False,
         convert_on: torch.device | None = None,
         source_checksum: int | None = None,
@@ -141,6 +142,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """The base of a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
 
         Args:
+            headroom: a factor on the chosen scales.
             convert_on: where the weight is converted; the result, the same on every device, goes to the layer's own.
                 None: there.
             source_checksum: `float_checksum` of the weight, if it is known.
@@ -148,7 +150,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         weight = layer.weight.detach()
         weight = weight.t() if transposed else weight
         out_features, in_features = weight.shape
-        ranges = (range_method, range_p, signed_scales)
+        ranges = (range_method, range_p, signed_scales, headroom)
         frozen = cls((out_features, in_features), grid, downcast, scale_dtype, weight.dtype, ranges, transposed)
         there = weight if convert_on is None else weight.to(convert_on)
         base, scale, zero_point = frozen._convert(there)
@@ -207,8 +209,10 @@ class FrozenWeight(nn.Module, KeepsWeight):
     def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(base, s0, zero point) of a float (out, in) weight, a row chunk at a time."""
         assert self.ranges is not None
-        method, p, signed = self.ranges
+        method, p, signed, headroom = self.ranges
         scale, zero_point = choose_range(weight, self.grid, method, p, self.scale_dtype, signed)
+        if headroom != 1:
+            scale = snap_scale(scale * headroom, self.scale_dtype)
         parts, changed = [], torch.zeros(scale.shape, dtype=torch.int64, device=weight.device)
         for rows in row_chunks(self.out_features, self.in_features, weight.device):
             s, z = rows_of(scale, rows), rows_of(zero_point, rows)

@@ -17,7 +17,7 @@ from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import CODES, FACTOR, SCALE, STREAM
 from ..common.config import ALL_LINEAR, GridConfig
-from ..common.rules import FLAG, INTEGER, SHARED, Rule, one_of, optional
+from ..common.rules import FLAG, INTEGER, SHARED, Rule, is_positive, one_of, optional
 
 #: The grids that can be trained.
 BITS = (TERNARY, 2, 3, 4, 8)
@@ -48,6 +48,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         ),
         "forward_bits": one_of(None, TERNARY),
         "range_method": optional(one_of(*LOW_BIT_RANGE_METHODS)),
+        "headroom": Rule("it must be a number of at least 1", lambda value: is_positive(value) and value >= 1),
         "signed_scales": optional(FLAG),
         "bias": one_of("none", "all", "lowbitsr_only"),
         "export_format": optional(one_of(*EXPORT_FORMATS)),
@@ -94,6 +95,13 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         },
     )
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
+    headroom: float = field(
+        default=1.0,
+        metadata={
+            "help": "A factor on the initial scales. Fixed scales bound how far weights can grow: from scratch, "
+            "8 bits take 2 to 4, which makes the grid as much coarser; for fine-tuning leave it at 1."
+        },
+    )
     signed_scales: bool = field(  # type: ignore[assignment]  # None exists only until __post_init__
         default=None,
         metadata={
@@ -206,6 +214,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
 
     def recipe(self) -> str:
         ranges = f"ranges by {self.range_method}{' with signed scales' if self.signed_scales else ''}"
+        ranges += f", with {self.headroom:g} times the scale" if self.headroom != 1 else ""
         extras = [f"{self.bits}-bit codes, {'from a quantized base' if self.wants_quantized_base else ranges}"]
         if self.error_feedback:
             extras.append("error feedback")

@@ -112,6 +112,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                 config.range_p,
                 config.scale_dtype,
                 signed_scales=config.signed_scales,
+                headroom=config.headroom,
                 transposed=isinstance(base_layer, Conv1D),
                 source_checksum=source_checksum,
             )

@@ -24,7 +24,16 @@ class LowBitSRModel(QuantizingModel):
     tuner_layer_cls = LowBitSRLayer
     config_cls = LowBitSRConfig
     trains_integers = True
-    shared_options = ("bits", "group_size", "range_method", "range_p", "scale_dtype", "signed_scales", "keep_base")
+    shared_options = (
+        "bits",
+        "group_size",
+        "range_method",
+        "range_p",
+        "headroom",
+        "scale_dtype",
+        "signed_scales",
+        "keep_base",
+    )
 
     # -- before anything is changed
 

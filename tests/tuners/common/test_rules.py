@@ -72,6 +72,7 @@ LRQAT: dict[str, list[Any]] = {
 LOWBIT: dict[str, list[Any]] = {
     "seed": ["1", 1.0, True, None, NAN],
     "keep_base": ["False", 0, None],
+    "headroom": ["2", 0, 0.5, NAN, INF, True, None],
     "error_feedback": ["False", 0],
     "init_weights": ["False", 0, None],
     "forward_bits": [1.5, "1.58", True, 2],

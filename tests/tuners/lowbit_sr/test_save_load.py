@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from tests.lowbit_sr import layers
 from tests.models import logits, low_bit, tokens, train
 
 IDS = tokens()
@@ -56,3 +57,24 @@ def test_saving_and_loading_build_no_float_weight(base_folder: Path, tmp_path: P
     monkeypatch.setattr(LowBitTensor, "to_float", refuse)
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(load(base_folder), tmp_path)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_headroom_widens_the_scales_and_what_is_trained_is_what_is_served(
+    base_folder: Path, tmp_path: Path, signed: bool
+):
+    model, plain = (
+        low_bit(load(base_folder), bits=8, group_size=8, signed_scales=signed, headroom=headroom)
+        for headroom in (4.0, 1.0)
+    )
+    for wide, narrow in zip(layers(model).values(), layers(plain).values(), strict=True):
+        weight, before = (layer.lowbitsr_weight["default"].weight for layer in (wide, narrow))
+        assert torch.equal(weight.scale, 4 * before.scale)
+        assert weight.codes().abs().max() <= 33
+    train(model, IDS)
+    before = logits(model.eval(), IDS)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(base_folder), tmp_path).eval()
+    assert again.peft_config["default"].headroom == 4
+    assert torch.equal(logits(again, IDS), before)
+    assert torch.equal(logits(again.merge_and_unload(), IDS), before)
