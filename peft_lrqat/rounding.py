@@ -12,7 +12,8 @@ so it does not depend on chunking, on the device, on other parameters, or on the
 with the counter (column // 4, row, step, 0) gives four 32-bit words, for four neighbouring columns:
 
     word   | 31 ............................... 9 | 8 ....... 0 |
-             k, 23 bits: u = (k + 1/2) 2^-23        spare: dither of the optimizer's 8-bit state
+             k, 23 bits: u = (k + 1/2) 2^-23        spare: dither of the optimizer's 8-bit state, which
+             |          21 ............... 9 |       takes these 13 bits of u as its low ones
 
 u is exact in fp32 and lies strictly between 0 and 1, so floor(q + d + u) is q wherever d = 0.
 """
@@ -32,6 +33,8 @@ ROUNDS = 10
 
 #: Low bits of a word that `uniform` leaves to others.
 SPARE_BITS = 9
+#: Low bits of u's that a dither has below its spare ones.
+SHARED_BITS = 13
 
 
 def stream_key(seed: int, name: str) -> int:
@@ -90,8 +93,15 @@ def uniform(words: torch.Tensor) -> torch.Tensor:
 
 
 def spare_dither(words: torch.Tensor, low: int, width: int) -> torch.Tensor:
-    """Make fp32 in (0, 1) of `width` spare bits of each word (int64), from bit `low` on: the middle of their cell."""
-    return (((words >> low) & ((1 << width) - 1)).float() + 0.5) * 2.0**-width
+    """Make fp32 in (0, 1) of `width` spare bits of each word (int64), from bit `low` on, and the low bits of `uniform`
+    below them: the middle of their cell.
+
+    A dither of the spare bits alone would lose every change below half its own step, in every step again. Those of u's
+    cost nothing: together the two weigh so little that the dither and u correlate by less than 2^-12.
+    """
+    spare = (words >> low) & ((1 << width) - 1)
+    bits = (spare << SHARED_BITS) | ((words >> SPARE_BITS) & ((1 << SHARED_BITS) - 1))
+    return (bits.float() + 0.5) * 2.0 ** -(width + SHARED_BITS)
 
 
 def round_stochastically(codes: torch.Tensor, move: torch.Tensor, u: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from ..chunks import row_chunks
 from . import reference_step
 from .dispatch import kernels_for, on_device_of
-from .reference_step import Rule, update_factors
+from .reference_step import FACTORS, Rule, update_factors
 
 
 @torch.no_grad()
@@ -31,6 +31,9 @@ def step_codes(
     with on_device_of(packed):
         operands = dict(state)
         if rule.state == "factored":
+            if rule.error_feedback:
+                operands |= {f"{name}_before": state[name].clone() for name in FACTORS}
+                operands["exp_avg_sq_mean_before"] = state["exp_avg_sq_rows"].mean()
             chunks = row_chunks(packed.shape[0], rule.columns, packed.device)
             operands["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
         # the kernel writes in place, to where tensors without gaps have their elements

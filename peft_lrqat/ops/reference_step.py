@@ -10,16 +10,23 @@ Everything happens in fp32 on the rows at hand; in and out go packed codes and t
     q' = clip(q + floor(d + u))                                              u from `rounding.py`
     e = (clip(q + d) - q') s                                                 what the rounding lost, weight units
     m += (1 - b1^t) (1 - 1/b1) (sqrt(v^) + eps) e / eta                      error feedback (ECO, arXiv 2601.22101)
+    m *= (sqrt(v^) + eps) / (its value in the step before)                   error feedback: before the next step's g
 
 eta is the learning rate eta0 in weight units, or eta0 |s| with lr_unit="grid", where the learning rate counts grid
 steps.
+The last line is ours. The remainder lies in m multiplied with one step's denominator, and the next step divides by its
+own; where the gradient has little noise, the two differ with every flip, and what comes back is biased by more than
+slow training moves. Scaled, what was lost comes back in full. (The momentum is then one of normalized gradients, as
+LaProp's, arXiv 2002.04839.)
 The remainder e is taken inside the grid, so that a weight at the end of its range does not wind up a momentum that
 points outwards. With eta = 0 nothing moves, and nothing is fed back.
 
 The 8-bit state. Blocks of 256 neighbours of a row share one number:
 
-    m   int8, linear in the block's largest magnitude, rounded stochastically: a momentum of which a tenth is new each
-        step must not lose small gradients beside a large remainder
+    m   int8: a sign and k of 7 bits mean +-k^3 units, of which the block's largest magnitude has 127^3. So neighbours
+        of a column with gradients a thousand times theirs keep two digits, and the largest has cells of 2 %. Rounded
+        stochastically: a momentum of which a tenth is new each step must not lose small gradients beside a large
+        remainder
     v   uint8, the position of r = sqrt(v) below the block's largest, in sixteenths of an octave (four mantissa bits; 16
         octaves), rounded stochastically so that E[r^2] = v:
 
@@ -43,6 +50,8 @@ from ..packing import pack, unpack
 from ..rounding import poison, random_words, round_stochastically, spare_dither, uniform
 
 BLOCK = 256
+#: A block's largest momentum, in its units.
+CUBES = 127**3
 _V_SHIFT = 19  # fp32 bits below the four mantissa bits
 _V_LEVELS = 255
 
@@ -86,21 +95,34 @@ def _unblock(blocks: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store fp32 m (rows, columns) as int8 (rows, columns), and a step, fp32 (rows, blocks), for each block.
+    """Store fp32 m (rows, columns) as int8 (rows, columns), and a unit, fp32 (rows, blocks), for each block.
 
     Args:
         dither: fp32 (rows, columns), uniform in (0, 1).
     """
     blocks = _blocks(m)
-    step = blocks.abs().amax(dim=-1) * (1 / 127)  # a GPU divides by a constant like this; so does every device
-    safe = torch.where(step > 0, step, 1.0).unsqueeze(-1)
-    codes = torch.floor(blocks / safe + _blocks(dither)).clamp(-127, 127)
-    return _unblock(codes, m.shape[1]).to(torch.int8), step
+    unit = blocks.abs().amax(dim=-1) * (1 / CUBES)  # a GPU divides by a constant like this; so does every device
+    size = blocks.abs() / torch.where(unit > 0, unit, 1.0).unsqueeze(-1)
+    # a root that may be off by one, which cubes of integers, exact in fp32, put right: so devices agree
+    k = torch.exp2(torch.log2(size) * (1 / 3)).floor().clamp(0, 126)
+    k = k - (k * k * k > size).float()
+    k = (k + ((k + 1) * (k + 1) * (k + 1) <= size).float()).clamp(0, 126)
+    below, above = k * k * k, (k + 1) * (k + 1) * (k + 1)
+    k = k + (_blocks(dither) * (above - below) < size - below).float()
+    codes = torch.where(blocks < 0, -k, k).nan_to_num(nan=0.0)
+    return _unblock(codes, m.shape[1]).to(torch.int8), unit
 
 
-def decode_momentum(codes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+def decode_momentum(codes: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """Read what `encode_momentum` stored: fp32 (rows, columns)."""
-    return _unblock(_blocks(codes.float()) * step.unsqueeze(-1), codes.shape[1])
+    k = _blocks(codes.float())
+    return _unblock(k * k * k * unit.unsqueeze(-1), codes.shape[1])
+
+
+def momentum_of_linear_codes(codes: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a linear momentum, as earlier files have it, int8 in fp32 steps (rows, blocks), into `encode_momentum`'s."""
+    m = _unblock(_blocks(codes.float()) * step.unsqueeze(-1), codes.shape[1])
+    return encode_momentum(m, torch.full_like(m, 0.5))
 
 
 def encode_second_moment(v: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +165,7 @@ def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device
         state["exp_avg"] = zeros(rows, columns)
     elif momentum:
         state["exp_avg_codes"] = zeros(rows, columns, dtype=torch.int8)
-        state["exp_avg_step"] = zeros(rows, blocks)
+        state["exp_avg_unit"] = zeros(rows, blocks)
     if kind == "fp32":
         state["exp_avg_sq"] = zeros(rows, columns)
     elif kind == "8bit":
@@ -182,10 +204,14 @@ def update_rows(
     words = random_words(row, rule.columns, stream[1], stream[0])
     correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
 
-    m = _read_momentum(state)
-    m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
+    m, before = _read_momentum(state), None
+    if rule.error_feedback:
+        before = _root(_second_moment_before(state, rule) / (1 - rule.beta2 ** (step - 1))) + rule.eps
     v = _second_moment(state, grad, words, rule)
     denominator = _root(v / correction2) + rule.eps
+    if before is not None and m is not None:  # in the first step there was none: NaN
+        m = m * torch.where(before > 0, denominator / before, 1.0)
+    m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
 
     codes = unpack(packed, rule.grid.code_bits, rule.columns).float()
     step_size = scale.unsqueeze(-1)
@@ -213,7 +239,7 @@ def _read_momentum(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
     if "exp_avg" in state:
         return state["exp_avg"]
     if "exp_avg_codes" in state:
-        return decode_momentum(state["exp_avg_codes"], state["exp_avg_step"])
+        return decode_momentum(state["exp_avg_codes"], state["exp_avg_unit"])
     return None
 
 
@@ -221,9 +247,17 @@ def _write_momentum(state: dict[str, torch.Tensor], m: torch.Tensor, words: torc
     if "exp_avg" in state:
         state["exp_avg"].copy_(m)
     elif "exp_avg_codes" in state:
-        codes, step = encode_momentum(m, spare_dither(words, 4, 5))
+        codes, unit = encode_momentum(m, spare_dither(words, 4, 5))
         state["exp_avg_codes"].copy_(codes)
-        state["exp_avg_step"].copy_(step)
+        state["exp_avg_unit"].copy_(unit)
+
+
+def _second_moment_before(state: dict[str, torch.Tensor], rule: Rule) -> torch.Tensor:
+    if rule.state == "factored":
+        return state["exp_avg_sq_rows_before"] * state["exp_avg_sq_columns_before"] / state["exp_avg_sq_mean_before"]
+    if rule.state == "fp32":
+        return state["exp_avg_sq"]
+    return decode_second_moment(state["exp_avg_sq_codes"], state["exp_avg_sq_top"])
 
 
 def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: torch.Tensor, rule: Rule) -> torch.Tensor:
@@ -263,7 +297,8 @@ def update_factors(
 
 # -- the whole weight
 
-_OF_ALL_ROWS = ("exp_avg_sq_columns", "exp_avg_sq_mean")
+FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns")
+_OF_ALL_ROWS = tuple(f"exp_avg_sq_{what}{when}" for what in ("columns", "mean") for when in ("", "_before"))
 
 
 @functools.cache
@@ -289,7 +324,8 @@ def low_bit_update(
         stream: int64 (2,), key and step of the random numbers.
         grad: (out, in), any float dtype.
         state: the tensors of `new_state`, by name. Updated, but for the factored second moment, which the caller
-            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows.
+            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows; with error feedback, "..._before" are
+            its rows, columns and mean as the step before had them.
         lr: fp32 scalar.
         step: fp32 scalar, this step's number t, from 1.
     """

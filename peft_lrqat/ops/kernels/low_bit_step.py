@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference_step import BLOCK, Rule
+from ...rounding import SHARED_BITS
+from ..reference_step import BLOCK, CUBES, Rule
 from .launch import Launch, launched
 from .tiles import ceil_div, scale_stride
 
@@ -37,10 +38,17 @@ def _random_words(stream, j, block, BM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _uniform(words, LOW: tl.constexpr, WIDTH: tl.constexpr):
-    """Make fp32 in (0, 1) of WIDTH bits from LOW on: the middle of their cell (`rounding.uniform`, `spare_dither`)."""
-    bits = (words >> LOW) & ((1 << WIDTH) - 1)
-    return (bits.to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << WIDTH))
+def _uniform(words):
+    """Make fp32 in (0, 1) as `rounding.uniform`."""
+    return ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
+
+
+@triton.jit
+def _dither(words, LOW: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr):
+    """Make fp32 in (0, 1) as `rounding.spare_dither`."""
+    spare = (words >> LOW) & ((1 << WIDTH) - 1)
+    bits = (spare << SHARED) | ((words >> 9) & ((1 << SHARED) - 1))
+    return (bits.to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << (WIDTH + SHARED)))
 
 
 @triton.jit
@@ -101,14 +109,21 @@ def _encode_second_moment(v, dither, inside):
 
 
 @triton.jit
-def _encode_momentum(m, dither, inside):
+def _encode_momentum(m, dither, inside, CUBES: tl.constexpr):
     """Encode as `reference_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
     m = tl.where(inside, m, 0.0)
-    step = tl.max(tl.abs(m), 1) * (1.0 / 127)
-    step = tl.where(tl.max((m != m).to(tl.int32), 1) > 0, float("nan"), step)
-    codes = tl.floor(tl.div_rn(m, tl.where(step > 0, step, 1.0)[:, None]) + dither)
-    codes = tl.clamp(tl.where(codes == codes, codes, 0.0), -127.0, 127.0)
-    return codes.to(tl.int8), step
+    unit = tl.max(tl.abs(m), 1) * (1.0 / CUBES)
+    unit = tl.where(tl.max((m != m).to(tl.int32), 1) > 0, float("nan"), unit)
+    size = tl.div_rn(tl.abs(m), tl.where(unit > 0, unit, 1.0)[:, None])
+    size = tl.where(size < float("inf"), size, 0.0)
+    # a root that may be off by one, which cubes of integers put right
+    k = tl.clamp(tl.floor(tl.exp2(tl.log2(size) * (1.0 / 3))), 0.0, 126.0)
+    k = k - (k * k * k > size).to(tl.float32)
+    k = k + ((k + 1) * (k + 1) * (k + 1) <= size).to(tl.float32)
+    k = tl.clamp(k, 0.0, 126.0)
+    below, above = k * k * k, (k + 1) * (k + 1) * (k + 1)
+    k = k + (dither * (above - below) < size - below).to(tl.float32)
+    return tl.where(m < 0, -k, k).to(tl.int8), unit
 
 
 @launched
@@ -119,14 +134,18 @@ def _update_kernel(
     stream,
     grad,
     m_values,
-    m_step,
+    m_unit,
     v_values,
     v_top,
     v_columns,
     v_mean,
+    rows_before,
+    columns_before,
+    mean_before,
     lr,
     correction1,
     correction2,
+    correction2_before,
     poison,
     scale_stride,
     rows,
@@ -146,6 +165,8 @@ def _update_kernel(
     GROUP: tl.constexpr,
     GRID_UNIT: tl.constexpr,
     FEEDBACK: tl.constexpr,
+    SHARED: tl.constexpr,
+    CUBES: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -177,36 +198,45 @@ def _update_kernel(
         m = g
     else:
         m = tl.load(m_values + at, mask=inside, other=0).to(tl.float32)
-        if m_step is not None:
-            m = m * tl.load(m_step + at_block, mask=row_ok, other=0.0)[:, None]
-        m = m * beta1 + g * new1
+        if m_unit is not None:
+            m = m * m * m * tl.load(m_unit + at_block, mask=row_ok, other=0.0)[:, None]
 
     if v_columns is not None:
         v = tl.load(v_values + wide, mask=row_ok, other=0.0)[:, None]
         v = tl.div_rn(v * tl.load(v_columns + i, mask=column_ok, other=0.0)[None, :], tl.load(v_mean))
+        if FEEDBACK:
+            before = tl.load(rows_before + wide, mask=row_ok, other=0.0)[:, None]
+            before = before * tl.load(columns_before + i, mask=column_ok, other=0.0)[None, :]
+            before = tl.div_rn(before, tl.load(mean_before))
     else:
         v = tl.load(v_values + at, mask=inside, other=0)
         if v_top is not None:
             top = tl.load(v_top + at_block, mask=row_ok, other=0).to(tl.int32)[:, None]
             root = (tl.maximum(v.to(tl.int32) + top - 255, 0) << 19).to(tl.float32, bitcast=True)
             v = root * root
+        before = v
         v = v * beta2 + g * g * new2
     tl.debug_barrier()
 
     if v_top is not None:
-        v_codes, top = _encode_second_moment(v, _uniform(random, 0, 4), inside)
+        v_codes, top = _encode_second_moment(v, _dither(random, 0, 4, SHARED), inside)
         tl.store(v_values + at, v_codes, mask=inside)
         tl.store(v_top + at_block, top, mask=row_ok)
     elif v_columns is None:
         tl.store(v_values + at, v, mask=inside)
 
     denominator = tl.sqrt_rn(tl.div_rn(v, c2)) + eps
+    if m_values is not None:
+        if FEEDBACK:  # in the first step there was no denominator before: NaN
+            before = tl.sqrt_rn(tl.div_rn(before, tl.load(correction2_before))) + eps
+            m = m * tl.where(before > 0, tl.div_rn(denominator, before), 1.0)
+        m = m * beta1 + g * new1
     adam = tl.div_rn(m, denominator)
     if m_values is not None:
         adam = tl.div_rn(adam, c1)
     adam = tl.where(s < 0, -adam, adam) if GRID_UNIT else tl.div_rn(adam, s)
     move = -rate * (adam + weight_decay * q)
-    target = q + tl.floor(move + _uniform(random, 9, 23))
+    target = q + tl.floor(move + _uniform(random))
     rounded = tl.clamp(tl.where(target == target, target, 0.0), QMIN, QMAX)
     unsigned = tl.where(inside, rounded.to(tl.int32) + (1 << (BITS - 1)), 0)
     _store_codes(row, unsigned, block, row_ok, words, BITS, BM, BLOCK)
@@ -217,10 +247,10 @@ def _update_kernel(
             lost = tl.where(s < 0, -lost, lost) if GRID_UNIT else lost * s
             factor = tl.div_rn(c1 * feedback, tl.where(rate > 0, rate, float("inf")))
             m = m + factor * denominator * lost
-        if m_step is not None:
-            m_codes, step = _encode_momentum(m, _uniform(random, 4, 5), inside)
+        if m_unit is not None:
+            m_codes, unit = _encode_momentum(m, _dither(random, 4, 5, SHARED), inside, CUBES)
             tl.store(m_values + at, m_codes, mask=inside)
-            tl.store(m_step + at_block, step, mask=row_ok)
+            tl.store(m_unit + at_block, unit, mask=row_ok)
         else:
             tl.store(m_values + at, m, mask=inside)
 
@@ -253,6 +283,8 @@ def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launc
         GROUP=0 if scales[1] == 1 else rule.columns // scales[1],
         GRID_UNIT=rule.lr_unit == "grid",
         FEEDBACK=rule.error_feedback,
+        SHARED=SHARED_BITS,
+        CUBES=CUBES,
         BM=ROWS,
         BLOCK=BLOCK,
     )
@@ -285,14 +317,18 @@ def low_bit_update(
         stream,
         grad.contiguous(),
         state.get("exp_avg", state.get("exp_avg_codes")),
-        state.get("exp_avg_step"),
+        state.get("exp_avg_unit"),
         v,
         state.get("exp_avg_sq_top"),
         state.get("exp_avg_sq_columns"),
         state.get("exp_avg_sq_mean"),
+        state.get("exp_avg_sq_rows_before"),
+        state.get("exp_avg_sq_columns_before"),
+        state.get("exp_avg_sq_mean_before"),
         lr,
         correction1,
         correction2,
+        1 - rule.beta2 ** (step - 1),
         poison,
     )
     scale.add_(poison)

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from ...grid import TERNARY
 from ...ops.low_bit_step import step_codes
-from ...ops.reference_step import Rule, new_state
+from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
 from .tensor import LowBitTensor
 
 STATES = ("8bit", "factored", "fp32")
@@ -101,8 +101,7 @@ class LowBitAdamW(Optimizer):
         """
         Args:
             lr: learning rate; a 0-dim tensor on the device keeps the host out of the step.
-            betas: decay of the moments. The 8-bit second moment is noisy with betas[1] much above 0.99; with a small
-                one, error feedback is biased, because the remainder and the second moment move together. ECO used 0.98.
+            betas: decay of the moments.
             state: of low-bit weights: "8bit" (2 bytes a weight), "factored" (1 byte), "fp32" (8 bytes).
             error_feedback: put the rounding remainder into the momentum (ECO, arXiv 2601.22101). None: as the weight's
                 configuration says.
@@ -262,13 +261,19 @@ class LowBitAdamW(Optimizer):
     # -- saving
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, which casts all state to the parameter's dtype; the codes become integers again."""
+        """torch's, which casts all state to the parameter's dtype; the codes become integers again.
+
+        An 8-bit momentum in a linear code, which earlier files have, is put on today's code.
+        """
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
                 kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
                 for name, value in state.items():
                     state[name] = value.to(parameter.device, kinds[name].dtype) if name in kinds else value
+                if (step := state.pop("exp_avg_step", None)) is not None:
+                    linear = state["exp_avg_codes"], step.to(parameter.device, torch.float32)
+                    state["exp_avg_codes"], state["exp_avg_unit"] = momentum_of_linear_codes(*linear)
 
     def __repr__(self) -> str:
         kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}
@@ -289,7 +294,7 @@ def _scale_remainder(state: dict[str, Any], lr: Rate, last_lr: Rate | None) -> N
     """
     if last_lr is None:
         return
-    momentum = state["exp_avg"] if "exp_avg" in state else state["exp_avg_step"]
+    momentum = state["exp_avg"] if "exp_avg" in state else state["exp_avg_unit"]
     if isinstance(lr, torch.Tensor) or isinstance(last_lr, torch.Tensor):
         # on the device: asking whether the rate rose would wait for it
         lr, last_lr = (torch.as_tensor(rate, dtype=torch.float32, device=momentum.device) for rate in (lr, last_lr))
