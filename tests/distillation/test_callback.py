@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from peft_lrqat import Distillation, distillation_loss, store_logits
 from peft_lrqat.tuners.common.loss import causal_lm_loss
 from tests import parallel
-from tests.models import adapted, low_bit, tiny, tokens
+from tests.models import adapted, logits, low_bit, tiny, tokens
 from tests.trainer import arguments, counting_text, ids_dataset, losses, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -47,6 +47,15 @@ def state(model):
 def same(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def served_is_trained(model, folder: Path):
+    trained = logits(model.eval(), tokens())
+    merged = model.merge_and_unload()
+    assert torch.equal(logits(merged, tokens()), trained)
+    merged.save_pretrained(folder / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    assert torch.equal(logits(again, tokens()), trained)
 
 
 def trainer(model, folder: Path, *callbacks, cls=Trainer, data=None, **options):
@@ -181,6 +190,7 @@ def test_the_student_comes_closer_to_the_float_model(tmp_path):
     run.train()
     found = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
     assert sum(found[-4:]) < 0.8 * sum(found[:4])
+    served_is_trained(run.model, tmp_path)
 
 
 class _Fails(TrainerCallback):
@@ -347,3 +357,4 @@ def test_a_checkpoint_is_resumed(tmp_path):
         history = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
         assert len(history) == 2
     same(*found)
+    served_is_trained(run.model, tmp_path)
