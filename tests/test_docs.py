@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Page -> the names that its snippets take from the text around them; what else they use, they make or import.
 PAGES = {
-    "README.md": ["dataset"],
+    "README.md": ["dataset", "texts"],
     "docs/autoload.md": [],
     "docs/export.md": ["model", "tokenizer"],
     "docs/from-quantized.md": ["texts", "tokenizer"],
