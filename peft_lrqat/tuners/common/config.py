@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+import torch
 from peft import PeftType
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -16,6 +17,7 @@ from ...checkpoint.card import add_import_note
 from ...formats.record import Record
 from ...grid import Grid
 from .fingerprint import QUANTIZED_BASE
+from .loading import LoadingConfig
 from .rules import Rule, check_fields, is_index
 
 #: PEFT's word for all linear layers but the output layer: what is converted where nothing else is said.
@@ -53,6 +55,7 @@ class GridConfig(PeftConfigMixin):
     trainable_token_indices: list[int] | dict[str, list[int]] | None
     export_format: str | None = "compressed-tensors"
     act_bits: int | None = None
+    headroom: float = 1.0
 
     @property
     def grid(self) -> Grid:
@@ -86,6 +89,33 @@ class GridConfig(PeftConfigMixin):
     def require_any_base(self) -> None:
         """Forget it."""
         self._required_fingerprint = self._required_checksum = None
+
+    @property
+    def kept_as(self) -> str:
+        """How the frozen base is kept: a `downcast` of `ops.stored_base`."""
+        raise NotImplementedError
+
+    @property
+    def ranges(self) -> tuple[str, float, bool, float]:
+        """How the first scales of a float weight are chosen: method, exponent, whether they have signs, headroom."""
+        return self.range_method, self.range_p, self.signed_scales, self.headroom
+
+    def conversion_device(self) -> torch.device | None:
+        """Where layers are converted, if not where they are."""
+        return None
+
+    def for_loading(self) -> LoadingConfig:
+        """The `quantization_config` of `from_pretrained` with which a model is quantized while it is loaded.
+
+        No more of it is float then than one tensor, the embeddings and what is not targeted. `get_peft_model` with this
+        configuration takes the layers as they are, and every number is that of a model that was loaded in float.
+
+        Raises:
+            ValueError: a field is out of range, or needs the float weights later.
+        """
+        self.check_fields()
+        self.check_options()
+        return LoadingConfig(self)
 
     @property
     def bytes_per_weight(self) -> float:

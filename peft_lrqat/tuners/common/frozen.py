@@ -97,6 +97,13 @@ class FrozenWeight(nn.Module, KeepsWeight):
     in_features: int
     source_checksum: int | None
     lossless: tuple[int, int] | None = None
+    loading: bool = False  # while transformers loads the model, which asks for weights without reading them
+
+    #: The attributes that describe the base.
+    description = frozenset(
+        {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "fmt"}
+        | {"source_checksum", "lossless", "loading"}
+    )
 
     def __init__(
         self,
@@ -121,6 +128,39 @@ class FrozenWeight(nn.Module, KeepsWeight):
         self.compute_dtype, self.ranges = compute_dtype, ranges
         self.fixed_point, self.container_bits = False, grid.code_bits
         self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
+
+    @classmethod
+    def of(
+        cls, layer: Any, config: Any, *, fixed_point: bool = False, source_checksum: int | None = None
+    ) -> FrozenWeight:
+        """The base of a layer as a configuration of either method wants it.
+
+        Args:
+            layer: float, quantized before, or a base already, whose tensors are shared then.
+            fixed_point: see `of_codes`.
+            source_checksum: see `of_floats` and `of_codes`.
+        """
+        grid, downcast, scale_dtype = config.grid, config.kept_as, config.scale_dtype
+        if isinstance(layer, FrozenWeight):
+            return layer._again()
+        if isinstance(layer, QuantizedLinear):
+            return cls.of_codes(
+                layer, grid, downcast, scale_dtype, fixed_point=fixed_point, source_checksum=source_checksum
+            )
+        method, p, signed, headroom = config.ranges
+        return cls.of_floats(
+            layer,
+            grid,
+            downcast,
+            method,
+            p,
+            scale_dtype,
+            signed_scales=signed,
+            headroom=headroom,
+            transposed=isinstance(layer, Conv1D),
+            convert_on=config.conversion_device(),
+            source_checksum=source_checksum,
+        )
 
     @classmethod
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
@@ -192,6 +232,17 @@ class FrozenWeight(nn.Module, KeepsWeight):
         frozen.source_checksum = codes_checksum(weight) if source_checksum is None else source_checksum
         return frozen
 
+    @skip_init_on_device
+    def _again(self) -> FrozenWeight:
+        """The same base, over the same tensors, without what users have hung on the module."""
+        shape = (self.out_features, self.in_features)
+        ours = (self.grid, self.downcast, self.scale_dtype, self.compute_dtype, self.ranges, self.transposed)
+        again = FrozenWeight(shape, *ours)
+        again._hold(self.base.data, self.scale0_bits.data, None, self.bias)
+        again.register_parameter("zero_point", self.zero_point)
+        again.source_checksum, again.lossless = self.source_checksum, self.lossless
+        return again
+
     @property
     def quantized_before(self) -> bool:
         """Whether the codes are those of a layer that was quantized already, and stand for it exactly."""
@@ -240,6 +291,11 @@ class FrozenWeight(nn.Module, KeepsWeight):
     @property
     def weight(self) -> torch.Tensor:
         """The base rounded to its grid, as `dense` builds it; read-only."""
+        if self.loading:  # transformers' models initialize what has not this mark
+            shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+            marked = torch.empty(shape, dtype=self.compute_dtype, device="meta")
+            marked._is_hf_initialized = True  # type: ignore[attr-defined]
+            return marked
         return ReadOnlyTensor(self.dense(), _WHY_READ_ONLY)
 
     def dense(self) -> torch.Tensor:
@@ -353,7 +409,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
     # an adapter also calls `state_dict()` on the whole model, and must not build every float weight on the way.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if _PACKED.get():
+        if _PACKED.get() or self.loading:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.dense()
         if self.bias is not None:

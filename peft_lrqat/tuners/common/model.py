@@ -18,11 +18,12 @@ from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
 from .extras import check_extras, check_reference, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order, version_of
-from .frozen import packed_state_dict
+from .frozen import FrozenWeight, packed_state_dict
 from .layer import MergingLayer, merging
+from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
-from .preflight import check_adapter_name, check_base, check_targets
+from .preflight import check_adapter_name, check_base, check_layers, check_targets
 from .scale_range import warn_of_lost_scales
 from .summary import report
 from .targets import left_out, tell_left_out, warn_of_unknown_names
@@ -106,15 +107,13 @@ class QuantizingModel(LoraModel):
         if not config.inference_mode:
             check_announced(trains_integers=self.trains_integers)
         adopted = self._adopt_base(model, config, state_dict)
+        adopt_loaded(model, self._targets(model, config, state_dict), config)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made
-        every = config.target_modules == ALL_LINEAR
-        if heads := task_heads(model, config.task_type, every):
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         warn_of_unknown_names(model, config)
-        if every:
+        if config.target_modules == ALL_LINEAR:
             tell_left_out(model)
-            config.target_modules = self._named_targets(model, config)
+        self._name_modules(model, config)
         targets = self._targets(model, config, state_dict)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
             self._check_shared(config, _adapters_of(module))
@@ -125,7 +124,7 @@ class QuantizingModel(LoraModel):
         check_extras(model, targets, config)
         check_reference(adapter_name, config, self.peft_config)
         converts = not all(isinstance(module, MergingLayer) for module in targets.values())
-        undo.keep(targets.values(), config.bytes_per_weight)
+        undo.keep([m for m in targets.values() if not isinstance(m, FrozenWeight)], config.bytes_per_weight)
         if adopted and not undo.keeps:
             undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory
         known = _layers_with(adapter_name, model)  # PEFT lets a name be used again, and warns
@@ -194,6 +193,29 @@ class QuantizingModel(LoraModel):
         check_targets(model, targets, config)
         return targets
 
+    @classmethod
+    def find_targets_to_load(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
+        """Name -> module of what `get_peft_model` will convert in a model whose weights are about to be loaded.
+
+        Raises:
+            ValueError: they cannot be quantized as `config` says.
+        """
+        finder, config = cls.__new__(cls), copy.deepcopy(config)
+        nn.Module.__init__(finder)
+        finder._name_modules(model, config)
+        targets = finder._targets(model, config, None)
+        check_layers(model, targets, config, loading=True)
+        finder._check_targets(targets, config)
+        return targets
+
+    def _name_modules(self, model: nn.Module, config: Any) -> None:
+        """Replace 'all-linear' by what it means for a model, and name the heads that are trained beside it."""
+        every = config.target_modules == ALL_LINEAR
+        if heads := task_heads(model, config.task_type, every):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+        if every:
+            config.target_modules = self._named_targets(model, config)
+
     def _targets(self, model: nn.Module, config: Any, state_dict: dict | None) -> dict[str, nn.Module]:
         """The modules that `config` names, found as PEFT will find them."""
         plan: Any = copy.copy(config)
@@ -217,7 +239,7 @@ class QuantizingModel(LoraModel):
         if config.target_modules != ALL_LINEAR:
             return config.target_modules
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        names = plan.target_modules - set(left_out(model))
+        names = (plan.target_modules - set(left_out(model))) | loaded_layers(model).keys()
         if not names:
             check_base(model, config)  # a quantized one, whose layers have a forward of their own
             raise ValueError(
@@ -256,12 +278,14 @@ class QuantizingModel(LoraModel):
         packed = isinstance(child, QuantizedLinear)
         if packed:  # PEFT asks the first of `qweight` and `weight` for its device, and `weight` would be built for that
             child.qweight = child.weight_packed
+        if isinstance(child, FrozenWeight):
+            child.qweight = child.base.data
         super()._replace_module(parent, child_name, new_module, child)
-        if packed:
+        if packed or isinstance(child, FrozenWeight):
             del child.qweight
         if isinstance(new_module, MergingLayer):
             new_module.take_from(child)
-        if self._conversion is not None:
+        if self._conversion is not None and not isinstance(child, FrozenWeight):
             self._conversion.undo.replaced(child)
 
     def train(self, mode: bool = True) -> QuantizingModel:

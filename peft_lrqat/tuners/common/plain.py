@@ -77,6 +77,11 @@ def check_plain(module: nn.Module, where: str) -> None:
         _refuse(where, "has a `forward` of its own", "Replace it by a plain layer")
     if hooks := [name for name in _STATE_HOOKS if vars(module).get(name)]:
         _refuse(where, f"has hooks of its state dict ({', '.join(hooks)})", "Remove them")
+    check_not_offloaded(module, where)
+
+
+def check_not_offloaded(module: nn.Module, where: str) -> None:
+    """Raise ValueError if accelerate keeps a module's weight somewhere else."""
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         _refuse(
             where,
@@ -94,4 +99,5 @@ def _refuse(where: str, what: str, how: str) -> None:
 
 def user_attributes(module: nn.Module) -> dict[str, Any]:
     """What users have set on a layer: its attributes but for torch's, accelerate's and ours."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN}
+    own = _OWN | getattr(type(module), "description", frozenset())
+    return {name: value for name, value in vars(module).items() if name not in own}

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from ...formats.reading import METHODS
 from ...modules.packed import MERGED, QuantizedLinear
 from .fingerprint import codes_checksum, float_checksum
+from .frozen import FrozenWeight
 from .layer import MergingLayer
-from .plain import check_plain
+from .plain import check_not_offloaded, check_plain
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,7 +98,18 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
     Returns:
         Name -> a number that tells its weight from another (`fingerprint.py`).
     """
+    check_layers(model, targets, config)
+    return {name: _checksum(name, module) for name, module in targets.items()}
+
+
+def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *, loading: bool = False) -> None:
+    """Raise ValueError if a module cannot be converted, whatever the values of its weight.
+
+    Args:
+        loading: the weights are about to be loaded, and to be tied where the model says so.
+    """
     owners = _owners(model)
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) if loading else {}
     for name, module in targets.items():
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, MergingLayer):
@@ -107,16 +119,29 @@ def check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Any) 
                 f"`target_modules` names {where}, which carries an adapter of another method. Unload that first, or "
                 "leave the module out with `exclude_modules`."
             )
+        if isinstance(module, FrozenWeight):  # quantized while it was loaded
+            check_not_offloaded(module, where)
+            _check_scale_dtype(module.compute_dtype, config, where)
+            continue
         _check_kind(module, config, where)
         check_plain(module, where)
         if isinstance(module, QuantizedLinear):
             _check_quantized(module, config, where)
         else:
-            weight = _float_weight(module, config, where)
-            _check_scale_dtype(weight, config, where)
-            _check_untied(name, where, owners[id(weight)])
+            weight = _float_weight(module, config, where, loading)
+            _check_scale_dtype(weight.dtype, config, where)
+            _check_untied(name, where, owners[id(weight)] + _tied_to(f"{name}.weight", ties))
             config.grid.check_divides(weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1], where)
-    return {name: _checksum(name, module) for name, module in targets.items()}
+
+
+def _tied_to(weight: str, ties: dict[str, str]) -> list[str]:
+    """The modules with whose weight a weight will be tied.
+
+    Args:
+        ties: name of a weight -> name of the one that it will be.
+    """
+    others = [source for target, source in ties.items() if target == weight]
+    return [name.rpartition(".")[0] for name in (*others, *(t for t, source in ties.items() if source == weight))]
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -156,8 +181,8 @@ def _check_quantized(layer: QuantizedLinear, config: Any, where: str) -> None:
         )
 
 
-def _float_weight(module: nn.Module, config: Any, where: str) -> torch.Tensor:
-    """The weight of a module, which is a plain float tensor with values; ValueError if it is not."""
+def _float_weight(module: nn.Module, config: Any, where: str, loading: bool) -> torch.Tensor:
+    """The weight of a module, which is a plain float tensor, with values unless `loading`; ValueError if it is not."""
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.dtype not in _FLOATS:
         kind = "no float weight (it seems to be quantized)" if weight is None else f"a weight of dtype {weight.dtype}"
@@ -174,7 +199,7 @@ def _float_weight(module: nn.Module, config: Any, where: str) -> torch.Tensor:
             f"The weight of {where} is a {type(weight.data).__name__}, no plain tensor: it seems to be quantized "
             "already. Load the float model."
         )
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" and not loading:
         raise ValueError(
             f"The weight of {where} is on the meta device, so there is nothing to quantize. Load the model with "
             "its weights (without `init_empty_weights`, and without offloading this module to disk)."
@@ -187,20 +212,20 @@ def _float_weight(module: nn.Module, config: Any, where: str) -> torch.Tensor:
     return weight
 
 
-def _check_scale_dtype(weight: torch.Tensor, config: Any, where: str) -> None:
-    if config.scale_dtype in _STORABLE[weight.dtype]:
+def _check_scale_dtype(dtype: torch.dtype, config: Any, where: str) -> None:
+    if config.scale_dtype in _STORABLE[dtype]:
         return
     if config.scale_dtype == "fp16":  # GGUF keeps scales in fp16, whatever the model is in
         warnings.warn(
-            f"`scale_dtype` is 'fp16', but the model is {weight.dtype}, in which a checkpoint cannot store such "
+            f"`scale_dtype` is 'fp16', but the model is {dtype}, in which a checkpoint cannot store such "
             "scales. Training uses them exactly, and `export(..., format='gguf')` writes them exactly, without "
             "merging. Before merging, call `model.float()`.",
             stacklevel=2,
         )
     else:
         raise ValueError(
-            f"`scale_dtype` is {config.scale_dtype!r}, but {where} is {weight.dtype}, and so will the checkpoint's "
-            f"scales be. Allowed for it: {_STORABLE[weight.dtype]}; 'auto' is exact everywhere."
+            f"`scale_dtype` is {config.scale_dtype!r}, but {where} is {dtype}, and so will the checkpoint's "
+            f"scales be. Allowed for it: {_STORABLE[dtype]}; 'auto' is exact everywhere."
         )
 
 
@@ -217,6 +242,8 @@ def _check_untied(name: str, where: str, owners: list[str]) -> None:
 def _checksum(name: str, module: Any) -> int:
     if isinstance(module, MergingLayer):
         return module.frozen.source_checksum
+    if isinstance(module, FrozenWeight):
+        return module.source_checksum  # type: ignore[return-value]  # a weight without is not quantized on loading
     if isinstance(module, QuantizedLinear):
         return codes_checksum(module.grid_tensor())
     checksum = float_checksum(module.weight.t() if isinstance(module, Conv1D) else module.weight)

@@ -182,6 +182,10 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         return Grid(self.forward_bits or self.bits, self.group_size)
 
     @property
+    def kept_as(self) -> str:
+        return "int"
+
+    @property
     def bytes_per_weight(self) -> float:
         return 2 * self.grid.code_bits / 8  # the base, and the adapter that starts as its copy
 

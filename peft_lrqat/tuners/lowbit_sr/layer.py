@@ -77,7 +77,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
     def __init__(
         self,
-        base_layer: nn.Linear | Conv1D | QuantizedLinear,
+        base_layer: nn.Linear | Conv1D | QuantizedLinear | FrozenWeight,
         adapter_name: str,
         config: LowBitSRConfig,
         name: str,
@@ -94,28 +94,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             source_checksum: of the layer's weight, if it is known.
         """
         super().__init__()
-        if isinstance(base_layer, QuantizedLinear):
-            frozen = FrozenWeight.of_codes(
-                base_layer,
-                config.grid,
-                "int",
-                config.scale_dtype,
-                fixed_point=fixed_point,
-                source_checksum=source_checksum,
-            )
-        else:
-            frozen = FrozenWeight.of_floats(
-                base_layer,
-                config.grid,
-                "int",
-                config.range_method or "minmax",
-                config.range_p,
-                config.scale_dtype,
-                signed_scales=config.signed_scales,
-                headroom=config.headroom,
-                transposed=isinstance(base_layer, Conv1D),
-                source_checksum=source_checksum,
-            )
+        frozen = FrozenWeight.of(base_layer, config, fixed_point=fixed_point, source_checksum=source_checksum)
         LowBitSRLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
         self.name = name

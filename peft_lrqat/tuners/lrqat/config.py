@@ -21,6 +21,7 @@ from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import FACTOR
 from ..common.config import ALL_LINEAR, GridConfig
+from ..common.loading import LoadingConfig
 from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, Rule, one_of, optional, pattern
 
 # LoraConfig options that have no meaning inside a rounding, with the reason that the error gives.
@@ -276,6 +277,18 @@ class LRQATConfig(GridConfig, LoraConfig):
             f"lora_alpha {self.lora_alpha} ({self.adapter_unit}), base kept as {self.downcast}, {ranges}"
             + (f", {self.act_bits}-bit activations" if self.act_bits is not None else "")
         )
+
+    @property
+    def kept_as(self) -> str:
+        return str(self.downcast)  # None exists only until the configuration is made
+
+    def for_loading(self) -> LoadingConfig:
+        if self.init_lora_weights == "loftq" and self._adapter_shapes is None:
+            raise ValueError(
+                "`init_lora_weights` is 'loftq', which needs the float weights when the adapter is made, but a model "
+                "that is quantized while it is loaded has none. Use True, or load the float model."
+            )
+        return super().for_loading()
 
     @property
     def bytes_per_weight(self) -> float:

@@ -101,7 +101,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def __init__(
         self,
-        base_layer: nn.Linear | Conv1D | nn.Embedding | QuantizedLinear,
+        base_layer: nn.Linear | Conv1D | nn.Embedding | QuantizedLinear | FrozenWeight,
         adapter_name: str,
         config: LRQATConfig,
         r: int = 0,
@@ -117,39 +117,17 @@ class LRQATLinear(nn.Module, LRQATLayer):
             source_checksum: of that weight, if it is known.
         """
         super().__init__()
-        transposed = isinstance(base_layer, Conv1D)
-        downcast = str(config.downcast)  # None exists only until the configuration is made
-        if isinstance(base_layer, QuantizedLinear):
-            frozen = FrozenWeight.of_codes(
-                base_layer,
-                config.grid,
-                downcast,
-                config.scale_dtype,
-                fixed_point=fixed_point,
-                source_checksum=source_checksum,
-            )
-        else:
-            frozen = FrozenWeight.of_floats(
-                base_layer,
-                config.grid,
-                downcast,
-                config.range_method,
-                config.range_p,
-                config.scale_dtype,
-                signed_scales=config.signed_scales,
-                transposed=transposed,
-                convert_on=config.conversion_device(),
-                source_checksum=source_checksum,
-            )
+        frozen = FrozenWeight.of(base_layer, config, fixed_point=fixed_point, source_checksum=source_checksum)
         LRQATLayer.__init__(self, frozen, **kwargs)
-        self.fan_in_fan_out = transposed
+        self.fan_in_fan_out = frozen.transposed
         self.name = kwargs.get("target_name", "")
         self.lora_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LRQATConfig] = {}
         self.activations = config.activations  # all adapters of a model share it
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
-        self._float_weight = None if frozen.quantized_before else base_layer.weight.detach()
+        quantized = isinstance(base_layer, QuantizedLinear | FrozenWeight)
+        self._float_weight = None if quantized else base_layer.weight.detach()
         try:
             self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         finally:
