@@ -17,6 +17,7 @@ from .grid import Grid, snap_magnitude, with_sign_of
 
 # half a step between neighbours, in fp32's bits (not for fp16's subnormal numbers, which are left as they are)
 _HALF_STEP = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}
+_SAMPLE = 32  # weights of a line that are looked at first
 
 
 def recover_scale(
@@ -41,17 +42,49 @@ def recover_scale(
     for low in [dtype] if dtype in _HALF_STEP else list(_HALF_STEP):
         if not any(bool((part.to(low).float() == part).all(dim=1).any()) for part in parts):
             continue
-        least, most = torch.zeros_like(scale), torch.full_like(scale, torch.inf)
-        for part in parts:
-            steps = _levels(part, scale, zero, grid).abs_()
-            bits = part.abs().view(torch.int32)
-            below, above = ((bits + half).view(torch.float32) / steps for half in (-_HALF_STEP[low], _HALF_STEP[low]))
-            least = torch.maximum(least, torch.where(steps > 0, below, 0.0).amax(dim=1))
-            most = torch.minimum(most, torch.where(steps > 0, above, torch.inf).amin(dim=1))
-        found = with_sign_of(scale, snap_magnitude((least + most) * 0.5, scale_dtype))
-        better = on_grid(parts, found, zero, grid, low, scale) & ~on_grid(parts, scale, zero, grid, low)
-        scale = torch.where(better, found, scale)
+        # nearly all lines of an ordinary model are ruled out by their first weights
+        least, most = _bounds([parts[0][:, :_SAMPLE]], scale, zero, grid, low, torch.finfo(low).tiny)
+        left = (least <= most * (1 + 1e-6)).nonzero().squeeze(1)
+        if left.numel():
+            lines = parts if left.numel() == scale.numel() else [part[left] for part in parts]
+            scale = scale.index_copy(0, left, _recover(lines, scale[left], zero[left], grid, scale_dtype, low))
     return scale
+
+
+def _recover(
+    parts: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    scale_dtype: str,
+    low: torch.dtype,
+) -> torch.Tensor:
+    """Replace scales as `recover_scale` does, for weights that were rounded to `low`."""
+    least, most = _bounds(parts, scale, zero, grid, low)
+    found = with_sign_of(scale, snap_magnitude((least + most) * 0.5, scale_dtype))
+    better = on_grid(parts, found, zero, grid, low, scale) & ~on_grid(parts, scale, zero, grid, low)
+    return torch.where(better, found, scale)
+
+
+def _bounds(
+    parts: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    low: torch.dtype,
+    smallest: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bound the scales of lines by their weights of at least `smallest`: least and most, fp32 (lines,)."""
+    least, most = torch.zeros_like(scale), torch.full_like(scale, torch.inf)
+    for part in parts:
+        steps = _levels(part, scale, zero, grid).abs_()
+        size = part.abs()
+        says = (steps > 0) & (size >= smallest)
+        bits = size.view(torch.int32)
+        below, above = ((bits + half).view(torch.float32) / steps for half in (-_HALF_STEP[low], _HALF_STEP[low]))
+        least = torch.maximum(least, torch.where(says, below, 0.0).amax(dim=1))
+        most = torch.minimum(most, torch.where(says, above, torch.inf).amin(dim=1))
+    return least, most
 
 
 def on_grid(

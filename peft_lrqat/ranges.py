@@ -14,26 +14,22 @@ A symmetric grid has one level more on one side. With `signed`, every scale choo
 takes the smaller magnitude. `lp` tries all candidates with the side of the largest weight; below 4 bits, with the other
 side too (from 4 bits on that gains less than 0.4 % of the error, and takes as long again).
 
-The arithmetic is the same on every device: elementwise IEEE operations (no `pow` where p is a multiple of 1/2), sums in
-fp64. An adapter file relies on it, because loading recomputes s0 from the base model (and verifies it by a checksum).
+`range_search.py` searches, and leaves out what cannot be the best. The arithmetic is the same on every device:
+elementwise IEEE operations (no `pow` where p is a multiple of 1/2), sums in fp64. An adapter file relies on it, because
+loading recomputes s0 from the base model (and verifies it by a checksum).
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
-from .chunks import chunk_size, row_chunks
+from .chunks import row_chunks
 from .grid import Grid, snap_magnitude
 from .lattice import recover_scale
+from .range_search import divisors_of, line_sum, search
 
 RANGE_METHODS = ("lp", "minmax")
 LOW_BIT_RANGE_METHODS = ("absmean", "minmax", "lp")
-_CLIP_STEPS = 100
-_ONE_SIDE_FROM_BITS = 4
-# errors are summed in fp32 first: a candidate is left out only if it is worse by more than that can blur
-_MARGIN = 1 + 1e-4
 
 
 def choose_range(
@@ -70,7 +66,9 @@ def choose_range(
     zero_point = None if grid.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=device)
 
     if rows == out_features and grid.group_size != 0:
-        for rows_ in row_chunks(out_features, in_features, device):
+        # the search of small groups takes more for their candidates than for their weights
+        width = max(in_features, groups * len(divisors_of(grid)))
+        for rows_ in row_chunks(out_features, width, device):
             # (chunk rows * groups, group size): one line for each scale
             lines = weight[rows_].float().reshape(-1, in_features // groups).contiguous()
             chosen = _search([lines], grid, method, p, scale_dtype, signed, weight.dtype)
@@ -111,10 +109,9 @@ def _best(
 
     if method == "absmean":
         count = sum(part.shape[1] for part in parts)
-        total = torch.stack([_line_sum(part.float().abs()) for part in parts]).sum(dim=0)
+        total = torch.stack([line_sum(part.float().abs()) for part in parts]).sum(dim=0)
         scale = snap_magnitude((total / (count * grid.qmax)).float(), scale_dtype)
         return scale, torch.zeros_like(scale)
-    top = grid.qmax if grid.symmetric else grid.qmax - grid.qmin
     scale, zero = _smallest_that_clips_nothing(lo, hi, grid, scale_dtype)
     if signed:  # the codes of W with a negative scale are those of -W with a positive one
         turned, _ = _smallest_that_clips_nothing(-hi, -lo, grid, scale_dtype)
@@ -122,46 +119,9 @@ def _best(
     if method == "minmax":
         return scale, zero
 
-    levels = -grid.qmin if grid.symmetric else top
-    # steps that make up the covered magnitude; the first (100 %: min-max) wins where candidates tie
-    divisors = [top * _CLIP_STEPS / i for i in range(_CLIP_STEPS, 0, -1)] + list(range(1, levels + 1))
-    best_scale, best_zero = scale, zero
-    best_error = torch.full(lo.shape, torch.inf, dtype=torch.float64, device=lo.device)
-    widest = max(part.numel() for part in parts)
-    at_a_time = min(len(divisors), max(1, chunk_size(lo.device) // max(1, widest)))  # small weights: fewer launches
-    work, spare = (torch.empty(at_a_time * widest, device=lo.device) for _ in range(2))
-    sides = [torch.where(hi > -lo, -1.0, 1.0)] if signed else [torch.ones_like(lo)]
-    if signed and grid.bits < _ONE_SIDE_FROM_BITS:
-        sides.append(-sides[0])
-    starts = range(0, len(divisors), at_a_time)
-    for side, first in itertools.product(sides, starts):
-        some = divisors[first : first + at_a_time]
-        scale, zero = _candidates(lo, hi, some, grid, scale_dtype)
-        scale *= side
-        if min(some) > top and bool((_least_clipping(lo, hi, scale, zero, grid) ** p > best_error * _MARGIN).all()):
-            continue  # the largest weight alone costs more than the best candidate so far: for every line
-        error = torch.zeros(scale.shape, dtype=torch.float64, device=lo.device)
-        for part in parts:
-            size = len(some) * part.numel()
-            error += _error(part, scale, zero, grid, p, work[:size], spare[:size])
-        error *= scale.double().abs() ** p
-        winner = error.argmin(dim=0, keepdim=True)  # the first of equals
-        error, scale, zero = (values.gather(0, winner).squeeze(0) for values in (error, scale, zero))
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
-def _least_clipping(
-    lo: torch.Tensor, hi: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
-) -> torch.Tensor:
-    """Bound a line's largest error from below, in weight units, by what the grid's ends cut off its extremes; fp64."""
-    step, zero = scale.double(), zero.double()
-    ends = step * (grid.qmin - zero), step * (grid.qmax - zero)
-    below, above = torch.minimum(*ends) - lo, hi - torch.maximum(*ends)
-    return torch.maximum(below, above).clamp_(min=0)
+    found, found_zero, error = search(parts, lo, hi, grid, p, scale_dtype, signed)
+    finite = error < torch.inf
+    return torch.where(finite, found, scale), torch.where(finite, found_zero, zero)
 
 
 def _smallest_that_clips_nothing(
@@ -172,88 +132,7 @@ def _smallest_that_clips_nothing(
         top, bottom = torch.tensor([[grid.qmax], [grid.qmin]], dtype=torch.float32, device=lo.device)
         scale = snap_magnitude(torch.maximum(hi / top, lo / bottom), scale_dtype)
         return scale, torch.zeros_like(scale)
-    scale, zero = _candidates(lo, hi, [grid.qmax - grid.qmin], grid, scale_dtype)
-    return scale[0], zero[0]
-
-
-def _candidates(
-    lo: torch.Tensor, hi: torch.Tensor, divisors: list[float], grid: Grid, scale_dtype: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute scales and centred zero points (divisors, lines): the largest magnitude (asymmetric: the span) makes so
-    many steps."""
-    # tensors on the device: a GPU divides by a Python number by multiplying with its rounded inverse
-    steps = torch.tensor(divisors, dtype=torch.float32, device=lo.device).unsqueeze(1)
-    if grid.symmetric:
-        scale = snap_magnitude(torch.maximum(hi, -lo) / steps, scale_dtype)
-        return scale, torch.zeros_like(scale)
-    top = grid.qmax - grid.qmin
-    scale = snap_magnitude((hi - lo) / steps, scale_dtype)
-    # clipping shrinks both ends alike; a coarser step clips nothing
-    kept = torch.tensor([min(1.0, top / d) for d in divisors], dtype=torch.float32, device=lo.device).unsqueeze(1)
-    zero = (-lo * kept / scale).round_() + grid.qmin
+    span = torch.tensor(grid.qmax - grid.qmin, dtype=torch.float32, device=lo.device)
+    scale = snap_magnitude((hi - lo) / span, scale_dtype)
+    zero = (-lo / scale).round_() + grid.qmin
     return scale, zero.clamp_(grid.qmin, grid.qmax)
-
-
-def _error(
-    lines: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    grid: Grid,
-    p: float,
-    levels: torch.Tensor,
-    nearest: torch.Tensor,
-) -> torch.Tensor:
-    """Sum |x - round(x)|^p over each of the `lines` (lines, n), x in grid steps, for each candidate scale.
-
-    Args:
-        scale, zero: (candidates, lines).
-        levels, nearest: work space of candidates x lines x n elements.
-
-    Returns:
-        fp64 (candidates, lines).
-    """
-    shape = (*scale.shape, lines.shape[1])
-    levels, nearest = levels.view(shape), nearest.view(shape)
-    torch.div(lines.unsqueeze(0), scale.unsqueeze(2), out=levels)
-    torch.round(levels, out=nearest)
-    if grid.symmetric:
-        nearest.clamp_(grid.qmin, grid.qmax)
-    else:
-        zero = zero.unsqueeze(2)
-        nearest.add_(zero).clamp_(grid.qmin, grid.qmax).sub_(zero)
-    powers = _power(levels.sub_(nearest).abs_(), p, nearest)
-    return _line_sum(powers.view(-1, shape[2])).view(scale.shape)
-
-
-def _line_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum each line of fp32 (lines, n) to fp64 (lines,), equal on every device. Overwrites `values`."""
-    # fold in halves a few times (elementwise, so equal on every device), then add up what is left in fp64
-    width = values.shape[1]
-    while width > 32:
-        half = width // 2
-        values[:, :half].add_(values[:, half : 2 * half])
-        if width % 2:
-            values[:, 0].add_(values[:, width - 1])
-        width = half
-    return values[:, :width].sum(dim=1, dtype=torch.float64)
-
-
-def _power(miss: torch.Tensor, p: float, out: torch.Tensor) -> torch.Tensor:
-    """Compute miss^p for miss >= 0, written to `out`.
-
-    Products and square roots are rounded as IEEE says on every device; `pow` is not, and many times slower. So whole
-    and half p, and those a quarter above a whole number, are made of the former.
-    """
-    whole, rest = divmod(p, 1)
-    if rest in (0, 0.25, 0.5) and 1 <= whole <= 8:
-        if not rest:
-            out.copy_(miss)
-            whole -= 1
-        else:
-            torch.sqrt(miss, out=out)
-            if rest == 0.25:
-                out.sqrt_()
-        for _ in range(int(whole)):
-            out.mul_(miss)
-        return out
-    return torch.pow(miss, p, out=out)

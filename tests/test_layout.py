@@ -23,7 +23,19 @@ FLOORS = (
     ("modules",),
     ("formats",),
     ("ops",),
-    ("grid", "lattice", "packing", "ranges", "rounding", "chunks", "files", "read_only", "registration", "_version"),
+    (
+        "grid",
+        "lattice",
+        "packing",
+        "ranges",
+        "range_search",
+        "rounding",
+        "chunks",
+        "files",
+        "read_only",
+        "registration",
+        "_version",
+    ),
 )
 SIBLINGS = ("tuners.lrqat", "tuners.lowbit_sr")
 
