@@ -134,7 +134,10 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         self, adapter_name: str, frozen: FrozenWeight, config: LowBitSRConfig, name: str, device: torch.device | str
     ) -> None:
         stored = (frozen.base, frozen.scale0)
-        packed, scale = (torch.empty_like(t, device=device).copy_(t.detach()) for t in stored)
+        if config.keep_base or not config.init_weights or device == "meta":
+            packed, scale = (torch.empty_like(t, device=device).copy_(t.detach()) for t in stored)
+        else:  # nobody reads the base again, so that its tensors need no copy
+            packed, scale = (t.detach() for t in stored)
         # adapters of one layer round apart; one of PEFT's own name as before adapters had streams of their own
         named = name if adapter_name == "default" else f"{name}/{adapter_name}"
         stream = torch.tensor([stream_key(config.seed, named), 0], device=device)

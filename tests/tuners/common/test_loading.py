@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_lrqat import LowBitAdamW, LRQATConfig
 from peft_lrqat.tuners.common import loading, parallel
 from peft_lrqat.tuners.common.frozen import FrozenWeight
-from tests import lrqat
+from tests import lowbit_sr, lrqat
 from tests.models import logits, tiny, tokens, train
 from tests.trainer import arguments, losses
 
@@ -139,6 +139,22 @@ def test_adapters_load_whichever_way_the_base_was_loaded(method: ModuleType, bas
     other_way.save_pretrained(tmp_path / "b")
     again = PeftModel.from_pretrained(load(base_folder, method.config()), tmp_path / "b").eval()
     assert torch.equal(logits(again, IDS), logits(other_way, IDS))
+
+
+def test_an_adapter_loads_with_little_memory(method: ModuleType, base_folder: Path, saved: Path) -> None:
+    model = load(base_folder, PeftConfig.from_pretrained(saved))
+    model = PeftModel.from_pretrained(model, saved, low_cpu_mem_usage=True).eval()
+    assert torch.equal(logits(model, IDS), logits(PeftModel.from_pretrained(tiny(), saved).eval(), IDS))
+
+
+def test_a_base_that_is_dropped_is_not_copied(base_folder: Path) -> None:
+    config = lowbit_sr.config(keep_base=False)
+    loaded = load(base_folder, config)
+    where = {name: loaded.get_submodule(name).base.data_ptr() for name in prepared(loaded)}
+    adopted = adapt(loaded, config)
+    same(adopted, adapt(load(base_folder), config))
+    layers = lowbit_sr.layers(adopted.base_model.model)
+    assert {name: layer.lowbitsr_weight["default"].weight.packed.data_ptr() for name, layer in layers.items()} == where
 
 
 def test_transformers_own_road_to_an_adapter(method: ModuleType, base_folder: Path, tmp_path: Path) -> None:
