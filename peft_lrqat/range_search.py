@@ -20,6 +20,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .chunks import chunk_size
 from .grid import Grid, scale_bounds, snap_magnitude
 
 _CLIP_STEPS = 100
@@ -29,8 +30,6 @@ _MARGIN = 1 + 1e-4
 _BINS = 1024  # of the table, for each half
 _BAG = 512  # weights that are added up in fp32
 _TABLE_FROM = 1 << 14  # below so many weights, making the table costs more than it saves
-# Elements of work space: on a CPU, for each thread, so that both buffers stay in its L2 cache.
-_CPU_WORK, _GPU_WORK = 1 << 16, 1 << 25
 # how far snapping may move a scale, relatively, and from which magnitude on it moves none farther
 _SNAPS = {"auto": (2.0**-9, 2.0**-17), "bf16": (2.0**-9, 0.0), "fp16": (2.0**-11, 2.0**-14), "fp32": (0.0, 0.0)}
 
@@ -72,18 +71,18 @@ def search(
         open_ = ~(bound > limit.unsqueeze(1))
     open_[lines, first] = False
     open_ &= (ours.reach > 0).unsqueeze(1)  # all candidates suit zeros
-    line, which = open_.nonzero(as_tuple=True)
-    scale, zero = ours.at(line, which)
-    kept = ~(_least_clipping(lo[line], hi[line], scale, zero, grid) ** p > allowed[line])
-    line, which, scale, zero = line[kept], which[kept], scale[kept], zero[kept]
-    error = _errors(parts, line, scale, zero, grid, p)
-
-    # of each line the least, and of equals the first
-    least = best.scatter_reduce(0, line, error, "amin")
-    winner = torch.where(best == least, first, ours.count)
-    ties = torch.where(error == least[line], which, ours.count)
-    winner = winner.scatter_reduce(0, line, ties, "amin").clamp_(max=ours.count - 1)
-    return *ours.at(lines, winner), least
+    left = open_.nonzero(as_tuple=True)
+    least, winner = best, first
+    for line, which in zip(*(indices.split(max(1, chunk_size(lo.device) // 16)) for indices in left), strict=True):
+        scale, zero = ours.at(line, which)
+        kept = ~(_least_clipping(lo[line], hi[line], scale, zero, grid) ** p > allowed[line])
+        line, which = line[kept], which[kept]
+        error = _errors(parts, line, scale[kept], zero[kept], grid, p)
+        # of each line the least, and of equals the first
+        before, least = least, least.scatter_reduce(0, line, error, "amin")
+        winner = torch.where(before == least, winner, ours.count)
+        winner = winner.scatter_reduce(0, line, torch.where(error == least[line], which, ours.count), "amin")
+    return *ours.at(lines, winner.clamp_(max=ours.count - 1)), least
 
 
 class _Candidates:
@@ -196,7 +195,9 @@ def _errors(
 ) -> torch.Tensor:
     """Sum |w - W^|^p over the lines `line` with one scale and centred zero point each: fp64, of their shape."""
     device = line.device
-    size = _CPU_WORK * torch.get_num_threads() if device.type == "cpu" else _GPU_WORK
+    size = chunk_size(device)
+    if device.type == "cpu":  # both buffers of each thread stay in its L2 cache
+        size = size // 4 * torch.get_num_threads()
     widest = max(part.shape[1] for part in parts)
     at_once = max(1, size // widest)
     levels, nearest = (torch.empty(min(at_once, max(1, line.numel())) * widest, device=device) for _ in range(2))

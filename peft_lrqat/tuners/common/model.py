@@ -24,6 +24,7 @@ from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
 from .preflight import check_adapter_name, check_base, check_layers, check_targets
+from .progress import conversion_bar
 from .scale_range import warn_of_lost_scales
 from .summary import report
 from .targets import left_out, tell_left_out, warn_of_unknown_names
@@ -38,6 +39,7 @@ class _Conversion(NamedTuple):
 
     undo: Undo
     checksums: dict[str, int]  # of the weights, by the modules' names
+    bar: Any  # counts the layers
 
 
 class QuantizingModel(LoraModel):
@@ -128,9 +130,11 @@ class QuantizingModel(LoraModel):
         if adopted and not undo.keeps:
             undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory
         known = _layers_with(adapter_name, model)  # PEFT lets a name be used again, and warns
-        self._conversion = _Conversion(undo, checksums)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._conversion
+        converted = sum(not isinstance(module, MergingLayer | FrozenWeight) for module in targets.values())
+        with conversion_bar(converted, config.method) as bar:
+            self._conversion = _Conversion(undo, checksums, bar)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            del self._conversion
         if other := (_layers_with(adapter_name, model) ^ targets.keys()) - known:
             raise RuntimeError(
                 f"PEFT adapted other modules than were checked before ({sorted(other)[:3]} ...). "
@@ -287,6 +291,7 @@ class QuantizingModel(LoraModel):
             new_module.take_from(child)
         if self._conversion is not None and not isinstance(child, FrozenWeight):
             self._conversion.undo.replaced(child)
+            self._conversion.bar.update()
 
     def train(self, mode: bool = True) -> QuantizingModel:
         """torch's `train`; before an evaluation (False) it is said if scales have left their range.
