@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..modules.packed import MERGED
+from ..tuners.common.frozen import FrozenWeight
 from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
 from ..tuners.lrqat import LRQATConfig, LRQATModel
 
@@ -181,7 +182,7 @@ def decoder_blocks(model: nn.Module, config: AnyConfig, method: str) -> tuple[st
         ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them is none
             that can be quantized.
     """
-    if any(isinstance(module, MERGED) for module in model.modules()):
+    if any(isinstance(module, (*MERGED, FrozenWeight)) for module in model.modules()):
         raise ValueError(f"`model` is quantized already; {method} starts from the float model.")
     kind = LRQATModel if isinstance(config, LRQATConfig) else LowBitSRModel
     targets = kind.find_targets(model, config)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from peft_lrqat import LowBitAdamW, LRQATConfig
+from peft_lrqat import LowBitAdamW, LRQATConfig, preprocess_gptq
 from peft_lrqat.tuners.common import loading, parallel
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests import lowbit_sr, lrqat
@@ -246,6 +246,24 @@ def test_loftq_needs_the_float_weights(base_folder: Path) -> None:
 def test_another_method_is_refused(method: ModuleType, base_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"FrozenWeight.* is not supported"):
         get_peft_model(load(base_folder, method.config()), LoraConfig(target_modules=["q_proj"]))
+
+
+def test_calibration_needs_the_float_weights(method: ModuleType, base_folder: Path) -> None:
+    model = load(base_folder, method.config())
+    with pytest.raises(ValueError, match="quantized already; GPTQ starts from the float model"):
+        preprocess_gptq(model, method.config(), [{"input_ids": IDS}])
+
+
+def test_a_device_map_is_made_of_packed_sizes(method: ModuleType, base_folder: Path) -> None:
+    config = method.config()
+    quantizer = loading.LoadingQuantizer(config.for_loading(), pre_quantized=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny().config)
+    quantizer.preprocess_model(model, dtype=torch.float32)
+    sizes = {name: quantizer.param_element_size(model, name, weight) for name, weight in model.named_parameters()}
+    assert sizes["model.layers.0.self_attn.q_proj.weight"] == config.bytes_per_weight
+    assert sizes["lm_head.weight"] == sizes["model.norm.weight"] == 4
+    assert load(base_folder, config, device_map="auto").device.type == "cpu"
 
 
 def test_hooks_and_attributes_of_the_loaded_layers_are_kept(method: ModuleType, base_folder: Path) -> None:
