@@ -166,8 +166,9 @@ def _table(grid: Grid, p: float, scale_dtype: str, sides: int, device: torch.dev
 
     Bin i has the weights that lie nearest to (i - bins) / bins of the reach, turned to the side that the scale has.
     """
-    divisors = torch.tensor(divisors_of(grid), dtype=torch.float64).repeat(sides)
-    u = torch.arange(-_BINS, _BINS + 1, dtype=torch.float64).unsqueeze(1) / _BINS
+    cpu = torch.device("cpu")  # not what a context says, as where models are loaded
+    divisors = torch.tensor(divisors_of(grid), dtype=torch.float64, device=cpu).repeat(sides)
+    u = torch.arange(-_BINS, _BINS + 1, dtype=torch.float64, device=cpu).unsqueeze(1) / _BINS
     levels = u * divisors
     levels[:, len(divisors) // sides :] *= -1  # no column of one side only
     nearest = levels.round()

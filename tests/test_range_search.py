@@ -94,6 +94,17 @@ def test_equals_judging_every_candidate_of_a_small_weight(monkeypatch, symmetric
     check(weights(), Grid(2, -1, symmetric), signed=signed)
 
 
+@SIDES
+def test_a_device_that_a_context_names_changes_nothing(symmetric, signed):
+    """As the meta device while a model is loaded, and inference mode."""
+    weight, grid = weights(), Grid(4, 32, symmetric)
+    range_search._table.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        there = choose_range(weight, grid, signed=signed)
+    here = choose_range(weight, grid, signed=signed)
+    assert torch.equal(there[0], here[0])
+
+
 @pytest.mark.parametrize(("bits", "most"), [(2, 0.1), (3, 0.1), (4, 0.15), (8, 0.25)])
 def test_few_candidates_are_judged(monkeypatch, bits, most):
     judged = 0
