@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 
 from peft_lrqat import LRQATConfig, export
 from tests.models import adapted, tiny
@@ -69,6 +69,8 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
             given["model"] = _float_model(folders)
         # as README says of machines without a GPU
         exec(compile(block.replace('SFTConfig("adapter"', 'SFTConfig("adapter", use_cpu=True'), page, "exec"), given)
+    if page == "README.md":
+        assert PeftConfig.from_pretrained("adapter").base_model_name_or_path == "base"
     assert pushed == re.findall(r'push_to_hub\("(.*?)"\)', "".join(snippets(page)))
 
 

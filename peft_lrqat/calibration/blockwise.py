@@ -13,6 +13,7 @@ What is left behind keeps the fraction of every weight: see `preprocess_blockwis
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,9 @@ from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
 from .calibrate import AnyConfig, BlockInputs, decoder_blocks, read_batches
+
+#: Fields of a model's configuration on which no result depends.
+_NO_RESULT = {"_name_or_path", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def preprocess_blockwise(
     batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
     results = None
     if resume_from is not None:
-        results = BlockResults(resume_from, _identity(layers, batches, config, settings), config.grid)
+        results = BlockResults(resume_from, _identity(model, layers, batches, config, settings), config.grid)
     was_training = model.training
     model.eval()
     inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
@@ -156,6 +160,7 @@ def preprocess_blockwise(
 
 
 def _identity(
+    model: nn.Module,
     layers: dict[str, nn.Linear],
     batches: list[dict[str, torch.Tensor]],
     config: AnyConfig,
@@ -173,8 +178,25 @@ def _identity(
         **asdict(settings),
         "layers": len(layers),
         "weights": in_order(float_checksum(layer.weight) or 0 for layer in layers.values()),
+        **_identity_of_the_rest(model, layers),
         "dtype": str(next(iter(layers.values())).weight.dtype),
         "text": text.hexdigest(),
+    }
+
+
+def _identity_of_the_rest(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, str]:
+    """Checksums of what the blocks' inputs and outputs depend on besides the weights of `layers`."""
+    trained = {f"{name}.weight" for name in layers}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    others = (value for name, value in tensors if name not in trained and not value.is_meta and value.numel())
+    config: Any = getattr(model, "config", None)
+    fields = {} if config is None else config.to_dict()
+    written = json.dumps({key: fields[key] for key in fields.keys() - _NO_RESULT}, sort_keys=True, default=str)
+    return {
+        "other_weights": in_order(
+            float_checksum(value.reshape(-1, value.shape[-1] if value.dim() else 1)) or 0 for value in others
+        ),
+        "config": hashlib.blake2b(written.encode(), digest_size=8).hexdigest(),
     }
 
 

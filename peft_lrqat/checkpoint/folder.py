@@ -75,6 +75,7 @@ class FolderSource(Source):
         record = Record.read(described.get(KEY))
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
+            self.fixed_point_bits = record.fixed_point_bits
         self.trust_remote_code = trust_remote_code
         self.config = read_config(folder, described, trust_remote_code) if config is None else copy.deepcopy(config)
         for known in ("quantization_config", KEY):

@@ -93,6 +93,7 @@ class ModelSource(Source):
             record = adapter.record()
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
+            self.fixed_point_bits = record.fixed_point_bits
 
     def grids(self) -> dict[str, LayerInfo]:
         return {file: self._info(name) for file, name in self._called.items()}

@@ -81,7 +81,8 @@ class SafetensorsWriter(Writer):
         grids = {name: info.grid for name, info in self.packed(source).items()}
         most = Counter(grids.values()).most_common(1)[0][0]
         grids |= {source.modules[name]: grid for name, grid in grids.items() if name in source.modules}
-        Record(most, source.scale_dtype, source.recipe).with_layers(grids).put_into(config)
+        record = Record(most, source.scale_dtype, source.recipe, fixed_point_bits=source.fixed_point_bits)
+        record.with_layers(grids).put_into(config)
         source.save_code(folder, config)
         config.save_pretrained(folder)
         if source.generation_config is not None:

@@ -74,6 +74,7 @@ class Source(ABC):
         origin: a few words for messages and model cards: a path, or a base model's name.
         recipe: how it was trained, in Markdown, or None if unknown.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
+        fixed_point_bits: of the grid that LR-QAT is to take for 8-bit codes with a fraction (`Record`), or None.
         float_linears: names of the modules that are not quantized and that an engine may take for linear layers; where
             the model has another name than the file, both.
         modules: name of a quantized module in the file -> in the model, where they differ.
@@ -87,6 +88,7 @@ class Source(ABC):
     origin: str = ""
     recipe: str | None = None
     scale_dtype: str | None = None
+    fixed_point_bits: int | None = None
     float_linears: list[str]
     modules: Mapping[str, str]
     loading: Loading = Loading()

@@ -66,6 +66,20 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path):
             trained(tmp_path, **other)
 
 
+@pytest.mark.parametrize("what", ["embed_tokens", "norm", "layers.0.input_layernorm", "config"])
+def test_the_rest_of_the_model_counts(what: str, tmp_path: Path):
+    settings = {"epochs": 1}
+    trained(tmp_path, settings=settings)
+    other = tiny(rms_norm_eps=0.1 if what == "config" else tiny().config.rms_norm_eps)
+    if what != "config":
+        other.model.get_submodule(what).weight.data.mul_(2)
+    with pytest.raises(ValueError, match=f"another run .{'config' if what == 'config' else 'other_weights'}: "):
+        trained(tmp_path, model=other, settings=settings)
+    same = tiny()
+    same.config._name_or_path = "elsewhere"
+    trained(tmp_path, model=same, settings=settings)
+
+
 def test_a_damaged_file_is_said(tmp_path: Path):
     trained(tmp_path)
     path = tmp_path / "block-0001.safetensors"

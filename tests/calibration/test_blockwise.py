@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_lrqat import LowBitSRConfig, LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
+from peft_lrqat import LowBitSRConfig, LRQATConfig, export, load_quantized, preprocess_blockwise, preprocess_gptq
 from peft_lrqat.calibration.calibrate import BlockInputs
 from peft_lrqat.modules.packed import QuantizedLinear
 from tests.models import logits, tiny, tokens, train
@@ -280,6 +280,25 @@ def test_low_bit_sr_starts_from_the_integers(options: dict, tmp_path: Path):
                 assert torch.equal(logits(peft_model, IDS), start)
             if "forward_bits" not in options:
                 assert torch.equal(logits(peft_model, IDS), start)
+
+
+SQUARE = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "torchao"])
+def test_an_exported_base_is_the_same_start(format: str, tmp_path: Path):
+    model = trained({"bits": 3, "group_size": 16}, tiny(**SQUARE))
+    model.save_pretrained(tmp_path / "base")
+    peft_model = get_peft_model(load_quantized(tmp_path / "base"), config(bits=3, group_size=16))
+    start = logits(peft_model, IDS)
+    open_options = dict.fromkeys(("bits", "group_size", "symmetric", "downcast"))
+    for index, source in enumerate((model, tmp_path / "base")):
+        export(source, tmp_path / str(index), format, progress=False)
+        again = get_peft_model(load_quantized(tmp_path / str(index)), config(**open_options))
+        assert (again.peft_config["default"].bits, again.peft_config["default"].downcast) == (3, "fx8")
+        assert torch.equal(logits(again, IDS), start)
+    export(peft_model, tmp_path / "trained", format, progress=False)
+    assert load_quantized(tmp_path / "trained").config.peft_lrqat.get("fixed_point_bits") is None
 
 
 def test_low_bit_sr_starts_from_fixed_point_too():

@@ -146,10 +146,13 @@ def check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:
             )
 
 
-def check_same_base(model: nn.Module, adapter_name: str, saved: dict[str, torch.Tensor], name: str) -> None:
+def check_same_base(
+    model: nn.Module, config: Any, adapter_name: str, saved: dict[str, torch.Tensor], name: str
+) -> None:
     """Raise ValueError if an adapter was trained over other integers than the model's.
 
     Args:
+        config: of the adapter in the model.
         saved: the checksums, called `name`, of its file: one for the adapter, or, from earlier versions, one a layer.
     """
     layers: dict[str, Any] = {
@@ -157,10 +160,12 @@ def check_same_base(model: nn.Module, adapter_name: str, saved: dict[str, torch.
         for path, layer in model.named_modules()
         if isinstance(layer, MergingLayer) and adapter_name in layer.adapter_options
     }
+    signed = config.signed_scales and not config.wants_quantized_base
     for key, value in saved.items():
         where = key.partition(f".{name}")[0]
         known = layers.get(where, layers.get(where.removeprefix(PREFIX)))
         meant = layers.values() if known is None and where in ("", name, PREFIX[:-1]) else [known] if known else []
         if meant:
             version = version_of(required := of_tensor(value))
-            check_checksum(in_order((int(frozen.checksum(version)) for frozen in meant), version), required)
+            found = in_order((int(frozen.checksum(version)) for frozen in meant), version)
+            check_checksum(found, required, signed)

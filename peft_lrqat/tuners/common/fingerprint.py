@@ -146,14 +146,25 @@ def check_fingerprint(found: str, required: str | None) -> None:
     )
 
 
-def check_checksum(found: str, required: str | None) -> None:
-    """Raise ValueError if an adapter was trained over other integers than those of the base at hand (None: any)."""
+_BEFORE_SIGNED_SCALES = (
+    "This model was converted with `signed_scales=True`, which is the default now: if the adapter, or the Trainer "
+    "checkpoint that is resumed from, was made before that, set `signed_scales=False` in the configuration. Otherwise: "
+)
+
+
+def check_checksum(found: str, required: str | None, signed_scales: bool = False) -> None:
+    """Raise ValueError if an adapter was trained over other integers than those of the base at hand (None: any).
+
+    Args:
+        signed_scales: whether the base was converted with them, which an adapter of before they were there was not.
+    """
     if required is None or required == found:
         return
     raise ValueError(
         f"This adapter was trained on another base: its integers have the checksum {required}, but those of this "
-        f"model have {found}. On other integers it means something else, so it was not loaded. Load it on the same "
-        "float model, in the same dtype and with the same options, that it was trained on (see "
+        f"model have {found}. On other integers it means something else, so it was not loaded. "
+        + (_BEFORE_SIGNED_SCALES if signed_scales else "")
+        + "Load it on the same float model, in the same dtype and with the same options, that it was trained on (see "
         "`base_model_name_or_path` in its adapter_config.json); for a new adapter, make a new configuration, or set "
         "`base_checksum=None`."
     )

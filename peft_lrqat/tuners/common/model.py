@@ -339,7 +339,7 @@ class QuantizingModel(LoraModel):
         check_state_dict(model, config, adapter_name, cls.prefix, remapped)
         cls._check_loaded(model, config, adapter_name, remapped)
         if saved:
-            check_same_base(model, adapter_name, saved, cls.prefix + _CHECKSUM)
+            check_same_base(model, config, adapter_name, saved, cls.prefix + _CHECKSUM)
         return remapped
 
     @classmethod

@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from peft_lrqat import LowBitSRConfig, LRQATConfig, can_export, export, load_quantized
@@ -56,6 +57,21 @@ def test_an_adapter_of_before_has_positive_scales(method: ModuleType, tmp_path: 
     assert torch.equal(logits(again, method.IDS), logits(model, method.IDS))
     assert PeftConfig.from_pretrained(tmp_path).signed_scales is False
     assert method.config().signed_scales is True
+
+
+def test_a_trainer_checkpoint_of_before_is_resumed_with_positive_scales(method: ModuleType, tmp_path: Path):
+    before = method.random_adapter(tiny(), signed_scales=False)
+    before.save_pretrained(tmp_path)  # all that a Trainer reads of it is the tensors
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"`signed_scales=True`, which is the default.* set `signed_scales=False`"):
+        set_peft_model_state_dict(method.random_adapter(tiny()), saved)
+    again = method.random_adapter(tiny(), signed_scales=False)
+    set_peft_model_state_dict(again, saved)
+    assert torch.equal(logits(again, method.IDS), logits(before, method.IDS))
+    other = method.random_adapter(tiny(seed=1), signed_scales=False)
+    with pytest.raises(ValueError, match="trained on another base") as error:
+        set_peft_model_state_dict(other, saved)
+    assert "signed_scales" not in str(error.value)
 
 
 def test_without_a_side_there_is_no_sign():
