@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -173,6 +174,8 @@ class Distillation(TrainerCallback):
         if not self._armed:  # after a training that failed; or a second forward and backward in a step
             self._extra += 1
             return None
+        if not _called_by_trainer_of(self._state):  # the training failed before its forward, and this is another
+            return None
         self._armed = False
         inputs = named_inputs(student, args, kwargs)
         fused = bool(inputs.pop("fused_lm_head", False))
@@ -205,7 +208,9 @@ class Distillation(TrainerCallback):
         if not isinstance(teacher, TopK):
             teacher = teacher.reshape(-1, teacher.shape[-1])
         rows = logits.reshape(-1, vocab_size)
-        self._losses = token_losses(rows, targets, teacher, self.temperature, self.weight, overwrite=True)
+        # a model of the user's may hold on to what it returned
+        overwrite = not isinstance(self.teacher, nn.Module)
+        self._losses = token_losses(rows, targets, teacher, self.temperature, self.weight, overwrite=overwrite)
         if self._losses.loss.requires_grad:
             self._pending = True
             self._losses.loss.register_hook(self._reached)
@@ -272,7 +277,26 @@ class Distillation(TrainerCallback):
             if self.keep is not None:
                 raise ValueError(f"`keep={self.keep!r}` is for a model, and {str(self.teacher)!r} holds stored logits.")
             return StoredLogits(self.teacher, student, self.temperature)
+        if Path(self.teacher).is_dir() and not (Path(self.teacher) / "config.json").is_file():
+            raise ValueError(
+                f"The teacher {str(self.teacher)!r} is a folder without config.json and without stored logits. Name a "
+                "model (an adapter's is the one it belongs to, or merge it first), or call `store_logits` before."
+            )
         return ModelTeacher(load_teacher(self.teacher, student, self.keep), student)
+
+
+def _called_by_trainer_of(state: Any) -> bool:
+    """Whether a Trainer with this state is what calls the model.
+
+    A callback is told when a step begins, and not when an exception ends the training, so that alone says who calls.
+    If it were ever wrong, `_check_calls` stops the training before the step.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if getattr(frame.f_locals.get("self"), "state", None) is state:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _check_arguments(args: Any) -> None:

@@ -41,9 +41,9 @@ def segments(inputs: Mapping[str, Any], shift_labels: torch.Tensor) -> Iterator[
     `position_ids` do not go on by one. What a causal model predicts in a sequence depends on its tokens alone, so a
     sequence is found again whatever row, batch, epoch or process it comes in, and on whatever side it is padded. That
     is so because attention does not reach across: transformers keeps the sequences of a row apart where the
-    `position_ids` begin anew and no attention mask is given. (An attention implementation that does not would let a
-    teacher see the neighbours that a sequence had when the logits were stored, as it lets the student see those of the
-    day.)
+    `position_ids` begin anew and no attention mask is given. With a mask it does not: a row is one sequence then, and
+    its positions are part of the key. (An attention implementation that reaches across all the same would let a teacher
+    see the neighbours that a sequence had when the logits were stored, as it lets the student see those of the day.)
 
     Args:
         inputs: what the model is called with.
@@ -69,17 +69,41 @@ def segments(inputs: Mapping[str, Any], shift_labels: torch.Tensor) -> Iterator[
         raise ValueError("The batch has `cu_seq_lens_q` and no `position_ids`; its sequences are read from the latter.")
     for row in range(len(ids)):
         real = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero().squeeze(1)
-        starts = [0]
+        breaks: list[int] = []
         if positions is not None:
-            starts += (positions[row, real].diff() != 1).nonzero().add(1).flatten().tolist()
+            breaks = (positions[row, real].diff() != 1).nonzero().add(1).flatten().tolist()
+        starts = [0, *(breaks if mask is None else [])]
         for start, stop in zip(starts, [*starts[1:], len(real)], strict=True):
             columns = real[start:stop]
             counted = flags[row, columns]
             if counted.any():
                 key = hashlib.blake2b(ids[row, columns].to(torch.int32).numpy().tobytes(), digest_size=16)
                 key.update(counted.numpy().tobytes())
+                if mask is not None and breaks and positions is not None:
+                    key.update(positions[row, real].to(torch.int32).numpy().tobytes())
                 rows = columns[counted] + row * ids.shape[1]
                 yield Segment(key.digest(), rows, ids[row, columns[:8]].tolist())
+
+
+def check_positions(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse what makes a model's predictions depend on the padding before a sequence: a table of positions.
+
+    Raises:
+        ValueError: `model` has one (GPT-2, say), padding is on the left, and `position_ids` do not make up for it.
+    """
+    mask = inputs.get("attention_mask")
+    if inputs.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    if bool(mask[:, 0].all()) or not any(
+        isinstance(module, torch.nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for name, module in model.named_modules()
+    ):
+        return
+    raise ValueError(
+        f"{type(model).__name__} numbers the positions of a row, padding included, so what it predicts depends on the "
+        "padding before a sequence, and stored logits would not fit. Pad on the right "
+        "(`tokenizer.padding_side = 'right'`), or give `Distillation` a model."
+    )
 
 
 def _two_dimensional(inputs: Mapping[str, Any], name: str, ids: torch.Tensor) -> torch.Tensor | None:

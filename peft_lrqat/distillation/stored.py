@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..files import read_json, write_atomically
 from ..tuners.common import loss as lean
 from .loss import TopK, check_options, top_k
-from .segments import segments, without_padding
+from .segments import check_positions, segments, without_padding
 from .teacher import ModelTeacher, causal_lm, check_keep, load_teacher
 
 MANIFEST = "teacher.json"
@@ -86,7 +86,7 @@ def store_logits(
             writer = _Writer(Path(folder), made, rank, shard_tokens)
         trainer.accelerator.wait_for_everyone()  # nobody lists files before all have read what is there
         with torch.random.fork_rng(devices=[]):  # the order of training is not to depend on this
-            batches = tqdm(trainer.get_train_dataloader(), desc="teacher", disable=not progressbar or rank > 0)
+            batches = tqdm(_all_batches(trainer), desc="teacher", disable=not progressbar or rank > 0)
             for batch in batches:
                 with torch.no_grad(), trainer.accelerator.autocast():
                     writer.add(source, {n: v for n, v in batch.items() if n != "num_items_in_batch"})
@@ -97,6 +97,15 @@ def store_logits(
         trainer.accelerator.wait_for_everyone()
     finally:
         source.release()
+
+
+def _all_batches(trainer: Any) -> Any:
+    """The Trainer's batches, with the last one even if training drops it: another epoch drops other rows."""
+    dropped, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
+    try:
+        return trainer.get_train_dataloader()
+    finally:
+        trainer.args.dataloader_drop_last = dropped
 
 
 def _identity(teacher: Any) -> dict[str, Any]:
@@ -153,6 +162,7 @@ class _Writer:
                 new.append(segment)
         if not new:
             return
+        check_positions(source.model, batch)
         logits = source.targets(batch, targets).flatten(0, -2)
         for segment in new:
             rows = segment.rows.to(logits.device)
@@ -195,7 +205,7 @@ class StoredLogits:
             ValueError: writing did not come to its end, a file is damaged, or the logits are of another vocabulary or
                 temperature.
         """
-        self.folder = Path(folder)
+        self.folder, self.student = Path(folder), student
         made = read_json(self.folder / MANIFEST)
         if not made.get("complete"):
             raise ValueError(f"The logits in {str(folder)!r} are not complete. Call `store_logits` again; it goes on.")
@@ -219,8 +229,8 @@ class StoredLogits:
                 start = end
 
     def release(self) -> None:
-        """Close the files."""
-        self._shards = []
+        """Close the files, and let go of the student."""
+        self._shards, self.student = [], None
 
     def targets(self, inputs: Mapping[str, Any], shift_labels: torch.Tensor) -> TopK:
         """The `TopK` of a batch, on the labels' device.
@@ -232,6 +242,7 @@ class StoredLogits:
         Raises:
             ValueError: a sequence is not there, or `segments` cannot read the batch.
         """
+        check_positions(self.student, inputs)
         parts = []
         for segment in segments(inputs, shift_labels):
             place = self._places.get(segment.key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -131,6 +132,12 @@ class ModelTeacher:
                 f"The teacher has {other} tokens in its vocabulary, the student {own}; the probabilities of one mean "
                 "nothing to the other. Choose a teacher with the student's tokenizer, and pad embeddings alike."
             )
+        if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+            warnings.warn(
+                f"The teacher ({type(model).__name__}) is quantized itself. The float model teaches better; "
+                "`keep='int8'` holds it in 8 bits.",
+                stacklevel=2,
+            )
         self.model = model
         self._was_training = model.training
         model.eval()
@@ -184,7 +191,8 @@ def causal_lm(model: Any) -> Any:
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(model, PeftModel | PeftMixedModel):
         model = model.get_base_model()
-    if getattr(model, "loss_function", None) not in (ForCausalLMLoss, causal_lm_loss):
+    two_parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # labels of another sequence
+    if two_parts or getattr(model, "loss_function", None) not in (ForCausalLMLoss, causal_lm_loss):
         raise ValueError(
             f"The loss of {type(model).__name__} is not the one of causal language models in transformers, so "
             "`Distillation` would replace something else. Compute `peft_lrqat.distillation_loss` in a Trainer's "

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from peft_lrqat import Distillation, distillation_loss, store_logits
+from peft_lrqat.distillation.teacher import causal_lm
 from peft_lrqat.tuners.common.loss import causal_lm_loss
 from tests import parallel
 from tests.models import adapted, logits, low_bit, tiny, tokens
@@ -358,3 +359,44 @@ def test_a_checkpoint_is_resumed(tmp_path):
         assert len(history) == 2
     same(*found)
     served_is_trained(run.model, tmp_path)
+
+
+def test_what_follows_a_training_that_failed_before_its_forward_is_not_distilled(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    model = adapted(tiny())
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, arguments(tmp_path), None, ids_dataset(), callbacks=[Distillation(TEACHER), Fails()]).train()
+    model.train()
+    ids = tokens()
+    expected = causal_lm_loss(model(input_ids=ids).logits, ids, model.config.vocab_size)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+
+
+def test_what_a_teacher_holds_is_left_alone(tmp_path):
+    returned = []
+
+    class Remembers(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            returned.append((output.logits, output.logits.clone()))
+            return output
+
+    teacher = Remembers(TEACHER.config).eval()
+    Trainer(tiny(), arguments(tmp_path, max_steps=2), None, ids_dataset(), callbacks=[Distillation(teacher)]).train()
+    assert len(returned) == 2
+    assert all(torch.equal(now, then) for now, then in returned)
+
+
+def test_models_of_two_parts_and_folders_of_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
+        causal_lm(
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+            )
+        )
+    run = Trainer(tiny(), arguments(tmp_path), None, ids_dataset(), callbacks=[Distillation(tmp_path)])
+    with pytest.raises(ValueError, match="without stored logits"):
+        run.train()

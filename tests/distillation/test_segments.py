@@ -54,3 +54,12 @@ def test_other_tokens_or_other_labels_are_another_sequence():
 def test_what_cannot_be_read_is_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         keys([A], [labels(A)], **inputs)
+
+
+def test_a_mask_lets_attention_cross_where_positions_begin_anew():
+    """So the row is one sequence then, and other positions, or none that begin anew, are another."""
+    ids, wanted, mask = [B + A], [labels(B) + labels(A)], [[1] * 7]
+    anew = keys(ids, wanted, attention_mask=mask, position_ids=[[0, 1, 2, 0, 1, 2, 3]])
+    on = keys(ids, wanted, attention_mask=mask, position_ids=[[0, 1, 2, 3, 4, 5, 6]])
+    assert list(anew.values()) == list(on.values()) == [[0, 1, 3, 4, 5]]
+    assert anew.keys() != on.keys()

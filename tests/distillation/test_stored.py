@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from peft_lrqat import Distillation, store_logits
 from peft_lrqat.distillation import stored
+from peft_lrqat.distillation.segments import check_positions
 from peft_lrqat.distillation.teacher import ModelTeacher
 from tests.models import VOCAB, adapted, low_bit, tiny
 from tests.trainer import arguments, counting_text, ids_dataset, word_tokenizer
@@ -150,3 +152,22 @@ def test_refusals(tmp_path):
     next(folder.glob("*.safetensors")).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         plain(tmp_path, Distillation(folder)).train()
+
+
+def test_the_rows_that_an_epoch_drops_are_stored(tmp_path):
+    """Each epoch drops others."""
+    dropping = {"dataloader_drop_last": True, "per_device_train_batch_size": 5, "max_steps": 12}
+    run = Trainer(tiny(), arguments(tmp_path, **dropping), None, ids_dataset())
+    store_logits(run, tmp_path / "logits", TEACHER, k=8, progressbar=False)
+    assert run.args.dataloader_drop_last
+    run.add_callback(Distillation(tmp_path / "logits"))
+    run.train()
+    assert run.state.epoch >= 2
+
+
+def test_positions_that_count_padding_are_refused_on_the_left(tmp_path):
+    inputs = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    with pytest.raises(ValueError, match="Pad on the right"):
+        check_positions(tiny("gpt2"), inputs)
+    check_positions(tiny("gpt2"), {**inputs, "attention_mask": torch.tensor([[1, 1, 0]])})
+    check_positions(tiny(), inputs)
