@@ -244,9 +244,7 @@ class GPTQWriter(SafetensorsWriter):
                 "which it could be repeated; transformers' and gptqmodel's 4-bit kernels take no other"
             )
             found.append(Problem(name, reason, "use compressed-tensors, or container_bits=8"))
-        # the file holds fp16, and engines compute in the model's dtype
-        inexact = scale_problems(source, dict.fromkeys(packed, torch.float16))
-        return found + (inexact or scale_problems(source, {name: info.dtype for name, info in packed.items()}))
+        return found + scale_problems(source, dict.fromkeys(packed, torch.float16))
 
     def _group_size(self, packed: dict[str, LayerInfo]) -> int:
         """Of the file: the grid's, or what a channel's scale is repeated in, or -1 if nothing divides."""
