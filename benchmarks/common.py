@@ -15,6 +15,26 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
+#: Shapes of Llama models, by size; the vocabulary is transformers' default, 32,000.
+LLAMA: dict[str, dict[str, int]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+
 
 def provenance() -> dict[str, Any]:
     """Device, versions and commit of a run."""

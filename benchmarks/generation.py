@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance, write_json
+from common import LLAMA, provenance, write_json
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
@@ -31,14 +31,7 @@ from peft_lrqat import LowBitSRConfig, LRQATConfig, limit_kept_weights
 
 MIB = 2**20
 SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
+    "1b": {**LLAMA["1B"], "vocab_size": 32000},
     "smollm2": {
         "hidden_size": 576,
         "intermediate_size": 1536,

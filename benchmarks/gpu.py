@@ -23,31 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance, write_json
+from common import LLAMA, provenance, write_json
 from full import KINDS, full_model, full_optimizer, missing
 from full import METHODS as FULL_METHODS
 from torch import nn
 
 GIB = 2**30
-SHAPES = {
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},
-}
+TINY = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPES = {**LLAMA, "tiny": TINY}
 # name -> (kind, LRQATConfig options)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen bf16": ("frozen", {}),  # the model's own work: forward, and backward to its input
@@ -266,6 +249,7 @@ def forward_backward(
     if not graph:
         return run
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what makes `rows`
     with torch.cuda.stream(stream):
         for _ in range(2):
             run()

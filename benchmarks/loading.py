@@ -24,19 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance, write_json
+from common import LLAMA, provenance, write_json
 
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     "0.3B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16},
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
+    "7B": LLAMA["7B"],
+    "70B": {**LLAMA["70B"], "vocab_size": 128256},
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "LR-QAT int4, per channel": {"downcast": "int"},

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from common import provenance, write_json
 from torch import nn
+from training import Step, batches, schedule, targets
 
 SEQ = 1024  # --seq
 
@@ -54,19 +55,6 @@ def make_tokens(args: argparse.Namespace) -> None:
     np.save(out / "eval.npy", np.asarray(tokenizer(Path(args.eval).read_text())["input_ids"], dtype=np.uint16))
 
 
-def batches(tokens: np.ndarray, steps: int, size: int, seed: int):
-    """`steps` batches (size, SEQ): windows without overlap, in an order that depends on the seed only."""
-    windows = len(tokens) // SEQ
-    order: list[int] = []
-    generator = np.random.default_rng(seed)
-    for _ in range(steps):
-        while len(order) < size:
-            order += generator.permutation(windows).tolist()
-        chosen, order = order[:size], order[size:]
-        rows = np.stack([tokens[i * SEQ : (i + 1) * SEQ] for i in chosen])
-        yield torch.from_numpy(rows.astype(np.int64))
-
-
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: np.ndarray, device: torch.device, size: int = 8) -> float:
     model.eval()
@@ -81,64 +69,6 @@ def perplexity(model: nn.Module, tokens: np.ndarray, device: torch.device, size:
         ).item()
     model.train()
     return math.exp(total / (windows.shape[0] * (SEQ - 1)))
-
-
-def loss_of(model: nn.Module, rows: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
-    """Mean next-token loss under bf16 autocast; the logits exist for `chunk` tokens at a time."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.autocast(rows.device.type, dtype=torch.bfloat16):
-        hidden = causal.model(input_ids=rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        labels = rows[:, 1:].flatten()
-
-        def part(h: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(causal.lm_head(h).float(), wanted, reduction="sum")
-
-        sums = [
-            torch.utils.checkpoint.checkpoint(part, h, wanted, use_reentrant=False)
-            for h, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        ]
-    return sum(sums) / labels.numel()
-
-
-class Step:
-    """Forward and backward of one batch, in `parts` that add up; on a GPU replayed as a CUDA graph, since small models
-    wait for Python."""
-
-    def __init__(
-        self, model: nn.Module, parameters: list[nn.Parameter], shape: tuple[int, int], graph: bool, parts: int = 1
-    ) -> None:
-        self.model, self.parameters, self.parts, self.graph = model, parameters, parts, None
-        if graph:
-            self.rows = torch.zeros(shape, dtype=torch.int64, device="cuda")
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._run(self.rows)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._forget()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.loss = self._run(self.rows)
-
-    def _forget(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def _run(self, rows: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros((), device=rows.device)
-        for part in rows.chunk(self.parts):
-            loss = loss_of(self.model, part) / self.parts
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.graph is None:
-            self._forget()
-            return self._run(rows.to(self.parameters[0].device))
-        self.rows.copy_(rows)
-        self.graph.replay()  # writes the gradients anew
-        return self.loss.clone()
 
 
 # -- methods
@@ -182,12 +112,6 @@ class LsqLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weight = _Lsq.apply(self.weight, self.scale0 * (1 + self.shift), self.grid)
         return nn.functional.linear(x, weight, self.bias)
-
-
-def targets(model: nn.Module):
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "lm_head" not in name and "lora_" not in name:
-            yield model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
 
 
 def rounded_perplexities(
@@ -266,7 +190,7 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, list
     if args.gptq:
         from peft_lrqat import preprocess_gptq
 
-        windows = batches(np.load(Path(args.tokens) / "train.npy"), args.gptq, 1, args.seed + 1)
+        windows = batches(np.load(Path(args.tokens) / "train.npy"), args.gptq, 1, args.seed + 1, SEQ)
         preprocess_gptq(model.eval(), config, windows, progressbar=False)
     model = get_peft_model(model, config)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -315,22 +239,15 @@ def run(args: argparse.Namespace) -> None:
         optimizer = LowBitAdamW(groups, betas=(0.9, 0.98), compile=device.type == "cuda")
     else:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-    warm = max(1, args.steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
     trained = [p for g in groups for p in g["params"]]
     step = Step(model, trained, (args.batch, SEQ), graph=device.type == "cuda" and not args.no_graph)
     started = time.perf_counter()
-    for rows in batches(train, args.steps, args.batch, args.seed):
+    for rows in batches(train, args.steps, args.batch, args.seed, SEQ):
         losses.append(step(rows))
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        schedule.step()
+        rates.step()
     result["train_loss"] = torch.stack(losses)[-20:].mean().item()
     result["seconds"] = time.perf_counter() - started
     result["perplexity"] = perplexity(model, held_out, device)

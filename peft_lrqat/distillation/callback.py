@@ -34,6 +34,8 @@ class _Call(NamedTuple):
     teacher: torch.Tensor | TopK
     targets: torch.Tensor
     """(batch * tokens,): what is predicted in each row of the logits; -100 where it does not count."""
+    share: torch.Tensor
+    """how many labels the Trainer counts for each of `targets` that counts: above 1 with padding on the left only."""
     fused: bool
     """whether TRL asked for its fused output layer, and reads the losses of single tokens from the output."""
     loss_function: Any
@@ -187,9 +189,11 @@ class Distillation(TrainerCallback):
                 "smoothing, or a Trainer with a loss of its own), and `Distillation` cannot take part. Leave that out, "
                 "or compute `peft_lrqat.distillation_loss` there."
             )
-        targets = without_padding(inputs, lean.shifted(given, shift_labels, -100).view(given.shape))
+        counted = lean.shifted(given, shift_labels, -100).view(given.shape)
+        targets = without_padding(inputs, counted)
+        share = (counted != -100).sum() / (targets != -100).sum().clamp(min=1)
         teacher = self._source.targets(inputs, targets)
-        self._call = _Call(teacher, targets.flatten(), fused, student.__dict__.get("_loss_function"))
+        self._call = _Call(teacher, targets.flatten(), share, fused, student.__dict__.get("_loss_function"))
         student.loss_function = self._loss
         return (), {**inputs, "fused_lm_head": False} if fused else inputs
 
@@ -217,7 +221,11 @@ class Distillation(TrainerCallback):
         with torch.no_grad():
             total = torch.stack([self._losses.kl.sum(), (targets != -100).sum().float()])
             self._kl = total if self._kl is None else self._kl + total
-        return lean.divided(self._losses.loss.sum(), targets, num_items_in_batch, -100)
+        if num_items_in_batch is None:
+            return lean.divided(self._losses.loss.sum(), targets, None, -100)
+        # what is divided by counts first tokens, which padding on the left would predict: they take the others' mean
+        total = self._losses.loss.sum() * self._call.share.to(logits.device)
+        return lean.divided(total, targets, num_items_in_batch, -100)
 
     @torch.compiler.disable
     def _after(self, student: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -234,7 +242,8 @@ class Distillation(TrainerCallback):
             )
         if not call.fused:
             return None
-        return fused_output(output, losses, call.targets)
+        counted = losses.loss * call.share.to(losses.loss.device)  # TRL sums, and divides by what it counts
+        return fused_output(output, losses._replace(loss=counted), call.targets)
 
     def _reached(self, grad: torch.Tensor) -> None:
         self._pending = False

@@ -250,7 +250,8 @@ class StoredLogits:
                 raise ValueError(
                     f"A sequence that begins with the tokens {segment.ids} is not in {str(self.folder)!r}, or other "
                     "labels of it count. The training set, its truncation or its packing is not the one that was "
-                    "stored. Call `store_logits` with this Trainer; it adds what is not there."
+                    "stored. Call `store_logits` with this Trainer; it adds what is not there. (Rows that are packed "
+                    "anew in each epoch are never all there: leave out their attention mask, or give a model.)"
                 )
             number, start, end = place
             shard = self._shards[number]

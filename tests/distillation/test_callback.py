@@ -400,3 +400,23 @@ def test_models_of_two_parts_and_folders_of_nothing_are_refused(tmp_path):
     run = Trainer(tiny(), arguments(tmp_path), None, ids_dataset(), callbacks=[Distillation(tmp_path)])
     with pytest.raises(ValueError, match="without stored logits"):
         run.train()
+
+
+def test_padding_on_the_left_takes_nothing_from_the_loss(tmp_path):
+    """Trainer divides by the first tokens too, which only padding would predict."""
+    rows = [[3 + (i + j) % 40 for j in range(4 + i % 7)] for i in range(8)]
+    left = {
+        "input_ids": [[0] * (10 - len(row)) + row for row in rows],
+        "attention_mask": [[0] * (10 - len(row)) + [1] * len(row) for row in rows],
+        "labels": [[-100] * (10 - len(row)) + row for row in rows],
+    }
+    run = Trainer(
+        tiny(),
+        arguments(tmp_path, max_steps=1, per_device_train_batch_size=8),
+        None,
+        Dataset.from_dict(left),
+        callbacks=[Distillation(TEACHER)],
+    )
+    run.train()
+    (entry,) = (entry for entry in run.state.log_history if "kl" in entry)
+    assert entry["loss"] == pytest.approx(entry["kl"], abs=1e-4)
