@@ -229,6 +229,10 @@ def run(args: argparse.Namespace) -> None:
     gpus = list(range(torch.cuda.device_count())) if args.gpus is None else list(range(args.gpus))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        starts = Path(args.starts or scratch)
+        starts.mkdir(parents=True, exist_ok=True)
+        for left in (*starts.glob("*.making"), *starts.glob("*.failed")):  # by a run that was ended
+            left.unlink()
         end = time.time() + args.limit
         write_json(folder / "jobs.json", {"jobs": jobs, "end": end})
         shared = [
@@ -242,6 +246,7 @@ def run(args: argparse.Namespace) -> None:
             str(args.windows),
         ]
         command = [sys.executable, __file__, "work", *shared, "--items", str(args.items), "--folder", scratch]
+        command += ["--starts", str(starts)]
         workers = []
         for place in range(args.per_gpu):  # one on every GPU first
             for gpu in gpus or [None]:
@@ -289,27 +294,27 @@ def bundle(folder: Path, args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """A worker: takes the next job that nobody has, until there are none or time is up."""
-    folder = Path(args.folder)
+    folder, starts = Path(args.folder), Path(args.starts)
     plan = json.loads((folder / "jobs.json").read_text())
     bench = Bench(args)
-    while (number := _next(folder, plan)) is not None:
+    while (number := _next(folder, starts, plan)) is not None:
         job = plan["jobs"][number]
         try:
-            result, model = run_job(bench, job, folder)
+            result, model = run_job(bench, job, starts)
             del model
             write_json(folder / f"run-{number:04}.json", result)
             shown = " ".join(f"{name} {result[name]['ppl']:.2f} kl {result[name]['kl']:.4f}" for name in bench.rows)
             print(f"{number:04} {shown} {result['seconds']:.0f} s {json.dumps(job)}", flush=True)
         except Exception:
             print(f"FAILED {json.dumps(job)}\n{traceback.format_exc()[-1800:]}", flush=True)
-            if (key := start_key(complete(job))) and not (folder / f"{key}.pt").exists():
-                (folder / f"{key}.failed").touch()
+            if (key := start_key(complete(job))) and not (starts / f"{key}.pt").exists():
+                (starts / f"{key}.failed").touch()
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _next(folder: Path, plan: dict[str, Any]) -> int | None:
+def _next(folder: Path, starts: Path, plan: dict[str, Any]) -> int | None:
     """Claim a job; one whose start another worker is making waits."""
     while time.time() < plan["end"] - 20:
         waiting = False
@@ -317,10 +322,10 @@ def _next(folder: Path, plan: dict[str, Any]) -> int | None:
             if (folder / f"{number:04}.lock").exists():
                 continue
             key = start_key(complete(job))
-            if key is not None and not (folder / f"{key}.pt").exists():
-                if (folder / f"{key}.failed").exists():
+            if key is not None and not (starts / f"{key}.pt").exists():
+                if (starts / f"{key}.failed").exists():
                     continue
-                if not _claim(folder / f"{key}.making"):
+                if not _claim(starts / f"{key}.making"):
                     waiting = True
                     continue
             if _claim(folder / f"{number:04}.lock"):
@@ -368,11 +373,13 @@ def main() -> None:
     many.add_argument("--gpus", type=int, help="default: all")
     many.add_argument("--per-gpu", type=int, default=1, help="workers on each")
     many.add_argument("--limit", type=float, default=1e9, help="seconds, after which what is running is dropped")
+    many.add_argument("--starts", help="a folder that keeps what block-wise starts and GPTQ leave, for later runs")
     many.add_argument("--smoke", action="store_true", help="three steps of every job, to see that it runs")
     many.add_argument("--out", required=True)
     worker = commands.add_parser("work", parents=[measured])
     worker.set_defaults(do=work)
     worker.add_argument("--folder", required=True)
+    worker.add_argument("--starts", required=True)
     for name, function in (("table", table), ("plot", plot)):
         shown = commands.add_parser(name)
         shown.set_defaults(do=function)
