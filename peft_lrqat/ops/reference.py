@@ -11,7 +11,7 @@ in fp32 lives for one row chunk only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -225,14 +225,14 @@ def linear_backward(
     what they cost in LoRA and the clipped entries, which get no gradient, are subtracted one by one. Elsewhere G is
     formed a row chunk at a time.
     """
-    scale = snapped_scale(scale0, shift, scale_dtype)
+    scale, step0, step = _steps(scale0, shift, scale_dtype)
     factors = optional_factors(A, B, c, adapter_units(scale0, shift))
-    # what a unit of B~ A~ moves a weight by, before training and now: the scales of single groups, or the row's largest
-    step0, step = scale0, scale
-    if by_channel(scale0, shift):
-        step0 = largest_step(scale0)
-        step = snapped_scale(step0, shift, scale_dtype)
     need_AB = need_AB and factors is not None
+    side = (base, scale, step, zero_point, factors, fmt)
+
+    def G(rows: slice) -> Tensor:
+        return torch.mm(dy[:, rows].t(), x).float()
+
     by_rows = keeps_output(scale0, shift, fmt.bits) and (y is not None or not need_shift)
     dshift = ds = dA = dB = None
     if by_rows or not (need_shift or need_AB):
@@ -243,18 +243,61 @@ def linear_backward(
             dx = torch.mm(dy, built) if need_x else None
             del built
         if sum(row.numel() for row, _ in clipped) > _SPARSE_LIMIT * base.shape[0] * fmt.in_features:
-            _, ds, dA, dB = _by_G(dy, x, base, scale, step, zero_point, factors, fmt, False, need_shift, need_AB)
+            _, ds, dA, dB = _by_G(G, *side, None, need_shift, need_AB)
         else:
             if need_shift and y is not None:  # sum_t dY Y = sum_i G W^
                 dshift = sum_per_scale(_per_row(dy, y).unsqueeze(1) / step, step) * step0
             if need_AB and factors is not None:
                 dA, dB = _low_rank_by_rows(dy, x, step, factors, clipped)
     else:
-        weight, ds, dA, dB = _by_G(dy, x, base, scale, step, zero_point, factors, fmt, need_x, need_shift, need_AB)
+        weight, ds, dA, dB = _by_G(G, *side, dy.dtype if need_x else None, need_shift, need_AB)
         dx = None if weight is None else torch.mm(dy, weight)
     if ds is not None:
-        dshift = ds * scale0 if step is scale else shift_gradient_by_row(ds, scale, step0, step)
+        dshift = _shift_gradient(ds, scale, step0, step)
     return Gradients(dx, dshift, dA, None if dB is None else dB.mul_(c))  # B~ is c B
+
+
+def weight_backward(
+    grad: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    fmt: BaseFormat,
+    scale_dtype: str,
+    need_shift: bool,
+    need_AB: bool,
+) -> Gradients:
+    """Compute the gradients of W^ itself, as `linear_backward` does where it forms G.
+
+    Args:
+        grad: (out, in), G = dL/dW^.
+        base to scale_dtype: as for `quantized_linear`.
+    """
+    scale, step0, step = _steps(scale0, shift, scale_dtype)
+    factors = optional_factors(A, B, c, adapter_units(scale0, shift))
+    side = (base, scale, step, zero_point, factors, fmt)
+    _, ds, dA, dB = _by_G(lambda rows: grad[rows].float(), *side, None, need_shift, need_AB)
+    dshift = None if ds is None else _shift_gradient(ds, scale, step0, step)
+    return Gradients(None, dshift, dA, None if dB is None else dB.mul_(c))
+
+
+def _steps(scale0: Tensor, shift: Tensor | None, scale_dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute s, and what a unit of B~ A~ moves a weight by, before training and now: the scales of single groups, or
+    the row's largest, t and u."""
+    scale = snapped_scale(scale0, shift, scale_dtype)
+    if not by_channel(scale0, shift):
+        return scale, scale0, scale
+    step0 = largest_step(scale0)
+    return scale, step0, snapped_scale(step0, shift, scale_dtype)
+
+
+def _shift_gradient(ds: Tensor, scale: Tensor, step0: Tensor, step: Tensor) -> Tensor:
+    """Compute the gradient of the shift from that of s; the rest is what `_steps` returns."""
+    return ds * step0 if step is scale else shift_gradient_by_row(ds, scale, step0, step)
 
 
 def shift_gradient_by_row(ds: Tensor, scale: Tensor, step0: Tensor, step: Tensor) -> Tensor:
@@ -303,27 +346,33 @@ def _low_rank_by_rows(
 
 
 def _by_G(
-    dy: Tensor,
-    x: Tensor,
+    G_of: Callable[[slice], Tensor],
     base: Tensor,
     scale: Tensor,
     step: Tensor,
     zero_point: Tensor | None,
     factors: Factors | None,
     fmt: BaseFormat,
-    need_weight: bool,
+    weight_dtype: torch.dtype | None,
     need_scale: bool,
     need_AB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Build W^ in dy's dtype, and compute the gradients of s, A~ and B~, through G = dY^T X, a chunk of rows at a time.
+    """Build W^, and compute the gradients of s, A~ and B~, through G = dL/dW^, a chunk of rows at a time.
 
-    `step` is what a unit of B~ A~ moves a weight by, (rows, groups) or (rows, 1). No host-device synchronisation.
+    Args:
+        G_of: returns G of some output rows, fp32 (rows, in).
+        step: what a unit of B~ A~ moves a weight by, (rows, groups) or (rows, 1).
+        weight_dtype: of W^; None: it is not wanted.
+
+    No host-device synchronisation.
     """
     ds = torch.zeros_like(scale) if need_scale else None
     dB = torch.empty_like(factors.B) if need_AB and factors else None
     dA = torch.zeros_like(factors.A) if need_AB and factors else None
-    weight = torch.empty(base.shape[0], fmt.in_features, dtype=dy.dtype, device=dy.device) if need_weight else None
-    for rows in row_chunks(base.shape[0], fmt.in_features, dy.device):
+    weight = None
+    if weight_dtype is not None:
+        weight = torch.empty(base.shape[0], fmt.in_features, dtype=weight_dtype, device=base.device)
+    for rows in row_chunks(base.shape[0], fmt.in_features, base.device):
         s = rows_of(scale, rows)
         levels = rounded_levels(base[rows], factors and factors.rows(rows), fmt)
         inner = levels.clamp(fmt.qmin, fmt.qmax)
@@ -332,7 +381,7 @@ def _by_G(
             Q = Q - rows_of(zero_point, rows).unsqueeze(-1)
         if weight is not None:
             weight[rows] = (Q * s.unsqueeze(-1)).view_as(levels)
-        G = torch.mm(dy[:, rows].t(), x).float()
+        G = G_of(rows)
         if ds is not None:
             rows_of(ds, rows).add_(sum_per_scale(grouped(G, scale) * Q, s))
         if dA is not None and dB is not None and factors is not None:

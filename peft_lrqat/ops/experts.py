@@ -1,0 +1,181 @@
+"""The weights of a mixture's experts: as `linear.py` for one weight, for a stack of E of them in one tensor each.
+
+transformers keeps experts as 3-D parameters (E, out, in). Here the stack is a 2-D weight of E out rows, stored as every
+other: expert e owns rows e out to (e + 1) out of the base, the scales and the zero points. Only A and B tell that there
+are several: they lie as in PEFT's `ParamWrapper`,
+
+    lora_A (E r, in)   = (E, r, in)        lora_B (out, r E) = (out, r, E)
+
+and expert e has A[e] and B[:, :, e]. Each expert is rounded as a linear layer with its tensors is, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference_experts
+from .dispatch import no_autocast, refuse_second_derivatives
+from .stored_base import BaseFormat
+
+_NAMESPACE = "peft_lrqat"
+
+
+def _weights_impl(
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    experts: Tensor | None,
+    num_experts: int,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt = BaseFormat(bits, in_features, downcast)
+    stack = (base, scale0, shift, zero_point, A, B)
+    with no_autocast(base):
+        return reference_experts.expert_weights(*stack, experts, num_experts, c, fmt, scale_dtype, dtype)
+
+
+def _weights_backward_impl(
+    grad: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    experts: Tensor | None,
+    num_experts: int,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+    need_shift: bool,
+    need_AB: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fmt = BaseFormat(bits, grad.shape[-1], downcast)
+    stack, needs = (base, scale0, shift, zero_point, A, B), (need_shift, need_AB)
+    with no_autocast(base):
+        grads = reference_experts.expert_weights_backward(
+            grad, *stack, experts, num_experts, c, fmt, scale_dtype, *needs
+        )
+    return _filled(grads, scale0)
+
+
+def _filled(grads: Any, scale0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the weight's side: an op cannot return None, so what was not asked for is empty."""
+    dshift, dA, dB = (scale0.new_empty(0) if g is None else g for g in grads[1:])
+    return dshift, dA, dB
+
+
+_weights_op = torch.library.custom_op(f"{_NAMESPACE}::expert_weights", _weights_impl, mutates_args=())
+_weights_backward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::expert_weights_backward", _weights_backward_impl, mutates_args=()
+)
+
+
+@_weights_op.register_fake
+def _(base, scale0, shift, zero_point, A, B, experts, num_experts, c, bits, downcast, scale_dtype, in_features, dtype):
+    listed = num_experts if experts is None else experts.shape[0]
+    return scale0.new_empty((listed, base.shape[0] // num_experts, in_features), dtype=dtype)
+
+
+@_weights_backward_op.register_fake
+def _(
+    grad, base, scale0, shift, zero_point, A, B, experts, num_experts, c, bits, downcast, scale_dtype, need_shift,
+    need_AB,
+):  # fmt: skip
+    return _fake_gradients(scale0, shift, A, B, need_shift, need_AB)
+
+
+def _fake_gradients(
+    scale0: Tensor, shift: Tensor | None, A: Tensor | None, B: Tensor | None, need_shift: bool, need_AB: bool
+) -> tuple[Tensor, ...]:
+    needed = ((need_shift, shift), (need_AB, A), (need_AB, B))
+    return tuple(
+        scale0.new_empty(tensor.shape if need and tensor is not None else 0, dtype=torch.float32)
+        for need, tensor in needed
+    )
+
+
+def _weights_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.num_experts, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _weights_backward(ctx: Any, grad: Tensor) -> tuple:
+    refuse_second_derivatives()
+    tensors = ctx.saved_tensors
+    _, _, shift, _, A, B, _ = tensors
+    needs = _needs(ctx.needs_input_grad, A)
+    constants = (ctx.num_experts, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype)
+    found = _weights_backward_op(grad, *tensors, *constants, *needs)
+    dshift, dA, dB = _cast(found, (shift, A, B), needs)
+    return None, None, dshift, None, dA, dB, *(None,) * 8
+
+
+def _needs(asked: tuple[bool, ...], A: Tensor | None) -> tuple[bool, bool]:
+    """Tell whether gradients of the shift, and of A and B, are wanted: of an op that begins with base, scale0, shift,
+    zero_point, A, B."""
+    return asked[2], A is not None and (asked[4] or asked[5])
+
+
+def _cast(found: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: tuple[bool, bool]) -> tuple:
+    """Return the gradients of shift, A and B in their dtypes, None where not needed."""
+    return tuple(
+        g.to(tensor.dtype) if need and tensor is not None else None
+        for g, tensor, need in zip(found, tensors, (needs[0], needs[1], needs[1]), strict=True)
+    )
+
+
+_weights_op.register_autograd(_weights_backward, setup_context=_weights_setup)
+
+
+def expert_weights(
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    experts: Tensor | None,
+    num_experts: int,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Build W^ of some experts, each as `quantized_linear` builds it, with the same gradients for shift, A and B.
+
+    Args:
+        base: the frozen base as `encode_base` stores it, (E out, words), an integer dtype.
+        scale0: fp32 (E out, groups), weight units per grid step; (1, groups): for all rows of all experts.
+        shift: the same shape, or (E out, 1) for all groups of a row (see `quantized_linear`), any float dtype, or None.
+            Differentiable.
+        zero_point: int8, scale0's shape, grid steps, or None.
+        A, B: (E r, in) and (out, r E), grid steps, any float dtype, laid out as above; or both None. Differentiable.
+        experts: int64 (n,), which; None: all. One that is listed twice gets both gradients.
+        num_experts: E.
+        c: lora_alpha / r.
+        bits, downcast: how `base` is stored.
+        scale_dtype: what s is snapped to, see `grid.snap_scale`.
+        in_features: of an expert.
+        dtype: of the result.
+
+    Returns:
+        (n, out, in). For backward it keeps the stored base and the small tensors; gradients of experts that are not
+        listed are 0.
+    """
+    tensors = (base, scale0, shift, zero_point, A, B, experts)
+    return _weights_op(*tensors, num_experts, c, bits, downcast, scale_dtype, in_features, dtype)
