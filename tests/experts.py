@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 
-from tests.problems import COLS, DEVICE, RANK, ROWS, Problem, problem
+from peft_lrqat.ops import expert_linear, expert_weights
+from tests.problems import COLS, DEVICE, RANK, ROWS, Problem, assert_close, plain, plain_weight, problem
 
 E = 3
+#: Which experts' weights are asked for, and how many tokens each gets.
+LISTS = {"all": None, "one": [1], "some": [2, 0], "twice": [2, 2], "none": []}
+ROUTES = {"all": (4, 1, 7), "some": (5, 0, 9), "one": (0, 6, 0), "none": (0, 0, 0)}
 
 
 @dataclass
@@ -59,9 +64,14 @@ class Stack:
     def zeros(self) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
 
+    def results(self, y: torch.Tensor, grad: torch.Tensor, *x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """An output, and the gradients of the leaves and of x."""
+        leaves = self.leaves | dict(zip("x", x, strict=False))
+        return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))}
+
     def add(self, total: dict[str, torch.Tensor], e: int, gradients: dict[str, torch.Tensor]) -> None:
         """Put one expert's gradients where they belong in those of the stack."""
-        _, _, shift, _, A, B = replace(self, **total).expert(e)
+        _, _, shift, _, A, B = replace(self, **{name: total[name] for name in self.leaves}).expert(e)
         for place, name in ((shift, "shift"), (A, "A"), (B, "B")):
             place += gradients[name]
 
@@ -100,3 +110,71 @@ def stack(
     for name, leaf in made.leaves.items():
         setattr(made, name, leaf.detach().clone().requires_grad_())
     return made
+
+
+def listed(name: str) -> torch.Tensor | None:
+    return None if LISTS[name] is None else torch.tensor(LISTS[name], dtype=torch.int64, device=DEVICE)
+
+
+def weights(s: Stack, experts: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return expert_weights(*s.tensors, experts, *s.constants, dtype)
+
+
+def check_weights(s: Stack, name: str) -> None:
+    """The weights and every gradient are the formula's, expert by expert."""
+    experts = listed(name)
+    which = list(range(E)) if experts is None else experts.tolist()
+    found = weights(s, experts)
+    grad = torch.randn(found.shape, device=found.device)
+    results, truth, expected = s.results(found, grad), s.zeros(), []
+    for place, e in enumerate(which):
+        p = s.problem(e)
+        weight = plain_weight(p)
+        expected.append(weight.detach())
+        s.add(truth, e, gradients_of(weight, p, grad[place]))
+    assert found.shape == (len(which), *s.shape)
+    if which:
+        assert_close(found, torch.stack(expected), "W")
+    for leaf, value in truth.items():
+        assert value.any() == bool(which)
+        assert_close(results[leaf], value, leaf)
+
+
+def routed(s: Stack, name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens for the experts: x (T, in), a leaf; where those of each end, (E,); and dL/dy (T, out)."""
+    counts = torch.tensor(ROUTES[name])
+    out, cols = s.shape
+    x, dy = (torch.randn(int(counts.sum()), n).to(DEVICE, dtype) for n in (cols, out))
+    return x.requires_grad_(), counts.cumsum(0).int().to(DEVICE), dy
+
+
+def linear(s: Stack, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    _, *constants, _ = s.constants
+    return expert_linear(x, ends, *s.tensors, *constants)
+
+
+def check_linear(s: Stack, name: str) -> None:
+    """The output and every gradient are the formula's, expert by expert."""
+    x, ends, dy = routed(s, name)
+    found, truth = s.results(linear(s, x, ends), dy, x), s.zeros()
+    truth |= {"y": torch.zeros_like(dy), "x": torch.zeros_like(x)}
+    for e, tokens in enumerate(tokens_of(ends)):
+        p = s.problem(e, x[tokens].detach().requires_grad_())
+        y = plain(p)
+        truth["y"][tokens] = y.detach()
+        gradients = gradients_of(y, p, dy[tokens])
+        truth["x"][tokens] = gradients["x"]
+        s.add(truth, e, gradients)
+    for leaf, value in truth.items():
+        assert_close(found[leaf], value, leaf)
+
+
+def tokens_of(ends: torch.Tensor) -> list[slice]:
+    return [slice(*pair) for pair in itertools.pairwise((0, *ends.tolist()))]
+
+
+def gradients_of(y: torch.Tensor, p: Problem, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of a layer's leaves; 0 where y does not depend on one."""
+    leaves = {name: leaf for name, leaf in p.leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(y, list(leaves.values()), grad, allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))

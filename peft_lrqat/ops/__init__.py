@@ -4,7 +4,7 @@ One scheme for all of them. An operation's file holds the public function and, w
 its registration with `torch.library` (schema, fake implementation, autograd), and says where its reference is:
 
     linear.py, low_bit.py           reference.py; kernels/weight.py, backward.py, low_bit_weight.py
-    experts.py                      reference_experts.py
+    experts.py                      reference_experts.py; kernels/experts.py
     embedding.py, activations.py    the file itself; no kernel
     low_bit_step.py                 reference_step.py; kernels/low_bit_step.py
 
@@ -17,12 +17,13 @@ computes alike.
 from .activations import round_activations
 from .dispatch import use_kernels
 from .embedding import quantized_embedding
-from .experts import expert_weights
+from .experts import expert_linear, expert_weights
 from .linear import quantized_linear, trained_scale
 from .low_bit import low_bit_linear, mean_code
 from .low_bit_step import step_codes
 
 __all__ = [
+    "expert_linear",  # y = x W^T, tokens by the experts that they were sent to
     "expert_weights",  # W^ of a mixture's experts, the adapter inside the rounding
     "low_bit_linear",  # y = x W^T over packed codes that are trained themselves
     "mean_code",  # mean |q| over the weights that share a scale

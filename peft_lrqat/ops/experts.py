@@ -1,4 +1,4 @@
-"""The weights of a mixture's experts: as `linear.py` for one weight, for a stack of E of them in one tensor each.
+"""The experts of a mixture: what `linear.py` does for one weight, for a stack of E of them.
 
 transformers keeps experts as 3-D parameters (E, out, in). Here the stack is a 2-D weight of E out rows, stored as every
 other: expert e owns rows e out to (e + 1) out of the base, the scales and the zero points. Only A and B tell that there
@@ -7,6 +7,10 @@ are several: they lie as in PEFT's `ParamWrapper`,
     lora_A (E r, in)   = (E, r, in)        lora_B (out, r E) = (out, r, E)
 
 and expert e has A[e] and B[:, :, e]. Each expert is rounded as a linear layer with its tensors is, bit for bit.
+
+There are two operations. `expert_weights` builds the W^ of some experts, for whoever multiplies with them. The weights
+of one layer of a large mixture are a gigabyte, and so are their gradients; `expert_linear` multiplies itself, and has
+neither as a whole.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference_experts
-from .dispatch import no_autocast, refuse_second_derivatives
+from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
 from .stored_base import BaseFormat
 
 _NAMESPACE = "peft_lrqat"
@@ -41,8 +45,9 @@ def _weights_impl(
 ) -> Tensor:
     fmt = BaseFormat(bits, in_features, downcast)
     stack = (base, scale0, shift, zero_point, A, B)
+    implementation = kernels_for(base) or reference_experts
     with no_autocast(base):
-        return reference_experts.expert_weights(*stack, experts, num_experts, c, fmt, scale_dtype, dtype)
+        return implementation.expert_weights(*stack, experts, num_experts, c, fmt, scale_dtype, dtype)
 
 
 def _weights_backward_impl(
@@ -64,10 +69,9 @@ def _weights_backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     fmt = BaseFormat(bits, grad.shape[-1], downcast)
     stack, needs = (base, scale0, shift, zero_point, A, B), (need_shift, need_AB)
+    implementation = kernels_for(base) or reference_experts
     with no_autocast(base):
-        grads = reference_experts.expert_weights_backward(
-            grad, *stack, experts, num_experts, c, fmt, scale_dtype, *needs
-        )
+        grads = implementation.expert_weights_backward(grad, *stack, experts, num_experts, c, fmt, scale_dtype, *needs)
     return _filled(grads, scale0)
 
 
@@ -138,6 +142,131 @@ def _cast(found: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: 
 
 
 _weights_op.register_autograd(_weights_backward, setup_context=_weights_setup)
+
+
+# -- the product
+
+
+def _linear_impl(
+    x: Tensor,
+    ends: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+) -> Tensor:
+    fmt = BaseFormat(bits, x.shape[1], downcast)
+    implementation = kernels_for(x) or reference_experts
+    with no_autocast(x):
+        return implementation.expert_linear(x, ends, base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype)
+
+
+def _linear_backward_impl(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    ends: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+    need_x: bool,
+    need_shift: bool,
+    need_AB: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fmt = BaseFormat(bits, x.shape[1], downcast)
+    stack, needs = (base, scale0, shift, zero_point, A, B), (need_x, need_shift, need_AB)
+    implementation = kernels_for(x) or reference_experts
+    with no_autocast(x):
+        grads = implementation.expert_linear_backward(dy, x, y, ends, *stack, c, fmt, scale_dtype, *needs)
+    return x.new_empty(0) if grads.x is None else grads.x, *_filled(grads, scale0)
+
+
+_linear_op = torch.library.custom_op(f"{_NAMESPACE}::expert_linear", _linear_impl, mutates_args=())
+_linear_backward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::expert_linear_backward", _linear_backward_impl, mutates_args=()
+)
+
+
+@_linear_op.register_fake
+def _(x, ends, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype):
+    return x.new_empty(x.shape[0], base.shape[0] // ends.shape[0])
+
+
+@_linear_backward_op.register_fake
+def _(
+    dy, x, y, ends, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype, need_x, need_shift, need_AB
+):  # fmt: skip
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    return dx, *_fake_gradients(scale0, shift, A, B, need_shift, need_AB)
+
+
+def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, ends, *stack, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype = inputs
+    _, scale0, shift, *_ = stack
+    need_shift, need_AB = _needs(ctx.needs_input_grad[2:], stack[4])
+    keeps = (kernels_for(x) or reference_experts).experts_keep_output(scale0, shift, ctx.bits)
+    # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+    ctx.save_for_backward(x if need_shift or need_AB else None, output if need_shift and keeps else None, ends, *stack)
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple:
+    refuse_second_derivatives()
+    x, y, ends, *stack = ctx.saved_tensors
+    _, _, shift, _, A, B = stack
+    if x is None:
+        x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
+    need_x, needs = ctx.needs_input_grad[0], _needs(ctx.needs_input_grad[2:], A)
+    constants = (ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype)
+    dx, *found = _linear_backward_op(dy, x, y, ends, *stack, *constants, need_x, *needs)
+    dshift, dA, dB = _cast(tuple(found), (shift, A, B), needs)
+    return dx if need_x else None, None, None, None, dshift, None, dA, dB, *(None,) * 4
+
+
+_linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def expert_linear(
+    x: Tensor,
+    ends: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    bits: int,
+    downcast: str,
+    scale_dtype: str,
+) -> Tensor:
+    """Compute y = x W^T, where each expert's W^ multiplies its own tokens: `torch.nn.functional.grouped_mm` with
+    `expert_weights`, which exist (and so does their gradient) for a few experts at a time, and only where tokens are.
+
+    Args:
+        x: (T, in), tokens in the order of their experts, the compute dtype; W^ is built in it. Differentiable.
+        ends: int32 or int64 (E,), where the tokens of each expert end.
+        base to scale_dtype: as for `expert_weights`.
+
+    Returns:
+        (T, out) in x's dtype. What lies behind the last end belongs to no expert and is not defined, and neither is its
+        gradient. For backward it keeps x, the stored base, the small tensors, and y on a CPU where one entry of the
+        shift belongs to a whole row.
+    """
+    return _linear_op(x, ends, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype)
 
 
 def expert_weights(

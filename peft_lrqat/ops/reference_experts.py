@@ -5,6 +5,7 @@ So each is given to the reference of the dense layer (`reference.py`), one after
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,79 @@ def expert_weights_backward(
         found = reference.weight_backward(grad[place], *expert, c, fmt, scale_dtype, need_shift, need_AB)
         add_expert(total, found, stack, e, num_experts)
     return total
+
+
+def expert_linear(
+    x: Tensor,
+    ends: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    fmt: BaseFormat,
+    scale_dtype: str,
+) -> Tensor:
+    """Compute y = x W^T, expert by expert: (T, out). See `experts.expert_linear` for the arguments."""
+    stack, num_experts = Stack(base, scale0, shift, zero_point, A, B), ends.shape[0]
+    y = x.new_empty(x.shape[0], base.shape[0] // num_experts)
+    for e, tokens in _tokens(ends):
+        weight = reference.linear_weight(*stack.expert(e, num_experts), c, fmt, scale_dtype, x.dtype)
+        y[tokens] = torch.nn.functional.linear(x[tokens], weight)
+    return y
+
+
+def expert_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    ends: Tensor,
+    base: Tensor,
+    scale0: Tensor,
+    shift: Tensor | None,
+    zero_point: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    c: float,
+    fmt: BaseFormat,
+    scale_dtype: str,
+    need_x: bool,
+    need_shift: bool,
+    need_AB: bool,
+) -> reference.Gradients:
+    """Compute the gradients of `expert_linear`: those of the stack as in `expert_weights_backward`.
+
+    Args:
+        dy, x: (T, out) and (T, in), one dtype.
+        y: the output, or None; see `experts_keep_output`.
+        ends to scale_dtype: as for `expert_linear`.
+    """
+    stack, num_experts = Stack(base, scale0, shift, zero_point, A, B), ends.shape[0]
+    total, needs = zero_gradients(stack, need_shift, need_AB), (need_x, need_shift, need_AB)
+    dx = torch.empty_like(x) if need_x else None
+    for e, tokens in _tokens(ends):
+        expert, of_y = stack.expert(e, num_experts), None if y is None else y[tokens]
+        found = reference.linear_backward(dy[tokens], x[tokens], of_y, *expert, c, fmt, scale_dtype, *needs)
+        add_expert(total, found, stack, e, num_experts)
+        if dx is not None and found.x is not None:
+            dx[tokens] = found.x
+    return total._replace(x=dx)
+
+
+def experts_keep_output(scale0: Tensor, shift: Tensor | None, bits: int) -> bool:
+    """Tell whether the backward wants Y."""
+    return reference.keeps_output(scale0, shift, bits)
+
+
+def _tokens(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """List the experts that have tokens, and which."""
+    begin = 0
+    for e, end in enumerate(ends.tolist()):
+        if begin < end:
+            yield e, slice(begin, end)
+        begin = end
 
 
 def zero_gradients(stack: Stack, need_shift: bool, need_AB: bool) -> reference.Gradients:

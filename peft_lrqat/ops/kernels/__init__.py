@@ -1,21 +1,35 @@
 """Triton kernels. Each function listed here has its reference's name, arguments and results (a test compares them).
 
-References: `ops/reference.py`; of the optimizer step `ops/reference_step.py`. Files:
+References: `ops/reference.py`; of experts `ops/reference_experts.py`, of the optimizer step `ops/reference_step.py`.
+Files:
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point
 weight.py     W^ in one pass
 backward.py   masks, scales and sums of the backward, around the vendor library's products
+experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
 """
 
 from .backward import keeps_output, linear_backward
+from .experts import (
+    expert_linear,
+    expert_linear_backward,
+    expert_weights,
+    expert_weights_backward,
+    experts_keep_output,
+)
 from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
 from .weight import linear_weight
 
 __all__ = [
+    "expert_linear",
+    "expert_linear_backward",
+    "expert_weights",
+    "expert_weights_backward",
+    "experts_keep_output",
     "keeps_output",
     "linear_backward",
     "linear_weight",

@@ -38,6 +38,7 @@ from .tiles import (
     rounded_levels,
     store,
     tile_columns,
+    tile_rows,
     tiling,
 )
 from .weight import prepared_weight
@@ -281,8 +282,8 @@ def _clipped_kernel(
                     d, v = d.to(tl.float32), v.to(tl.float32)
                 G = tl.dot(tl.trans(d), v, G, input_precision="tf32x3")
             z = rounded_levels(
-                base, factors, scale_stride, units, a_step, b_step, a_int, b_int, j, i, group, first, row_ok, column_ok,
-                words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
+                base, factors, scale_stride, units, a_step, b_step, a_int, b_int, 0, j, i, group, first, row_ok,
+                column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
             )  # fmt: skip
             clipped = (clip(z, BITS) != z) & row_ok[:, None] & column_ok[None, :]
             s = adapter_step(scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL, FULL)
@@ -308,10 +309,10 @@ def _clipped_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def _launch_by_G(
-    rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, write: bool
+    rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, write: bool, stack: int
 ) -> tuple[Launch, int]:
     """Fix the launch; also returns how many sums a row gets."""
-    tiles = tiling(rows, fmt.in_features, groups, BM=64, loops=False)
+    tiles = tiling(rows, fmt.in_features, groups, BM=64, loops=False, stack=stack)
     launch = _by_G_kernel.launch(
         tiles.grid,
         *offsets,
@@ -340,19 +341,8 @@ def _by_G(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Compute the gradients of the shift, A and B, all fp32 and None where not needed, through G."""
     G = torch.mm(dy.t(), x)
-    rows, words = base.shape
-    launch, columns = _launch_by_G(rows, words, scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB)
-    sums = torch.empty(rows, columns, device=base.device) if need_shift else None
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    launch(G, sums, base, zero_point, prepared.scale, prepared.buffer)
-    dshift = dA = dB = None
-    if sums is not None:
-        dshift = sum_per_scale(sums, scale0)
-        if prepared.offsets.by_channel:
-            scale = prepared.scale[: scale0.numel()].view_as(scale0)
-            dshift = shift_gradient_by_row(dshift, scale, *prepared.row_steps(scale0))
-        else:
-            dshift *= scale0
+    dshift = project(G, base, scale0, zero_point, prepared, fmt, need_shift, need_AB)
+    dA = dB = None
     if need_AB:
         assert prepared.a_low is not None
         assert prepared.b_low is not None
@@ -360,6 +350,38 @@ def _by_G(
         dB = dB if c == 1 else dB.mul_(c)
         dA = _mm_fp32(prepared.b_low.t(), G)
     return dshift, dA, dB
+
+
+def project(
+    G: torch.Tensor,
+    base: torch.Tensor,
+    scale0: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    prepared: Prepared,
+    fmt: BaseFormat,
+    need_shift: bool,
+    need_AB: bool,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Turn G (out, in) into dZ = M s G in place, where `need_AB`, and return the gradient of the shift, fp32.
+
+    Args:
+        bounds: see `prepared_weight`; G counts as 0 where an expert has no tokens, whatever it holds.
+    """
+    rows, words = base.shape
+    stack = 1 if bounds is None else bounds.shape[0] - 1
+    constants = (scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB, stack)
+    launch, columns = _launch_by_G(rows // stack, words, *constants)
+    sums = torch.empty(rows, columns, device=base.device) if need_shift else None
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    launch(G, sums, base, zero_point, prepared.scale, prepared.buffer, bounds)
+    if sums is None:
+        return None
+    dshift = sum_per_scale(sums, scale0)
+    if prepared.offsets.by_channel:
+        scale = prepared.scale[: scale0.numel()].view_as(scale0)
+        return shift_gradient_by_row(dshift, scale, *prepared.row_steps(scale0))
+    return dshift.mul_(scale0)
 
 
 @launched
@@ -371,6 +393,7 @@ def _by_G_kernel(
     zero_point,
     scale,
     factors,
+    bounds,
     scale_stride,
     units,
     step,
@@ -393,17 +416,18 @@ def _by_G_kernel(
 ):
     """Turn G into M s G in place, and sum G Q over each row of the tile."""
     n, m = tl.program_id(0), tl.program_id(1)
-    j = m * BM + tl.arange(0, BM)
-    row_ok = j < out_features
+    j, row_ok, expert = tile_rows(m, out_features, bounds, BM)
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
     z = rounded_levels(
-        base, factors, scale_stride, units, a_step, b_step, a_int, b_int, j, i, group, first, row_ok, column_ok, words,
-        in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
+        base, factors, scale_stride, units, a_step, b_step, a_int, b_int, expert, j, i, group, first, row_ok, column_ok,
+        words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
     )  # fmt: skip
     q = clip(z, BITS)
     inside = row_ok[:, None] & column_ok[None, :]
     at = G + j.to(tl.int64)[:, None] * in_features + i[None, :]
     g = load(at, inside, FULL).to(tl.float32)
+    if bounds is not None:
+        g = tl.where(tl.load(bounds + expert) < tl.load(bounds + expert + 1), g, 0.0)
     if sums is not None:
         level = q
         if zero_point is not None:

@@ -5,6 +5,8 @@ They go into one buffer, because on small batches a step waits for Python, and e
     buffer (fp32):  | s (rows x groups) | units (rows x groups) | u (rows) | t (rows) |
                     | a_step (in) | b_step (out) | a_int (R x in, fp16) | b_int (out x R, fp16) |
 
+Of a stack of experts, `rows` and `out` are those of all; a_step and a_int are there for each expert.
+
 A~ = a_int * a_step and B~ = b_int * b_step as `ops/factors.py` defines them. The units of B~ A~, and t and u, the
 largest |s0| and |s| of a row, are there by channel only, where one shift moves all scales of a row.
 """
@@ -45,7 +47,7 @@ class Offsets(NamedTuple):
 
 
 def layout(stride: int, scales: int, rows: int, cols: int, rank: int, channels: bool) -> tuple[Offsets, int]:
-    """Lay out the buffer; also returns its size, in fp32 elements.
+    """Lay out the buffer; also returns its size, in fp32 elements. `cols` are those of all experts.
 
     Every part starts at a multiple of 64 bytes, so that loads can be wide.
     """
@@ -64,7 +66,7 @@ class Prepared(NamedTuple):
     buffer: torch.Tensor | None  # None without an adapter
     offsets: Offsets
     rank: int
-    a_low: torch.Tensor | None = None  # A~ (R, in) in the compute dtype
+    a_low: torch.Tensor | None = None  # A~ (R, in) in the compute dtype, one expert's after the other
     b_low: torch.Tensor | None = None  # B~ (out, R), or s B~ (by channel: u B~), in the compute dtype
 
     def row_steps(self, scale0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,12 +158,12 @@ def _split(values, AXIS: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr,
 
 
 @triton.jit
-def _a_block(A, buffer, a_step, a_int, a_low, i, k, in_features, RANK, BITS, LOWEST, HIGHEST):
-    at = k[:, None] * in_features + i[None, :]
+def _a_block(A, buffer, a_step, a_int, a_low, expert, i, k, in_features, RANK, BITS, LOWEST, HIGHEST):
+    at = (expert * RANK + k)[:, None] * in_features + i[None, :]
     ok = (k < RANK)[:, None] & (i < in_features)[None, :]
     n, step = _split(tl.load(A + at, mask=ok, other=0.0).to(tl.float32), 0, BITS, LOWEST, HIGHEST)
     tl.store((buffer + a_int).to(tl.pointer_type(tl.float16)) + at, n.to(tl.float16), mask=ok)
-    tl.store(buffer + a_step + i, step, mask=i < in_features)
+    tl.store(buffer + a_step + expert * in_features + i, step, mask=i < in_features)
     if a_low is not None:
         store(a_low + at, n * step[None, :], ok, False)
 
@@ -224,6 +226,7 @@ def _prepare_kernel(
     scales,
     in_features,
     out_features,
+    stack,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
     BITS: tl.constexpr,
@@ -250,11 +253,13 @@ def _prepare_kernel(
             ok = at < scales
             tl.store(buffer + at, trained_scale(scale0, shift, at, ok, SNAP), mask=ok)
     elif RANK > 0:
-        first_b = first_a + tl.cdiv(in_features, BLOCK)
+        blocks = tl.cdiv(in_features, BLOCK)
+        first_b = first_a + blocks * stack
         k = tl.arange(0, PADDED)
         if program < first_b:
-            i = (program - first_a) * BLOCK + tl.arange(0, BLOCK)
-            _a_block(A, buffer, a_step, a_int, a_low, i, k, in_features, RANK, BITS, LOWEST, HIGHEST)
+            expert = (program - first_a) // blocks
+            i = (program - first_a - expert * blocks) * BLOCK + tl.arange(0, BLOCK)
+            _a_block(A, buffer, a_step, a_int, a_low, expert, i, k, in_features, RANK, BITS, LOWEST, HIGHEST)
         else:
             j = (program - first_b) * BLOCK + tl.arange(0, BLOCK)
             _b_block(
@@ -279,15 +284,16 @@ def _plan(
     scale_dtype: str,
     scaled: bool,
     channels: bool,
+    stack: int,
 ) -> _Plan:
     """Work out what depends on shapes and constants only."""
     count, at_once = scales[0] * scales[1], SCALE_BLOCK
-    offsets, size = layout(scale_stride(scales), count, rows, cols, rank, channels)
+    offsets, size = layout(scale_stride(scales), count, rows, stack * cols, rank, channels)
     if channels:
         count, at_once = rows, max(1, SCALE_BLOCK // power_of_2(scales[1]))
     padded = max(1, power_of_2(rank))
     block = max(16, min(128, 4096 // padded))
-    programs = ceil_div(count, at_once) + (ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
+    programs = ceil_div(count, at_once) + (stack * ceil_div(cols, block) + ceil_div(rows, block) if rank else 0)
     launch = _prepare_kernel.launch(
         (programs,),
         float(c),
@@ -295,6 +301,7 @@ def _plan(
         count,
         cols,
         rows,
+        stack,
         RANK=rank,
         PADDED=padded,
         BITS=factor_bits(rank),
@@ -321,14 +328,16 @@ def prepare(
     rows: int,
     low: torch.dtype | None = None,
     scaled: bool = False,
+    stack: int = 1,
 ) -> Prepared:
     """Prepare the operands of a layer for the kernels.
 
     Args:
-        scale0 to c: as for `quantized_linear`.
+        scale0 to c: as for `quantized_linear`; of a stack A is (experts R, in) and B (experts out, R).
         rows: output rows of the layer.
         low: also make A~ and B~ in this dtype; None: do not.
         scaled: make s B~ of the latter.
+        stack: how many experts these are the operands of.
     """
     scale0 = scale0.contiguous()
     if A is None or B is None or not A.shape[0]:
@@ -338,13 +347,13 @@ def prepare(
         rank = cols = 0
     else:
         A, B = A.contiguous(), B.contiguous()
-        rank, cols = A.shape
-    plan = _plan(tuple(scale0.shape), rows, cols, rank, c, scale_dtype, scaled, by_channel(scale0, shift))
+        rank, cols = A.shape[0] // stack, A.shape[1]
+    plan = _plan(tuple(scale0.shape), rows, cols, rank, c, scale_dtype, scaled, by_channel(scale0, shift), stack)
     device = scale0.device
     buffer = torch.empty(plan.size, dtype=torch.float32, device=device)
     a_low = b_low = None
     if low is not None and rank:
-        a_low = torch.empty(rank, cols, dtype=low, device=device)
+        a_low = torch.empty(stack * rank, cols, dtype=low, device=device)
         b_low = torch.empty(rows, rank, dtype=low, device=device)
     plan.launch(A, B, scale0, None if shift is None else shift.contiguous(), buffer, a_low, b_low)
     return Prepared(buffer, buffer if rank else None, plan.offsets, rank, a_low, b_low)

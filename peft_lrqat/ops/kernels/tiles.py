@@ -5,6 +5,9 @@ scale serves each row of the tile, whatever the granularity:
     tile (m, n): rows [m BM, (m + 1) BM), columns [g L + t BN, ...), at most to the group's end
                  g, t = divmod(n, tiles a group)
 
+A stack of experts (`ops/experts.py`) is cut expert by expert, so that every tile is one expert's; m counts on through
+the experts, and a kernel that works on a stack is given `bounds`, which say whose tokens are where.
+
 All arithmetic is that of `ops/reference.py`, operation for operation, in fp32: codes and W^ are equal bit for bit.
 """
 
@@ -59,6 +62,22 @@ def tile_columns(n, GROUP: tl.constexpr, BN: tl.constexpr):
     group = n // tiles_a_group
     within = (n % tiles_a_group) * BN + tl.arange(0, BN)
     return group * GROUP + within, within < GROUP, group, group * GROUP + (n % tiles_a_group) * BN
+
+
+@triton.jit
+def tile_rows(m, out_features, bounds, BM: tl.constexpr):
+    """Return the row indices (BM,) of tile `m`, whether each belongs to it, and whose rows these are.
+
+    `bounds` is None for a single weight; `out_features` are one expert's.
+    """
+    if bounds is None:
+        j = m * BM + tl.arange(0, BM)
+        return j, j < out_features, 0
+    else:
+        tiles = tl.cdiv(out_features, BM)
+        expert = m // tiles
+        within = (m - expert * tiles) * BM + tl.arange(0, BM)
+        return expert * out_features + within, within < out_features, expert
 
 
 @triton.jit
@@ -146,6 +165,7 @@ def rounded_levels(
     b_step,
     a_int,
     b_int,
+    expert,
     j,
     i,
     group,
@@ -173,9 +193,10 @@ def rounded_levels(
             k = start + tl.arange(0, BR)
             k_ok = k < RANK
             b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, EVEN)
-            a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, EVEN)
+            a = a_tile(factors, a_int, expert * RANK + k, i, k_ok, column_ok, in_features, EVEN)
             product = tl.dot(b, a, product)  # integers below 2^24: exact in any order
-        steps = load(factors + b_step + j, row_ok, FULL)[:, None] * load(factors + a_step + i, column_ok, FULL)[None, :]
+        a_steps = load(factors + a_step + expert * in_features + i, column_ok, FULL)
+        steps = load(factors + b_step + j, row_ok, FULL)[:, None] * a_steps[None, :]
         product = product * steps  # powers of two: nothing is rounded, so fused or not with what follows
         if BY_CHANNEL:
             product = product * load(factors + units + j * scale_stride + group, row_ok, FULL)[:, None]
@@ -206,11 +227,12 @@ class Tiling(NamedTuple):
     BN: int
     loop: int  # tiles, one below the other, that one program works on
     full: bool  # whether every tile lies inside of the weight
+    stack: int  # experts that are cut so, one after the other
 
     @property
     def grid(self) -> tuple[int, int]:
         """Numbers of programs: the columns first, so that neighbours share rows of the base."""
-        return self.columns, ceil_div(self.rows, self.loop)
+        return self.columns, ceil_div(self.rows, self.loop) * self.stack
 
     def constants(self, fmt: BaseFormat, rank: int, by_channel: bool) -> dict[str, Any]:
         """Name the constants that kernels which call `rounded_levels` on these tiles take first."""
@@ -220,8 +242,8 @@ class Tiling(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool = True) -> Tiling:
-    """Cut a (rows, in) weight with `groups` scales a row into tiles.
+def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool = True, stack: int = 1) -> Tiling:
+    """Cut a (rows, in) weight, or each of a stack of such, with `groups` scales a row into tiles.
 
     A program that works on several tiles loads the next while it computes one, which was the fastest of what was tried
     on an H100. But there must be programs enough.
@@ -230,9 +252,10 @@ def tiling(rows: int, in_features: int, groups: int, BM: int = 32, loops: bool =
     BN = next((n for n in (128, 64, 32) if group % n == 0), max(16, min(128, power_of_2(group))))
     columns, of_rows = groups * ceil_div(group, BN), ceil_div(rows, BM)
     loop = next(
-        (n for n in (8, 4, 2) if loops and rows % (BM * n) == 0 and columns * of_rows // n >= ENOUGH_PROGRAMS), 1
+        (n for n in (8, 4, 2) if loops and rows % (BM * n) == 0 and columns * of_rows * stack // n >= ENOUGH_PROGRAMS),
+        1,
     )
-    return Tiling(columns, of_rows, group, BM, BN, loop, rows % BM == 0 and group % BN == 0)
+    return Tiling(columns, of_rows, group, BM, BN, loop, rows % BM == 0 and group % BN == 0, stack)
 
 
 def scale_stride(scales: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared, prepare
-from .tiles import clip, load, rounded_levels, store, tile_columns, tiling
+from .tiles import clip, load, rounded_levels, store, tile_columns, tile_rows, tiling
 
 
 @launched
@@ -23,6 +23,7 @@ def _weight_kernel(
     zero_point,
     scale,
     factors,
+    bounds,
     scale_stride,
     units,
     step,
@@ -44,14 +45,17 @@ def _weight_kernel(
     LOOP: tl.constexpr,
 ):
     n = tl.program_id(0)
+    if bounds is not None:  # the tiles of a program are one expert's
+        whose = tl.program_id(1) * LOOP // tl.cdiv(out_features, BM)
+        if tl.load(bounds + whose) == tl.load(bounds + whose + 1):
+            return
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
     for turn in tl.range(0, LOOP, num_stages=3):
         m = tl.program_id(1) * LOOP + turn
-        j = m * BM + tl.arange(0, BM)
-        row_ok = j < out_features
+        j, row_ok, expert = tile_rows(m, out_features, bounds, BM)
         z = rounded_levels(
-            base, factors, scale_stride, units, a_step, b_step, a_int, b_int, j, i, group, first, row_ok, column_ok,
-            words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
+            base, factors, scale_stride, units, a_step, b_step, a_int, b_int, expert, j, i, group, first, row_ok,
+            column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
         )  # fmt: skip
         q = clip(z, BITS)
         inside = row_ok[:, None] & column_ok[None, :]
@@ -64,8 +68,8 @@ def _weight_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int) -> Launch:
-    tiles = tiling(rows, fmt.in_features, groups)
+def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, stack: int) -> Launch:
+    tiles = tiling(rows, fmt.in_features, groups, stack=stack)
     return _weight_kernel.launch(
         tiles.grid,
         *offsets,
@@ -103,17 +107,21 @@ def prepared_weight(
     fmt: BaseFormat,
     dtype: torch.dtype,
     flags: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Build W^ from a contiguous base and what `prepare` made of the rest: (out, in) in `dtype`.
 
     Args:
         groups: scales a row has.
         flags: int32 (tiles,), receives 1 for each tile with a clipped entry.
+        bounds: of a stack of n experts, int32 (n + 1,): where the tokens of each begin, and end. The weights of those
+            without tokens are not written.
     """
     rows, words = base.shape
+    stack = 1 if bounds is None else bounds.shape[0] - 1
     weight = torch.empty(rows, fmt.in_features, dtype=dtype, device=base.device)
     if weight.numel():
-        launch = _launch(rows, words, groups, fmt, prepared.offsets, prepared.rank)
+        launch = _launch(rows // stack, words, groups, fmt, prepared.offsets, prepared.rank, stack)
         zero_point = None if zero_point is None else zero_point.contiguous()
-        launch(weight, flags, base, zero_point, prepared.scale, prepared.buffer)
+        launch(weight, flags, base, zero_point, prepared.scale, prepared.buffer, bounds)
     return weight
