@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from peft_lrqat.formats.record import Record
 from peft_lrqat.grid import Grid, GridTensor, snap_scale
 from peft_lrqat.modules.packed import describe, merged_layer
+from peft_lrqat.ops.activations import Activations
 from tests.models import adapted, tiny
 
 #: Both divide by 32, as GPTQ wants it; 96 does not divide by 64.
@@ -63,7 +64,9 @@ def on_grid(
             continue
         weight = random_tensor(grid, module.out_features, module.in_features, scale_dtype)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, merged_layer(weight, module.bias, bits, dtype, activations=act))
+        activations = Activations(act) if act else None
+        layer = merged_layer(weight, module.bias, bits, dtype, activations=activations)
+        setattr(model.get_submodule(parent), child, layer)
     describe(model)
     Record(grid, scale_dtype).put_into(model.config)
     return model

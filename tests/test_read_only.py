@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_lrqat.grid import Grid
 from peft_lrqat.modules.packed import merged_layer
+from peft_lrqat.ops.activations import Activations
 from peft_lrqat.read_only import ReadOnlyTensor
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests.grids import random_tensor
@@ -72,7 +73,7 @@ def test_reading_gives_plain_tensors():
 
 
 def merged(**options) -> nn.Module:
-    grid = Grid(1.58, 0) if options.get("activations") == "bitnet" else Grid(8, -1)
+    grid = Grid(1.58, 0) if options.get("activations") == Activations("bitnet") else Grid(8, -1)
     return merged_layer(random_tensor(grid, 8, 16), None, 8, torch.float32, **options)
 
 
@@ -80,8 +81,8 @@ def merged(**options) -> nn.Module:
     "layer",
     [
         merged(),
-        merged(activations="compressed-tensors"),
-        merged(activations="bitnet"),
+        merged(activations=Activations("compressed-tensors")),
+        merged(activations=Activations("bitnet")),
         FrozenWeight.of_floats(nn.Linear(16, 8), Grid(4, -1), "fx8"),
     ],
     ids=lambda layer: type(layer).__name__,

@@ -116,7 +116,7 @@ def preprocess_blockwise(
     fp32 copies of its weights.
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
-    if config.act_bits is not None:
+    if config.rounds_inputs:
         raise ValueError(
             f"`act_bits` is {config.act_bits}, but block-wise training does not round activations. Leave it out here; "
             "LR-QAT can train them on top."

@@ -126,4 +126,4 @@ def _ternary(name: str, module: Any) -> nn.Module:
     if not torch.equal(codes.to(module.weight.dtype), module.weight) or codes.abs().max() > 1:
         raise ValueError(f"The weight of module {name!r} does not lie on its grid any more.")
     weight = GridTensor(codes, module.weight_scale.float().view(1, 1), None, Grid(TERNARY, PER_TENSOR))
-    return merged_layer(weight, module.bias, 2, module.weight_scale.dtype, activations=bitnet.NAME)
+    return merged_layer(weight, module.bias, 2, module.weight_scale.dtype, activations=bitnet.ACTIVATIONS)

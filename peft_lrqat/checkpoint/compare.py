@@ -8,7 +8,7 @@ import torch
 
 from ..formats.source import Source
 from ..grid import GridTensor
-from ..ops.activations import describe_rule
+from ..ops.activations import describe_activations
 from .findings import Finding
 
 
@@ -49,10 +49,11 @@ def _equal(a: GridTensor, b: GridTensor) -> bool:
     return True
 
 
-def rules(checkpoint: Source, source: Source) -> Finding:
+def activations(checkpoint: Source, source: Source) -> Finding:
     """Compare how inputs are rounded."""
-    said = [" and ".join(sorted(describe_rule(rule) for rule in which.rules())) for which in (checkpoint, source)]
-    equal = checkpoint.rules() == source.rules()
+    found = [which.activations() for which in (checkpoint, source)]
+    said = [" and ".join(sorted(map(describe_activations, those))) for those in found]
+    equal = found[0] == found[1]
     return Finding("activations", equal, said[0] if equal else f"{said[0]}, and in the source {said[1]}")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from ..formats import compressed_tensors
+from ..formats.compressed_tensors import multiplies_int8
 from ..formats.source import LayerInfo
 
 
@@ -35,7 +37,6 @@ def engines(
     infos: Collection[LayerInfo],
     bits: int,
     file_group: int,
-    act_bits: int | None = None,
     config: Any = None,
     problem: str = "",
 ) -> list[Engine]:
@@ -47,7 +48,7 @@ def engines(
         config: the model's configuration, if it is at hand.
         problem: why transformers cannot load them from compressed-tensors, or nothing.
     """
-    found = _by_layers(format, infos, bits, file_group, act_bits, problem)
+    found = _by_layers(format, infos, bits, file_group, problem)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if not architecture or _in_vllm(config, architecture):
         return found
@@ -64,11 +65,9 @@ def _in_vllm(config: Any, architecture: str) -> bool:
     return is_text and not architecture.endswith(("ForMaskedLM", "ForQuestionAnswering", "ForMultipleChoice"))
 
 
-def _by_layers(
-    format: str, infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None, problem: str
-) -> list[Engine]:
+def _by_layers(format: str, infos: Collection[LayerInfo], bits: int, file_group: int, problem: str) -> list[Engine]:
     if format == "compressed-tensors":
-        return _compressed_tensors(infos, bits, file_group, act_bits, problem)
+        return _compressed_tensors(infos, bits, file_group, problem)
     if format == "gptq":
         return _gptq(bits, file_group)
     if format == "torchao":
@@ -92,14 +91,15 @@ def _by_layers(
     return []
 
 
-def _compressed_tensors(
-    infos: Collection[LayerInfo], bits: int, file_group: int, act_bits: int | None, problem: str
-) -> list[Engine]:
+def _compressed_tensors(infos: Collection[LayerInfo], bits: int, file_group: int, problem: str) -> list[Engine]:
     dense = bits in (3, 5, 6, 7)
     needs = "compressed-tensors 0.18 or later, which packs these widths densely" if dense else ""
+    rounded = [info for info in infos if info.activations is not None]
+    if any(info.activations.rule != compressed_tensors.NAME for info in rounded if info.activations):
+        needs = "it rounds activations otherwise than they were trained (`act_rule='vllm'`)" + (needs and f"; {needs}")
     found = [Engine("transformers + compressed-tensors", not problem, problem or needs)]
-    if act_bits is not None:
-        return [*found, Engine("vLLM on a CPU", True), Engine("vLLM on a GPU", True, run=False)]
+    if rounded:
+        return found + _with_rounded_inputs(rounded)
     odd = [info for info in infos if info.kind == "linear" and (info.in_features % 32 or info.out_features % 32)]
     why = ""
     if bits != 4:
@@ -113,6 +113,14 @@ def _compressed_tensors(
     gpu = bits in (4, 8)
     why = "" if gpu else f"{bits}-bit weights need an optional kernel package, or container_bits=4"
     return [*found, Engine("vLLM on a GPU", gpu, why, run=False)]
+
+
+def _with_rounded_inputs(rounded: list[LayerInfo]) -> list[Engine]:
+    if all(multiplies_int8(info.grid, info.container_bits, info.activations) for info in rounded):
+        return [Engine("vLLM on a CPU", True), Engine("vLLM on a GPU", True, run=False)]
+    why = "it leaves the activations of packed weights float; write them with container_bits=8, per channel"
+    gpu = "with the package humming-kernels, and --linear-backend humming: other kernels leave activations float"
+    return [Engine("vLLM on a CPU", False, why), Engine("vLLM on a GPU", True, gpu, run=False)]
 
 
 def _gptq(bits: int, file_group: int) -> list[Engine]:

@@ -101,6 +101,7 @@ class Inspection:
     Attributes:
         folder, format: of the checkpoint; the format of an adapter's folder is "adapter".
         grid: what was trained, in words; `bits`, `group_size`, `symmetric` in numbers.
+        act_bits: of rounded activations, the fewest of any layer; None: all are floats.
         container_bits: width of the stored codes.
         layers, weights: how many are quantized.
         layer_bytes, total_bytes: of the quantized weights with their scales, and of all tensors; None for an adapter.

@@ -224,7 +224,7 @@ class FolderSource(Source):
         if self.format != compressed_tensors.NAME:
             return ""
         infos = self.grids().values()
-        stored = [(info.grid, info.container_bits, 8 if info.activations else None) for info in infos]
+        stored = [(info.grid, info.container_bits, info.activations) for info in infos]
         return compressed_tensors.stored_problem(self.quantization, stored, self.loading)
 
     def layer_bytes(self) -> int:

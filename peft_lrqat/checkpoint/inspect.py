@@ -49,7 +49,7 @@ def inspect(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> In
         bits=first.grid.bits,
         group_size=first.grid.group_size,
         symmetric=first.grid.symmetric,
-        act_bits=source.act_bits,
+        act_bits=min(source.act_bits, default=None),
         container_bits=first.container_bits,
         layers=len(infos),
         weights=sum(info.weights for info in infos.values()),
@@ -70,4 +70,4 @@ def _engines(source: Source) -> list[Engine]:
     infos = list(source.grids().values())
     group = source.file_group
     bits = infos[0].container_bits
-    return engines(source.format, infos, bits, group, source.act_bits, source.config, source.problem())
+    return engines(source.format, infos, bits, group, source.config, source.problem())

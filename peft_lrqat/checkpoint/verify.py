@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from ..formats import bitnet, compressed_tensors
 from ..formats.source import Source
 from ..modules.packed import merged_layer
 from . import compare
@@ -72,14 +73,14 @@ def verify(
         source = open_source(against, trust_remote_code)
         found.against = described(against)
         found.findings += [compare.integers(checkpoint, source), compare.floats(checkpoint, source)]
-        if checkpoint.rules() != source.rules():
-            found.findings.append(compare.rules(checkpoint, source))
+        if checkpoint.activations() != source.activations():
+            found.findings.append(compare.activations(checkpoint, source))
     if not engine:
         return found
     found.missing = [name for name in _NEEDS[checkpoint.format] if importlib.util.find_spec(name) is None]
     if found.missing:
         return found
-    found.skipped = checkpoint.problem()
+    found.skipped = checkpoint.problem() or _other_rule(checkpoint)
     if found.skipped:
         return found
     found.engine = " + ".join([f"transformers {transformers.__version__}", *_NEEDS[checkpoint.format]])
@@ -92,9 +93,17 @@ def verify(
     progress("logits")  # first: transformers unpacks some formats in the first forward
     found.findings.append(_outputs(model, source, exact=not half))
     progress("layers")
-    if "compressed-tensors" not in checkpoint.rules():  # such a layer's answer to unit vectors is rounded
+    if checkpoint.activations() <= {None, bitnet.ACTIVATIONS}:  # another's answer to unit vectors is rounded
         found.findings.append(_layers(model, source))
     return found
+
+
+def _other_rule(checkpoint: Source) -> str:
+    """Why transformers computes something else than was trained, or nothing."""
+    rules = {how.rule for how in checkpoint.activations() if how is not None}
+    if rules <= {compressed_tensors.NAME, bitnet.NAME}:
+        return ""
+    return "it was trained with vLLM's rounding of activations, and transformers rounds activations otherwise"
 
 
 def described(against: Any) -> str:

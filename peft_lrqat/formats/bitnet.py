@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..grid import PER_TENSOR, TERNARY, GridTensor
-from ..ops.activations import describe_rule
+from ..ops.activations import Activations, describe_activations
 from .safetensors import Plan, SafetensorsWriter, no_linear, one_grid, round_scale, scale_problems
 from .scheme import Describe, Scheme, Tensors
 from .source import LayerInfo, Source
@@ -25,6 +25,9 @@ from .writer import Loss, Problem, Settings
 NAME = "bitnet"
 PARTS = frozenset({"weight", "weight_scale"})
 SCALE = "weight_scale"
+
+#: How its layers round their inputs.
+ACTIVATIONS = Activations(NAME)
 
 _PER_BYTE = 4
 
@@ -89,7 +92,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
             "The checkpoint's BitNet layers normalise their inputs (`use_rms_norm`), which has no counterpart here. "
             "Start from the float model."
         )
-    stored = Scheme(NAME, 2, PER_TENSOR, True, activations=NAME, code_grid=TERNARY)
+    stored = Scheme(NAME, 2, PER_TENSOR, True, activations=ACTIVATIONS, code_grid=TERNARY)
     return lambda *names: stored
 
 
@@ -131,10 +134,10 @@ model = AutoModelForCausalLM.from_pretrained("path/or/repo")
         if settings.container_bits not in (None, 2):
             found.append(Problem(None, f"container_bits={settings.container_bits}, but BitNet stores 2 bits a code",
                                  "leave container_bits out"))  # fmt: skip
-        for rule in sorted(source.rules() - {self.name}, key=str):
+        for trained in sorted(source.activations() - {ACTIVATIONS}, key=str):
             reason = (
-                f"activations were trained as {describe_rule(rule)}, and BitNet's layers round them to "
-                f"{describe_rule(self.name)}"
+                f"activations were trained as {describe_activations(trained)}, and BitNet's layers round them to "
+                f"{ACTIVATIONS.describe()}"
             )
             hint = "train with LowBitSRConfig(bits=1.58, group_size=0, act_bits=8), or allow_inexact=True"
             found.append(Problem(None, reason, hint, inexact=True))

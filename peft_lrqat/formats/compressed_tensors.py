@@ -1,4 +1,6 @@
-"""compressed-tensors: "pack-quantized" (2 to 8 bits, float activations) and "int-quantized" (W8A8).
+"""compressed-tensors: "pack-quantized" (2 to 8 bits) and "int-quantized" (W8A8).
+
+Both may have activations on a grid, whose scales are found anew for every token. Which is written: `multiplies_int8`.
 
     weight_packed        int32 (out, words), codes packed along the inputs (`packing.py`); or
     weight               int8 (out, in), the codes themselves
@@ -17,12 +19,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor, dequantize, quantize
-from ..ops.activations import describe_rule
+from ..ops.activations import PER_TOKEN, Activations
 from ..packing import pack, unpack, words_per_row
 from .safetensors import (
     Plan,
@@ -48,8 +51,9 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # width straddles two words.
 _OLD, _NEW = "before 0.18", "0.18 or later"
 
-# How inputs are rounded in the activation rule of the same name.
-_TOKEN_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+#: Where a group names the rule by which inputs are rounded, if it is not compressed-tensors' own: among the settings of
+#: an observer, which dynamic activations do not have.
+_RULE = "peft_lrqat_rule"
 
 
 # -- a layer's tensors
@@ -90,8 +94,15 @@ def unpack_zero_point(packed: torch.Tensor, bits: int, out_features: int, packin
 # -- config.json
 
 
-#: How a layer is stored: its grid, the width of its codes, and 8 if its input is rounded to 8 bits per token, or None.
-Stored = tuple[Grid, int, int | None]
+#: How a layer is stored: its grid, the width of its codes, and how its input is rounded, or None.
+Stored = tuple[Grid, int, Activations | None]
+
+
+def multiplies_int8(grid: Grid, bits: int, activations: Activations | None) -> bool:
+    """Whether a layer is stored as int8, which engines multiply with int8 activations (W8A8); else it is packed."""
+    by_row = grid.group_size <= 0 and grid.symmetric
+    by_token = activations is not None and (activations.bits, activations.group_size) == (8, PER_TOKEN)
+    return bits == 8 and by_row and by_token
 
 
 def quantization_config(
@@ -117,11 +128,10 @@ def quantization_config(
     return _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)}, loading)
 
 
-def _group(targets: list[str], grid: Grid, bits: int, act_bits: int | None) -> dict[str, Any]:
-    activations = {"num_bits": act_bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+def _group(targets: list[str], grid: Grid, bits: int, activations: Activations | None) -> dict[str, Any]:
     return {
         "targets": targets,
-        "format": "pack-quantized" if act_bits is None else "int-quantized",
+        "format": "int-quantized" if multiplies_int8(grid, bits, activations) else "pack-quantized",
         "weights": {
             "num_bits": bits,
             "type": "int",
@@ -131,9 +141,26 @@ def _group(targets: list[str], grid: Grid, bits: int, act_bits: int | None) -> d
             "group_size": grid.group_size if grid.group_size > 0 else None,
             "dynamic": False,
         },
-        "input_activations": None if act_bits is None else activations,
+        "input_activations": None if activations is None else _input_activations(activations),
         "output_activations": None,
     }
+
+
+def _input_activations(activations: Activations) -> dict[str, Any]:
+    by_token = activations.group_size == PER_TOKEN
+    said = {"num_bits": activations.bits, "type": "int", "symmetric": True, "dynamic": True}
+    said |= {"strategy": "token"} if by_token else {"strategy": "group", "group_size": activations.group_size}
+    return said if activations.rule == NAME else {**said, "observer_kwargs": {_RULE: activations.rule}}
+
+
+def _read_activations(inputs: dict[str, Any]) -> Activations | None:
+    """What `_input_activations` says, or None if inputs are rounded in another way."""
+    plain = {"type": "int", "symmetric": True, "dynamic": True}
+    size = {"token": PER_TOKEN, "group": inputs.get("group_size")}.get(str(inputs.get("strategy")))
+    if any(inputs.get(key) != value for key, value in plain.items()) or not isinstance(size, int):
+        return None
+    bits, rule = inputs.get("num_bits"), (inputs.get("observer_kwargs") or {}).get(_RULE, NAME)
+    return Activations(rule, bits, size) if bits in (4, 8) and (size > 0 or size == PER_TOKEN) else None
 
 
 def _config(float_linears: list[str], groups: dict[str, dict[str, Any]], loading: Loading) -> dict[str, Any]:
@@ -206,7 +233,7 @@ def loading_problem(layers: Iterable[Stored], loading: Loading) -> str:
     if not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
         return ""
     why = "reads weights of this architecture before the first forward" if loading.early else "reads zero points"
-    if any(act_bits is not None for _, _, act_bits in kinds):
+    if any(activations is not None for _, _, activations in kinds):
         return f"transformers {why}, so it decompresses the model while loading, and then rounds no activations"
     if len(kinds) > 1:
         return f"transformers {why}, so it decompresses the model while loading, and then knows one grid for all layers"
@@ -267,8 +294,8 @@ def scheme_of(label: str, group: dict[str, Any], fallback: str | None, packing: 
         packing: of codes of odd width; "" where the file does not say which version wrote it.
 
     Raises:
-        ValueError: it is not integers per group, channel or tensor, or rounds activations by another rule than
-            int8 per token.
+        ValueError: it is not integers per group, channel or tensor, or rounds activations otherwise than to 8 or 4
+            bits, dynamically, per token or group.
     """
     weights, form = group.get("weights") or {}, str(group.get("format") or fallback)
     strategies: dict[Any, Any] = {"group": weights.get("group_size"), "channel": PER_CHANNEL, "tensor": PER_TENSOR}
@@ -281,16 +308,14 @@ def scheme_of(label: str, group: dict[str, Any], fallback: str | None, packing: 
     group_size, symmetric = strategies[weights["strategy"]], weights.get("symmetric", True)
     inputs, activations = group.get("input_activations"), None
     if inputs or group.get("output_activations"):
-        per_token = {key: (inputs or {}).get(key) for key in _TOKEN_INT8} == _TOKEN_INT8
-        plain = form != "pack-quantized" and group_size <= 0 and symmetric
-        if not per_token or not plain or group.get("output_activations"):
+        activations = _read_activations(inputs or {})
+        if activations is None or not symmetric or group.get("output_activations"):
             raise ValueError(
-                f"{label} of the checkpoint quantizes activations as well as weights, as {inputs}. Of those, int8 per "
-                f"token ({_TOKEN_INT8}) with symmetric int8 weights per channel or tensor can be read. Start from a "
-                "weight-only checkpoint or from the float model; `act_bits=8`, of either configuration, trains with "
-                "8-bit activations."
+                f"{label} of the checkpoint quantizes activations as well as weights, as {inputs} (and outputs as "
+                f"{group.get('output_activations')}). Of those, 8 or 4 bits, symmetric and dynamic, per token or "
+                "group, with symmetric weights can be read. Start from a weight-only checkpoint or from the float "
+                "model; `act_bits`, of either configuration, trains with activations on such a grid."
             )
-        activations = NAME
     return Scheme(NAME, weights.get("num_bits", 8), group_size, symmetric, packing, activations)
 
 
@@ -377,30 +402,24 @@ class CompressedTensorsWriter(SafetensorsWriter):
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         packed, found = self.packed(source), no_linear(source, "compressed-tensors")
         found += scale_problems(source, {name: info.dtype for name, info in packed.items()})
-        rounded = {name: info for name, info in packed.items() if info.activations is not None}
-        found += container_problems(
-            {name: info for name, info in packed.items() if name not in rounded}, settings, WIDTHS, "compressed-tensors"
-        )
-        found += container_problems(rounded, settings, (8,), "the int-quantized format (W8A8)")
-        if others := source.rules() - {None, self.name}:
-            reason = (
-                f"activations were trained with {describe_rule(others.pop())} (BitNet), and transformers rounds those "
-                f"of this format with {describe_rule(self.name)}"
-            )
-            found.append(Problem(None, reason, "use format='bitnet', or allow_inexact=True", inexact=True))
-        for name, info in rounded.items():
-            if info.grid.group_size > 0 or not info.grid.symmetric:
-                reason = f"8-bit activations with the grid {info.grid.describe()}: int8 products take one scale a row"
-                found.append(Problem(name, reason, "train with group_size=-1 or 0, symmetric"))
+        found += container_problems(packed, settings, WIDTHS, "compressed-tensors")
+        stored = {name: _stored(info, settings) for name, info in packed.items()}
+        for trained, by in dict.fromkeys((info.activations, stored[name][2]) for name, info in packed.items()):
+            if trained is not None and by is not None and trained != by:
+                reason = (
+                    f"activations were trained by the rule {trained.rule!r} ({trained.describe()}), and engines round "
+                    f"them by {by.rule!r} where the layers are stored so ({by.describe()})"
+                )
+                hint = "use the format and the container that it was trained for, or allow_inexact=True"
+                found.append(Problem(None, reason, hint, inexact=True))
+        for name, (grid, _, activations) in stored.items():
+            if activations is not None and not grid.symmetric:
+                why = "transformers decompresses a model with zero points while loading, and then rounds no activations"
+                found.append(Problem(name, why, "train with symmetric=True"))
         return found
 
     def plan(self, source: Source, settings: Settings) -> Plan:
-        layers: dict[str, Stored] = {
-            name: (info.grid, container(info, settings, WIDTHS), None)
-            if info.activations is None
-            else (info.grid, 8, 8)
-            for name, info in self.packed(source).items()
-        }
+        layers = {name: _stored(info, settings) for name, info in self.packed(source).items()}
         also = {source.modules[name]: stored for name, stored in layers.items() if name in source.modules}
         described = quantization_config(source.float_linears, {**layers, **also}, source.loading)
         widths = sorted({bits for _, bits, _ in layers.values()})
@@ -410,5 +429,22 @@ class CompressedTensorsWriter(SafetensorsWriter):
         return round_scale(name, weight, info.dtype, settings, loss)
 
     def tensors(self, name: str, weight: GridTensor, info: LayerInfo, plan: Plan) -> dict[str, torch.Tensor]:
-        _, bits, act_bits = plan.details[name]
-        return packed_tensors(weight, bits, info.dtype) if act_bits is None else integer_tensors(weight, info.dtype)
+        grid, bits, activations = plan.details[name]
+        if multiplies_int8(grid, bits, activations):
+            return integer_tensors(weight, info.dtype)
+        return packed_tensors(weight, bits, info.dtype)
+
+
+def _stored(info: LayerInfo, settings: Settings) -> Stored:
+    """How a layer will be stored: with the rule by which engines round its inputs then, if they are rounded."""
+    bits, activations = container(info, settings, WIDTHS), info.activations
+    if activations is not None:
+        activations = replace(activations, rule=engine_rule(activations, info.grid, bits))
+    return info.grid, bits, activations
+
+
+def engine_rule(activations: Activations, grid: Grid, bits: int) -> str:
+    """The rule that rounds the inputs of a layer stored so: transformers', or the one of vLLM's kernels for it."""
+    if activations.rule not in ("vllm", "humming"):
+        return NAME
+    return "vllm" if multiplies_int8(grid, bits, activations) else "humming"

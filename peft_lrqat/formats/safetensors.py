@@ -116,9 +116,10 @@ def one_grid(source: Source) -> list[Problem]:
 
 def float_activations(source: Source, what: str) -> list[Problem]:
     """A problem if the model was trained with rounded activations, which the format does not round."""
-    if source.act_bits is None:
+    if not source.act_bits:
         return []
-    reason = f"the model was trained with {source.act_bits}-bit activations, and {what} computes with float activations"
+    bits = " and ".join(map(str, source.act_bits))
+    reason = f"the model was trained with {bits}-bit activations, and {what} computes with float activations"
     return [Problem(None, reason, "use the format that it was trained for, or allow_inexact=True", inexact=True)]
 
 

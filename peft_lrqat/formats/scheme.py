@@ -13,6 +13,7 @@ import regex
 import torch
 
 from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor
+from ..ops.activations import Activations
 
 #: What a file holds for a layer: last part of the tensor's name -> tensor.
 Tensors = Mapping[str, torch.Tensor]
@@ -31,7 +32,7 @@ class Scheme:
         group_size: as in `Grid`.
         symmetric: what the checkpoint says; the zero points that it stores have the last word.
         variant: what the method tells apart beside: GPTQ's version, compressed-tensors' kind of file.
-        activations: the rule by which inputs are rounded to 8 bits (`ops.activations`), or None.
+        activations: how inputs are rounded, or None.
         code_grid: the bits of the grid, where it is not that of `bits`: 1.58 for ternary codes in two bits.
     """
 
@@ -40,7 +41,7 @@ class Scheme:
     group_size: int
     symmetric: bool
     variant: str = ""
-    activations: str | None = None
+    activations: Activations | None = None
     code_grid: float | None = None
 
     def grid(self, symmetric: bool, in_features: int, scales_a_row: int | None) -> Grid:
@@ -131,8 +132,9 @@ def check_scales(
         zero_point = zero_point.to(torch.int8)
     if scheme.activations is not None and not symmetric:
         raise ValueError(
-            f"Layer {where!r} has zero points beside rounded activations, for which int8 products have no place. Start "
-            "from a symmetric checkpoint, or from the float model."
+            f"Layer {where!r} has zero points beside rounded activations, which transformers does not run: it "
+            "decompresses such a model while loading, and then rounds no activations. Start from a symmetric "
+            "checkpoint, or from the float model."
         )
     scale = scale.float()
     if not bool(torch.isfinite(scale).all()):

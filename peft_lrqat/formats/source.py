@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..grid import Grid, GridTensor
+from ..ops.activations import Activations
 
 __all__ = ["GridTensor", "LayerInfo", "Loading", "Source"]
 
@@ -30,7 +31,7 @@ class LayerInfo:
         bias: whether the module has one; it is among `Source.floats()`.
         dtype: of the model, in which the merged checkpoint stores scales.
         container_bits: width of the codes that the training configuration, or the folder, gives the merged checkpoint.
-        activations: the rule by which inputs are rounded to 8 bits per token (`ops.activations`), None: not at all.
+        activations: how inputs are rounded, None: not at all.
     """
 
     out_features: int
@@ -40,7 +41,7 @@ class LayerInfo:
     bias: bool
     dtype: torch.dtype
     container_bits: int
-    activations: str | None = None
+    activations: Activations | None = None
 
     @property
     def weights(self) -> int:
@@ -95,14 +96,14 @@ class Source(ABC):
     tied: dict[str, str]
     tokenizer: str | None = None
 
-    def rules(self) -> set[str | None]:
-        """The rules by which the inputs of linear layers are rounded; None among them: some are floats."""
+    def activations(self) -> set[Activations | None]:
+        """How the inputs of linear layers are rounded; None among them: some are floats."""
         return {info.activations for info in self.grids().values() if info.kind == "linear"}
 
     @property
-    def act_bits(self) -> int | None:
-        """8 if the inputs of some layer are rounded, else None."""
-        return 8 if self.rules() - {None} else None
+    def act_bits(self) -> list[int]:
+        """To how many bits the inputs of some layers are rounded; empty: all are floats."""
+        return sorted({how.bits for how in self.activations() if how is not None})
 
     @abstractmethod
     def grids(self) -> dict[str, LayerInfo]:

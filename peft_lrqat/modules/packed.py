@@ -13,7 +13,8 @@ from ..formats import bitnet, compressed_tensors
 from ..formats.record import Record
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor, dequantize
-from ..ops import quantized_linear
+from ..ops import quantized_linear, round_activations
+from ..ops.activations import Activations
 from ..ops.embedding import quantized_embedding
 from ..ops.inputs import check_ids, linear_input
 from ..ops.linear import linear_weight
@@ -28,7 +29,7 @@ class QuantizedLinear(KeepsScales):
 
     `save_pretrained` therefore writes a checkpoint of format "pack-quantized" and nothing else. The forward builds the
     weight in the input's dtype and drops it; the backward passes gradients to the input, so adapters can be trained on
-    top.
+    top. Its input is rounded first where the model was trained so.
 
     Buffers:
         weight_packed: int32 (out, ceil(in * bits / 32)).
@@ -36,6 +37,9 @@ class QuantizedLinear(KeepsScales):
             channel: engines have kernels for that.
         weight_shape: int64 (2,), (out, in).
         weight_zero_point: int32 (ceil(out * bits / 32), groups), packed along `out`; asymmetric grids only.
+
+    Attributes:
+        activations: how inputs are rounded; None: they are floats.
     """
 
     weight_packed: torch.Tensor
@@ -50,6 +54,7 @@ class QuantizedLinear(KeepsScales):
         bits: int,
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,
+        activations: Activations | None = None,
     ) -> None:
         """
         Args:
@@ -59,7 +64,7 @@ class QuantizedLinear(KeepsScales):
         """
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.codes.shape
-        self.bits, self.grid = bits, weight.grid
+        self.bits, self.grid, self.activations = bits, weight.grid, activations
         self.compute_dtype = compute_dtype or dtype
         tensors = compressed_tensors.packed_tensors(weight, bits, dtype)
         for name, tensor in tensors.items():
@@ -100,6 +105,8 @@ class QuantizedLinear(KeepsScales):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         input = linear_input(input, self)
+        if self.activations is not None:
+            input = round_activations(input, self.activations)
         bias: torch.Tensor | None = self.bias
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
@@ -127,7 +134,8 @@ class QuantizedLinear(KeepsScales):
         return linear_weight(packed, scale, None, self.zero_point, None, None, *constants)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}"
+        rounded = "" if self.activations is None else f", activations=({self.activations.describe()})"
+        return f"{super().extra_repr()}, bits={self.bits}{rounded}"
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -167,7 +175,7 @@ def merged_layer(
     *,
     transposed: bool = False,
     embedding: bool = False,
-    activations: str | None = None,
+    activations: Activations | None = None,
     file_scale_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The layer of a quantized model: the one place that chooses its class.
@@ -175,12 +183,12 @@ def merged_layer(
     Args:
         weight: (out, in).
         bias: (out,) or None.
-        bits: width of the stored codes; 8-bit activations and BitNet's format have widths of their own.
+        bits: width of the stored codes; BitNet's format has its own.
         dtype: the model's.
         transposed: whether it takes the place of a Conv1D (GPT-2). compressed-tensors has no packed form of that, so
             it becomes a dense Conv1D whose weight holds the grid's exact values.
         embedding: whether it takes the place of an embedding.
-        activations: the rule by which inputs are rounded to 8 bits (`ops.activations`), None: they are floats.
+        activations: how inputs are rounded, None: they are floats.
         file_scale_dtype: of the scales in the file that the layer was read from; they stay in it where `dtype` does
             not hold them. None: `dtype` holds them.
 
@@ -194,25 +202,26 @@ def merged_layer(
         layer.nx = weight.codes.shape[1]
         layer.register_parameter("bias", bias)
         return layer
-    if activations is None and bits < weight.grid.code_bits:
+    if activations != bitnet.ACTIVATIONS and bits < weight.grid.code_bits:
         raise ValueError(
             f"Codes of the grid {weight.grid.describe()} take {weight.grid.code_bits} bits, but the container has "
             f"{bits} (`container_bits`). Use {weight.grid.code_bits} or more."
         )
     exact = file_scale_dtype is None or torch.equal(weight.scale.to(dtype).float(), weight.scale)
-    if activations is not None and not exact:
+    as_int8 = compressed_tensors.multiplies_int8(weight.grid, bits, activations)
+    if not exact and (as_int8 or activations == bitnet.ACTIVATIONS):
         raise ValueError(
             f"The scales of a layer with rounded activations are {file_scale_dtype} numbers that {dtype} does not hold."
             f" Load the model with `dtype={file_scale_dtype}`, or in torch.float32."
         )
-    if activations == "bitnet":
+    if activations == bitnet.ACTIVATIONS:
         if bias is not None:
             raise ValueError("A layer with a bias cannot be stored in BitNet's format. Use 'compressed-tensors'.")
         return BitNetLinear(weight, dtype)
-    if activations is not None:
-        return Int8Linear(weight, bias, dtype)
+    if as_int8 and activations is not None:
+        return Int8Linear(weight, bias, dtype, activations)
     kind = QuantizedEmbedding if embedding else QuantizedLinear
-    return kind(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype)
+    return kind(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype, activations)
 
 
 def describe(model: Any, record: Record | None = None) -> None:
@@ -240,10 +249,7 @@ def describe(model: Any, record: Record | None = None) -> None:
             raise ValueError("BitNet's layers stand beside layers of another format. One checkpoint holds one format.")
         model.config.quantization_config = bitnet.quantization_config(floats)
         return
-    schemes = {
-        name: (layer.grid, layer.info.container_bits, None if layer.info.activations is None else 8)
-        for name, layer in stored.items()
-    }
+    schemes = {name: (layer.grid, layer.info.container_bits, layer.info.activations) for name, layer in stored.items()}
     needs = loading(skeleton_of(model), quantized)
     model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes, needs)
     if problem := compressed_tensors.loading_problem(schemes.values(), needs):

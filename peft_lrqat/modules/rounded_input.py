@@ -1,4 +1,4 @@
-"""Merged layers that quantize their activations to 8 bits, per token, as the model was trained."""
+"""Merged layers of int8 codes, and BitNet's, which round their input as the model was trained; and what all share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from ..formats import bitnet, compressed_tensors
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor
-from ..ops.activations import round_activations
+from ..ops.activations import Activations, round_activations
 from ..ops.inputs import linear_input
 from ..read_only import ReadOnlyTensor
 from .generation import KeepsWeight
@@ -120,7 +120,7 @@ class _StoredWeight(KeepsScales):
     weight_codes: torch.Tensor
     weight_scale: torch.Tensor
     container_bits: int
-    activations: str  # the rule by which inputs are rounded, see `ops.activations`
+    activations: Activations  # how inputs are rounded
 
     def __init__(self, weight: GridTensor, tensors: dict[str, torch.Tensor], bias: nn.Parameter | None) -> None:
         """
@@ -185,14 +185,16 @@ class Int8Linear(_StoredWeight):
     """compressed-tensors "int-quantized": 8-bit container, int8 activations per token (W8A8 to the engines)."""
 
     container_bits = 8
-    activations = "compressed-tensors"
 
-    def __init__(self, weight: GridTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: GridTensor, bias: nn.Parameter | None, dtype: torch.dtype, activations: Activations
+    ) -> None:
         """
         Args:
             weight: (out, in), symmetric; scales (out, 1) or (1, 1), exactly representable in `dtype`.
         """
         super().__init__(weight, compressed_tensors.integer_tensors(weight, dtype), bias)
+        self.activations = activations
 
     @property
     def codes(self) -> torch.Tensor:
@@ -212,7 +214,7 @@ class BitNetLinear(_StoredWeight):
     """
 
     container_bits = 2
-    activations = "bitnet"
+    activations = bitnet.ACTIVATIONS
 
     def __init__(self, weight: GridTensor, dtype: torch.dtype) -> None:
         """

@@ -100,11 +100,11 @@ class ServedWeight(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def refuse_rounded_inputs(activations: str | None) -> None:
+def refuse_rounded_inputs(activations: Any) -> None:
     """ValueError if the inputs of a layer are rounded by a rule (None: they are not), and its weight is to be sent."""
     if activations is not None:
         raise ValueError(
-            "The layers of this model round their inputs (`act_bits=8`), but an engine to which float weights are sent "
+            "The layers of this model round their inputs (`act_bits`), but an engine to which float weights are sent "
             "does not: it would sample from another policy than the one that is trained. Leave `act_bits` "
             "out where vLLM generates, or let transformers generate (`use_vllm=False`)."
         )

@@ -5,7 +5,8 @@ its registration with `torch.library` (schema, fake implementation, autograd), a
 
     linear.py, low_bit.py           reference.py; kernels/weight.py, backward.py, low_bit_weight.py
     experts.py                      reference_experts.py; kernels/experts.py
-    embedding.py, activations.py    the file itself; no kernel
+    embedding.py                    the file itself; no kernel
+    activations.py                  reference_inputs.py; kernels/inputs.py
     low_bit_step.py                 reference_step.py; kernels/low_bit_step.py
 
 A reference and its kernel have one name, one signature and one result (`kernels/__init__.py` lists the pairs, a test
@@ -29,7 +30,7 @@ __all__ = [
     "mean_code",  # mean |q| over the weights that share a scale
     "quantized_embedding",  # rows of W^, the adapter inside the rounding
     "quantized_linear",  # y = x W^T + bias, the adapter inside the rounding
-    "round_activations",  # 8 bits per token, as an engine does it
+    "round_activations",  # a layer's input on a grid, as an engine rounds it
     "step_codes",  # one AdamW step on packed codes, which ends in stochastic rounding
     "trained_scale",  # s0 and its learned change, snapped to what a checkpoint stores
     "use_kernels",  # not an operation: switches the kernels on or off

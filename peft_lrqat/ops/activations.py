@@ -1,61 +1,115 @@
-"""Rounding a layer's input to 8 bits per token, as the engine that serves the checkpoint will do it.
+"""Rounding a layer's input to 8 or 4 bits, per token or per group of its inputs, as the engine that serves it will.
 
-Two rules are in use. They differ in how many steps the largest magnitude of a token takes, in the dtype that they
-compute in and in their order of operations, so each is written as its engine writes it, and named after the checkpoint
-format whose engines round so. What is trained is then what is served, to the last bit.
+Whose arithmetic rounds is a rule of `reference_inputs.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-#: The rules, by the name of the checkpoint format.
-ACTIVATION_RULES = ("compressed-tensors", "bitnet")
+from . import reference_inputs
+from .dispatch import kernels_for, on_device_of
+from .reference_inputs import ACTIVATION_RULES, PER_TOKEN, rule_steps
 
-#: How many steps the largest magnitude of a token takes.
-_LEVELS = {"compressed-tensors": 127.5, "bitnet": 127.0}
+__all__ = ["PER_TOKEN", "Activations", "describe_activations", "round_activations"]
 
 
-def round_activations(x: Tensor, rule: str) -> Tensor:
-    """Round each token to an 8-bit grid by its largest magnitude, straight through (BitNet b1.58, arXiv 2402.17764).
+@dataclass(frozen=True)
+class Activations:
+    """How a layer rounds its input: to a symmetric grid whose scales are found anew for every token.
 
-    Args:
-        x: (..., in), any float dtype, a token per row.
+    Attributes:
         rule: one of `ACTIVATION_RULES`.
-
-    Returns:
-        (..., in) in x's dtype: clip(round(x / a), -128, 127) * a with a = max |x| / levels, where levels is 127 in
-        BitNet and 127.5 in compressed-tensors.
+        bits: 8 or 4.
+        group_size: how many consecutive inputs share a scale; -1: all of a token.
 
     Raises:
         ValueError: there is no such rule.
     """
-    if rule not in ACTIVATION_RULES:
-        raise ValueError(f"`rule` is {rule!r}; allowed are {', '.join(map(repr, ACTIVATION_RULES))}.")
-    with torch.no_grad():
-        rounded = _bitnet(x) if rule == "bitnet" else _compressed_tensors(x)
-    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+    rule: str
+    bits: int = 8
+    group_size: int = PER_TOKEN
+
+    def __post_init__(self) -> None:
+        if self.rule not in ACTIVATION_RULES:
+            raise ValueError(f"`rule` is {self.rule!r}; allowed are {', '.join(map(repr, ACTIVATION_RULES))}.")
+
+    @property
+    def steps(self) -> float:
+        """How many steps the largest magnitude takes."""
+        return rule_steps(self.rule, self.bits)
+
+    def describe(self) -> str:
+        """Say it in a few words, for messages."""
+        shared = "a token" if self.group_size == PER_TOKEN else f"{self.group_size} inputs"
+        return f"{self.bits} bits, {self.steps:g} steps for the largest magnitude of {shared}"
 
 
-def describe_rule(rule: str | None) -> str:
-    """Describe a rule in a few words for messages; None: "floats"."""
-    return "floats" if rule is None else f"{_LEVELS[rule]:g} steps for a token's largest magnitude"
+def describe_activations(activations: Activations | None) -> str:
+    """Say in a few words how inputs are rounded; None: "floats"."""
+    return "floats" if activations is None else activations.describe()
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Find each token's largest magnitude: fp32 (..., 1)."""
-    return x.float().abs().amax(dim=-1, keepdim=True)
+def round_activations(x: Tensor, activations: Activations) -> Tensor:
+    """Round a layer's input, with a straight-through gradient.
+
+    Args:
+        x: (..., in), any float dtype, a token per row.
+
+    Returns:
+        (..., in) in x's dtype: clip(round(x / a), -2^(bits - 1), 2^(bits - 1) - 1) * a with a = max |x| / steps over a
+        token or a group.
+
+    Raises:
+        ValueError: the engine of the rule would take other inputs together than those of a token.
+    """
+    rule, bits, group_size = activations.rule, activations.bits, activations.group_size
+    if rule == "compressed-tensors" and group_size == PER_TOKEN and x.dim() != 3:
+        raise ValueError(
+            f"A layer that rounds its input per token was given one of shape {tuple(x.shape)}. Of inputs that are not "
+            "(batch, tokens, features), transformers rounds all tokens with one scale (compressed-tensors keeps the "
+            "first two dimensions apart), so this model would not be served as it was trained. Train with "
+            "`act_rule='vllm'`, whose engine rounds each token, with `act_group_size`, or leave such layers out: "
+            "`exclude_modules`, or `act_bits_pattern={'name': None}`."
+        )
+    if torch.compiler.is_compiling():
+        return _rounded_op(x, rule, bits, group_size)
+    return _Rounded.apply(x, rule, bits, group_size)
 
 
-def _bitnet(x: Tensor) -> Tensor:
-    # the operations, in the order, of transformers' `ActQuant`
-    scale = 127 / _largest(x).clamp(min=1e-5)
-    return ((x.float() * scale).round().clamp(-128, 127) / scale).to(x.dtype)
+def _rounded_impl(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:
+    kernels = kernels_for(x) if x.dtype != torch.float64 else None
+    if kernels is None:
+        return reference_inputs.rounded_inputs(x, rule, bits, group_size)
+    with on_device_of(x):
+        return kernels.rounded_inputs(x, rule, bits, group_size)
 
 
-def _compressed_tensors(x: Tensor) -> Tensor:
-    # compressed-tensors keeps the scale in the activations' dtype, and computes in it
-    scale = (_largest(x) / _LEVELS["compressed-tensors"]).to(x.dtype)
-    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-    return (x / scale).round().clamp(-128, 127) * scale
+# as in `linear.py`: an op for torch.compile, the same function in eager mode, whose dispatch costs less
+@torch.library.custom_op("peft_lrqat::round_activations", mutates_args=())
+def _rounded_op(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:
+    return _rounded_impl(x, rule, bits, group_size).contiguous()
+
+
+@_rounded_op.register_fake
+def _(x, rule, bits, group_size):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_rounded_op.register_autograd(lambda ctx, dy: (dy, None, None, None), setup_context=lambda ctx, inputs, output: None)
+
+
+class _Rounded(torch.autograd.Function):
+    """The rounded values themselves, not x plus a difference, which is another number where that is rounded."""
+
+    @staticmethod
+    def forward(ctx, x, rule, bits, group_size):
+        return _rounded_impl(x, rule, bits, group_size)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None, None, None

@@ -59,7 +59,7 @@ def test_rounded_activations_are_not_dropped_in_silence(tmp_path: Path):
 MERGED = {
     "packed": (lambda: adapted(tiny()), "QuantizedLinear"),
     "two bits": (lambda: low_bit(tiny(), bits=1.58), "QuantizedLinear"),
-    "int8 activations": (lambda: adapted(tiny(), act_bits=8), "Int8Linear"),
+    "int8 activations": (lambda: adapted(tiny(), act_bits=8, container_bits=8), "Int8Linear"),
     "bitnet": (lambda: low_bit(tiny(), bits=1.58, group_size=0, act_bits=8), "BitNetLinear"),
     # which transformers may load as floats, so that PEFT may merge into them
     "zero points": (lambda: adapted(tiny(), symmetric=False), None),

@@ -11,11 +11,14 @@ from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig, WhisperCo
 from peft_lrqat.checkpoint.engines import engines
 from peft_lrqat.formats.source import LayerInfo
 from peft_lrqat.grid import Grid
+from peft_lrqat.ops.activations import Activations
+
+INT8 = Activations("compressed-tensors")
 
 
-def verdicts(format: str, bits: int, group: int, act_bits: int | None = None, size: int = 64) -> dict[str, bool]:
-    info = LayerInfo(size, size, Grid(bits, group), "linear", False, torch.bfloat16, bits)
-    return {engine.name: engine.loads for engine in engines(format, [info], bits, group or -1, act_bits)}
+def verdicts(format: str, bits: int, group: int, act: Activations | None = None, size: int = 64) -> dict[str, bool]:
+    info = LayerInfo(size, size, Grid(bits, group), "linear", False, torch.bfloat16, bits, act)
+    return {engine.name: engine.loads for engine in engines(format, [info], bits, group or -1)}
 
 
 @pytest.mark.parametrize(("format", "bits", "group", "engine", "loads"), [
@@ -59,6 +62,9 @@ def test_what_transformers_cannot_load_is_said():
 
 
 def test_int8_activations_and_odd_layers():
-    assert all(verdicts("compressed-tensors", 8, -1, act_bits=8).values())
+    assert all(verdicts("compressed-tensors", 8, -1, Activations("vllm")).values())
+    for bits, group, how in ((4, -1, Activations("humming")), (8, 32, INT8), (8, -1, Activations("humming", 4))):
+        found = verdicts("compressed-tensors", bits, group, how)
+        assert found == {"transformers + compressed-tensors": True, "vLLM on a CPU": False, "vLLM on a GPU": True}
     assert not verdicts("compressed-tensors", 4, -1, size=40)["vLLM on a CPU"]
     assert verdicts("a format of somebody else", 4, 32) == {}

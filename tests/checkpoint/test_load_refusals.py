@@ -16,6 +16,7 @@ from tests.quantized_files import SIZES, Spec, adapt, quantization_config, write
 
 LAYER = "model.layers.0.mlp.up_proj"
 _CT = quantization_config(Spec("packed"))["config_groups"]["group_0"]
+_OTHER_RULE = {"peft_lrqat_rule": 3}
 _A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -26,7 +27,21 @@ _A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dy
         (Spec("packed"), {"quant_method": "bitnet", "linear_class": "bitlinear"}, "holds a rounded inverse"),
         (Spec("packed"), {"kv_cache_scheme": {"num_bits": 8}}, "a quantized key-value cache"),
         (Spec("packed"), {"transform_config": {"config_groups": {}}}, r"transforms \(rotations\)"),
-        (Spec("packed"), {"config_groups": {"group_0": {**_CT, "input_activations": _A8}}}, "activations as well as"),
+        *(
+            (Spec("packed"), {"config_groups": {"group_0": {**_CT, **said}}}, "activations as well as")
+            for said in (
+                {"input_activations": {**_A8, "num_bits": 6}},
+                {"input_activations": {**_A8, "dynamic": False, "strategy": "tensor"}},
+                {"input_activations": {**_A8, "symmetric": False}},
+                {"input_activations": _A8, "output_activations": _A8},
+                {"input_activations": _A8, "weights": {**_CT["weights"], "symmetric": False}},
+            )
+        ),
+        (
+            Spec("packed"),
+            {"config_groups": {"group_0": {**_CT, "input_activations": {**_A8, "observer_kwargs": _OTHER_RULE}}}},
+            "`rule` is 3",
+        ),
         (Spec("packed"), {"format": "nvfp4-pack-quantized"}, "has format 'nvfp4-pack-quantized'"),
         (Spec("packed"), {"config_groups": {"group_0": {**_CT, "targets": ["re:.*q_proj"]}}}, "no entry of"),
         (Spec("gptq"), {"checkpoint_format": "marlin"}, "'marlin', made for one kernel"),

@@ -54,7 +54,7 @@ def test_adapted_merged_and_saved_models_read_alike(kind: str, tmp_path: Path):
         assert others.keys() == floats.keys()
         assert all(torch.equal(others[name], floats[name]) for name in floats)
         assert {"weight_scale", "scale_shift"}.isdisjoint(name.rpartition(".")[2] for name in others)
-        assert source.rules() == adapter.rules()
+        assert source.activations() == adapter.activations()
         assert (source.recipe, source.scale_dtype) == (adapter.recipe, "auto")
         assert source.config.architectures == [type(merged).__name__]
         assert sorted(source.float_linears) == sorted(adapter.float_linears)

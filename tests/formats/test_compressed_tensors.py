@@ -13,6 +13,7 @@ from peft_lrqat import export, packing
 from peft_lrqat.formats import compressed_tensors, reading
 from peft_lrqat.formats.source import Loading
 from peft_lrqat.grid import Grid
+from peft_lrqat.ops.activations import Activations
 from tests.files import read
 from tests.grids import on_grid, random_tensor
 
@@ -77,7 +78,8 @@ def test_names_come_before_patterns_and_patterns_in_their_order():
     assert scheme_of("language_model.a.down_proj", "a.down_proj").bits == 2  # the name in the file, and in the model
 
 
-SYMMETRIC, ASYMMETRIC, ACTIVATIONS = (Grid(4, -1), 4, None), (Grid(4, -1, False), 4, None), (Grid(8, -1), 8, 8)
+SYMMETRIC, ASYMMETRIC = (Grid(4, -1), 4, None), (Grid(4, -1, False), 4, None)
+ACTIVATIONS = (Grid(8, -1), 8, Activations("vllm"))
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.checkpoint.open import open_source
 from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.modules.packed import MERGED
+from peft_lrqat.ops.activations import Activations
 from tests.grids import on_grid
 from tests.models import logits, tokens
 from tests.quantized_files import Spec, quantization_config, write
 
-IDS = tokens()
+IDS, INT8 = tokens(), Activations("compressed-tensors")
 LAYER = "model.layers.0.mlp.up_proj"
 _MIXED = {
     "config_groups": {
@@ -109,8 +110,8 @@ def test_every_road_reads_the_same(folder: Folder, tmp_path: Path):
 def test_int8_activations_are_read_as_they_are(tmp_path: Path):
     write(tmp_path / "base", Spec("w8a8", 8, -1))
     loaded = load_quantized(tmp_path / "base")
-    assert {module.activations for module in loaded.modules() if isinstance(module, MERGED)} == {"compressed-tensors"}
-    assert open_source(tmp_path / "base").rules() == {"compressed-tensors"}
+    assert {module.activations for module in loaded.modules() if isinstance(module, MERGED)} == {INT8}
+    assert open_source(tmp_path / "base").activations() == {INT8}
     export(tmp_path / "base", tmp_path / "out", progress=False)
     assert torch.equal(logits(load_quantized(tmp_path / "out"), IDS), logits(loaded, IDS))
 

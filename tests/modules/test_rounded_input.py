@@ -10,10 +10,13 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_lrqat import LRQATConfig, load_quantized
+from peft_lrqat import LRQATConfig, can_export, load_quantized
+from peft_lrqat.checkpoint.inspect import inspect
+from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.grid import Grid
 from peft_lrqat.modules.packed import QuantizedLinear, merged_layer
 from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
+from peft_lrqat.ops.activations import Activations
 from tests.grids import random_tensor
 from tests.models import adapted, logits, low_bit, reload_clean, tiny, tokens, train
 from tests.quantized_files import Spec, write
@@ -23,6 +26,8 @@ def repr_of(value) -> str:
     return getattr(value, "__name__", None) or str(value)
 
 
+INT8 = Activations("compressed-tensors")
+HUMMING8, HUMMING4 = Activations("humming"), Activations("humming", 4)
 BITNET = {"bits": 1.58, "group_size": 0, "act_bits": 8}
 
 
@@ -78,9 +83,41 @@ def test_layers_of_both_kinds_in_one_checkpoint_are_described_as_they_are(tmp_pa
 
 def test_the_factory_refuses_what_a_layer_cannot_hold():
     weight = random_tensor(Grid(1.58, 0), 32, 64)
-    assert isinstance(merged_layer(weight, None, 2, torch.bfloat16, activations="bitnet"), BitNetLinear)
+    assert isinstance(merged_layer(weight, None, 2, torch.bfloat16, activations=Activations("bitnet")), BitNetLinear)
     with pytest.raises(ValueError, match="bias cannot be stored in BitNet"):
-        merged_layer(weight, nn.Parameter(torch.zeros(32)), 2, torch.bfloat16, activations="bitnet")
+        merged_layer(weight, nn.Parameter(torch.zeros(32)), 2, torch.bfloat16, activations=Activations("bitnet"))
     fine = random_tensor(Grid(8, -1), 32, 64, scale_dtype="fp16")
     with pytest.raises(ValueError, match=r"float16 numbers that torch\.bfloat16 does not hold"):
-        merged_layer(fine, None, 8, torch.bfloat16, activations="compressed-tensors", file_scale_dtype=torch.float16)
+        merged_layer(fine, None, 8, torch.bfloat16, activations=INT8, file_scale_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("make", [adapted, low_bit])
+def test_packed_weights_with_rounded_inputs_go_on_as_they_are(make, tmp_path: Path):
+    """Trained by vLLM's rule, merged, saved, loaded: the same numbers, and training goes on only with the same."""
+    options = {"bits": 4, "act_bits": 4, "act_rule": "vllm", "act_bits_pattern": {"v_proj": None, "(q|v)_proj": 8}}
+    model = make(tiny(dtype=torch.bfloat16, num_hidden_layers=1), **options)
+    train(model, tokens(), lr=2e-2)
+    trained = logits(model, tokens())
+    model.save_pretrained(tmp_path / "adapter")
+    config = type(model.peft_config["default"]).from_pretrained(tmp_path / "adapter")
+    assert list(config.act_bits_pattern) == list(options["act_bits_pattern"])  # the first that matches counts
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "out")
+    loaded = load_quantized(tmp_path / "out")
+    attention = loaded.model.layers[0].self_attn
+    assert [attention.get_submodule(f"{n}_proj").activations for n in "qkv"] == [HUMMING8, HUMMING4, None]
+    for one in (merged, loaded):
+        assert torch.equal(logits(one, tokens()), trained)
+    assert any("rounds activations otherwise" in engine.why for engine in inspect(tmp_path / "out").engines)
+    assert "'vllm'" in str(can_export(tmp_path / "out", "compressed-tensors", container_bits=8))
+    assert bool(can_export(tmp_path / "out", "compressed-tensors"))
+    found = verify(tmp_path / "out")
+    assert "rounds activations" in found.skipped
+
+    with pytest.raises(ValueError, match=r"rounds its input \(8 bits, 127 steps.*`act_bits=8`"):
+        make(load_quantized(tmp_path / "out"), bits=4, range_method="lp")
+    again = make(loaded, **options)
+    assert torch.equal(logits(again, tokens()), trained)
+    with again.disable_adapter():
+        assert torch.equal(logits(again, tokens()), trained)
+    assert torch.equal(logits(again.unload(), tokens()), trained)

@@ -86,10 +86,10 @@ def test_another_dtype(layer: nn.Module, dtype: torch.dtype):
 
 def test_what_fits_is_computed_in_its_own_dtype(layer: nn.Module):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x = torch.randn(3, WIDTH).to(dtype)
+        x = torch.randn(2, 3, WIDTH).to(dtype)
         y = layer(x)
         assert y.dtype == dtype
-        assert y.shape == (3, ROWS)
+        assert y.shape == (2, 3, ROWS)
         assert y.isfinite().all()
 
 

@@ -104,7 +104,7 @@ llama-server -m path/to/file.gguf
         _write_general(writer, source)
         architectures.write_hyperparameters(writer, config)
         written = Written(notes=architectures.notes(config))
-        if source.act_bits is not None:
+        if source.act_bits:
             written.notes.append(
                 "The model was trained with 8-bit activations, one scale a token. llama.cpp rounds activations to 8 "
                 "bits too, with a scale for every 32 or 256 of them."

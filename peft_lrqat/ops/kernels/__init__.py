@@ -1,7 +1,7 @@
 """Triton kernels. Each function listed here has its reference's name, arguments and results (a test compares them).
 
-References: `ops/reference.py`; of experts `ops/reference_experts.py`, of the optimizer step `ops/reference_step.py`.
-Files:
+References: `ops/reference.py`; of experts `ops/reference_experts.py`, of the optimizer step `ops/reference_step.py`, of
+rounded inputs `ops/reference_inputs.py`. Files:
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point
@@ -10,6 +10,7 @@ backward.py   masks, scales and sums of the backward, around the vendor library'
 experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
+inputs.py     inputs rounded per token or group
 """
 
 from .backward import keeps_output, linear_backward
@@ -20,6 +21,7 @@ from .experts import (
     expert_weights_backward,
     experts_keep_output,
 )
+from .inputs import rounded_inputs
 from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
 from .weight import linear_weight
@@ -35,5 +37,6 @@ __all__ = [
     "linear_weight",
     "low_bit_update",
     "low_bit_weight",
+    "rounded_inputs",
     "scale_gradient",
 ]

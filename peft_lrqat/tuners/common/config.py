@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftType
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ...checkpoint.card import add_import_note
+from ...formats import bitnet, compressed_tensors
 from ...formats.record import Record
 from ...grid import Grid
+from ...ops.activations import PER_TOKEN, Activations
 from .fingerprint import QUANTIZED_BASE
 from .loading import LoadingConfig
-from .rules import Rule, check_fields, is_index
+from .rules import FLOAT_BITS, Rule, check_fields, is_index
 
 #: PEFT's word for all linear layers but the output layer: what is converted where nothing else is said.
 ALL_LINEAR = "all-linear"
@@ -55,6 +59,9 @@ class GridConfig(PeftConfigMixin):
     trainable_token_indices: list[int] | dict[str, list[int]] | None
     export_format: str | None = "compressed-tensors"
     act_bits: int | None = None
+    act_group_size: int | None = None
+    act_bits_pattern: dict[str, int | None] | None = None
+    act_rule: str = "transformers"
     headroom: float = 1.0
 
     @property
@@ -73,9 +80,39 @@ class GridConfig(PeftConfigMixin):
         return self.container_bits or self.stored_grid.code_bits
 
     @property
-    def activations(self) -> str | None:
-        """The rule by which inputs are rounded to 8 bits, the checkpoint format's (`ops.activations`), or None."""
-        return None if self.act_bits is None else self.export_format
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of some layers are rounded."""
+        return self._act_bits(self.act_bits) is not None or any(map(self._act_bits, self._act_pattern.values()))
+
+    @property
+    def _act_pattern(self) -> dict[str, int | None]:
+        return self.act_bits_pattern or {}
+
+    @staticmethod
+    def _act_bits(bits: int | None) -> int | None:
+        return None if bits == FLOAT_BITS else bits
+
+    def activations_of(self, name: str) -> Activations | None:
+        """How the input of the module of that name is rounded, or None."""
+        key = get_pattern_key(list(self._act_pattern), name)
+        bits = self._act_bits(self._act_pattern.get(key, self.act_bits))
+        if bits is None:
+            return None
+        if self.export_format == bitnet.NAME:
+            return bitnet.ACTIVATIONS
+        engine = "vllm" if self.act_rule == "vllm" else compressed_tensors.NAME
+        found = Activations(engine, bits, self.act_group_size or PER_TOKEN)
+        return replace(found, rule=compressed_tensors.engine_rule(found, self.stored_grid, self.stored_bits))
+
+    def describe_activations(self) -> str:
+        """How inputs are rounded, for `recipe`; nothing where they are not."""
+        if not self.rounds_inputs:
+            return ""
+        bits = f"{self.act_bits}-bit activations" if self.act_bits else "float activations"
+        parts = [f"{key}: {value or FLOAT_BITS}" for key, value in self._act_pattern.items()]
+        parts += [f"groups of {self.act_group_size}"] if self.act_group_size else []
+        parts += ["rounded as vLLM does"] if self.act_rule == "vllm" else []
+        return bits + (f" ({', '.join(parts)})" if parts else "")
 
     @property
     def wants_quantized_base(self) -> bool:
@@ -155,23 +192,30 @@ class GridConfig(PeftConfigMixin):
                 f"`layers_pattern` is {self.layers_pattern!r} without `layers_to_transform`, the indices of the layers."
             )
 
-    def check_int8_activations(self) -> None:
-        """With `act_bits=8`: int8 matrix products. Sets the container; raises ValueError for what they cannot take."""
-        if self.act_bits is None or self.export_format == "bitnet":
+    def check_activations(self) -> None:
+        """Choose the container of layers whose inputs are rounded: 8 bits per row where that costs little, for engines
+        multiply int8 by int8 everywhere.
+
+        Raises:
+            ValueError: options of rounded inputs contradict others, or no input is rounded.
+        """
+        if not self.rounds_inputs:
+            for name, default in (("act_group_size", None), ("act_rule", "transformers")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, but no input is rounded. Give `act_bits` (8 or 4), or "
+                        f"leave `{name}` out."
+                    )
             return
-        if self.group_size > 0:
-            raise ValueError(
-                f"`act_bits` is 8 with `group_size={self.group_size}`, but int8 matrix products take one scale per "
-                "output channel (-1) or tensor (0)."
-            )
+        if self.export_format == bitnet.NAME:
+            return
         if not self.grid.symmetric:
-            raise ValueError("`act_bits` is 8 with `symmetric=False`, but int8 matrix products have no zero points.")
-        if self.container_bits not in (None, 8):
             raise ValueError(
-                f"`container_bits` is {self.container_bits} with `act_bits=8`, but engines multiply int8 activations "
-                "with int8 weights. Use 8 or None."
+                f"`act_bits` is {self.act_bits} with `symmetric=False`, but transformers decompresses a model with "
+                "zero points while loading, and then rounds no activations. Use `symmetric=True`."
             )
-        self.container_bits = 8
+        if self.container_bits is None and self.group_size <= 0 and self.stored_grid.code_bits > 4:
+            self.container_bits = 8
 
     def is_older_adapter(self) -> bool:
         """Whether the fields are those of an adapter that was made before there was `signed_scales`."""
@@ -252,6 +296,14 @@ class GridConfig(PeftConfigMixin):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's `save_pretrained`; the model card gets the import line without which PEFT cannot load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
+        # the first pattern that matches a name counts, but PEFT sorts them
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path) as file:
+            saved = json.load(file)
+        with open(path, "w") as file:
+            json.dump(
+                {**saved, **{name: getattr(self, name) for name in saved if name.endswith("_pattern")}}, file, indent=2
+            )
         add_import_note(save_directory, self.method, PeftType(self.peft_type).value, self.grid.describe())
 
     # The adapter's file, and what it holds (name -> shape), if this config was loaded from a folder; not saved.

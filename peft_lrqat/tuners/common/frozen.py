@@ -16,7 +16,8 @@ from ...chunks import row_chunks
 from ...grid import Grid, GridTensor, dequantize, grouped, quantize, rows_of, snap_scale, sum_per_scale
 from ...modules.generation import KeepsWeight, Slot
 from ...modules.packed import QuantizedLinear, merged_layer
-from ...ops import quantized_linear
+from ...ops import quantized_linear, round_activations
+from ...ops.activations import Activations
 from ...ops.inputs import linear_input
 from ...ops.linear import linear_weight
 from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
@@ -87,6 +88,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         lossless: how many scales gave all their weights back when a float weight was rounded, and of how many.
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
         container_bits: how wide the codes of that layer were stored, if it was quantized.
+        activations: how that layer rounded its input; None: not at all.
     """
 
     base: nn.Parameter
@@ -101,7 +103,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
 
     #: The attributes that describe the base.
     description = frozenset(
-        {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "fmt"}
+        {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "activations", "fmt"}
         | {"source_checksum", "lossless", "loading"}
     )
 
@@ -127,6 +129,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         self.grid, self.downcast, self.scale_dtype, self.transposed = grid, downcast, scale_dtype, transposed
         self.compute_dtype, self.ranges = compute_dtype, ranges
         self.fixed_point, self.container_bits = False, grid.code_bits
+        self.activations: Activations | None = None
         self.fmt = BaseFormat(grid.code_bits, self.in_features, downcast)
 
     @classmethod
@@ -220,6 +223,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         weight = layer.grid_tensor()
         frozen = cls((layer.out_features, layer.in_features), grid, downcast, scale_dtype, layer.compute_dtype)
         frozen.fixed_point, frozen.container_bits = fixed_point, layer.bits
+        frozen.activations = layer.activations
         codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
         if fixed_point:
             codes, scale, zero_point = from_eight_bits(weight, frozen.fmt.bits)
@@ -340,7 +344,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         else:
             weight = GridTensor(decode_base(base, self.fmt).round_().to(torch.int8), scale, zero_point, self.grid)
             bits = self.fmt.bits if self.fixed_point else bits
-        return merged_layer(weight, self.bias, bits, self.compute_dtype)
+        return merged_layer(weight, self.bias, bits, self.compute_dtype, activations=self.activations)
 
     def checksum(self, version: int = VERSION) -> torch.Tensor:
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""
@@ -393,6 +397,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer at step 0: x (..., in) to (..., out)."""
         x = linear_input(x, self)
+        if self.activations is not None:
+            x = round_activations(x, self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         slot = self.slot()
         if slot is not None and (weight := self.kept_weight(x.dtype, slot)) is not None:

@@ -197,7 +197,7 @@ class MergingLayer(LoraLayer):
             frozen.bias is not None,
             frozen.compute_dtype,
             options.stored_bits,
-            options.activations,
+            options.activations_of(self.name),
         )
 
     def grid_tensor(
@@ -229,7 +229,7 @@ class MergingLayer(LoraLayer):
             options.stored_bits,
             frozen.compute_dtype,
             embedding=self.kind == "embedding",
-            activations=options.activations,
+            activations=options.activations_of(self.name),
         )
 
     def _stored(self, packed: Any) -> nn.Module:

@@ -23,7 +23,7 @@ from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
-from .preflight import check_adapter_name, check_base, check_layers, check_targets
+from .preflight import check_activations, check_adapter_name, check_base, check_layers, check_targets
 from .progress import conversion_bar
 from .scale_range import warn_of_lost_scales
 from .summary import report
@@ -179,13 +179,7 @@ class QuantizingModel(LoraModel):
 
     def _check_targets(self, targets: dict[str, nn.Module], config: Any) -> None:
         """Raise ValueError if a targeted module cannot be converted as `config` says; subclasses add to it."""
-        for name, module in targets.items():
-            if config.act_bits is not None and isinstance(module, Conv1D | nn.Embedding):
-                kind = "a Conv1D (GPT-2)" if isinstance(module, Conv1D) else "an embedding"
-                raise ValueError(
-                    f"`act_bits` is {config.act_bits}, but module {name!r} is {kind}, for which no checkpoint format "
-                    "quantizes activations. Leave `act_bits` out."
-                )
+        check_activations(targets, config)
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:

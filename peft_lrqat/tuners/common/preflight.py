@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -132,6 +132,34 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
             _check_scale_dtype(weight.dtype, config, where)
             _check_untied(name, where, owners[id(weight)] + _tied_to(f"{name}.weight", ties))
             config.grid.check_divides(weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1], where)
+
+
+def check_activations(targets: dict[str, nn.Module], config: Any) -> None:
+    """Raise ValueError if the input of a targeted module cannot be rounded as `config` says, or if it names none."""
+    for name, module in targets.items():
+        activations = config.activations_of(name)
+        if activations is None:
+            continue
+        kind = {Conv1D: "conv1d", nn.Embedding: "embedding"}.get(type(module), getattr(module, "kind", "linear"))
+        if kind != "linear":
+            what = "a Conv1D (GPT-2)" if kind == "conv1d" else "an embedding"
+            raise ValueError(
+                f"`act_bits` is {activations.bits}, but module {name!r} is {what}, for which no checkpoint format "
+                f"quantizes activations. Leave `act_bits` out, or give `act_bits_pattern={{{name!r}: None}}`."
+            )
+        width: Any = module.in_features
+        if activations.group_size > 0 and width % activations.group_size:
+            raise ValueError(
+                f"`act_group_size` is {activations.group_size}, which does not divide the {width} input features of "
+                f"module {name!r}. Use a divisor, or None for one scale a token."
+            )
+    for key in config.act_bits_pattern or {}:
+        if not any(get_pattern_key([key], name) == key for name in targets):
+            raise ValueError(
+                f"`act_bits_pattern` has {key!r}, but that is the name of no targeted module (it is matched as LoRA's "
+                f"`rank_pattern` is: a regular expression for the end of the name). Modules are called "
+                f"{', '.join(map(repr, list(targets)[:3]))} ..."
+            )
 
 
 def _tied_to(weight: str, ties: dict[str, str]) -> list[str]:

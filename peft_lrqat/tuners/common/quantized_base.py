@@ -19,6 +19,7 @@ from torch import nn
 from ...formats.record import Record
 from ...grid import SCALE_DTYPES, Grid, snap_scale
 from ...modules.packed import QuantizedLinear
+from ...ops.activations import describe_activations
 
 #: The fields of a grid.
 FIELDS = ("bits", "group_size", "symmetric")
@@ -75,8 +76,9 @@ def check_grid(model: nn.Module, packed: dict[str, QuantizedLinear], config: Any
         )
     if fixed_point:
         _check_zero_points(packed, config.bits)
-    config.check_int8_activations()
+    config.check_activations()
     config.check_signed_scales()
+    _check_same_activations(packed, config)
     container = config.grid.code_bits if fixed_point else next(iter(packed.values())).bits
     if (
         config.container_bits is None
@@ -85,6 +87,20 @@ def check_grid(model: nn.Module, packed: dict[str, QuantizedLinear], config: Any
         and container > config.grid.code_bits
     ):
         config.container_bits = container
+
+
+def _check_same_activations(packed: dict[str, QuantizedLinear], config: Any) -> None:
+    """Raise ValueError if the base rounds inputs, and `config` would round them otherwise."""
+    for name, layer in packed.items():
+        wanted = config.activations_of(name)
+        if layer.activations is not None and layer.activations != wanted:
+            raise ValueError(
+                f"Module {name!r} of the quantized base rounds its input ({layer.activations.describe()}, rule "
+                f"{layer.activations.rule!r}), but with this configuration it would have {describe_activations(wanted)}"
+                f"{'' if wanted is None else f' (rule {wanted.rule!r})'}. Give the base's: "
+                f"`act_bits={layer.activations.bits}`, with `act_group_size`, `act_bits_pattern` and `act_rule` as it "
+                "was trained; or start from the float model."
+            )
 
 
 def is_fixed_point(model: nn.Module, target: nn.Module, config: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.activations import Activations
 from ...ops.dispatch import refuse_second_derivatives
 from ...read_only import ReadOnlyTensor
 
@@ -66,12 +67,12 @@ def readable_weight(values: Tensor, product: Callable[..., Tensor], *trained: Te
     return ReadOnlyTensor(values, _WHY_READ_ONLY)
 
 
-def refuse_rounded_inputs(rule: str | None) -> None:
-    """Raise ValueError if a weight is trained by reading it, in a layer whose inputs a checkpoint rounds by `rule`."""
-    if rule is not None:
+def refuse_rounded_inputs(activations: Activations | None) -> None:
+    """Raise ValueError if a weight is trained by reading it, in a layer whose inputs a checkpoint rounds."""
+    if activations is not None:
         raise ValueError(
-            "`act_bits` is 8, but the model reads the weight of an adapted layer instead of calling the layer (as "
-            "nn.MultiheadAttention does with `out_proj`, Mamba with `dt_proj`), so its input is not rounded in "
-            "training, and an engine would round it. Leave such layers out with `exclude_modules`, or leave `act_bits` "
-            "out."
+            f"`act_bits` is {activations.bits}, but the model reads the weight of an adapted layer instead of calling "
+            "the layer (as nn.MultiheadAttention does with `out_proj`, Mamba with `dt_proj`), so its input is not "
+            "rounded in training, and an engine would round it. Leave such layers out with `exclude_modules`, or leave "
+            "`act_bits` out."
         )

@@ -159,6 +159,9 @@ def _are_tokens(value: Any) -> bool:
     return are_indices(value)
 
 
+#: In `act_bits_pattern`, the same as None: floats.
+FLOAT_BITS = 16
+
 #: The fields that both methods have.
 SHARED: dict[str, Rule] = {
     "target_modules": MODULES,
@@ -177,7 +180,10 @@ SHARED: dict[str, Rule] = {
     "range_p": Rule("it must be a positive number such as 2.4 or 4", is_positive),
     "learn_scales": FLAG,
     "scale_dtype": one_of(*SCALE_DTYPES),
-    "act_bits": one_of(None, 8),
+    "act_bits": one_of(None, 8, 4),
+    "act_group_size": optional(Rule("it must be a positive integer", lambda value: is_index(value) and value > 0)),
+    "act_bits_pattern": optional(pattern(one_of(None, FLOAT_BITS, 8, 4))),
+    "act_rule": one_of("transformers", "vllm"),
     "inference_mode": FLAG,
     "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(TEXT)),

@@ -122,7 +122,31 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         metadata={"help": "1.58: the forward, and the checkpoint, use the ternary projection of the trained codes."},
     )
     act_bits: int | None = field(
-        default=None, metadata={"help": "8: per-token absmax activations in 8 bits, straight-through (BitNet)."}
+        default=None,
+        metadata={
+            "help": "8 or 4: the input of every layer is rounded to that many bits per token, straight-through; as in "
+            "LRQATConfig, or as BitNet does (8)."
+        },
+    )
+    act_group_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many consecutive inputs share a scale of the rounded activations; None: all of a token."
+        },
+    )
+    act_bits_pattern: dict[str, int | None] | None = field(
+        default=None,
+        metadata={
+            "help": "Other `act_bits` by module: patterns of names as in LoRA's `rank_pattern` -> 8, 4, or None (16), "
+            "floats. {'down_proj': 8} beside act_bits=4 keeps the input with most outliers at 8 bits."
+        },
+    )
+    act_rule: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "Whose arithmetic rounds activations: transformers' (127.5 or 7.5 steps for the largest "
+            "magnitude, as compressed-tensors computes it) or that of vLLM's kernels (127 or 7)."
+        },
     )
     keep_base: bool = field(
         default=True,
@@ -224,8 +248,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             extras.append("error feedback")
         if self.learn_scales:
             extras.append("learned scales")
-        if self.act_bits is not None:
-            extras.append(f"{self.act_bits}-bit activations")
+        if self.rounds_inputs:
+            extras.append(self.describe_activations())
         return (
             "direct low-bit training with stochastic rounding ([DQT, arXiv 2412.04787]"
             f"(https://arxiv.org/abs/2412.04787)): {', '.join(extras)}"
@@ -252,19 +276,20 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             )
 
     def _check_export(self) -> None:
-        bitnet = self.stored_grid.ternary and self.group_size == PER_TENSOR and self.act_bits == 8
+        plain = (self.act_group_size, self.act_bits_pattern or {}, self.act_rule) == (None, {}, "transformers")
+        bitnet = self.stored_grid.ternary and self.group_size == PER_TENSOR and self.act_bits == 8 and plain
         if self.export_format is None:
             self.export_format = "bitnet" if bitnet and self.container_bits is None else "compressed-tensors"
         if self.export_format == "bitnet":
             if not bitnet:
                 raise ValueError(
                     "`export_format` is 'bitnet', which holds ternary weights with one scale per tensor and int8 "
-                    "activations only: `bits=1.58` (or `forward_bits=1.58`), `group_size=0`, `act_bits=8`. Use "
-                    "'compressed-tensors'."
+                    "activations only: `bits=1.58` (or `forward_bits=1.58`), `group_size=0`, `act_bits=8` without "
+                    "`act_group_size`, `act_bits_pattern` and `act_rule`. Use 'compressed-tensors'."
                 )
             if self.container_bits not in (None, 2):
                 raise ValueError(
                     f"`container_bits` is {self.container_bits}, but BitNet's format stores 2 bits a code. Use "
                     "`export_format='compressed-tensors'` for wider containers."
                 )
-        self.check_int8_activations()
+        self.check_activations()

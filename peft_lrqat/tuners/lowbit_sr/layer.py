@@ -6,7 +6,7 @@ An adapter is a set of integer codes of its own, over a base that was rounded to
     adapter   q, s0                         q starts at q0; packed, and *the trainable parameter* (`tensor.py`)
 
     W^ = s q          s = s0, or, with learned scales, snap(s0 (1 + shift))
-    y  = x^ W^T + b   x^ = x, or x rounded to 8 bits per token
+    y  = x^ W^T + b   x^ = x, or x rounded per token (`act_bits`)
 
 so `disable_adapter` is the base, several adapters lie side by side, and saving an adapter saves its codes. They do not
 add up as LoRA's do (the sum of two codes is on no grid), so one adapter of a layer is active at a time.
@@ -39,7 +39,7 @@ from ...grid import GridTensor, dequantize, snap_scale
 from ...modules.generation import KeepsWeight
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
-from ...ops.activations import round_activations
+from ...ops.activations import Activations, round_activations
 from ...ops.inputs import linear_input
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...packing import unpack
@@ -67,7 +67,7 @@ class LowBitSRLayer(MergingLayer):
 
     adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
     # PEFT looks an adapter of a mixed batch up in lora_A
-    other_param_names = (*MergingLayer.other_param_names, "lora_A")
+    other_param_names = (*MergingLayer.other_param_names, "adapter_activations", "lora_A")
 
 
 class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
@@ -103,6 +103,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
         self.lowbitsr_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LowBitSRConfig] = {}
+        self.adapter_activations: dict[str, Activations | None] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
         if not config.keep_base:
@@ -126,6 +127,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             )
         self._add(adapter_name, frozen, config, name, "meta" if parameters_become_meta() else frozen.device)
         self.adapter_options[adapter_name] = config
+        self.adapter_activations[adapter_name] = config.activations_of(name)
         self.lora_A[adapter_name] = nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -212,7 +214,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         scale, ternary, factor = self._scales(adapter)
 
         def product(x: torch.Tensor, weight: Any, scale: torch.Tensor, ternary: torch.Tensor | None) -> torch.Tensor:
-            refuse_rounded_inputs(self.adapter_options[adapter].activations)
+            refuse_rounded_inputs(self.adapter_activations[adapter])
             return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, None, weight.grid.code_bits)
 
         values = dequantize(*self._levels(adapter), None, self.frozen.compute_dtype)
@@ -263,8 +265,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
         x = linear_input(x, self.frozen)
-        if options.activations is not None:
-            x = round_activations(x, options.activations)
+        activations = self.adapter_activations[adapter]
+        if activations is not None:
+            x = round_activations(x, activations)
         bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
         kept = self._kept_weight(x.dtype, adapter)
         if kept is not None:
@@ -343,7 +346,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
     def _base_tensor(self, options: LowBitSRConfig) -> GridTensor:
         frozen = self._kept()
-        if options.act_bits is not None or options.forward_bits is not None:
+        if options.rounds_inputs or options.forward_bits is not None:
             raise ValueError(
                 "A layer is not part of the adapter that is merged, and its base computes without `act_bits` and "
                 "`forward_bits`, which the checkpoint would apply. Unload it first: adapt a fresh copy of the float "

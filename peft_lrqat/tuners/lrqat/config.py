@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoftQConfig, LoraConfig, LoraRuntimeConfig
-from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -173,8 +170,28 @@ class LRQATConfig(GridConfig, LoraConfig):
     act_bits: int | None = field(
         default=None,
         metadata={
-            "help": "8: the input of every quantized layer is rounded to 8 bits per token, in training and in the "
-            "checkpoint (W8A8 to engines, whatever `bits`). Needs group_size -1 (then the default) or 0, symmetric."
+            "help": "8 or 4: the input of every quantized layer is rounded to that many bits per token, in training "
+            "and in the checkpoint. Needs a symmetric grid; `group_size` is -1 then, if it is not given."
+        },
+    )
+    act_group_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many consecutive inputs share a scale of the rounded activations; None: all of a token."
+        },
+    )
+    act_bits_pattern: dict[str, int | None] | None = field(
+        default=None,
+        metadata={
+            "help": "Other `act_bits` by module: patterns of names as in LoRA's `rank_pattern` -> 8, 4, or None (16), "
+            "floats. {'down_proj': 8} beside act_bits=4 keeps the input with most outliers at 8 bits."
+        },
+    )
+    act_rule: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "Whose arithmetic rounds activations: transformers' (127.5 or 7.5 steps for the largest "
+            "magnitude, as compressed-tensors computes it) or that of vLLM's kernels (127 or 7)."
         },
     )
 
@@ -217,23 +234,13 @@ class LRQATConfig(GridConfig, LoraConfig):
         vars(self).update(own)
         self.peft_type = ensure_peft_type("LRQAT")
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        # the first pattern that matches a name counts, but PEFT sorts them
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(path) as file:
-            saved = json.load(file)
-        with open(path, "w") as file:
-            patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-            json.dump({**saved, **patterns}, file, indent=2)
-
     @property
     def grid(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def adopt_defaults(self) -> None:
         """Give what was left open its value on a float base."""
-        self.adopt(**{**_GRID_DEFAULTS, **({} if self.act_bits is None else {"group_size": PER_CHANNEL})})
+        self.adopt(**{**_GRID_DEFAULTS, **({"group_size": PER_CHANNEL} if self.rounds_inputs else {})})
         wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
         self.adopt(downcast="int" if wide else "fx8", signed_scales=bool(self.symmetric))
 
@@ -275,7 +282,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         return (
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
             f"lora_alpha {self.lora_alpha} ({self.adapter_unit}), base kept as {self.downcast}, {ranges}"
-            + (f", {self.act_bits}-bit activations" if self.act_bits is not None else "")
+            + (f", {self.describe_activations()}" if self.rounds_inputs else "")
         )
 
     @property
@@ -335,7 +342,7 @@ class LRQATConfig(GridConfig, LoraConfig):
                 "`downcast='fx8'` has 8 - bits fraction bits, so none at `bits=8`. Use 'int' (1 byte) or "
                 "'fp16' (2 bytes)."
             )
-        self.check_int8_activations()
+        self.check_activations()
         self.check_signed_scales()
         if self.lora_dropout:
             raise ValueError(

@@ -32,8 +32,8 @@ One learning rate suits it and the adapter, weight decay pulls it back to s0, an
 `snap` (straight-through) rounds to the numbers that the checkpoint stores, so the forward of training sees the stored
 scale.
 
-Activations. With `act_bits=8` the layer's input is first rounded to 8 bits per token (`round_activations`), with a
-straight-through gradient, as engines do it with such a checkpoint.
+Activations. With `act_bits` the layer's input is first rounded per token (`round_activations`), with a straight-through
+gradient, as engines do it with such a checkpoint.
 
 One change a row. With `learn_scales="channel"` all groups of a row j share one entry of `lora_scale_shift`, and the
 adapter counts steps of t_j = max_g |s0_jg|, the row's largest, so that it is LoRA in units of weight:
@@ -123,7 +123,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.name = kwargs.get("target_name", "")
         self.lora_scale_shift = nn.ModuleDict({})
         self.adapter_options: dict[str, LRQATConfig] = {}
-        self.activations = config.activations  # all adapters of a model share it
+        self.activations = config.activations_of(self.name)  # all adapters of a model share it
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
         quantized = isinstance(base_layer, QuantizedLinear | FrozenWeight)

@@ -32,6 +32,9 @@ class LRQATModel(QuantizingModel):
         "scale_dtype",
         "signed_scales",
         "act_bits",
+        "act_group_size",
+        "act_bits_pattern",
+        "act_rule",
     )
     _combining: tuple[str, ...] = ()  # the adapters, within add_weighted_adapter
 

@@ -46,9 +46,12 @@ def same(model: nn.Module) -> nn.Module:
         ({"container_bits": 3}, "`container_bits` is 3.*take 4 bits; it must be an integer from 4 to 8"),
         ({"container_bits": 9}, "`container_bits` is 9"),
         ({"container_bits": True}, "`container_bits` is True"),
-        ({"act_bits": 4}, "`act_bits` is 4; allowed are None, 8"),
-        ({"act_bits": 8, "group_size": 16}, r"`act_bits` is 8 with `group_size=16`.*output channel \(-1\)"),
-        ({"act_bits": 8, "group_size": -1, "container_bits": 4}, "`container_bits` is 4 with `act_bits=8`"),
+        ({"act_bits": 2}, "`act_bits` is 2; allowed are None, 8, 4"),
+        ({"act_group_size": 8}, "`act_group_size` is 8, but no input is rounded"),
+        ({"act_bits": 16, "act_rule": "vllm"}, "`act_bits` is 16"),
+        ({"act_bits_pattern": {"q_proj": None}, "act_rule": "vllm"}, "`act_rule` is 'vllm', but no input is rounded"),
+        ({"act_bits": 8, "act_rule": "cutlass"}, "`act_rule` is 'cutlass'; allowed are 'transformers', 'vllm'"),
+        ({"act_bits": 8, "act_bits_pattern": {"q_proj": 3}}, r"`act_bits_pattern\['q_proj'\]` is 3; allowed are None"),
         ({"bias": "some"}, "`bias` is 'some'; allowed are 'none', 'all', "),
         ({"bias": True}, "`bias` is True"),
         ({"layers_to_transform": "1"}, "`layers_to_transform` is '1'"),
@@ -84,6 +87,8 @@ def test_options_out_of_range(method: ModuleType, options: dict, match: str):
         ({"target_modules": ["no_such_module"]}, "no_such_module"),
         ({"target_modules": ["act_fn"]}, "`target_modules` names module.*SiLU.*quantizes nn.Linear"),
         ({"target_modules": "all-linear", "exclude_modules": ".*"}, "excluded"),
+        ({"act_bits": 8, "act_group_size": 7}, "`act_group_size` is 7, which does not divide the 32 input features"),
+        ({"act_bits": 8, "act_bits_pattern": {"down": 4}}, "`act_bits_pattern` has 'down', but that is the name of no"),
         ({"group_size": 32}, r"does not divide the 48 input features.*down_proj.*Use one of \[48, 24, 16"),
     ],
 )
@@ -93,7 +98,8 @@ def test_options_that_do_not_fit_the_model(method: ModuleType, options: dict, ma
         with refused(model, match, config=config):
             add()
     adapted = method.random_adapter(tiny())
-    with refused(adapted, "share its converted base" if "group_size" in options else match, config=config):
+    shared = "group_size" in options or ("act_bits" in options and method.NAME == "LR-QAT")
+    with refused(adapted, "share its converted base" if shared else match, config=config):
         adapted.add_adapter("second", config)
 
 

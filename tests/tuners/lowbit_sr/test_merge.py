@@ -48,6 +48,9 @@ CASES = [
     Case("bfloat16", {"bits": 4, "forward_bits": 1.58, "learn_scales": True, "container_bits": 4}),
     Case("float32", {"bits": 8, "act_bits": 8}),
     Case("bfloat16", {"bits": 4, "act_bits": 8, "learn_scales": True}),
+    Case("bfloat16", {"bits": 4, "act_bits": 8, "container_bits": 8}),
+    Case("bfloat16", {"bits": 4, "group_size": 8, "act_bits": 4, "act_group_size": 8}),
+    Case("float32", {"bits": 3, "act_bits": 4, "act_bits_pattern": {"down_proj": 8, ".*attn.*": None}}),
     Case("bfloat16", {"bits": 1.58, "act_bits": 8, "group_size": 0, "export_format": "compressed-tensors"}),
     Case("float32", {"bits": 1.58, **ALL_EIGHT}, "llama"),
     Case("bfloat16", {"bits": 1.58, "learn_scales": True, **ALL_EIGHT}, "llama"),
@@ -59,6 +62,10 @@ CASES = [
         for bits in (2, 4, 8)
     ),
     Case("float16", {"bits": 4, "group_size": -1, "act_bits": 8, "downcast": "int"}, "llama", method="lrqat"),
+    Case("bfloat16", {"bits": 4, "group_size": 8, "act_bits": 8}, method="lrqat"),
+    Case("float32", {"bits": 4, "group_size": 8, "act_bits": 4, "act_group_size": 8}, method="lrqat"),
+    Case("bfloat16", {"bits": 5, "group_size": 8, "act_bits": 4, "act_bits_pattern": {"down_proj": 8}}, method="lrqat"),
+    Case("bfloat16", {"bits": 8, "act_bits": 4, "act_bits_pattern": {"down_proj": 8, "q_proj": 16}}, method="lrqat"),
 ]
 
 
@@ -131,14 +138,24 @@ def test_the_file_holds_integers_of_the_grid_and_no_float_copy(results, case: Ca
         assert described["quant_method"] == "bitnet"
         assert tensors[down + ".weight"].dtype == torch.uint8
         assert tensors[down + ".weight"].shape == (32 // 4, 40)
-    elif options.get("act_bits"):
-        assert result.kinds == {Int8Linear}
+    elif options.get("act_bits") and 8 in (case.bits, options.get("container_bits")):
+        mixed = "act_bits_pattern" in options
+        assert result.kinds == ({Int8Linear, QuantizedLinear} if mixed else {Int8Linear})
+        if mixed:
+            assert described["format"] == "mixed-precision"
+            return
         assert described["format"] == "int-quantized"
         assert tensors[down + ".weight"].dtype == torch.int8
     else:
         width = options.get("container_bits") or (2 if case.bits == 1.58 else case.bits)
         assert result.kinds == {QuantizedLinear}
-        assert described["config_groups"]["group_0"]["weights"]["num_bits"] == width
+        assert {group["weights"]["num_bits"] for group in described["config_groups"].values()} == {width}
+        assert {group["format"] for group in described["config_groups"].values()} == {"pack-quantized"}
+        found = {
+            group["input_activations"] and group["input_activations"]["num_bits"]
+            for group in described["config_groups"].values()
+        }
+        assert found == {options.get("act_bits"), *options.get("act_bits_pattern", {}).values()}
         assert tensors[down + ".weight_packed"].shape == (32, -(-40 * width // 32))
     floats = {n for n, t in tensors.items() if t.is_floating_point() and t.ndim == 2 and "weight_scale" not in n}
     assert floats == {"model.embed_tokens.weight", "lm_head.weight"}

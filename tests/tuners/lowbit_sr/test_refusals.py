@@ -28,13 +28,16 @@ IDS = tokens()
         ({"bias": "lora_only"}, "`bias` is 'lora_only'; allowed are 'none', 'all', 'lowbitsr_only'"),
         ({"forward_bits": 2}, "`forward_bits` is 2; allowed are None, 1.58"),
         ({"forward_bits": 1.58, "bits": 2}, "nothing to project. Train at least 3 bits"),
-        ({"act_bits": 8}, r"`act_bits` is 8 with `group_size=8`.*output channel \(-1\) or tensor \(0\)"),
         ({"bits": 8, "container_bits": 4}, "`container_bits` is 4.*take 8 bits"),
         ({"bits": 8, "forward_bits": 1.58, "container_bits": 1}, "`container_bits` is 1.*ternary.*take 2 bits"),
         ({"bits": 1.58, "signed_scales": True}, "`signed_scales` is True.*the ternary grid has as many on both"),
         ({"range_method": "absmean", "signed_scales": True}, "`signed_scales` is True.*absmean looks at no side"),
         ({"export_format": "gguf"}, "`export_format` is 'gguf'; allowed are 'compressed-tensors', 'bitnet'"),
         ({"export_format": "bitnet"}, r"holds ternary weights.*`group_size=0`, `act_bits=8`"),
+        (
+            {"bits": 1.58, "group_size": 0, "act_bits": 8, "export_format": "bitnet", "act_rule": "vllm"},
+            r"`act_bits=8` without `act_group_size`.*Use 'compressed-tensors'",
+        ),
         (
             {"bits": 1.58, "group_size": 0, "act_bits": 8, "export_format": "bitnet", "container_bits": 8},
             "BitNet's format stores 2 bits a code",
