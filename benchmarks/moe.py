@@ -1,0 +1,227 @@
+"""Memory and step time of a mixture of experts on one GPU: LR-QAT on packed experts beside PEFT's LoRA on float ones.
+
+    python benchmarks/moe.py --out benchmarks/results/moe.json     # the shapes of Qwen3-30B-A3B
+    python benchmarks/moe.py --smoke --out moe.json                # tiny ones, on a CPU too
+
+Random weights, adapters in fp32 on all experts and on attention, AdamW (fused), block checkpointing, autocast to bf16,
+random tokens. One method after the other in one process, each on an empty GPU; per batch shape `--warm` steps, then
+`--steps` timed ones (host clock around a synchronised step, median); the peak is that of the timed steps, optimizer
+included, as torch counts allocated bytes. LoRA is PEFT's `target_parameters`. The experts of LR-QAT are random codes
+from the start, in a layer of this file around `ops.expert_linear`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import provenance, write_json
+from gpu import fill, held, peak, reset_peak
+from torch import nn
+
+BITS, GROUP = 4, 128
+SHAPE = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+SMOKE = SHAPE | {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "moe_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+#: name -> `learn_scales` of LR-QAT; None: LoRA
+METHODS: dict[str, bool | str | None] = {
+    "LR-QAT int4, groups of 128, fixed scales": False,
+    "LR-QAT int4, groups of 128, by channel": "channel",
+    "LR-QAT int4, groups of 128": True,
+    "LoRA bf16": None,
+}
+
+
+class PackedProjection(nn.Module):
+    """One projection of all experts: random codes, and an adapter for each expert."""
+
+    def __init__(self, experts: int, out: int, cols: int, rank: int, learn_scales: bool | str, device: str) -> None:
+        super().__init__()
+        rows, words = experts * out, cols * BITS // 32
+        codes = torch.randint(-(2**31), 2**31 - 1, (rows, words), dtype=torch.int32, device=device)
+        self.base = nn.Parameter(codes, requires_grad=False)
+        self.scale0 = nn.Parameter(torch.full((rows, cols // GROUP), 0.004, device=device), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.empty(experts * rank, cols, device=device).normal_(std=cols**-0.5))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank * experts, device=device))
+        groups = {True: cols // GROUP, "channel": 1}.get(learn_scales)
+        self.shift = None if groups is None else nn.Parameter(torch.zeros(rows, groups, device=device))
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        from peft_lrqat.ops import expert_linear
+
+        stack = (self.base, self.scale0, self.shift, None, self.lora_A, self.lora_B)
+        return expert_linear(x, ends, *stack, 1.0, BITS, "int", "auto")
+
+
+class PackedExperts(nn.Module):
+    """The experts of one layer, as transformers' grouped products compute them, on packed weights."""
+
+    def __init__(self, config: Any, rank: int, learn_scales: bool | str, device: str) -> None:
+        super().__init__()
+        self.num_experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        options = (rank, learn_scales, device)
+        self.gate_up_proj = PackedProjection(self.num_experts, 2 * inner, hidden, *options)
+        self.down_proj = PackedProjection(self.num_experts, hidden, inner, *options)
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Hidden states (tokens, in), the router's choice (tokens, k) and its weights to (tokens, in)."""
+        kind, (tokens, k) = hidden.device.type, index.shape
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        experts, order = torch.sort(index.flatten())
+        counts = torch.histc(
+            experts.float() if kind == "cpu" else experts.int(), self.num_experts, 0, self.num_experts - 1
+        )
+        ends = counts.cumsum(0, dtype=torch.int32)
+        gate, up = self.gate_up_proj(hidden[order // k].to(dtype), ends).chunk(2, dim=-1)
+        out = self.down_proj(nn.functional.silu(gate) * up, ends) * weight.flatten()[order].unsqueeze(1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return out[back].view(tokens, k, -1).sum(1).to(hidden.dtype)
+
+
+def adapted(learn_scales: bool | str | None, rank: int, args: argparse.Namespace, device: str) -> nn.Module:
+    """The model to train. The float experts of LR-QAT never exist."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from peft_lrqat import LRQATConfig
+
+    shape = (SMOKE if args.smoke else SHAPE) | ({"num_hidden_layers": args.layers} if args.layers else {})
+    config = Qwen3MoeConfig(**shape)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    common = {"r": rank, "lora_alpha": rank, "target_modules": ATTENTION, "task_type": "CAUSAL_LM"}
+    if learn_scales is None:
+        fill(model, device)
+        return get_peft_model(model, LoraConfig(**common, target_parameters=EXPERTS)).train()
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.Identity()
+    fill(model, device)
+    grid = {"bits": BITS, "group_size": GROUP, "downcast": "int", "range_method": "minmax"}
+    model = get_peft_model(model, LRQATConfig(**common, **grid, learn_scales=learn_scales))
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.experts = PackedExperts(config, rank, learn_scales, device)
+    return model.train()
+
+
+def measure(name: str, rank: int, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Static memory, and peak and seconds a step for every batch shape."""
+    assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
+    started = time.perf_counter()
+    model = adapted(METHODS[name], rank, args, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    row: dict[str, Any] = {
+        "method": name,
+        "rank": rank,
+        "layers": model.config.num_hidden_layers,
+        "set_up_s": time.perf_counter() - started,
+        "static_gib": held(device),
+        "trained": sum(p.numel() for p in trained),
+        "steps": {},
+    }
+    if args.lean:
+        import bitsandbytes as bnb
+
+        optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(trained, lr=1e-4, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=device == "cuda")
+    generator = torch.Generator().manual_seed(1)
+    for shape in args.batches:
+        batch, length = (int(n) for n in shape.split("x"))
+        rows = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).to(device)
+        seconds, loss = [], torch.zeros(())
+        for step in range(args.warm + args.steps):
+            if step == args.warm:
+                reset_peak(device)
+            synchronise(device)
+            begin = time.perf_counter()
+            with torch.autocast(device, dtype=torch.bfloat16):
+                loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            synchronise(device)
+            seconds.append(time.perf_counter() - begin)
+        row["steps"][shape] = {
+            "seconds": statistics.median(seconds[args.warm :]),
+            "peak_gib": peak(device),
+            "loss": loss.item(),
+        }
+    if args.profile and device == "cuda":
+        from gpu import profile
+
+        profile(model, rows, torch.autocast(device, dtype=torch.bfloat16))
+    del model, optimizer, trained, loss
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ranks", nargs="*", type=int, default=[8, 16])
+    parser.add_argument("--batches", nargs="*", default=["1x1024", "4x1024"])
+    parser.add_argument("--layers", type=int, help="only so many blocks")
+    parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--lean", action="store_true", help="optim=adamw_bnb_8bit")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
+    args = parser.parse_args()
+    if args.smoke:
+        args.batches, args.ranks, args.warm, args.steps = ["1x16"], [2], 0, 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {"command": vars(args), **provenance(), "runs": []}
+    for rank in args.ranks:
+        for name in args.only:
+            try:
+                row = measure(name, rank, args, device)
+            except torch.OutOfMemoryError as error:
+                row = {"method": name, "rank": rank, "error": str(error)[:200], "steps": {}}
+            result["runs"].append(row)
+            write_json(Path(args.out), result)
+            shown = "  ".join(f"{s}: {v['seconds']:.3f} s {v['peak_gib']:.2f} GiB" for s, v in row["steps"].items())
+            static, set_up = row.get("static_gib", 0.0), row.get("set_up_s", 0.0)
+            print(f"{name:42} r={rank:<3} static {static:6.2f}  {shown}  set up {set_up:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
