@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from accuracy_methods import DEFAULTS, LEARNING_RATES
 
 _HIDDEN = {"method", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters", "start_windows"}
+_OPTIONS = {("signed", True): "signed scales", ("downcast", "int"): "packed base"}
 _METHODS = {
     "round": "rounded to nearest",
     "lsq": "full QAT (LSQ)",
@@ -63,13 +64,14 @@ def label_of(job: dict[str, Any]) -> str:
     for key, value in job.items():
         default = LEARNING_RATES.get(job["method"]) if key == "lr" else DEFAULTS.get(key)
         if key not in _HIDDEN | {"start", "kl"} and value != default:
-            words.append(f"{key} {value}")
+            shown = f"{value:g}" if isinstance(value, float) else value
+            words.append(_OPTIONS.get((key, value)) or f"{key} {shown}")
     return ", ".join([name, *words])
 
 
 def read(files: list[str]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
-    """The rows, and each model's float figures."""
-    found: dict[tuple[str, tuple[int, int, bool], str], list[dict[str, Any]]] = defaultdict(list)
+    """The rows, and each model's float figures. Of one row and seed, the run in the last file counts."""
+    found: dict[tuple[str, tuple[int, int, bool], str], dict[int, dict[str, Any]]] = defaultdict(dict)
     floats: dict[str, dict[str, Any]] = {}
     for file in files:
         data = json.loads(Path(file).read_text())
@@ -77,8 +79,8 @@ def read(files: list[str]) -> tuple[list[Row], dict[str, dict[str, Any]]]:
             floats[data["model"]] = data["healed"]["after"]
         for run in data["runs"]:
             run["job"] = job = {**DEFAULTS, **run["job"]}  # an older file has fewer options
-            found[data["model"], (job["bits"], job["group"], job["symmetric"]), label_of(job)].append(run)
-    return [Row(*key, runs) for key, runs in found.items()], floats
+            found[data["model"], (job["bits"], job["group"], job["symmetric"]), label_of(job)][job["seed"]] = run
+    return [Row(*key, list(runs.values())) for key, runs in found.items()], floats
 
 
 def recovered(row: Row, rows: list[Row], floats: dict[str, dict[str, Any]], text: str) -> float:
@@ -105,9 +107,7 @@ def table(args: argparse.Namespace) -> None:
     """Print (or write) Markdown: one table a model and grid."""
     rows, floats = read(args.files)
     lines: list[str] = []
-    order = sorted(
-        {(row.model, row.grid) for row in rows}, key=lambda key: (key[0], -key[1][0], key[1][1], not key[1][2])
-    )
+    order = sorted({(row.model, row.grid) for row in rows}, key=lambda key: (key[0], order_of(key[1])))
     for model, grid in order:
         here = [row for row in rows if (row.model, row.grid) == (model, grid)]
         here.sort(key=lambda row: -row.mean(args.text, "ppl"))
@@ -116,8 +116,8 @@ def table(args: argparse.Namespace) -> None:
             lines.append(f"\n{model}, {grid_name(grid)} (float: {figures[args.text]['ppl']:.2f}, "
                          f"WikiText-2 {figures['wikitext2']['ppl']:.2f})\n")  # fmt: skip
         lines += [
-            "| | perplexity | recovered | KL | same token | WikiText-2 | HellaSwag | seeds | s |",
-            "|---|" + "---|" * 8,
+            "| | perplexity | recovered | KL | same token | WikiText-2 | HellaSwag | seeds |",
+            "|---|" + "---|" * 7,
         ]
         for row in here:
             spread, share = row.spread(args.text), recovered(row, rows, floats, args.text)
@@ -131,7 +131,7 @@ def table(args: argparse.Namespace) -> None:
                 f"| {row.label} | {row.mean(args.text, 'ppl'):.2f}{'' if math.isnan(spread) else f' ± {spread:.2f}'} "
                 f"| {'' if math.isnan(share) else f'{100 * share:.0f} %'} | {row.mean(args.text, 'kl'):.4f} "
                 f"| {100 * row.mean(args.text, 'agree'):.1f} % | {row.mean('wikitext2', 'ppl'):.2f} | {task} "
-                f"| {len(row.runs)} | {statistics.fmean(run['seconds'] for run in row.runs):.0f} |"
+                f"| {len(row.runs)} |"
             )
     text = "\n".join(lines) + "\n"
     if args.out:
@@ -140,39 +140,91 @@ def table(args: argparse.Namespace) -> None:
         print(text)
 
 
+def best_of(rows: list[Row]) -> dict[str, dict[tuple[int, int, bool], Row]]:
+    """By family and grid, the row whose settings are best on `tune`."""
+    best: dict[str, dict[tuple[int, int, bool], Row]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: -row.mean("tune", "ppl")):
+        best[family(row.runs[0]["job"])][row.grid] = row
+    return best
+
+
+def order_of(grid: tuple[int, int, bool]) -> tuple[int, bool, int, bool]:
+    bits, group, symmetric = grid
+    return -bits, group < 0, -group, not symmetric
+
+
+def summary(args: argparse.Namespace) -> None:
+    """Print Markdown: a table a model, methods by grids, perplexity and what was recovered."""
+    rows, floats = read(args.files)
+    lines: list[str] = []
+    for model in sorted({row.model for row in rows if row.model in floats}, reverse=True):
+        best = best_of([row for row in rows if row.model == model])
+        grids = sorted({grid for found in best.values() for grid in found}, key=order_of)
+        lines += [f"\n| {model} (float: {floats[model][args.text]['ppl']:.2f}) | "
+                  + " | ".join(grid_name(grid) for grid in grids) + " |", "|---|" + "---|" * len(grids)]  # fmt: skip
+
+        def loss(found: dict[tuple[int, int, bool], Row], model: str = model) -> float:
+            """What is left of the loss, on average: the order of the rows."""
+            return -statistics.fmean(recovered(row, rows, floats, args.text) for row in found.values())
+
+        for name, found in sorted(best.items(), key=lambda item: -loss(item[1])):
+            cells = [
+                f"{row.mean(args.text, 'ppl'):.2f} ({100 * recovered(row, rows, floats, args.text):.0f} %)"
+                if (row := found.get(grid))
+                else ""
+                for grid in grids
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines).strip() + "\n"
+    if args.out:
+        Path(args.out).write_text(text)
+    else:
+        print(text)
+
+
 def plot(args: argparse.Namespace) -> None:
-    """For each model, one panel: perplexity over float (log) of the rows, by grid; the best settings of each method."""
+    """For each model, one panel: the share recovered of what rounding loses, a bar a method, by grid."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows, floats = read(args.files)
-    models = sorted({row.model for row in rows if row.model in floats})
+    models = sorted({row.model for row in rows if row.model in floats}, reverse=True)
+    shares: dict[str, dict[str, dict[tuple[int, int, bool], float]]] = {
+        model: {
+            name: {grid: 100 * recovered(row, rows, floats, args.text) for grid, row in found.items()}
+            for name, found in best_of([row for row in rows if row.model == model]).items()
+            if name != _METHODS["round"]  # 0 by definition
+        }
+        for model in models
+    }
+    grids = {
+        model: sorted({grid for f in found.values() for grid in f}, key=order_of) for model, found in shares.items()
+    }
+    means: dict[str, list[float]] = defaultdict(list)
+    for found in shares.values():
+        for name, values in found.items():
+            means[name] += values.values()
+    names = sorted(means, key=lambda name: statistics.fmean(means[name]))
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(1.5 + 5 * len(models), 4.2), squeeze=False, layout="constrained"
-    )
+        1, len(models), figsize=(11, 4), squeeze=False, layout="constrained", sharey=True,
+        width_ratios=[len(grids[model]) for model in models],
+    )  # fmt: skip
     for axis, model in zip(axes[0], models, strict=True):
-        here = [row for row in rows if row.model == model and row.runs[0]["job"]["method"] != "float"]
-        grids = sorted({row.grid for row in here}, key=lambda grid: (-grid[0], grid[1] < 0, not grid[2]))
-        best: dict[str, dict[tuple[int, int, bool], float]] = defaultdict(dict)
-        for row in sorted(here, key=lambda row: -row.mean("tune", "ppl")):  # settings are chosen on `tune`
-            best[family(row.runs[0]["job"])][row.grid] = row.mean(args.text, "ppl") / floats[model][args.text]["ppl"]
-        for number, (name, points) in enumerate(sorted(best.items(), key=lambda item: -max(item[1].values()))):
-            places = [grids.index(grid) for grid in points]
-            bold = name.startswith("LR-QAT")
-            axis.plot(
-                places,
-                points.values(),
-                "o" if bold else "x",
-                label=name,
-                color=f"C{number % 10}",
-                markersize=8 if bold else 6,
-            )
-        axis.axhline(1, color="grey", linewidth=1)
-        axis.set(title=model, yscale="log", ylabel="perplexity / float's", xticks=range(len(grids)))
-        axis.set_xticklabels([grid_name(grid).replace(", ", "\n") for grid in grids], fontsize=7)
-        axis.legend(fontsize=7)
+        width = 0.85 / len(names)
+        for number, name in enumerate(names):
+            points = shares[model].get(name, {})
+            places = [grids[model].index(grid) - 0.425 + (number + 0.5) * width for grid in points]
+            shade = pyplot.get_cmap("viridis")(1 - number / max(1, len(names) - 1))
+            axis.bar(places, [max(value, -5) for value in points.values()], width, label=name, color=shade)
+        axis.set(title=model, xticks=range(len(grids[model])), ylim=(-5, 100))
+        axis.set_xticklabels([grid_name(grid).replace(", ", "\n") for grid in grids[model]], fontsize=8)
+        axis.grid(axis="y", linewidth=0.4)
+        axis.set_axisbelow(True)
+    axes[0][0].set_ylabel("recovered of what rounding loses, %")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(args.out or "accuracy.svg")
 
 
@@ -181,6 +233,8 @@ def family(job: dict[str, Any]) -> str:
     if job["steps"] == 0 and job["start"]:
         return {"gptq": "GPTQ", "blockwise": "block-wise"}.get(job["start"], job["start"])
     name = _METHODS[job["method"]]
+    if job["method"] == "round" and job["signed"]:
+        return name + ", signed scales"
     if job["method"] == "scales" and job["start"] == "blockwise":
         return "block-wise, then scales"
     return name + (", KL" if job["kl"] else "") + (", from block-wise" if job["start"] == "blockwise" else "")
