@@ -4,7 +4,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
 """
 
 from ._version import __version__
-from .calibration import preprocess_blockwise, preprocess_gptq
+from .calibration import preprocess_blockwise, preprocess_gptq, preprocess_rotation
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
@@ -36,6 +36,7 @@ __all__ = [
     "load_quantized",
     "preprocess_blockwise",
     "preprocess_gptq",
+    "preprocess_rotation",
     "store_logits",
 ]
 
