@@ -25,7 +25,8 @@ A line of the jobs file is a method and its options (accuracy_methods.py has bot
     lowbit  LowBitSRConfig with LowBitAdamW     lora          LoRA in float, merged and rounded (both norms)
 
 `start=gptq` and `start=blockwise` begin with what `preprocess_gptq` and `preprocess_blockwise` leave; with `steps=0`
-that is the row. Runs share GPUs: the times are those of a busy GPU.
+that is the row. `rotate=true` begins with what `preprocess_rotation` makes of the float model, whose outputs, the
+teacher's, are the same; `start=rotation` is that and nothing else. Runs share GPUs: the times are those of a busy GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_measure import against_float, eval_rows, hellaswag
-from accuracy_methods import Text, complete, make_start, prepare, read_job, round_model, start_key
+from accuracy_methods import Text, complete, float_model, make_start, prepare, read_job, round_model, start_key
 from common import provenance, write_json
 from torch import nn
 from training import SEQ, Step, loss_of, schedule
@@ -141,11 +142,11 @@ def run_job(bench: Bench, job: dict[str, Any], starts: Path) -> tuple[dict[str, 
     result: dict[str, Any] = {"job": job}
     key = start_key(job)
     if key is None:
-        model = copy.deepcopy(bench.model)
+        model = float_model(bench.model, job)
     else:
         path = starts / f"{key}.pt"
         if not path.exists():
-            torch.save(make_start(copy.deepcopy(bench.model), job, bench.text), starts / f"{key}.part")
+            torch.save(make_start(float_model(bench.model, job), job, bench.text), starts / f"{key}.part")
             os.replace(starts / f"{key}.part", path)
             result["start_seconds"] = time.perf_counter() - began
         model = torch.load(path, map_location=bench.device, weights_only=False)

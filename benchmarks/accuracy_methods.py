@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from training import batches, targets
 
-from peft_lrqat import Grid, LowBitSRConfig, LRQATConfig
+from peft_lrqat import Grid, LowBitSRConfig, LRQATConfig, preprocess_rotation
 from peft_lrqat.grid import dequantize, grouped, quantize
 from peft_lrqat.ranges import choose_range
 
@@ -33,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "c": 16,  # lora_alpha / r
     "kl": 0.0,  # weight of KL to the float model in the loss; 1: nothing else
     "temperature": 1.0,
+    "rotate": False,  # the float model that everything begins with is rotated; also start=rotation
+    "rotate_seed": 0,
     "start": None,  # gptq, blockwise: what the weights are before training; start_*: its options
     "start_windows": 128,
     "iters": 200,  # autoround
@@ -76,6 +79,8 @@ def _value(text: str) -> Any:
 def complete(job: dict[str, Any]) -> dict[str, Any]:
     """A job with every option."""
     full = {**DEFAULTS, **job}
+    if full["start"] == "rotation":
+        full |= {"start": None, "rotate": True}
     full["lr"] = LEARNING_RATES.get(job["method"]) if full["lr"] is None else full["lr"]
     if job["method"] not in LEARNING_RATES:
         full["steps"] = 0
@@ -206,6 +211,14 @@ PEERS = {"hqq": _hqq, "autoround": _autoround, "llmcompressor": _llmcompressor}
 # -- what is trained
 
 
+def float_model(model: nn.Module, job: dict[str, Any]) -> nn.Module:
+    """A copy of the float model that a row begins with."""
+    model = copy.deepcopy(model)
+    if job["rotate"]:
+        preprocess_rotation(model, seed=job["rotate_seed"], progressbar=False)
+    return model
+
+
 class Text:
     """Training text, and what a method may want of it."""
 
@@ -255,6 +268,7 @@ def start_key(job: dict[str, Any]) -> str | None:
         return None
     parts = {k: v for k, v in sorted(job.items()) if k.startswith("start_")}
     parts |= {k: job[k] for k in ("bits", "group", "symmetric", "signed", "p")}
+    parts |= {k: job[k] for k in ("rotate", "rotate_seed") if job["rotate"]}
     parts["integers"] = job["method"] == "scales" or job.get("downcast") == "int"
     return "-".join([job["start"], *(f"{k}={v}" for k, v in parts.items())])
 

@@ -136,7 +136,7 @@ def check_fingerprint(found: str, required: str | None) -> None:
     how = (
         "Load it on the quantized model that it was trained on, with `peft_lrqat.load_quantized(...)`"
         if wanted == "integers"
-        else "Load it on the float model, in the dtype, that it was trained on (and with the same `preprocess_rotation`)"
+        else "Load it on the float model, in the dtype, that it was trained on (rotated alike, `preprocess_rotation`)"
     )
     raise ValueError(
         f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
