@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from peft_lrqat import LRQATConfig, preprocess_gptq, preprocess_rotation
 from peft_lrqat.calibration.residual_stream import Change
@@ -130,6 +130,14 @@ def test_parameters_hooks_and_modes_stay():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = rotate(tiny())
     assert same(under, rotate(tiny()).state_dict())
+
+
+def test_a_model_with_a_score_is_rotated():
+    model = AutoModelForSequenceClassification.from_config(tiny().config).eval()
+    before = logits(model, IDS)
+    rotate(model)
+    assert torch.allclose(logits(model, IDS), before, rtol=1e-4, atol=1e-6)
+    assert model.model.norm.weight.eq(1).all()
 
 
 # -- outliers
