@@ -50,6 +50,8 @@ _CONFIGS = {"lrqat": LRQATConfig, "scales": LRQATConfig, "lowbit": LowBitSRConfi
 def read_job(line: str) -> list[dict[str, Any]]:
     """`lrqat bits=4 group=64 kl=0,1 seed=0,1,2`: method, then options; a comma makes a job of each value.
 
+    `act_bits_pattern=down_proj:8;o_proj:none` is a dictionary.
+
     Raises:
         ValueError: there is no such method or option.
     """
@@ -73,6 +75,8 @@ def _value(text: str) -> Any:
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return number(text)
+    if ":" in text:  # down_proj:8;o_proj:none
+        return {key: _value(value) for key, _, value in (part.partition(":") for part in text.split(";"))}
     return text
 
 
@@ -283,7 +287,8 @@ def make_start(model: nn.Module, job: dict[str, Any], text: Text) -> nn.Module:
     options.pop("windows"), options.pop("seed", None)
     if unknown := set(options) - known:
         raise ValueError(f"preprocess_{job['start']} has no {', '.join(sorted(unknown))}.")
-    function(model.eval(), config_of(job), text.calibration(job), progressbar=False, **options)
+    weights = {k: v for k, v in job.items() if not k.startswith("act_")}  # activations are rounded in training only
+    function(model.eval(), config_of(weights), text.calibration(job), progressbar=False, **options)
     return model
 
 

@@ -106,8 +106,8 @@ llama-server -m path/to/file.gguf
         written = Written(notes=architectures.notes(config))
         if source.act_bits:
             written.notes.append(
-                "The model was trained with 8-bit activations, one scale a token. llama.cpp rounds activations to 8 "
-                "bits too, with a scale for every 32 or 256 of them."
+                f"The model was trained with rounded activations ({' and '.join(map(str, source.act_bits))} bits). "
+                "llama.cpp rounds activations to 8 bits, with a scale for every 32 or 256 of them."
             )
         written.notes += _write_vocabulary(writer, source, settings)
         with Spool(writer, folder) as spool:

@@ -140,9 +140,10 @@ def check_activations(targets: dict[str, nn.Module], config: Any) -> None:
         activations = config.activations_of(name)
         if activations is None:
             continue
-        kind = {Conv1D: "conv1d", nn.Embedding: "embedding"}.get(type(module), getattr(module, "kind", "linear"))
-        if kind != "linear":
-            what = "a Conv1D (GPT-2)" if kind == "conv1d" else "an embedding"
+        transposed = getattr(getattr(module, "frozen", module), "transposed", isinstance(module, Conv1D))
+        table = isinstance(module, nn.Embedding) or getattr(module, "kind", None) == "embedding"
+        if transposed or table:
+            what = "an embedding" if table else "a Conv1D (GPT-2)"
             raise ValueError(
                 f"`act_bits` is {activations.bits}, but module {name!r} is {what}, for which no checkpoint format "
                 f"quantizes activations. Leave `act_bits` out, or give `act_bits_pattern={{{name!r}: None}}`."
