@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..tuners.common import loss as lean
 from .loss import TokenLosses, TopK, check_options, token_losses
@@ -51,8 +52,7 @@ class Distillation(TrainerCallback):
     While the Trainer trains, the loss is weight * temperature ** 2 * KL(teacher || student) + (1 - weight) *
     cross-entropy over the tokens whose label counts, divided as the Trainer divides the model's own loss, so packing,
     completions only, accumulated gradients and several processes are what they are without it. Evaluation is left
-    alone: `eval_loss` is the cross-entropy. The mean KL a token is logged as `kl`. (Trackers that `report_to` names
-    read the log before this callback does; `kl` is in `trainer.state.log_history` and in what is printed.)
+    alone: `eval_loss` is the cross-entropy. The mean KL a token is logged as `kl`, for trackers too.
 
     The teacher reads what the student reads, in eval mode, under the student's autocast, in every process. Its logits
     of a whole micro-batch, (batch, tokens, vocabulary) in the teacher's dtype, exist beside the student's. Stored
@@ -105,7 +105,13 @@ class Distillation(TrainerCallback):
     # -- what the Trainer calls
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._state is not None and self._state is not state and _called_by_trainer_of(self._state):
+            raise ValueError(
+                "This `Distillation` takes part in a training that is still running, and another begins inside it. "
+                "Give each its own."
+            )
         self.remove()
+        _log_before_trackers(self)
         _check_arguments(args)
         student = causal_lm(model)
         other = _active.get(student)
@@ -291,7 +297,33 @@ class Distillation(TrainerCallback):
                 f"The teacher {str(self.teacher)!r} is a folder without config.json and without stored logits. Name a "
                 "model (an adapter's is the one it belongs to, or merge it first), or call `store_logits` before."
             )
-        return ModelTeacher(load_teacher(self.teacher, student, self.keep), student)
+        try:
+            teacher = load_teacher(self.teacher, student, self.keep)
+        except OSError as error:
+            raise ValueError(
+                f"The teacher {str(self.teacher)!r} is no folder of stored logits, and it could not be loaded as a "
+                f"model: {error}"
+            ) from error
+        return ModelTeacher(teacher, student)
+
+
+def _log_before_trackers(callback: TrainerCallback) -> None:
+    """Move a callback before the trackers of its Trainer, so that they read what it adds to the log.
+
+    It stays behind the one that decides when to log. A Trainer hands nobody its list of callbacks: it is the caller's.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            decides = [isinstance(other, DefaultFlowCallback) for other in handler.callbacks]
+            place = decides.index(True) + 1 if any(decides) else 0
+            if place < handler.callbacks.index(callback):
+                # the handler walks through this list: those behind keep their places
+                handler.callbacks.remove(callback)
+                handler.callbacks.insert(place, callback)
+            return
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _called_by_trainer_of(state: Any) -> bool:

@@ -400,6 +400,49 @@ def test_models_of_two_parts_and_folders_of_nothing_are_refused(tmp_path):
     run = Trainer(tiny(), arguments(tmp_path), None, ids_dataset(), callbacks=[Distillation(tmp_path)])
     with pytest.raises(ValueError, match="without stored logits"):
         run.train()
+    run = Trainer(tiny(), arguments(tmp_path), None, ids_dataset(), callbacks=[Distillation(tmp_path / "logits")])
+    with pytest.raises(ValueError, match="is no folder of stored logits"):
+        run.train()
+
+
+class _Tracker(TrainerCallback):
+    """Reads the log where TensorBoard's callback does: before the callbacks that a user adds."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_a_tracker_sees_the_kl(tmp_path):
+    tracker, began = _Tracker(), _Began()
+    run = trainer(tiny(), tmp_path, tracker, Distillation(TEACHER), began)
+    run.train()
+    assert ["kl" in logs for logs in tracker.seen if "loss" in logs] == [True, True]
+    assert began.times == 1
+
+
+class _Began(TrainerCallback):
+    times = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.times += 1
+
+
+class _TrainsInside(TrainerCallback):
+    def __init__(self, make):
+        self.make = make
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.make().train()
+
+
+def test_one_callback_in_a_training_inside_another_is_refused(tmp_path):
+    teach = Distillation(TEACHER)
+    inner = _TrainsInside(lambda: trainer(tiny(), tmp_path / "inner", teach))
+    with pytest.raises(ValueError, match="Give each its own"):
+        trainer(tiny(), tmp_path, teach, inner).train()
 
 
 def test_padding_on_the_left_takes_nothing_from_the_loss(tmp_path):
