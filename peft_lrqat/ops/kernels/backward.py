@@ -40,6 +40,7 @@ from .tiles import (
     tile_columns,
     tile_rows,
     tiling,
+    tokens_of,
 )
 from .weight import prepared_weight
 
@@ -87,7 +88,7 @@ def linear_backward(
     dshift = dA = dB = flags = None
     if by_rows and need_AB:
         tiles = tiling(rows, fmt.in_features, groups)
-        flags = torch.empty(tiles.columns * tiles.rows, dtype=torch.int32, device=base.device)
+        flags = torch.empty(tiles.total, dtype=torch.int32, device=base.device)
     elif not by_rows and (need_shift or need_AB):
         dshift, dA, dB = _by_G(dy, x, base, scale0, zero_point, prepared, c, fmt, need_shift, need_AB)
     dx = None
@@ -96,7 +97,12 @@ def linear_backward(
         dx = torch.mm(dy, weight) if need_x else None
         del weight
     if by_rows and (need_shift or need_AB):
-        dshift, dA, dB = _by_rows(dy, x, y if need_shift else None, base, scale0, prepared, c, fmt, flags)
+        xA = None
+        if flags is not None:
+            assert prepared.a_low is not None
+            assert prepared.b_low is not None
+            xA, dA = torch.mm(x, prepared.a_low.t()), _mm_fp32(torch.mm(dy, prepared.b_low).t(), x)
+        dshift, dB = row_gradients(dy, x, y if need_shift else None, base, scale0, prepared, c, fmt, flags, xA, dA)
     return Gradients(dx, dshift, dA, dB)
 
 
@@ -121,13 +127,27 @@ class _RowLaunches(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _row_launches(
-    tokens: int, rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, c: float, wide: bool
+    tokens: int,
+    rows: int,
+    words: int,
+    groups: int,
+    fmt: BaseFormat,
+    offsets: Offsets,
+    rank: int,
+    c: float,
+    wide: bool,
+    stack: int,
 ) -> _RowLaunches:
-    """Fix both launches; `wide`: whether the compute dtype is fp32, whose tiles take twice the space."""
+    """Fix both launches.
+
+    Args:
+        rows: of one expert.
+        wide: whether the compute dtype is fp32, whose tiles take twice the space.
+    """
     padded = max(16, power_of_2(rank))
     BR = min(padded, 64)
     sums = _row_sums_kernel.launch(
-        (ceil_div(rows, 64), padded // BR),
+        (ceil_div(rows, 64) * stack, padded // BR),
         float(c),
         1 if offsets.by_channel else offsets.scale_stride,
         tokens,
@@ -138,15 +158,16 @@ def _row_launches(
         BR=BR,
         STAGES=3,
     )
-    tiles = tiling(rows, fmt.in_features, groups)
+    tiles = tiling(rows, fmt.in_features, groups, stack=stack)
     clipped = _clipped_kernel.launch(
-        (min(tiles.columns * tiles.rows, _CLIPPED_PROGRAMS),),
+        (min(tiles.total, _CLIPPED_PROGRAMS),),
         float(c),
         *offsets,
         words,
         tokens,
         fmt.in_features,
         rows,
+        stack,
         fused=not offsets.by_channel,
         **tiles.constants(fmt, rank, offsets.by_channel),
         BT=32,
@@ -154,7 +175,7 @@ def _row_launches(
     return _RowLaunches(sums, clipped)
 
 
-def _by_rows(
+def row_gradients(
     dy: torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor | None,
@@ -164,54 +185,60 @@ def _by_rows(
     c: float,
     fmt: BaseFormat,
     flags: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Compute the gradients of the shift (where y is given), A and B (where flags are), all fp32.
+    xA: torch.Tensor | None,
+    dA: torch.Tensor | None,
+    bounds: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Compute the gradients of the shift (where y is given) and of B (where flags are), fp32, and take out of that of A
+    what clipped entries put there.
 
     Args:
-        prepared: with s B~ in `b_low` (by channel: the row's largest s).
         flags: int32 (tiles,), 1 for each tile with a clipped entry; None: no gradient of A and B is wanted.
+        xA: X A~^T (tokens, R), in x's dtype, where flags are.
+        dA: (s B~)^T dY^T X, fp32 (R, in), where flags are (by channel: with the row's largest s). Changed.
+        bounds: see `prepared_weight`. Of a stack, what has `out` rows has those of all experts, except dy and y; and so
+            has what has R.
     """
-    (tokens, rows), device = dy.shape, dy.device
-    dshift = xA = dA = dB = None
+    rows, device, stack = base.shape[0], dy.device, 1 if bounds is None else bounds.shape[0] - 1
+    dshift = dB = None
     if y is not None:
         y, dshift = y.contiguous(), torch.empty(rows, 1, device=device)
     if flags is not None:
-        assert prepared.a_low is not None
-        assert prepared.b_low is not None
-        xA = torch.mm(x, prepared.a_low.t())
-        dA = _mm_fp32(torch.mm(dy, prepared.b_low).t(), x)
         dB = torch.empty(rows, prepared.rank, device=device)
     rank = 0 if flags is None else prepared.rank
-    wide = dy.dtype == torch.float32
+    constants = (base.shape[1], scale0.shape[1], fmt, prepared.offsets, rank, c, dy.dtype == torch.float32, stack)
+    tokens = dy.shape[0] if bounds is None else 0  # where `bounds` say it, launches are the same for any number
+    launches = _row_launches(tokens, dy.shape[1], *constants)
     step0, step = prepared.row_steps(scale0)
-    launches = _row_launches(tokens, rows, base.shape[1], scale0.shape[1], fmt, prepared.offsets, rank, c, wide)
-    launches.sums(dB, dshift, dy, y, xA, step0, step)
+    launches.sums(dB, dshift, dy, y, xA, step0, step, bounds)
     if flags is not None:
-        launches.clipped(dA, dB, dy, x, flags, base, prepared.scale, prepared.buffer)
-    return None if dshift is None else sum_per_scale(dshift, step0), dA, dB
+        launches.clipped(dA, dB, dy, x, flags, base, prepared.scale, prepared.buffer, bounds)
+    return None if dshift is None else sum_per_scale(dshift, step0), dB
 
 
 @launched
 @triton.jit
 def _row_sums_kernel(
-    dB, dshift, dy, y, xA, scale0, scale, c, scale_stride, tokens, rows, RANK: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    dB, dshift, dy, y, xA, scale0, scale, bounds, c, scale_stride, tokens, rows, RANK: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
     By channel, s0 and s are the row's largest.
 
     A program owns BC rows of W and BR columns of dB, so the order of the sums does not vary.
     """
-    j = tl.program_id(0) * BC + tl.arange(0, BC)
+    j, row_ok, expert = tile_rows(tl.program_id(0), rows, bounds, BC)
+    begin, end = tokens_of(expert, tokens, bounds)
+    column = j - expert * rows  # of dY and Y
     k = tl.program_id(1) * BR + tl.arange(0, BR)
-    row_ok, k_ok = j < rows, k < RANK
+    k_ok = k < RANK
     first = row_ok & (j * 0 + tl.program_id(1) == 0)  # one of the programs of these rows sums for the scales
     total = tl.zeros((BT, BC), dtype=tl.float32)
     product = tl.zeros((BC, BR), dtype=tl.float32)
-    for start in tl.range(0, tokens, BT, num_stages=STAGES):
+    for start in tl.range(begin, end, BT, num_stages=STAGES):
         t = start + tl.arange(0, BT)
-        at = t.to(tl.int64)[:, None] * rows + j[None, :]
-        t_ok = (t < tokens)[:, None]
+        at = t.to(tl.int64)[:, None] * rows + column[None, :]
+        t_ok = (t < end)[:, None]
         d = tl.load(dy + at, mask=t_ok & row_ok[None, :], other=0.0)
         if y is not None:
             total += d.to(tl.float32) * tl.load(y + at, mask=t_ok & first[None, :], other=0.0).to(tl.float32)
@@ -240,6 +267,7 @@ def _clipped_kernel(
     base,
     scale,
     factors,
+    bounds,
     c,
     scale_stride,
     units,
@@ -252,6 +280,7 @@ def _clipped_kernel(
     tokens,
     in_features,
     out_features,
+    stack,
     GROUP: tl.constexpr,
     RANK: tl.constexpr,
     BITS: tl.constexpr,
@@ -264,44 +293,47 @@ def _clipped_kernel(
 ):
     """Take out of dA and dB what clipped entries put there: dZ is 0 where round(Z) lies outside of the grid."""
     columns = in_features // GROUP * ((GROUP + BN - 1) // BN)
-    tiles = columns * tl.cdiv(out_features, BM)
+    tiles = columns * tl.cdiv(out_features, BM) * stack
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         if tl.load(flags + tile) != 0:
             n, m = tile % columns, tile // columns
-            j = m * BM + tl.arange(0, BM)
-            row_ok = j < out_features
+            j, row_ok, expert = tile_rows(m, out_features, bounds, BM)
+            begin, end = tokens_of(expert, tokens, bounds)
+            column = j - expert * out_features  # of dY
             i, column_ok, group, first = tile_columns(n, GROUP, BN)
             G = tl.zeros((BM, BN), dtype=tl.float32)
-            for begin in range(0, tokens, BT):
-                t = begin + tl.arange(0, BT)
+            for start in range(begin, end, BT):
+                t = start + tl.arange(0, BT)
                 row = t.to(tl.int64)[:, None]
-                t_ok = (t < tokens)[:, None]
-                d = tl.load(dy + row * out_features + j[None, :], mask=t_ok & row_ok[None, :], other=0.0)
+                t_ok = (t < end)[:, None]
+                d = tl.load(dy + row * out_features + column[None, :], mask=t_ok & row_ok[None, :], other=0.0)
                 v = tl.load(x + row * in_features + i[None, :], mask=t_ok & column_ok[None, :], other=0.0)
                 if INTERPRETED:
                     d, v = d.to(tl.float32), v.to(tl.float32)
                 G = tl.dot(tl.trans(d), v, G, input_precision="tf32x3")
             z = rounded_levels(
-                base, factors, scale_stride, units, a_step, b_step, a_int, b_int, 0, j, i, group, first, row_ok,
+                base, factors, scale_stride, units, a_step, b_step, a_int, b_int, expert, j, i, group, first, row_ok,
                 column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
             )  # fmt: skip
             clipped = (clip(z, BITS) != z) & row_ok[:, None] & column_ok[None, :]
             s = adapter_step(scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL, FULL)
             dZ = tl.where(clipped, G * s[:, None], 0.0)
-            of_a = load(factors + a_step + i, column_ok, FULL)
+            of_a = load(factors + a_step + expert * in_features + i, column_ok, FULL)
             of_b = load(factors + b_step + j, row_ok, FULL)
             BR: tl.constexpr = 16 if RANK <= 16 else 32
-            for start in tl.static_range(0, RANK, BR):
-                k = start + tl.arange(0, BR)
+            for first_k in tl.static_range(0, RANK, BR):
+                k = first_k + tl.arange(0, BR)
                 k_ok = k < RANK
-                a = a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, False).to(tl.float32) * of_a[None, :]
+                a = (
+                    a_tile(factors, a_int, expert * RANK + k, i, k_ok, column_ok, in_features, False).to(tl.float32)
+                    * of_a[None, :]
+                )
                 share = tl.dot(dZ, tl.trans(a), input_precision="tf32x3")  # (BM, BR)
                 tl.atomic_add(dB + j[:, None] * RANK + k[None, :], -c * share, mask=row_ok[:, None] & k_ok[None, :])
                 b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, False).to(tl.float32) * of_b[:, None]
                 share = tl.dot(tl.trans(b), dZ, input_precision="tf32x3")  # (BR, BN)
-                tl.atomic_add(
-                    dA + k[:, None] * in_features + i[None, :], -share, mask=k_ok[:, None] & column_ok[None, :]
-                )
+                at = dA + (expert * RANK + k)[:, None] * in_features + i[None, :]
+                tl.atomic_add(at, -share, mask=k_ok[:, None] & column_ok[None, :])
 
 
 # -- by G

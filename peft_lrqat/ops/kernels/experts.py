@@ -17,9 +17,9 @@ import torch
 from ..reference import Gradients
 from ..reference_experts import Stack, zero_gradients
 from ..stored_base import BaseFormat
-from .backward import project
+from .backward import keeps_output, project, row_gradients
 from .prepare import Prepared, prepare
-from .tiles import ceil_div
+from .tiles import ceil_div, tiling
 from .weight import prepared_weight
 
 #: W^, or its gradient, of the experts that are worked on at once: what a layer needs beside its operands. Smaller parts
@@ -67,9 +67,13 @@ def expert_weights_backward(
     """Compute what `reference_experts.expert_weights_backward` does, up to the order of the sums."""
     stack, bounds = Stack(base, scale0, shift, zero_point, A, B), _all(experts, num_experts, base.device)
     total = zero_gradients(stack, need_shift, need_AB)
-    if grad.numel():
+    need_AB = total.A is not None and total.A.numel() > 0
+    if grad.numel() and (need_shift or need_AB):
+        which = slice(None) if experts is None else experts
+        listed = _select(stack, which, num_experts)
+        prepared = _prepared(listed, bounds, c, scale_dtype, grad.dtype if need_AB else None)
         G = torch.empty_like(grad, memory_format=torch.contiguous_format).copy_(grad)  # it is worked on in place
-        _add_gradients(total, G, stack, slice(None) if experts is None else experts, c, fmt, scale_dtype, bounds)
+        _add(total, _by_G(G, listed, prepared, c, fmt, need_shift, need_AB, bounds), which, num_experts)
     return total
 
 
@@ -117,27 +121,40 @@ def expert_linear_backward(
     need_AB: bool,
 ) -> Gradients:
     """Compute what `reference_experts.expert_linear_backward` does, up to the order of the sums."""
-    stack, num_experts, x = Stack(base, scale0, shift, zero_point, A, B), ends.shape[0], x.contiguous()
-    total, dy = zero_gradients(stack, need_shift, need_AB), dy.contiguous()
+    stack, num_experts, out = Stack(base, scale0, shift, zero_point, A, B), ends.shape[0], dy.shape[1]
+    total, dy, x = zero_gradients(stack, need_shift, need_AB), dy.contiguous(), x.contiguous()
+    need_AB = total.A is not None and total.A.numel() > 0
+    by_rows = keeps_output(scale0, shift, fmt.bits) and (y is not None or not need_shift)
     dx = torch.empty_like(x) if need_x else None
-    for part in _parts(ends, x, dy.shape[1]):
-        bounds, part_dy = part.bounds, dy[part.tokens]
-        if dx is not None:
-            listed = _select(stack, part.experts, num_experts)
-            prepared = _prepared(listed, bounds, c, scale_dtype)
-            weights = _weights(listed, prepared, fmt, dy.dtype, bounds, dy.shape[1])
-            dx[part.tokens] = grouped_mm(part_dy, weights, bounds[1:])
+    for part in _parts(ends, x, out):
+        bounds, part_dy, part_x = part.bounds, dy[part.tokens], x[part.tokens]
+        listed = _select(stack, part.experts, num_experts)
+        prepared = _prepared(listed, bounds, c, scale_dtype, dy.dtype if need_AB else None, by_rows)
+        flags = None
+        if by_rows and need_AB:
+            tiles = tiling(out, fmt.in_features, scale0.shape[1], stack=part.n)
+            flags = torch.zeros(tiles.total, dtype=torch.int32, device=x.device)  # without tokens nothing is written
+        if need_x or flags is not None:
+            weights = _weights(listed, prepared, fmt, dy.dtype, bounds, out, flags)
+            if dx is not None:
+                dx[part.tokens] = grouped_mm(part_dy, weights, bounds[1:])
             del weights
-        if need_shift or need_AB:
-            G = grouped_mm(part_dy.t(), x[part.tokens], bounds[1:])
-            _add_gradients(total, G, stack, part.experts, c, fmt, scale_dtype, bounds)
-            del G
+        if by_rows and (need_shift or need_AB):
+            part_y = y[part.tokens] if y is not None and need_shift else None
+            found = _by_rows(part_dy, part_x, part_y, listed, prepared, c, fmt, flags, bounds)
+        elif need_shift or need_AB:
+            found = _by_G(
+                grouped_mm(part_dy.t(), part_x, bounds[1:]), listed, prepared, c, fmt, need_shift, need_AB, bounds
+            )
+        else:
+            continue
+        _add(total, found, part.experts, num_experts)
     return total._replace(x=dx)
 
 
 def experts_keep_output(scale0: torch.Tensor, shift: torch.Tensor | None, bits: int) -> bool:
-    """Tell whether the backward wants Y."""
-    return False
+    """Tell whether the backward goes by rows (`backward.py`), and then wants Y for the scales."""
+    return keeps_output(scale0, shift, bits)
 
 
 # -- some experts of a stack
@@ -160,60 +177,98 @@ def _select(stack: Stack, which: slice | torch.Tensor, num_experts: int) -> Stac
 
 
 def _prepared(
-    listed: Stack, bounds: torch.Tensor, c: float, scale_dtype: str, low: torch.dtype | None = None
+    listed: Stack,
+    bounds: torch.Tensor,
+    c: float,
+    scale_dtype: str,
+    low: torch.dtype | None = None,
+    scaled: bool = False,
 ) -> Prepared:
     _, scale0, shift, _, A, B = listed
-    return prepare(scale0, shift, scale_dtype, A, B, c, listed.base.shape[0], low, stack=bounds.shape[0] - 1)
+    return prepare(scale0, shift, scale_dtype, A, B, c, listed.base.shape[0], low, scaled, bounds.shape[0] - 1)
 
 
 def _weights(
-    listed: Stack, prepared: Prepared, fmt: BaseFormat, dtype: torch.dtype, bounds: torch.Tensor, out: int
+    listed: Stack,
+    prepared: Prepared,
+    fmt: BaseFormat,
+    dtype: torch.dtype,
+    bounds: torch.Tensor,
+    out: int,
+    flags: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Build W^ (n, out, in); not written where `bounds` leave an expert without tokens."""
     base, groups, zero_point = listed.base, listed.scale0.shape[1], listed.zero_point
-    weights = prepared_weight(base, groups, zero_point, prepared, fmt, dtype, bounds=bounds)
+    weights = prepared_weight(base, groups, zero_point, prepared, fmt, dtype, flags, bounds)
     return weights.unflatten(0, (bounds.shape[0] - 1, out))
 
 
-def _add_gradients(
-    total: Gradients,
-    G: torch.Tensor,
-    stack: Stack,
-    which: slice | torch.Tensor,
+def _by_rows(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    listed: Stack,
+    prepared: Prepared,
     c: float,
     fmt: BaseFormat,
-    scale_dtype: str,
+    flags: torch.Tensor | None,
     bounds: torch.Tensor,
-) -> None:
-    """Add to the gradients of a stack what G (n, out, in), overwritten here, gives for those of some experts."""
-    n, out, _ = G.shape
-    num_experts = stack.base.shape[0] // out
-    listed = _select(stack, which, num_experts)
-    need_AB = total.A is not None and total.A.numel() > 0
-    prepared = _prepared(listed, bounds, c, scale_dtype, G.dtype if need_AB else None)
-    need_shift = total.shift is not None
-    scales, rows = (listed.scale0, listed.zero_point), G.view(n * out, -1)
-    dshift = project(rows, listed.base, *scales, prepared, fmt, need_shift, need_AB, bounds)
-    if total.shift is not None and dshift is not None:
-        if total.shift.shape[0] == 1:
-            total.shift.add_(dshift)
-        else:
-            _add(total.shift.view(num_experts, out, -1), dshift.view(n, out, -1), which)
-    if total.A is not None and total.B is not None and need_AB:
+) -> Gradients:
+    """Compute the gradients of some experts without G: `backward.row_gradients`."""
+    xA = dA = None
+    if flags is not None:
         assert prepared.a_low is not None
         assert prepared.b_low is not None
-        dB = _bmm_fp32(G, prepared.a_low.view(n, prepared.rank, -1).mT)
-        _add(total.B.view(out, -1, num_experts).permute(2, 0, 1), dB if c == 1 else dB.mul_(c), which)
-        dA = _bmm_fp32(prepared.b_low.view(n, out, -1).mT, G)
-        _add(total.A.view(num_experts, prepared.rank, -1), dA, which)
+        n, ends = bounds.shape[0] - 1, bounds[1:]
+        xA = grouped_mm(x, prepared.a_low.view(n, prepared.rank, -1).mT, ends)
+        dA = grouped_mm(grouped_mm(dy, prepared.b_low.view(n, -1, prepared.rank), ends).t(), x, ends)
+        dA = torch.where((bounds[:-1] < ends).view(-1, 1, 1), dA, 0.0).float().flatten(0, 1)
+    dshift, dB = row_gradients(dy, x, y, listed.base, listed.scale0, prepared, c, fmt, flags, xA, dA, bounds)
+    return Gradients(None, dshift, dA, dB)
 
 
-def _add(total: torch.Tensor, found: torch.Tensor, which: slice | torch.Tensor) -> None:
-    """Add to the gradients (E, ...) of experts; one that is listed twice gets both."""
-    if isinstance(which, slice):
-        total[which] += found
-    else:
-        total.index_add_(0, which, found)
+def _by_G(
+    G: torch.Tensor,
+    listed: Stack,
+    prepared: Prepared,
+    c: float,
+    fmt: BaseFormat,
+    need_shift: bool,
+    need_AB: bool,
+    bounds: torch.Tensor,
+) -> Gradients:
+    """Compute the gradients of some experts from G (n, out, in), which is overwritten."""
+    (n, out, _), dA, dB = G.shape, None, None
+    scales, rows = (listed.scale0, listed.zero_point), G.view(n * out, -1)
+    dshift = project(rows, listed.base, *scales, prepared, fmt, need_shift, need_AB, bounds)
+    if need_AB:
+        assert prepared.a_low is not None
+        assert prepared.b_low is not None
+        dB = _bmm_fp32(G, prepared.a_low.view(n, prepared.rank, -1).mT).flatten(0, 1)
+        dB = dB if c == 1 else dB.mul_(c)
+        dA = _bmm_fp32(prepared.b_low.view(n, out, -1).mT, G).flatten(0, 1)
+    return Gradients(None, dshift, dA, dB)
+
+
+def _add(total: Gradients, found: Gradients, which: slice | torch.Tensor, num_experts: int) -> None:
+    """Add to the gradients of a stack those of some experts, in the layout of `_select`: one that is listed twice gets
+    both."""
+
+    def add(whole: torch.Tensor, part: torch.Tensor) -> None:
+        part = part.view(-1, *whole.shape[1:])
+        if isinstance(which, slice):
+            whole[which] += part
+        else:
+            whole.index_add_(0, which, part)
+
+    if total.shift is not None and found.shift is not None:
+        if total.shift.shape[0] == 1:
+            total.shift.add_(found.shift)
+        else:
+            add(total.shift.unflatten(0, (num_experts, -1)), found.shift)
+    if total.A is not None and total.B is not None and found.A is not None and found.B is not None:
+        add(total.A.unflatten(0, (num_experts, -1)), found.A)
+        add(total.B.unflatten(1, (-1, num_experts)).permute(2, 0, 1), found.B)
 
 
 def _bmm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -234,6 +289,11 @@ class _Part(NamedTuple):
     experts: slice
     tokens: slice
     bounds: torch.Tensor  # int32 (n + 1,): where the tokens of each begin among these, and where the last ones end
+
+    @property
+    def n(self) -> int:
+        """How many experts."""
+        return self.bounds.shape[0] - 1
 
 
 def _all(experts: torch.Tensor | None, num_experts: int, device: torch.device) -> torch.Tensor:

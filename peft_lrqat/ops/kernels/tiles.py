@@ -81,6 +81,15 @@ def tile_rows(m, out_features, bounds, BM: tl.constexpr):
 
 
 @triton.jit
+def tokens_of(expert, tokens, bounds):
+    """Return where the tokens of an expert begin and end; without `bounds`, all are the one weight's."""
+    if bounds is None:
+        return 0, tokens
+    else:
+        return tl.load(bounds + expert), tl.load(bounds + expert + 1)
+
+
+@triton.jit
 def load(pointer, ok, FULL: tl.constexpr):
     """Load where `ok`, 0 elsewhere; FULL tiles need no mask."""
     if FULL:
@@ -228,6 +237,11 @@ class Tiling(NamedTuple):
     loop: int  # tiles, one below the other, that one program works on
     full: bool  # whether every tile lies inside of the weight
     stack: int  # experts that are cut so, one after the other
+
+    @property
+    def total(self) -> int:
+        """Number of tiles, of all experts."""
+        return self.columns * self.rows * self.stack
 
     @property
     def grid(self) -> tuple[int, int]:
