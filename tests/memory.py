@@ -40,10 +40,11 @@ class LiveBytes(TorchDispatchMode):
                 self.now -= nbytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.sweep()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._add(leaf)
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:  # only then does it matter what was freed meanwhile, and looking takes its time
+            self.sweep()
+            self.peak = max(self.peak, self.now)
         return result

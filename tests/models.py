@@ -1,12 +1,8 @@
-"""Tiny models of every family, inputs for them, and a process that cannot import the plugin to judge what was saved."""
+"""Tiny models of every family, inputs for them, and what they are when a process without the plugin loads them."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import LowBitSRConfig, LRQATConfig
+from tests.processes import run_clean
 
 VOCAB = 96
 
@@ -124,28 +121,13 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids).logits
 
 
-_BLOCKER = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "peft_lrqat":
-            raise ModuleNotFoundError("peft_lrqat is blocked in this process", name=name)
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import peft_lrqat
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("the plugin is importable, so this process proves nothing")
-"""
-
 _LOAD = """
 import json, torch
 from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)
+# transformers compiles BitNet's unpacking, which takes most of a minute and computes the same
+torch.compiler.set_stance("force_eager")
 job = json.load(open(sys.argv[1]))
 ids = torch.tensor(job["ids"])
 found = []
@@ -155,20 +137,6 @@ with torch.no_grad():
         found.append(model(input_ids=ids).logits)
 torch.save(found, job["out"])
 """
-
-
-def run_clean(code: str, *args: str) -> str:
-    """Run Python code (after `sys` is imported) in a process that cannot import peft_lrqat; returns its output.
-
-    Raises:
-        AssertionError: it failed; with what it printed.
-    """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _BLOCKER + textwrap.dedent(code), *args], capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
 
 
 def reload_clean(folders: Sequence[Path], ids: torch.Tensor, work: Path) -> list[torch.Tensor]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM, Trainer
 
 from tests.models import adapted, low_bit
+from tests.processes import FORKED
 from tests.trainer import arguments, ids_dataset, losses
 
 WORLD = 2
@@ -49,7 +51,7 @@ def _started(rank: int, work: Callable[[int, Path], Any], folder: str) -> None:
 
 def in_two_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     """What `work(rank, folder)`, a function of a test module, returned in each of two processes."""
-    torch.multiprocessing.spawn(_started, args=(work, str(folder)), nprocs=WORLD)
+    start_processes(_started, args=(work, str(folder)), nprocs=WORLD, start_method=FORKED)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

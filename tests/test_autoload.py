@@ -11,6 +11,7 @@ import pytest
 
 from peft_lrqat import autoload
 from tests.models import adapted, tiny
+from tests.processes import run_clean
 
 # `sitecustomize` runs at start-up, right after site-packages were read: the nearest thing to a `.pth` file in there.
 _SITE = "import os, site\nsite.addsitedir(os.path.dirname(__file__))\n"
@@ -62,9 +63,8 @@ def test_an_adapter_loads_in_a_process_that_never_names_the_plugin(site_dir: Pat
     model = adapted(type(tiny()).from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
 
-    without = _python(site_dir, "import sys, peft; peft.PeftConfig.from_pretrained(sys.argv[1])", tmp_path / "adapter")
-    assert without.returncode == 1
-    assert "KeyError: 'LRQAT'" in without.stderr
+    with pytest.raises(AssertionError, match="KeyError: 'LRQAT'"):
+        run_clean("import peft; peft.PeftConfig.from_pretrained(sys.argv[1])", str(tmp_path / "adapter"))
 
     autoload.enable(site_dir)
     done = _python(site_dir, _USE, tmp_path / "adapter")

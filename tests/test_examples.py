@@ -2,14 +2,17 @@
 
 import importlib
 import json
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from .models import tiny
+from tests.models import tiny
+from tests.processes import run_clean
 
 TEXTS = [f"def add_{i}(a, b): return the sum of {i} and {i * i % 17}, as any adder would." for i in range(60)]
 CHAT = (
@@ -47,10 +50,22 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def forked(command: list, **options) -> SimpleNamespace:
+    """`subprocess.run` of a script, in a process that starts quickly and cannot import the plugin."""
+    code = """
+    import runpy
+    script = sys.argv.pop(1)
+    sys.path.insert(0, script.rpartition("/")[0])
+    runpy.run_path(script, run_name="__main__")
+    """
+    return SimpleNamespace(stdout=run_clean(code, *map(str, command[1:])))
+
+
 @pytest.mark.parametrize("method", ["lrqat", "lowbit-sr"])
 def test_demo_serves_what_it_trained(example, model_dir, tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     demo = example("demo")
+    monkeypatch.setattr(demo.subprocess, "run", forked)
     data = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     command = f"--model {model_dir} --dataset {data} --device cpu --steps 2 --seq-len 32 --eval-tokens 128 --baselines"
     args = demo.parse([*command.split(), "--method", method])
@@ -83,7 +98,12 @@ def test_sft_script_saves_a_quantized_checkpoint(example, model_dir, tmp_path, m
     assert (tmp_path / "merged-adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_held_out_documentation_shares_no_paragraph_with_the_training_text(example):
+def test_held_out_documentation_shares_no_paragraph_with_the_training_text(example, tmp_path, monkeypatch):
+    # a third of the standard library
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).iterdir())[::3]:
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+
     def paragraphs(part):
         return {" ".join(paragraph.split()) for text in part["text"] for paragraph in text.split("\n\n")}
 

@@ -13,11 +13,11 @@ layers have no `weight`; on the others it merges into a weight that the layer th
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.integrations.bitnet import AutoBitLinear
 
 from ..formats import bitnet, reading
 from ..formats.compressed_tensors import scheme_of
@@ -77,10 +77,12 @@ def _managed(model: nn.Module) -> dict[str, nn.Module]:
 
 def _bitnet_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of BitNet's layers as this package writes them."""
+    # not imported here: that takes seconds (torch's inductor), and whoever has such a layer has imported it
+    kind = getattr(sys.modules.get("transformers.integrations.bitnet"), "AutoBitLinear", ())
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AutoBitLinear) and not module.online_quant and module.rms_norm is None
+        if isinstance(module, kind) and not module.online_quant and module.rms_norm is None
     }
 
 

@@ -89,11 +89,9 @@ def results(tmp_path_factory) -> dict[Case, Result]:
         tensors = {name: source.layer(name) for name in source.grids()}
         floats = dict(source.floats(source.grids()))
         found[case] = Result(folder, logits(model, tokens()) if case.reload else torch.empty(0), tensors, floats)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # transformers compiles BitNet's unpacking, which takes a minute
-        again = [result for case, result in found.items() if case.reload]
-        for result, reloaded in zip(again, reload_clean([r.folder for r in again], tokens(), work), strict=True):
-            result.reloaded = reloaded
+    again = [result for case, result in found.items() if case.reload]
+    for result, reloaded in zip(again, reload_clean([r.folder for r in again], tokens(), work), strict=True):
+        result.reloaded = reloaded
     return found
 
 

@@ -179,7 +179,14 @@ def test_free_memory_of_a_gpu_counts_what_torch_holds_in_reserve(monkeypatch: py
     assert undo.free_bytes(torch.device("cuda", 0)) == 120
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 8, "group_size": -1, "range_method": "minmax"}, {"downcast": "fp32"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_size": 32},
+        {"bits": 8, "group_size": -1, "range_method": "minmax"},
+        {"downcast": "fp32", "range_method": "minmax"},
+    ],
+)
 def test_conversion_takes_no_more_than_what_room_is_needed_for(options: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chunks, "CPU_CHUNK", 1 << 12)
     model = tiny(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, num_hidden_layers=1)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 
 from peft_lrqat import Grid
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from tests.processes import run
 
 _COUNT = """
 import pickle, sys, torch
@@ -49,7 +47,4 @@ def test_hooks_come_with_the_first_weight(code: str, tmp_path: Path):
     codes = torch.zeros(4, 8, dtype=torch.int8)
     weight = torch.nn.Parameter(LowBitTensor.from_codes(codes, torch.ones(4, 1), Grid(8, -1), key=1))
     (tmp_path / "weight.pkl").write_bytes(pickle.dumps(weight))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _COUNT + code, str(tmp_path / "weight.pkl")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(_COUNT + code, str(tmp_path / "weight.pkl"))

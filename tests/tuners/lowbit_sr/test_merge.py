@@ -105,10 +105,7 @@ def results(tmp_path_factory) -> dict[str, Result]:
     """Every case trained, merged and saved, then all of them loaded in one process that has no plugin."""
     work = tmp_path_factory.mktemp("checkpoints")
     found = {str(case): _run(case, work / str(i)) for i, case in enumerate(CASES)}
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers compiles BitNet's unpacking, which takes most of a minute and computes the same
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        reloaded = reload_clean([result.folder for result in found.values()], tokens(), work)
+    reloaded = reload_clean([result.folder for result in found.values()], tokens(), work)
     for result, again in zip(found.values(), reloaded, strict=True):
         result.reloaded = again
     return found

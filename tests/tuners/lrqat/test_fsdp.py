@@ -13,11 +13,13 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests.models import adapted, tiny, tokens
+from tests.processes import FORKED
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < (2, 12), reason="FSDP2 shards no integer parameters before torch 2.12"
@@ -135,7 +137,7 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 def ranks(tmp_path_factory) -> tuple[list[dict], Path]:
     """What both ranks found, for every case, and the folder with their checkpoints."""
     folder = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=WORLD)
+    start_processes(_worker, args=(str(folder),), nprocs=WORLD, start_method=FORKED)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)], folder
 
 
