@@ -20,11 +20,13 @@ import torch
 from torch import nn
 
 from ..formats import bitnet, reading
-from ..formats.compressed_tensors import scheme_of
+from ..formats.compressed_tensors import cache_rounding, scheme_of
 from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..grid import PER_TENSOR, TERNARY, Grid, GridTensor
+from ..modules.kv_cache import adopt_cache
 from ..modules.packed import describe, merged_layer
+from ..ops.kv_cache import CacheRounding
 from .load import replace_layer
 
 
@@ -45,6 +47,7 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
         name: _packed(name, module, _scheme(name, module), None if record is None else record.grid_of(name))
         for name, module in managed.items()
     }
+    adopt_cache(model, _cache(model))
     _replace(model, layers)
     return True
 
@@ -105,6 +108,14 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 def _of_quantizer(conversion: Any) -> bool:
     return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+
+
+def _cache(model: nn.Module) -> CacheRounding | None:
+    """How compressed-tensors rounds a model's KV cache, or None."""
+    for module in model.modules():
+        if hasattr(module, "kv_cache") and (scheme := getattr(module, "quantization_scheme", None)) is not None:
+            return cache_rounding({"kv_cache_scheme": scheme.input_activations.model_dump(mode="json")})
+    return None
 
 
 def _scheme(name: str, module: nn.Module) -> Scheme:

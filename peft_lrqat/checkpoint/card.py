@@ -12,6 +12,7 @@ from torch import nn
 
 from ..files import write_atomically
 from ..formats.usage import how_to_load
+from ..modules.kv_cache import rounding_of
 from ..modules.packed import MERGED
 
 _IMPORT_LINE = "import peft_lrqat"
@@ -74,7 +75,7 @@ def merged_card(model: nn.Module, config: Any) -> str:
         config: of the adapter that was merged: `record()`, `method`, `bits`, `stored_bits`, `export_format` and
             `base_model_name_or_path` are read.
     """
-    record = config.record()
+    record, cache = config.record(), rounding_of(model)
     quantized = [m for m in model.modules() if isinstance(m, MERGED)]
     weights = sum(m.in_features * m.out_features for m in quantized)
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
@@ -92,7 +93,7 @@ def merged_card(model: nn.Module, config: Any) -> str:
         total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         scale_dtype=record.scale_dtype,
         recipe=record.recipe,
-        usage=how_to_load(),
+        usage=how_to_load() if cache is None else f"{how_to_load()}\n\n{cache.serving()}",
     )
 
 

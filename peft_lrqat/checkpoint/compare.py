@@ -9,6 +9,7 @@ import torch
 from ..formats.source import Source
 from ..grid import GridTensor
 from ..ops.activations import describe_activations
+from ..ops.kv_cache import describe_cache
 from .findings import Finding
 
 
@@ -55,6 +56,13 @@ def activations(checkpoint: Source, source: Source) -> Finding:
     said = [" and ".join(sorted(map(describe_activations, those))) for those in found]
     equal = found[0] == found[1]
     return Finding("activations", equal, said[0] if equal else f"{said[0]}, and in the source {said[1]}")
+
+
+def caches(checkpoint: Source, source: Source) -> Finding:
+    """Compare how keys and values are rounded."""
+    said = [describe_cache(which.cache) for which in (checkpoint, source)]
+    equal = checkpoint.cache == source.cache
+    return Finding("KV cache", equal, said[0] if equal else f"{said[0]}, and in the source {said[1]}")
 
 
 def floats(checkpoint: Source, source: Source) -> Finding:

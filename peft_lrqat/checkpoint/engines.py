@@ -7,12 +7,13 @@ and the commands.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..formats import compressed_tensors
 from ..formats.compressed_tensors import multiplies_int8
 from ..formats.source import LayerInfo
+from ..ops.kv_cache import CacheRounding
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def engines(
     file_group: int,
     config: Any = None,
     problem: str = "",
+    cache: CacheRounding | None = None,
 ) -> list[Engine]:
     """The engines for a format, with their verdict on these layers.
 
@@ -47,13 +49,32 @@ def engines(
         file_group: inputs that share a stored scale; -1: all.
         config: the model's configuration, if it is at hand.
         problem: why transformers cannot load them from compressed-tensors, or nothing.
+        cache: how keys and values are rounded; None: they are not.
     """
     found = _by_layers(format, infos, bits, file_group, problem)
+    if cache is not None:
+        found = [_with_cache(one, format, cache) for one in found]
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if not architecture or _in_vllm(config, architecture):
         return found
     why = f"it has no model for {architecture}"
     return [Engine(one.name, False, why, run=False) if "vLLM" in one.name else one for one in found]
+
+
+def _with_cache(engine: Engine, format: str, cache: CacheRounding) -> Engine:
+    """What an engine does with a rounded KV cache."""
+    if not engine.loads:
+        return engine
+    if "vLLM" not in engine.name:
+        if "transformers" in engine.name and (format, cache.rule) == (compressed_tensors.NAME, "transformers"):
+            return engine
+        why = f"keeps the KV cache in floats; it was trained with {cache.describe()}"
+        return replace(engine, why="; ".join(filter(None, (engine.why, why))))
+    if cache.rule != "vllm":
+        return replace(engine, loads=False, why="it knows no KV cache of integers in config.json", run=False)
+    if "CPU" in engine.name:
+        return replace(engine, loads=False, why="on a CPU it has no KV cache of integers", run=False)
+    return replace(engine, why=f"with --kv-cache-dtype int{cache.bits}_per_token_head", run=False)
 
 
 def _in_vllm(config: Any, architecture: str) -> bool:

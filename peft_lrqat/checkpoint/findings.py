@@ -103,6 +103,7 @@ class Inspection:
         grid: what was trained, in words; `bits`, `group_size`, `symmetric` in numbers.
         act_bits: of rounded activations, the fewest of any layer; None: all are floats.
         container_bits: width of the stored codes.
+        kv_cache: how keys and values are rounded, in words; None: they are not.
         layers, weights: how many are quantized.
         layer_bytes, total_bytes: of the quantized weights with their scales, and of all tensors; None for an adapter.
         scales: how many there are.
@@ -119,6 +120,7 @@ class Inspection:
     group_size: int
     symmetric: bool
     act_bits: int | None
+    kv_cache: str | None
     container_bits: int
     layers: int
     weights: int

@@ -50,6 +50,7 @@ def inspect(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> In
         group_size=first.grid.group_size,
         symmetric=first.grid.symmetric,
         act_bits=min(source.act_bits, default=None),
+        kv_cache=None if source.cache is None else source.cache.describe(),
         container_bits=first.container_bits,
         layers=len(infos),
         weights=sum(info.weights for info in infos.values()),
@@ -70,4 +71,4 @@ def _engines(source: Source) -> list[Engine]:
     infos = list(source.grids().values())
     group = source.file_group
     bits = infos[0].container_bits
-    return engines(source.format, infos, bits, group, source.config, source.problem())
+    return engines(source.format, infos, bits, group, source.config, source.problem(), source.cache)

@@ -49,6 +49,7 @@ def inspect_file(path: Path) -> Inspection:
         group_size=group_size,
         symmetric=symmetric,
         act_bits=None,
+        kv_cache=None,
         container_bits=max((BLOCK_TYPES[kind].highest - BLOCK_TYPES[kind].lowest).bit_length() for kind in types),
         layers=len(names),
         weights=weights,

@@ -29,6 +29,7 @@ from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
 from ..modules.architecture import loaded_modules
 from ..modules.carry import carry_hooks
+from ..modules.kv_cache import round_cache
 from ..modules.packed import describe, merged_layer
 from .code import class_of
 
@@ -82,6 +83,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
         )
     if quantization.get("quant_method") != "torchao":  # which describes its layers in the files themselves
         reading.describe(quantization)  # refuses before anything is downloaded
+    reading.cache_rounding(quantization, Record.of(config))
     config.quantization_config = {"quant_method": _METHOD, "stored": quantization}
     kwargs.pop("use_safetensors", None)
     model_class = model_class or class_of(config, trusted) or AutoModelForCausalLM
@@ -230,6 +232,8 @@ class _Reader(HfQuantizer):
                 "them: before merging or saving, call `model.float()` (or load with dtype=torch.float32).",
                 stacklevel=2,
             )
+        if (cache := reading.cache_rounding(self.quantization_config.stored, record)) is not None:
+            round_cache(model, cache, of_base=True)
         describe(model)
         return model
 

@@ -20,6 +20,7 @@ from ..formats.record import KEY, Record
 from ..formats.source import LayerInfo, Source
 from ..grid import GridTensor
 from ..modules.architecture import float_names, loading, module_names, skeleton_of, tensor_names
+from ..modules.kv_cache import rounding_of
 from .code import class_of
 
 
@@ -94,6 +95,7 @@ class ModelSource(Source):
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
             self.fixed_point_bits = record.fixed_point_bits
+        self.cache = rounding_of(base)
 
     def grids(self) -> dict[str, LayerInfo]:
         return {file: self._info(name) for file, name in self._called.items()}

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..formats import bitnet, compressed_tensors
 from ..formats.source import Source
+from ..modules.kv_cache import round_cache
 from ..modules.packed import merged_layer
 from . import compare
 from .code import class_of
@@ -75,6 +76,8 @@ def verify(
         found.findings += [compare.integers(checkpoint, source), compare.floats(checkpoint, source)]
         if checkpoint.activations() != source.activations():
             found.findings.append(compare.activations(checkpoint, source))
+        if (checkpoint.cache, source.cache) != (None, None):
+            found.findings.append(compare.caches(checkpoint, source))
     if not engine:
         return found
     found.missing = [name for name in _NEEDS[checkpoint.format] if importlib.util.find_spec(name) is None]
@@ -90,6 +93,9 @@ def verify(
     kind = _class_of(checkpoint)
     with naming(Path(folder)):
         model = kind.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    done = (compressed_tensors.NAME, "transformers")
+    if (cache := checkpoint.cache) is not None and (checkpoint.format, cache.rule) != done:
+        round_cache(model, cache)  # which transformers cannot: the rest is compared
     progress("logits")  # first: transformers unpacks some formats in the first forward
     found.findings.append(_outputs(model, source, exact=not half))
     progress("layers")
@@ -206,4 +212,6 @@ def _reference(source: Source, dtype: torch.dtype) -> nn.Module:
     _, unexpected = model.load_state_dict(dict(source.state(packed)), strict=False)
     assert not unexpected, unexpected
     model.tie_weights()
+    if source.cache is not None:
+        round_cache(model, source.cache)
     return model

@@ -68,6 +68,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ("scales", scales),
         ("entropy", f"{found.entropy:.2f} bits a code"),
     ]
+    if found.kv_cache:
+        facts.insert(2, ("KV cache", found.kv_cache))
     return [*facts, ("recipe", found.recipe)] if found.recipe else facts
 
 

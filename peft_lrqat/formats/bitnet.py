@@ -17,7 +17,7 @@ import torch
 
 from ..grid import PER_TENSOR, TERNARY, GridTensor
 from ..ops.activations import Activations, describe_activations
-from .safetensors import Plan, SafetensorsWriter, no_linear, one_grid, round_scale, scale_problems
+from .safetensors import Plan, SafetensorsWriter, float_cache, no_linear, one_grid, round_scale, scale_problems
 from .scheme import Describe, Scheme, Tensors
 from .source import LayerInfo, Source
 from .writer import Loss, Problem, Settings
@@ -141,6 +141,7 @@ model = AutoModelForCausalLM.from_pretrained("path/or/repo")
             )
             hint = "train with LowBitSRConfig(bits=1.58, group_size=0, act_bits=8), or allow_inexact=True"
             found.append(Problem(None, reason, hint, inexact=True))
+        found += float_cache(source, "BitNet's format")
         found += scale_problems(source, {name: info.dtype for name, info in packed.items()})
         for name, info in packed.items():
             grid = info.grid

@@ -26,6 +26,7 @@ import torch
 
 from ..grid import PER_CHANNEL, PER_TENSOR, Grid, GridTensor, dequantize, quantize
 from ..ops.activations import PER_TOKEN, Activations
+from ..ops.kv_cache import CacheRounding
 from ..packing import pack, unpack, words_per_row
 from .safetensors import (
     Plan,
@@ -106,7 +107,10 @@ def multiplies_int8(grid: Grid, bits: int, activations: Activations | None) -> b
 
 
 def quantization_config(
-    float_linears: list[str], layers: dict[str, Stored], loading: Loading | None = None
+    float_linears: list[str],
+    layers: dict[str, Stored],
+    loading: Loading | None = None,
+    cache: CacheRounding | None = None,
 ) -> dict[str, Any]:
     """config.json's `quantization_config`.
 
@@ -118,6 +122,7 @@ def quantization_config(
         layers: module name -> how it is stored, for every quantized module. Those that are alike make a group; a
             single group names all linear layers instead of each.
         loading: what transformers does with the architecture.
+        cache: how the model rounds its KV cache, or None.
     """
     loading = loading or Loading()
     alike: dict[Stored, list[str]] = {}
@@ -125,7 +130,43 @@ def quantization_config(
         alike.setdefault(scheme, []).append(name)
     targets = [["Linear"]] if len(alike) == 1 else list(alike.values())
     groups = [_group(names, *scheme) for names, scheme in zip(targets, alike, strict=True)]
-    return _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)}, loading)
+    config = _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)}, loading)
+    return {**config, "kv_cache_scheme": _cache_scheme(cache)}
+
+
+def _cache_scheme(cache: CacheRounding | None) -> dict[str, Any] | None:
+    """The entry by which transformers rounds keys and values, (batch, heads, tokens, head size): "group" with a head's
+    size is one scale per token and head. ("token" is one scale of a head for all tokens of a call.)
+
+    vLLM 0.32 refuses it: it takes 8-bit floats with fixed scales only. So a rule of vLLM's own has no entry.
+    """
+    if cache is None or cache.rule != "transformers":
+        return None
+    return {**_CACHE, "num_bits": cache.bits, "group_size": cache.group_size}
+
+
+_CACHE = {"type": "int", "symmetric": True, "strategy": "group", "dynamic": True}
+
+
+def cache_rounding(quantization: Mapping[str, Any]) -> CacheRounding | None:
+    """How a `quantization_config` has keys and values rounded, or None.
+
+    Raises:
+        ValueError: in another way than per token and head, with scales of their own.
+    """
+    scheme = quantization.get("kv_cache_scheme")
+    if not scheme:
+        return None
+    try:
+        if any(scheme.get(key, value) != value for key, value in _CACHE.items()):
+            raise ValueError("it must be integers in symmetric groups with dynamic scales")
+        return CacheRounding(scheme["num_bits"], "transformers", scheme["group_size"])
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint has a quantized key-value cache (`kv_cache_scheme` in config.json: {scheme}) of a kind "
+            f"that this package does not train ({error}): the model would not be the one that was loaded. Start from a "
+            "checkpoint without, or from the float model."
+        ) from error
 
 
 def _group(targets: list[str], grid: Grid, bits: int, activations: Activations | None) -> dict[str, Any]:
@@ -206,10 +247,12 @@ _FLOATS_TO_JOIN = {
 EXPERTS = r"re:.*\.experts\..*"
 
 
-def stored_problem(quantization: dict[str, Any], layers: Iterable[Stored], loading: Loading) -> str:
+def stored_problem(
+    quantization: dict[str, Any], layers: Iterable[Stored], loading: Loading, cache: CacheRounding | None = None
+) -> str:
     """Why transformers cannot load a checkpoint with this `quantization_config`, or nothing; see `loading_problem`."""
     kinds = set(layers)
-    if problem := loading_problem(kinds, loading):
+    if problem := loading_problem(kinds, loading, cache):
         return problem
     lacks = "`dequantize`: true"
     if quantization.get("dequantize") or not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
@@ -222,7 +265,7 @@ def _speaks_of_experts(quantization: dict[str, Any]) -> bool:
     return any(target.startswith("re:") and "experts" in target for target in targets)
 
 
-def loading_problem(layers: Iterable[Stored], loading: Loading) -> str:
+def loading_problem(layers: Iterable[Stored], loading: Loading, cache: CacheRounding | None = None) -> str:
     """Why transformers cannot load a checkpoint of layers that are stored so, or nothing."""
     kinds = set(layers)
     if loading.cuts:
@@ -235,6 +278,8 @@ def loading_problem(layers: Iterable[Stored], loading: Loading) -> str:
     why = "reads weights of this architecture before the first forward" if loading.early else "reads zero points"
     if any(activations is not None for _, _, activations in kinds):
         return f"transformers {why}, so it decompresses the model while loading, and then rounds no activations"
+    if cache is not None and cache.rule == "transformers":
+        return f"transformers {why}, so it decompresses the model while loading, and then rounds no KV cache"
     if len(kinds) > 1:
         return f"transformers {why}, so it decompresses the model while loading, and then knows one grid for all layers"
     return ""
@@ -246,7 +291,6 @@ def loading_problem(layers: Iterable[Stored], loading: Loading) -> str:
 def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Describe:
     """See `reading.py`."""
     for part, what in (
-        ("kv_cache_scheme", "a quantized key-value cache"),
         ("transform_config", "transforms (rotations) of the activations"),
         ("sparsity_config", "sparse weights"),
     ):
@@ -421,7 +465,7 @@ class CompressedTensorsWriter(SafetensorsWriter):
     def plan(self, source: Source, settings: Settings) -> Plan:
         layers = {name: _stored(info, settings) for name, info in self.packed(source).items()}
         also = {source.modules[name]: stored for name, stored in layers.items() if name in source.modules}
-        described = quantization_config(source.float_linears, {**layers, **also}, source.loading)
+        described = quantization_config(source.float_linears, {**layers, **also}, source.loading, source.cache)
         widths = sorted({bits for _, bits, _ in layers.values()})
         return Plan(described, f"{described['format']}, {' and '.join(map(str, widths))} bits", layers)
 

@@ -29,6 +29,7 @@ from .safetensors import (
     container,
     container_problems,
     float_activations,
+    float_cache,
     no_linear,
     one_grid,
     round_scale,
@@ -218,7 +219,8 @@ class GPTQWriter(SafetensorsWriter):
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         packed = self.packed(source)
         found = no_linear(source, "GPTQ") or one_grid(source)
-        found += float_activations(source, "GPTQ") + container_problems(packed, settings, BITS, "GPTQ")
+        found += float_activations(source, "GPTQ") + float_cache(source, "GPTQ")
+        found += container_problems(packed, settings, BITS, "GPTQ")
         for name, info in packed.items():
             shape = f"{info.out_features} x {info.in_features}"
             if info.out_features % 32 or info.in_features % 32:

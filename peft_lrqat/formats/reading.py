@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from ..grid import Grid, GridTensor
+from ..ops.kv_cache import CacheRounding
 from . import awq, bitnet, compressed_tensors, gptq, torchao
+from .record import Record
 from .scheme import Describe, Scales, Scheme, Tensors, check_codes, check_order, check_scales, narrow
 from .shards import Entry
 
@@ -73,6 +75,20 @@ def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = 
         return scheme
 
     return layer
+
+
+def cache_rounding(quantization: dict[str, Any], record: Record | None) -> CacheRounding | None:
+    """How a checkpoint's model rounds its KV cache, or None.
+
+    Args:
+        quantization: `quantization_config` of config.json.
+        record: config.json's own entry, which says it where the format does not.
+
+    Raises:
+        ValueError: in a way that this package does not train.
+    """
+    found = compressed_tensors.cache_rounding(quantization)
+    return record.cache if found is None and record is not None else found
 
 
 # What looking into an entry of another shape than expected raises.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grid import Grid
+from ..ops.kv_cache import CacheRounding
 
 #: The key in config.json.
 KEY = "peft_lrqat"
@@ -27,6 +28,7 @@ class Record:
         others: layer -> its grid, for layers that lie on another one.
         fixed_point_bits: of the narrower grid of whose steps the 8-bit codes are fixed-point numbers, for LR-QAT to
             start from (`preprocess_blockwise`); None: they are nothing but codes.
+        cache: how keys and values are rounded, None: they are not.
     """
 
     grid: Grid
@@ -34,6 +36,7 @@ class Record:
     recipe: str | None = None
     others: Mapping[str, Grid] = field(default_factory=dict)
     fixed_point_bits: int | None = None
+    cache: CacheRounding | None = None
 
     def grid_of(self, layer: str) -> Grid:
         """What a layer lies on."""
@@ -48,6 +51,8 @@ class Record:
         found = {**_fields(self.grid), "scale_dtype": self.scale_dtype, "recipe": self.recipe}
         if self.fixed_point_bits is not None:
             found["fixed_point_bits"] = self.fixed_point_bits
+        if self.cache is not None:
+            found["kv_cache"] = self.cache.entry()
         if self.others:
             alike: dict[Grid, list[str]] = {}
             for name, grid in self.others.items():
@@ -77,7 +82,14 @@ class Record:
                 f"config.json's {KEY!r} has `fixed_point_bits` {fixed_point_bits!r}; allowed are 2 to 7. Delete the "
                 "entry."
             )
-        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"), others, fixed_point_bits)
+        try:
+            cache = CacheRounding(**entry["kv_cache"]) if entry.get("kv_cache") is not None else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"config.json's {KEY!r} has `kv_cache` {entry['kv_cache']!r}, which describes no rounding of a KV "
+                f"cache ({error}). Delete it, if the cache shall be float."
+            ) from error
+        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"), others, fixed_point_bits, cache)
 
     @classmethod
     def of(cls, config: Any) -> Record | None:

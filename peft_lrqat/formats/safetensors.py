@@ -72,6 +72,8 @@ class SafetensorsWriter(Writer):
         self.finish(shards, folder, source, plan)
         shards.close()
         written.loss = loss if loss.layers else None
+        if source.cache is not None and (source.cache.rule == "vllm" or self.name == "compressed-tensors"):
+            written.notes.append(source.cache.serving())
         return written
 
     def finish(self, shards: ShardWriter, folder: Path, source: Source, plan: Plan) -> None:
@@ -81,7 +83,9 @@ class SafetensorsWriter(Writer):
         grids = {name: info.grid for name, info in self.packed(source).items()}
         most = Counter(grids.values()).most_common(1)[0][0]
         grids |= {source.modules[name]: grid for name, grid in grids.items() if name in source.modules}
-        record = Record(most, source.scale_dtype, source.recipe, fixed_point_bits=source.fixed_point_bits)
+        record = Record(
+            most, source.scale_dtype, source.recipe, fixed_point_bits=source.fixed_point_bits, cache=source.cache
+        )
         record.with_layers(grids).put_into(config)
         source.save_code(folder, config)
         config.save_pretrained(folder)
@@ -121,6 +125,15 @@ def float_activations(source: Source, what: str) -> list[Problem]:
     bits = " and ".join(map(str, source.act_bits))
     reason = f"the model was trained with {bits}-bit activations, and {what} computes with float activations"
     return [Problem(None, reason, "use the format that it was trained for, or allow_inexact=True", inexact=True)]
+
+
+def float_cache(source: Source, what: str) -> list[Problem]:
+    """A problem if the model was trained with a KV cache that transformers is to round, which the format cannot say."""
+    if source.cache is None or source.cache.rule != "transformers":
+        return []
+    reason = f"the KV cache was trained with {source.cache.describe()}, and transformers keeps it in floats with {what}"
+    hint = "use format='compressed-tensors', train with kv_rule='vllm', or allow_inexact=True"
+    return [Problem(None, reason, hint, inexact=True)]
 
 
 def scale_problems(source: Source, dtypes: Mapping[str, torch.dtype]) -> list[Problem]:

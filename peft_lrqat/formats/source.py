@@ -16,6 +16,7 @@ import torch
 
 from ..grid import Grid, GridTensor
 from ..ops.activations import Activations
+from ..ops.kv_cache import CacheRounding
 
 __all__ = ["GridTensor", "LayerInfo", "Loading", "Source"]
 
@@ -76,6 +77,7 @@ class Source(ABC):
         recipe: how it was trained, in Markdown, or None if unknown.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
         fixed_point_bits: of the grid that LR-QAT is to take for 8-bit codes with a fraction (`Record`), or None.
+        cache: how keys and values are rounded, None: they are not.
         float_linears: names of the modules that are not quantized and that an engine may take for linear layers; where
             the model has another name than the file, both.
         modules: name of a quantized module in the file -> in the model, where they differ.
@@ -90,6 +92,7 @@ class Source(ABC):
     recipe: str | None = None
     scale_dtype: str | None = None
     fixed_point_bits: int | None = None
+    cache: CacheRounding | None = None
     float_linears: list[str]
     modules: Mapping[str, str]
     loading: Loading = Loading()

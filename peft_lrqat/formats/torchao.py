@@ -23,6 +23,7 @@ from .safetensors import (
     SafetensorsWriter,
     container_problems,
     float_activations,
+    float_cache,
     no_linear,
     one_grid,
     round_scale,
@@ -102,7 +103,7 @@ class TorchAOWriter(SafetensorsWriter):
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         packed = self.packed(source)
         found = no_linear(source, "torchao's format") or one_grid(source)
-        found += float_activations(source, "torchao's Intx tensor")
+        found += float_activations(source, "torchao's Intx tensor") + float_cache(source, "torchao")
         found += scale_problems(source, {name: info.dtype for name, info in packed.items()})
         return found + container_problems(packed, settings, WIDTHS, "torchao")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..ops.linear import linear_weight
 from ..packing import unpack
 from ..read_only import ReadOnlyTensor
 from .architecture import float_names, loading, module_names, skeleton_of
+from .kv_cache import rounding_of
 from .rounded_input import WHY_READ_ONLY, BitNetLinear, Int8Linear, KeepsScales, merged_info
 
 
@@ -242,7 +244,9 @@ def describe(model: Any, record: Record | None = None) -> None:
     names = module_names(model, quantized)
     stored = {**quantized, **{file: quantized[name] for name, file in names.items() if file is not None}}
     floats = float_names(model, modules, quantized)
+    cache = rounding_of(model)
     if record is not None:
+        record = replace(record, cache=cache)
         record.with_layers({name: layer.grid for name, layer in stored.items()}).put_into(model.config)
     if BitNetLinear in kinds:
         if len(kinds) > 1:
@@ -251,8 +255,8 @@ def describe(model: Any, record: Record | None = None) -> None:
         return
     schemes = {name: (layer.grid, layer.info.container_bits, layer.info.activations) for name, layer in stored.items()}
     needs = loading(skeleton_of(model), quantized)
-    model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes, needs)
-    if problem := compressed_tensors.loading_problem(schemes.values(), needs):
+    model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes, needs, cache)
+    if problem := compressed_tensors.loading_problem(schemes.values(), needs, cache):
         warnings.warn(
             f"transformers will not load what `save_pretrained` writes of this model: {problem}. What works: "
             "`peft_lrqat.load_quantized`"

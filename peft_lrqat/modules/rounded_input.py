@@ -49,6 +49,7 @@ class KeepsScales(nn.Linear, KeepsWeight):
 
     compute_dtype: torch.dtype
     weight_scale: torch.Tensor
+    kv_bits: int | None = None  # of the model's KV cache, while adapters are merged in place
     _shown: bool | None = None  # whether the weight is shown transposed; None: it is not shown
 
     def show_weight(self, transposed: bool = False) -> None:

@@ -65,6 +65,7 @@ class ServedWeight(torch.Tensor):
         if layer is None:
             raise RuntimeError("This weight was shown by a merged layer, which is unmerged by now: merge it again.")
         refuse_rounded_inputs(getattr(layer, "activations", None))
+        refuse_rounded_cache(getattr(layer, "kv_bits", None))
         with torch.no_grad():
             weight = layer.weight._plain
             return weight.t().contiguous() if self._transposed else weight
@@ -107,6 +108,16 @@ def refuse_rounded_inputs(activations: Any) -> None:
             "The layers of this model round their inputs (`act_bits`), but an engine to which float weights are sent "
             "does not: it would sample from another policy than the one that is trained. Leave `act_bits` "
             "out where vLLM generates, or let transformers generate (`use_vllm=False`)."
+        )
+
+
+def refuse_rounded_cache(kv_bits: int | None) -> None:
+    """ValueError if the model of a layer, whose weight is to be sent, rounds its KV cache (None: it does not)."""
+    if kv_bits is not None:
+        raise ValueError(
+            f"The model rounds its KV cache (`kv_bits={kv_bits}`), but an engine to which float weights are sent does "
+            "not: it would sample from another policy than the one that is trained. Leave `kv_bits` out where vLLM "
+            "generates, or let transformers generate (`use_vllm=False`)."
         )
 
 

@@ -109,6 +109,11 @@ llama-server -m path/to/file.gguf
                 f"The model was trained with rounded activations ({' and '.join(map(str, source.act_bits))} bits). "
                 "llama.cpp rounds activations to 8 bits, with a scale for every 32 or 256 of them."
             )
+        if source.cache is not None:
+            written.notes.append(
+                f"The model was trained with a KV cache of {source.cache.describe()}. llama.cpp keeps floats, or, with "
+                "--cache-type-k and --cache-type-v, blocks of 32 numbers (q8_0, q4_0), which are near to that."
+            )
         written.notes += _write_vocabulary(writer, source, settings)
         with Spool(writer, folder) as spool:
             types = _write_layers(spool, source, settings, written, progress)

@@ -20,6 +20,7 @@ from ...formats import bitnet, compressed_tensors
 from ...formats.record import Record
 from ...grid import Grid
 from ...ops.activations import PER_TOKEN, Activations
+from ...ops.kv_cache import CACHE_RULES
 from .fingerprint import QUANTIZED_BASE
 from .loading import LoadingConfig
 from .rules import FLOAT_BITS, Rule, check_fields, is_index
@@ -62,6 +63,8 @@ class GridConfig(PeftConfigMixin):
     act_group_size: int | None = None
     act_bits_pattern: dict[str, int | None] | None = None
     act_rule: str = "transformers"
+    kv_bits: int | None = None
+    kv_rule: str = CACHE_RULES[0]
     headroom: float = 1.0
 
     @property
@@ -216,6 +219,14 @@ class GridConfig(PeftConfigMixin):
             )
         if self.container_bits is None and self.group_size <= 0 and self.stored_grid.code_bits > 4:
             self.container_bits = 8
+
+    def check_cache(self) -> None:
+        """Raise ValueError if nothing serves a KV cache of `kv_bits` beside `export_format`."""
+        if self.kv_bits is not None and self.kv_rule == "transformers" and self.export_format == "bitnet":
+            raise ValueError(
+                f"`kv_bits` is {self.kv_bits} with `export_format='bitnet'`, whose files cannot say that transformers "
+                "is to round the cache. Use `kv_rule='vllm'`, or `export_format='compressed-tensors'`."
+            )
 
     def is_older_adapter(self) -> bool:
         """Whether the fields are those of an adapter that was made before there was `signed_scales`."""

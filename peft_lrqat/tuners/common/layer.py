@@ -256,6 +256,7 @@ class MergingLayer(LoraLayer):
         if self.merged and not names:
             return
         merged = self._merged([*self.merged_adapters, *names], safe_merge=safe_merge)
+        merged.kv_bits = self.options_for([*self.merged_adapters, *names]).kv_bits
         merged.show_weight(transposed=self.kind == "conv1d")
         # kept outside of the module tree: it is neither saved nor trained while the layer is merged
         object.__setattr__(self, "_before_merge", self.frozen)

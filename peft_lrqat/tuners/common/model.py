@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card
+from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
 from .async_rollouts import teach_async_trainers
@@ -110,6 +111,7 @@ class QuantizingModel(LoraModel):
             check_announced(trains_integers=self.trains_integers)
         adopted = self._adopt_base(model, config, state_dict)
         adopt_loaded(model, self._targets(model, config, state_dict), config)
+        cache = rounding_for(model, config)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made
         warn_of_unknown_names(model, config)
@@ -142,6 +144,8 @@ class QuantizingModel(LoraModel):
                 "report it, with your configuration."
             )
         self._check_converted(targets, config)
+        if cache is not None:
+            round_cache(model, cache)
         use_lean_loss(model)
         teach_async_trainers()
         if converts:
@@ -382,6 +386,10 @@ class QuantizingModel(LoraModel):
         with merging(config):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_loss(model)
+        if merge:
+            settle(model)
+        else:
+            keep_floats(model)
         if merge and getattr(model, "config", None) is not None:
             if any(isinstance(module, Conv1D) for module in model.modules()):
                 warnings.warn(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...grid import SCALE_DTYPES
+from ...ops.kv_cache import CACHE_BITS, CACHE_RULES
 
 
 class Rule(NamedTuple):
@@ -184,6 +185,8 @@ SHARED: dict[str, Rule] = {
     "act_group_size": optional(Rule("it must be a positive integer", lambda value: is_index(value) and value > 0)),
     "act_bits_pattern": optional(pattern(one_of(None, FLOAT_BITS, 8, 4))),
     "act_rule": one_of("transformers", "vllm"),
+    "kv_bits": one_of(None, *CACHE_BITS),
+    "kv_rule": one_of(*CACHE_RULES),
     "inference_mode": FLAG,
     "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(TEXT)),

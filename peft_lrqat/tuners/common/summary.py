@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ...modules.kv_cache import rounding_of
 from ...modules.packed import MERGED
 from .layer import MergingLayer
 
@@ -112,6 +113,8 @@ def report(model: nn.Module, config: Any) -> None:
     summary = summarize(model, config.grid.describe())
     loaded = config._adapter_shapes is not None
     _LOGGER.log(logging.DEBUG if loaded else logging.INFO, "%s: %s", config.method, summary)
+    if (cache := rounding_of(model)) is not None and not loaded:
+        _LOGGER.info("%s: the KV cache has %s. %s", config.method, cache.describe(), cache.serving())
     if summary.mostly_float and not loaded:
         warnings.warn(
             f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "

@@ -148,6 +148,20 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             "magnitude, as compressed-tensors computes it) or that of vLLM's kernels (127 or 7)."
         },
     )
+    kv_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "8 or 4: keys and values are rounded to so many bits per token and head where they are written to "
+            "the cache, in training and wherever the merged model runs (docs/lr-qat.md)."
+        },
+    )
+    kv_rule: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "How: as transformers does it with the `kv_cache_scheme` of the merged checkpoint, which vLLM "
+            "refuses; or as vLLM does it with `--kv-cache-dtype int8_per_token_head` (or int4_...)."
+        },
+    )
     keep_base: bool = field(
         default=True,
         metadata={
@@ -250,6 +264,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             extras.append("learned scales")
         if self.rounds_inputs:
             extras.append(self.describe_activations())
+        if self.kv_bits is not None:
+            extras.append(f"{self.kv_bits}-bit KV cache as {self.kv_rule} has it")
         return (
             "direct low-bit training with stochastic rounding ([DQT, arXiv 2412.04787]"
             f"(https://arxiv.org/abs/2412.04787)): {', '.join(extras)}"
@@ -293,3 +309,4 @@ class LowBitSRConfig(GridConfig, PeftConfig):
                     "`export_format='compressed-tensors'` for wider containers."
                 )
         self.check_activations()
+        self.check_cache()

@@ -33,6 +33,8 @@ class LowBitSRModel(QuantizingModel):
         "scale_dtype",
         "signed_scales",
         "keep_base",
+        "kv_bits",
+        "kv_rule",
     )
 
     # -- before anything is changed

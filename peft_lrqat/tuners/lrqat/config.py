@@ -194,6 +194,20 @@ class LRQATConfig(GridConfig, LoraConfig):
             "magnitude, as compressed-tensors computes it) or that of vLLM's kernels (127 or 7)."
         },
     )
+    kv_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "8 or 4: keys and values are rounded to so many bits per token and head where they are written to "
+            "the cache, in training and wherever the merged model runs (docs/lr-qat.md)."
+        },
+    )
+    kv_rule: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": "How: as transformers does it with the `kv_cache_scheme` of the merged checkpoint, which vLLM "
+            "refuses; or as vLLM does it with `--kv-cache-dtype int8_per_token_head` (or int4_...)."
+        },
+    )
 
     base_fingerprint: str | None = field(
         default=None,
@@ -283,6 +297,7 @@ class LRQATConfig(GridConfig, LoraConfig):
             f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
             f"lora_alpha {self.lora_alpha} ({self.adapter_unit}), base kept as {self.downcast}, {ranges}"
             + (f", {self.describe_activations()}" if self.rounds_inputs else "")
+            + (f", {self.kv_bits}-bit KV cache as {self.kv_rule} has it" if self.kv_bits is not None else "")
         )
 
     @property
@@ -343,6 +358,7 @@ class LRQATConfig(GridConfig, LoraConfig):
                 "'fp16' (2 bytes)."
             )
         self.check_activations()
+        self.check_cache()
         self.check_signed_scales()
         if self.lora_dropout:
             raise ValueError(

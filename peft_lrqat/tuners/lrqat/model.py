@@ -35,6 +35,8 @@ class LRQATModel(QuantizingModel):
         "act_group_size",
         "act_bits_pattern",
         "act_rule",
+        "kv_bits",
+        "kv_rule",
     )
     _combining: tuple[str, ...] = ()  # the adapters, within add_weighted_adapter
 

@@ -1,0 +1,185 @@
+"""Rounding keys and values as they are written to the cache, per token and head, as the engine that serves it will.
+
+Every token's key, and its value, in every head is rounded by itself, with a scale that follows from its own numbers. So
+nothing depends on the length of a prompt, on padding or on what is generated later, and rounding at the writing is all
+there is: what is read from the cache was rounded once. Engines differ; each rule is written as its engine writes it:
+
+    transformers    with compressed-tensors, whose rule of activations it is: symmetric, 127.5 or 7.5 steps
+    vllm, 8 bits    `--kv-cache-dtype int8_per_token_head`: symmetric, 127 steps, ties away from zero
+    vllm, 4 bits    `--kv-cache-dtype int4_per_token_head`: a Hadamard rotation of each head with random signs, then 16
+                    levels from the smallest to the largest number; the queries are rotated as well, which comes to the
+                    same as rotating keys and values back
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import Activations, round_activations
+
+#: The rules, by the engine that rounds so.
+CACHE_RULES = ("transformers", "vllm")
+
+#: The widths that they have.
+CACHE_BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class CacheRounding:
+    """How keys and values are rounded.
+
+    Attributes:
+        bits: 8 or 4.
+        rule: one of `CACHE_RULES`.
+        group_size: how many consecutive numbers of a head share a scale ("transformers": all of them, or, where
+            heads of a model differ in size, as many as divide them all); None ("vllm"): all of them.
+
+    Raises:
+        ValueError: there are no such bits, no such rule, or the group size is not the rule's.
+    """
+
+    bits: int
+    rule: str = CACHE_RULES[0]
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("bits", self.bits, CACHE_BITS), ("rule", self.rule, CACHE_RULES)):
+            if isinstance(value, bool) or value not in allowed:
+                raise ValueError(f"`{name}` of a KV cache is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+        size, grouped = self.group_size, self.rule == "transformers"
+        if grouped != (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+            wanted = "a positive integer" if grouped else "None"
+            raise ValueError(f"`group_size` of a KV cache is {size!r}; with the rule {self.rule!r} it is {wanted}.")
+
+    def describe(self) -> str:
+        """Say it in a few words, for messages."""
+        return f"{self.bits} bits per token and head, by the rule of {self.rule}"
+
+    def serving(self) -> str:
+        """Say in a sentence what engines do with a checkpoint that was trained so."""
+        if self.rule == "transformers":
+            return (
+                "transformers rounds the KV cache as it was trained; vLLM refuses the checkpoint, because it knows no "
+                "KV cache of integers in config.json."
+            )
+        return (
+            f"Start vLLM with --kv-cache-dtype int{self.bits}_per_token_head, which rounds the KV cache as it was "
+            "trained; transformers alone keeps it in floats, and peft_lrqat.load_quantized rounds it."
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """Return what config.json says about it."""
+        return {"bits": self.bits, "rule": self.rule, "group_size": self.group_size}
+
+
+def describe_cache(rounding: CacheRounding | None) -> str:
+    """Say in a few words how a cache is rounded; None: "floats"."""
+    return "floats" if rounding is None else rounding.describe()
+
+
+def round_states(states: Tensor, rounding: CacheRounding) -> Tensor:
+    """Round keys or values, with a straight-through gradient.
+
+    Args:
+        states: (batch, heads, tokens, head size), any float dtype; keys after the rotary embedding.
+
+    Returns:
+        The same shape and dtype: what an engine reads back from its cache.
+
+    Raises:
+        ValueError: the group size does not divide the head size.
+    """
+    bits, size = rounding.bits, rounding.group_size
+    if size is not None:
+        if states.shape[-1] % size:
+            raise ValueError(
+                f"Keys or values have {states.shape[-1]} numbers a head, which groups of {size} do not divide: the heads "
+                "are not what the model's configuration says. Leave `kv_bits` out, or use `kv_rule='vllm'`."
+            )
+        return round_activations(states, Activations("compressed-tensors", bits, size))
+    # an op for torch.compile, which would compute in another order, and the same function in eager mode
+    return _rounded_op(states, bits) if torch.compiler.is_compiling() else _Rounded.apply(states, bits)
+
+
+def _rounded(states: Tensor, bits: int) -> Tensor:
+    if not states.numel():
+        return states.clone()
+    return _int8(states) if bits == 8 else _int4(states)
+
+
+@torch.library.custom_op("peft_lrqat::round_states", mutates_args=())
+def _rounded_op(states: Tensor, bits: int) -> Tensor:
+    return _rounded(states, bits).contiguous()
+
+
+@_rounded_op.register_fake
+def _(states, bits):
+    return torch.empty_like(states, memory_format=torch.contiguous_format)
+
+
+_rounded_op.register_autograd(lambda ctx, dy: (dy, None), setup_context=lambda ctx, inputs, output: None)
+
+
+class _Rounded(torch.autograd.Function):
+    """The rounded values themselves: x plus a difference would be another number where that is rounded."""
+
+    @staticmethod
+    def forward(ctx, states, bits):
+        return _rounded(states, bits)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def _half_away(x: Tensor) -> Tensor:
+    """Round to whole numbers as the kernels do: add a half to the magnitude, and cut."""
+    return torch.where(x >= 0, x + 0.5, x - 0.5).trunc()
+
+
+def _int8(states: Tensor) -> Tensor:
+    # `_reshape_cache_per_token_head`
+    x = states.float()
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127.0).clamp(min=1e-6)
+    return (_half_away(x * (1.0 / scale)).clamp(-128, 127) * scale).to(states.dtype)
+
+
+def _int4(states: Tensor) -> Tensor:
+    # `reshape_and_cache_int4`; the zero point takes the last four bits of the scale's mantissa
+    block = states.shape[-1] & -states.shape[-1]
+    signs = _signs(block, states.device)
+    x = _hadamard(states.float().unflatten(-1, (-1, block)) * signs).flatten(-2).to(states.dtype).float()
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    scale = ((high - low) / 15.0).clamp(min=1e-6)
+    zero = _half_away(-low / scale).clamp(0, 15)
+    levels = _half_away(x * (1.0 / scale) + zero).clamp(0, 15)
+    stored = (scale.view(torch.int32) & -16).view(torch.float32)
+    back = _hadamard(((levels - zero) * stored).unflatten(-1, (-1, block))) * signs / block
+    return back.flatten(-2).to(states.dtype)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """Multiply each row by Sylvester's matrix, whose size is a power of two: (..., size), not normalized.
+
+    By sums and differences: a product of matrices would add up in another order for another number of rows, and in
+    fewer bits under autocast.
+    """
+    size, half = x.shape[-1], 1
+    while half < size:
+        pairs = x.unflatten(-1, (-1, 2, half))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    return x
+
+
+@lru_cache(maxsize=16)
+def _signs(size: int, device: torch.device) -> Tensor:
+    """Return the signs of vLLM's rotation, fp32 (size,): drawn with its own seed."""
+    generator = torch.Generator().manual_seed(0x9E3779B9)
+    return (2.0 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1.0).to(device)
