@@ -98,7 +98,7 @@ def round_states(states: Tensor, rounding: CacheRounding) -> Tensor:
     if size is not None:
         if states.shape[-1] % size:
             raise ValueError(
-                f"Keys or values have {states.shape[-1]} numbers a head, which groups of {size} do not divide: the heads "
+                f"Keys or values have {states.shape[-1]} numbers a head, which groups of {size} do not divide: heads "
                 "are not what the model's configuration says. Leave `kv_bits` out, or use `kv_rule='vllm'`."
             )
         return round_activations(states, Activations("compressed-tensors", bits, size))
