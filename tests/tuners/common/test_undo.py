@@ -351,7 +351,8 @@ def test_an_interrupt_before_the_first_check_adds_no_adapter(method, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("container_bits", 2), ("act_bits", 8), ("range_method", "zzz"), ("learn_scales", "no")]
+    ("option", "value"),
+    [("container_bits", 2), ("act_bits", 5), ("kv_bits", 5), ("range_method", "zzz"), ("learn_scales", "no")],
 )
 def test_options_set_after_the_configuration_was_made_are_checked_too(method, option, value):
     config = method.config(**{"bits": 4, "group_size": 8})
