@@ -11,6 +11,7 @@ from .checkpoint.load import load_quantized
 from .distillation import Distillation, distillation_loss, store_logits
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
+from .monitor import QuantizationCallback
 from .registration import before_injection, register
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
@@ -26,6 +27,7 @@ __all__ = [
     "LowBitSRConfig",
     "LowBitSRLayer",
     "LowBitSRModel",
+    "QuantizationCallback",
     "__version__",
     "can_export",
     "create_lrqat_optimizer",

@@ -16,7 +16,7 @@ PACKAGE = "peft_lrqat"
 FLOORS = (
     ("peft_lrqat", "autoload"),
     ("cli",),
-    ("calibration", "distillation"),
+    ("calibration", "distillation", "monitor"),
     ("tuners", "tuners.lrqat", "tuners.lowbit_sr"),
     ("tuners.common",),
     ("checkpoint",),

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..tuners.common import loss as lean
+from ..tuners.common.trainers import log_before_trackers
 from .loss import TokenLosses, TopK, check_options, token_losses
 from .segments import without_padding
 from .sft import fused_output
@@ -111,7 +111,7 @@ class Distillation(TrainerCallback):
                 "Give each its own."
             )
         self.remove()
-        _log_before_trackers(self)
+        log_before_trackers(self)
         _check_arguments(args)
         student = causal_lm(model)
         other = _active.get(student)
@@ -305,25 +305,6 @@ class Distillation(TrainerCallback):
                 f"model: {error}"
             ) from error
         return ModelTeacher(teacher, student)
-
-
-def _log_before_trackers(callback: TrainerCallback) -> None:
-    """Move a callback before the trackers of its Trainer, so that they read what it adds to the log.
-
-    It stays behind the one that decides when to log. A Trainer hands nobody its list of callbacks: it is the caller's.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            decides = [isinstance(other, DefaultFlowCallback) for other in handler.callbacks]
-            place = decides.index(True) + 1 if any(decides) else 0
-            if place < handler.callbacks.index(callback):
-                # the handler walks through this list: those behind keep their places
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(place, callback)
-            return
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _called_by_trainer_of(state: Any) -> bool:

@@ -306,6 +306,17 @@ class MergingLayer(LoraLayer):
         start, scale = found
         return scales_out_of_range(scale, start, self.frozen.scale_dtype).sum()
 
+    def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
+        """The integers of some rows as these adapters have moved them, for a look while training goes on.
+
+        Args:
+            rows: int64 (n,), of the weight.
+
+        Returns:
+            int8 (n, in) on the layer's device, and the ends of the grid; None: the layer has none of the adapters.
+        """
+        raise NotImplementedError
+
     def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """This rank's scales before training, and as these adapters have moved them, fp32, not snapped; None: they do
         not."""

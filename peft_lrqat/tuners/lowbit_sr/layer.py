@@ -344,6 +344,16 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         self._check_scale([adapter], safe_merge, scale)
         return GridTensor(levels, scale, None, self.adapter_options[adapter].stored_grid)
 
+    @torch.no_grad()
+    def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
+        """As in `MergingLayer`; the trained integers, also where the forward makes ternary ones of them."""
+        name = next((name for name in adapters if name in self.lowbitsr_weight), None)
+        if name is None:
+            return None
+        weight: Any = self.lowbitsr_weight[name].weight
+        grid = weight.grid
+        return unpack(weight.packed[rows], grid.code_bits, weight.shape[1]), grid.qmin, grid.qmax
+
     def _base_tensor(self, options: LowBitSRConfig) -> GridTensor:
         frozen = self._kept()
         if options.rounds_inputs or options.forward_bits is not None:

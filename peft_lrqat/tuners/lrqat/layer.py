@@ -294,6 +294,22 @@ class LRQATLinear(nn.Module, LRQATLayer):
         levels = codes(whole(frozen.base), A, B, frozen.fmt, c, self._units(shift))
         return GridTensor(levels, scale, whole(frozen.zero_point), frozen.grid)
 
+    @torch.no_grad()
+    def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
+        frozen, (shift, A, B, c) = self.frozen, self._operands(adapters)
+        if shift is None and B is None:
+            return None
+        units = self._units(shift)
+        some = codes(
+            whole(frozen.base)[rows],
+            A,
+            None if B is None else B[rows],
+            frozen.fmt,
+            c,
+            units if units is None or len(units) == 1 else units[rows],
+        )
+        return some, frozen.fmt.qmin, frozen.fmt.qmax
+
     def _float_layer(self) -> nn.Module:
         return self.frozen.quantized_layer() if self.frozen.quantized_before else self._as_it_was()
 

@@ -1,0 +1,251 @@
+"""What training does to the integers: a callback for any Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .tuners.common.layer import MergingLayer
+from .tuners.common.trainers import log_before_trackers
+
+logger = logging.get_logger(__name__)
+
+
+class Shares(NamedTuple):
+    """Of the integers that are looked at, from 0 to 1; the scales' change is relative."""
+
+    changed: float
+    changed_last: float
+    reversed: float
+    edge: float
+    scale_change: float
+
+    #: What each is, for the table and the plot.
+    @staticmethod
+    def words() -> dict[str, str]:
+        return {
+            "changed": "changed since the start",
+            "changed_last": "changed since the last log",
+            "reversed": "turned back at least once",
+            "edge": "at an end of the grid",
+            "scale_change": "mean relative change of the scales",
+        }
+
+
+class _Watched:
+    """A sample of one layer's integers, and what has become of it."""
+
+    def __init__(self, layer: MergingLayer, rows: int) -> None:
+        self.layer = layer
+        out = layer.frozen.out_features
+        self.rows = torch.linspace(0, out - 1, min(rows, out)).round().long().to(layer.frozen.device)
+        found = self._codes()
+        assert found is not None
+        self.start = self.last = found[0]
+        self.way = torch.zeros_like(self.start)  # the sign of each integer's last change
+        self.turned = torch.zeros_like(self.start, dtype=torch.bool)
+        self.start_edge = self._edge(*found)
+
+    def _codes(self) -> tuple[torch.Tensor, int, int] | None:
+        return self.layer.sample_codes(self.rows, self.layer._adapters_at_work())
+
+    @staticmethod
+    def _edge(codes: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        return ((codes == low) | (codes == high)).float().mean()
+
+    @torch.no_grad()
+    def look(self) -> torch.Tensor:
+        """`Shares` as a tensor of fp32 on the layer's device; what has changed since the last look is remembered."""
+        found = self._codes()
+        if found is None:  # the adapter was taken away
+            return torch.zeros(len(Shares._fields), device=self.start.device)
+        codes, low, high = found
+        now = (codes > self.last).to(torch.int8) - (codes < self.last).to(torch.int8)
+        moved = now != 0
+        self.turned |= moved & (now == -self.way)
+        self.way = torch.where(moved, now, self.way)
+        shares = [
+            (codes != self.start).float().mean(),
+            moved.float().mean(),
+            self.turned.float().mean(),
+            self._edge(codes, low, high),
+            self._scale_change(),
+        ]
+        self.last = codes
+        return torch.stack(shares)
+
+    def _scale_change(self) -> torch.Tensor:
+        scales = self.layer._trained_scales(self.layer._adapters_at_work())
+        if scales is None:
+            return torch.zeros((), device=self.start.device)
+        start, now = scales
+        return (now / start - 1).abs().mean()
+
+
+class QuantizationCallback(TrainerCallback):
+    """Tell what training does to the integers of a quantized model, for both methods and any Trainer:
+
+        trainer = SFTTrainer(model, peft_config=LRQATConfig(...), callbacks=[QuantizationCallback()], ...)
+
+    At every log that has a loss, a few rows of every layer are compared with those at the start of this training and at
+    the last log. The Trainer's log, and so its trackers, gets
+
+        qat_changed         share of the integers that are not what they were at the start
+        qat_changed_last    share that has changed since the last log
+        qat_reversed        share that has changed in one direction and then in the other, at least once
+        qat_edge            share at the smallest or largest integer of the grid: further they cannot go
+        qat_scale_change    mean of |s / s0 - 1| over all scales
+
+    At the end, process 0 prints a table by kind of layer, with advice where a figure is off, and writes the curves as
+    `quantization.png` into the Trainer's `output_dir` if matplotlib is installed.
+
+    With FSDP2 every process gathers a layer's integers to look at them.
+    """
+
+    def __init__(self, *, rows: int = 8, time_share: float | None = 0.01, plot: bool = True) -> None:
+        """
+        Args:
+            rows: how many of each layer's, evenly spaced, at least 1.
+            time_share: a log is left out if looking would take more than this share of the time since the last look.
+                None: none is left out.
+            plot: whether to write the picture.
+
+        Raises:
+            ValueError: an option out of range.
+        """
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"`rows` is {rows!r}; a positive integer is allowed. 8 is the default.")
+        if time_share is not None and not 0 < time_share <= 1:
+            raise ValueError(f"`time_share` is {time_share!r}; numbers above 0 up to 1 are allowed, or None.")
+        self.rows, self.time_share, self.plot = rows, time_share, plot
+        self._watched: dict[str, _Watched] = {}
+        self._curves: dict[int, Shares] = {}
+        self._took = self._since = 0.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationCallback:
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._watched = {name: _Watched(layer, self.rows) for name, layer in _layers(model)}
+        if not self._watched:
+            raise ValueError(
+                "`QuantizationCallback` finds no quantized layer that is trained. Train a model with LRQATConfig or "
+                "LowBitSRConfig, or leave the callback out."
+            )
+        self._curves, self._took, self._since = {}, 0.0, time.perf_counter()
+        log_before_trackers(self)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not self._watched or logs is None or "loss" not in logs or self._too_soon():
+            return
+        began = time.perf_counter()
+        looked = [watched.look() for watched in self._watched.values()]  # each layer counts alike
+        shares = Shares(*torch.stack([one.to(looked[0].device) for one in looked]).mean(0).tolist())
+        self._since = time.perf_counter()
+        self._took = self._since - began
+        self._curves[state.global_step] = shares
+        found = {f"qat_{name}": round(value, 6) for name, value in shares._asdict().items()}
+        logs.update(found)
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._watched:
+            return
+        kinds: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for name, watched in self._watched.items():
+            kinds[name.rpartition(".")[2]].append(watched.look().cpu())
+        found = {kind: Shares(*torch.stack(those).mean(0).tolist()) for kind, those in kinds.items()}
+        total = Shares(*torch.cat([torch.stack(those) for those in kinds.values()]).mean(0).tolist())
+        started = float(torch.stack([watched.start_edge.cpu() for watched in self._watched.values()]).mean())
+        if state.is_world_process_zero:
+            last = next(reversed(self._curves.values()), total)
+            advised = advice(total._replace(changed_last=last.changed_last), started)
+            print("", table({**found, "all": total}), *advised, sep="\n")  # the empty line ends the progress bar's
+            if self.plot and self._curves:
+                _plot(self._curves, Path(args.output_dir) / "quantization.png")
+        self._watched = {}
+
+    def _too_soon(self) -> bool:
+        if self.time_share is None:
+            return False
+        soon = self._took > self.time_share * (time.perf_counter() - self._since)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # all look, or none
+            device = next(iter(self._watched.values())).start.device
+            votes = torch.tensor(float(soon), device=device)
+            torch.distributed.all_reduce(votes)
+            soon = votes.item() > 0
+        return soon
+
+
+def _layers(model: Any) -> Iterator[tuple[str, MergingLayer]]:
+    rows = torch.zeros(1, dtype=torch.int64)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MergingLayer) or layer.merged:
+            continue
+        if layer.sample_codes(rows.to(layer.frozen.device), layer._adapters_at_work()) is not None:
+            yield name, layer
+
+
+def table(found: dict[str, Shares]) -> str:
+    """Text with a row for each kind of layer."""
+    words = {"changed": "changed", "reversed": "turned back", "edge": "at an end", "scale_change": "scales changed by"}
+    width = max(len(name) for name in found)
+    lines = ["Integers after training:", " ".join([" " * width, *(f"{word:>18}" for word in words.values())])]
+    for name, shares in found.items():
+        cells = (f"{100 * getattr(shares, field):16.2f} %" for field in words)
+        lines.append(" ".join([f"{name:{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def advice(shares: Shares, started: float) -> list[str]:
+    """Sentences about figures that are off.
+
+    Args:
+        started: the share at an end of the grid when training began.
+    """
+    found = []
+    if shares.changed < 1e-3:
+        found.append(
+            f"Only {100 * shares.changed:.2g} % of the integers have changed, so the model is nearly the rounded one. "
+            "Raise the learning rate, or `lora_alpha` (LR-QAT's default is 16 r), or train longer."
+        )
+    if shares.edge > max(0.05, 2 * started):
+        found.append(
+            f"{100 * shares.edge:.1f} % of the integers are at an end of the grid, {100 * started:.1f} % were at the "
+            "start: the range has become too small. Let the scales be trained (`learn_scales=True`), or leave room "
+            "(LowBitSRConfig: `headroom`)."
+        )
+    if shares.changed > 1e-3 and shares.reversed > 0.5 * shares.changed and shares.changed_last > 0.1 * shares.changed:
+        found.append(
+            f"{100 * shares.reversed:.1f} % of the integers went back and forth, and {100 * shares.changed_last:.1f} % "
+            "still change between two logs. Let the learning rate fall to zero at the end (`lr_scheduler_type='cosine'`"
+            "), or lower it."
+        )
+    return found
+
+
+def _plot(curves: dict[int, Shares], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info("No picture of the integers is written: matplotlib is not installed (pip install matplotlib).")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, words in Shares.words().items():
+        axes.plot(list(curves), [100 * getattr(shares, name) for shares in curves.values()], label=words)
+    axes.set_xlabel("step")
+    axes.set_ylabel("%")
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.grid(linewidth=0.4)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

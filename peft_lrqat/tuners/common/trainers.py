@@ -1,0 +1,28 @@
+"""What a callback of ours needs of the Trainer that calls it, and is not told."""
+
+from __future__ import annotations
+
+import sys
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+
+def log_before_trackers(callback: TrainerCallback) -> None:
+    """Move a callback before the trackers of its Trainer, so that they read what it adds to the log.
+
+    To call in one of its own events. It stays behind the callback that decides when to log. A Trainer hands nobody its
+    list of callbacks: it is the caller's. Called by anybody else, nothing happens.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            decides = [isinstance(other, DefaultFlowCallback) for other in handler.callbacks]
+            place = decides.index(True) + 1 if any(decides) else 0
+            if place < handler.callbacks.index(callback):
+                # the handler walks through this list: those behind keep their places
+                handler.callbacks.remove(callback)
+                handler.callbacks.insert(place, callback)
+            return
+        frame = frame.f_back  # type: ignore[assignment]
