@@ -6,9 +6,10 @@ operations, so each rule is written as its engine writes it. What is trained is 
     rule                 runs it                                          steps           computes in
     compressed-tensors   transformers, with compressed-tensors            127.5 or 7.5    x's dtype
     bitnet               transformers' `AutoBitLinear`                    127             fp32
-    vllm                 vLLM's int8 products (W8A8)                      127 or 7        fp32
+    vllm                 vLLM's int8 products (W8A8) on CUDA              127 or 7        fp32
     humming              vLLM's products with packed weights, by the      127 or 7        fp32
-                         package humming-kernels
+                         package humming-kernels; its int8 products
+                         on a CPU
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LRQATConfig, can_export, load_quantized
 from peft_lrqat.checkpoint.inspect import inspect
@@ -111,6 +112,9 @@ def test_packed_weights_with_rounded_inputs_go_on_as_they_are(make, tmp_path: Pa
     assert any("rounds activations otherwise" in engine.why for engine in inspect(tmp_path / "out").engines)
     assert "'vllm'" in str(can_export(tmp_path / "out", "compressed-tensors", container_bits=8))
     assert bool(can_export(tmp_path / "out", "compressed-tensors"))
+    there = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens())  # by its own rule
+    assert not torch.equal(there, trained)
+    torch.testing.assert_close(there, trained, rtol=0, atol=0.5 * float(trained.abs().max()))
     found = verify(tmp_path / "out")
     assert "rounds activations" in found.skipped
 
