@@ -318,6 +318,10 @@ def prepare(model: nn.Module, job: dict[str, Any], text: Text) -> tuple[nn.Modul
         model, scales = get_peft_model(model, LoraConfig(**options, task_type="CAUSAL_LM")), "none"
     else:
         model, scales = get_peft_model(model, config_of(job)), "scale"
+        if job.get("act_scale") == "static":
+            from peft_lrqat import calibrate_activations
+
+            calibrate_activations(model, text.calibration(job))
         if method == "scales":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and "scale" in name)

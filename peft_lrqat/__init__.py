@@ -4,7 +4,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
 """
 
 from ._version import __version__
-from .calibration import preprocess_blockwise, preprocess_gptq, preprocess_rotation
+from .calibration import calibrate_activations, preprocess_blockwise, preprocess_gptq, preprocess_rotation
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
@@ -29,6 +29,7 @@ __all__ = [
     "LowBitSRModel",
     "QuantizationCallback",
     "__version__",
+    "calibrate_activations",
     "can_export",
     "create_lrqat_optimizer",
     "distillation_loss",

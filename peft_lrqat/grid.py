@@ -131,12 +131,14 @@ class GridTensor:
             tensor.
         zero_point: int8 (rows, groups) in grid steps, None if the grid is symmetric.
         grid: what they lie on.
+        input_scale: fp32 (1,), the fixed scale of the layer's input (`Activations.static`); None: it has none.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     grid: Grid
+    input_scale: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Compute the weights: (out, in) in `dtype`, rounded once."""

@@ -38,6 +38,9 @@ def _equal(a: GridTensor, b: GridTensor) -> bool:
     """Whether two weights have the same codes, scales and zero points, where one may repeat what the other shares."""
     if a.codes.shape != b.codes.shape or not torch.equal(a.codes.cpu(), b.codes.cpu()):
         return False
+    fixed = [t.input_scale is not None for t in (a, b)]
+    if fixed[0] != fixed[1] or (fixed[0] and not torch.equal(a.input_scale.cpu(), b.input_scale.cpu())):  # type: ignore
+        return False
     pairs = [(a.scale, b.scale)]
     if a.zero_point is not None or b.zero_point is not None:
         zeros = [torch.zeros_like(t.scale, dtype=torch.int8) if t.zero_point is None else t.zero_point for t in (a, b)]

@@ -138,7 +138,9 @@ def _compressed_tensors(infos: Collection[LayerInfo], bits: int, file_group: int
 
 def _with_rounded_inputs(rounded: list[LayerInfo]) -> list[Engine]:
     if all(multiplies_int8(info.grid, info.container_bits, info.activations) for info in rounded):
-        return [Engine("vLLM on a CPU", True), Engine("vLLM on a GPU", True, run=False)]
+        fixed = any(info.activations.static for info in rounded if info.activations)
+        largest = "of layers that it fuses (q, k and v) it takes the largest fixed scale" if fixed else ""
+        return [Engine("vLLM on a CPU", True, largest), Engine("vLLM on a GPU", True, largest, run=False)]
     why = "it leaves the activations of packed weights float; write them with container_bits=8, per channel"
     gpu = "with the package humming-kernels, and --linear-backend humming: other kernels leave activations float"
     return [Engine("vLLM on a CPU", False, why), Engine("vLLM on a GPU", True, gpu, run=False)]

@@ -207,7 +207,7 @@ def _reference(source: Source, dtype: torch.dtype) -> nn.Module:
     for name in packed:
         inside, info = source.modules.get(name, name), source.grids()[name]
         old: Any = model.get_submodule(inside)
-        layer = merged_layer(source.layer(name), old.bias, info.grid.code_bits, dtype, activations=info.activations)
+        layer = merged_layer(source.layer(name), old.bias, info.container_bits, dtype, activations=info.activations)
         model.set_submodule(inside, layer)
     _, unexpected = model.load_state_dict(dict(source.state(packed)), strict=False)
     assert not unexpected, unexpected

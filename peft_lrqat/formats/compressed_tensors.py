@@ -1,6 +1,7 @@
 """compressed-tensors: "pack-quantized" (2 to 8 bits) and "int-quantized" (W8A8).
 
-Both may have activations on a grid, whose scales are found anew for every token. Which is written: `multiplies_int8`.
+Both may have activations on a grid, whose scales are found anew for every token; the second may have fixed ones. Which
+of them is written: `multiplies_int8`.
 
     weight_packed        int32 (out, words), codes packed along the inputs (`packing.py`); or
     weight               int8 (out, in), the codes themselves
@@ -8,6 +9,7 @@ Both may have activations on a grid, whose scales are found anew for every token
     weight_zero_point    int32 (words, groups), packed along the outputs; or int8 (out, groups); asymmetric grids only
     weight_shape         int64 (2,), (out, in)
     weight_g_idx         int32 (in,), the group of an input; all -1 where there is no order
+    input_scale          (1,), the model's dtype, the fixed scale of the layer's input; "int-quantized" only
 
     W = scale * (code - zero point),    both centred
 
@@ -43,7 +45,9 @@ from .usage import how_to_load
 from .writer import Loss, Problem, Settings
 
 NAME = "compressed-tensors"
-PARTS = frozenset({"weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"})
+PARTS = frozenset(
+    {"weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale"}
+)
 SCALE = "weight_scale"
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -84,7 +88,8 @@ def packed_tensors(weight: GridTensor, bits: int, dtype: torch.dtype) -> dict[st
 def integer_tensors(weight: GridTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What an "int-quantized" file holds for a layer: symmetric, scales (out, 1) or (1, 1) that `dtype` holds."""
     rows = weight.codes.shape[0]
-    return {"weight": weight.codes, "weight_scale": weight.scale.expand(rows, 1).to(dtype).contiguous()}
+    tensors = {"weight": weight.codes, "weight_scale": weight.scale.expand(rows, 1).to(dtype).contiguous()}
+    return tensors if weight.input_scale is None else {**tensors, "input_scale": weight.input_scale.to(dtype)}
 
 
 def unpack_zero_point(packed: torch.Tensor, bits: int, out_features: int, packing: str = _NEW) -> torch.Tensor:
@@ -188,6 +193,8 @@ def _group(targets: list[str], grid: Grid, bits: int, activations: Activations |
 
 
 def _input_activations(activations: Activations) -> dict[str, Any]:
+    if activations.static:
+        return {"num_bits": activations.bits, "type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
     by_token = activations.group_size == PER_TOKEN
     said = {"num_bits": activations.bits, "type": "int", "symmetric": True, "dynamic": True}
     said |= {"strategy": "token"} if by_token else {"strategy": "group", "group_size": activations.group_size}
@@ -196,6 +203,11 @@ def _input_activations(activations: Activations) -> dict[str, Any]:
 
 def _read_activations(inputs: dict[str, Any]) -> Activations | None:
     """What `_input_activations` says, or None if inputs are rounded in another way."""
+    strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic")
+    if (strategy, dynamic, inputs.get("num_bits")) == ("tensor", False, 8):
+        inputs = {**inputs, "strategy": "token", "dynamic": True}
+        found = _read_activations(inputs)
+        return None if found is None else replace(found, static=True)
     plain = {"type": "int", "symmetric": True, "dynamic": True}
     size = {"token": PER_TOKEN, "group": inputs.get("group_size")}.get(str(inputs.get("strategy")))
     if any(inputs.get(key) != value for key, value in plain.items()) or not isinstance(size, int):
@@ -456,7 +468,10 @@ class CompressedTensorsWriter(SafetensorsWriter):
                 )
                 hint = "use the format and the container that it was trained for, or allow_inexact=True"
                 found.append(Problem(None, reason, hint, inexact=True))
-        for name, (grid, _, activations) in stored.items():
+        for name, (grid, bits, activations) in stored.items():
+            if activations is not None and activations.static and not multiplies_int8(grid, bits, activations):
+                why = "engines take fixed scales of activations beside int8 codes per channel only"
+                found.append(Problem(name, why, "leave container_bits out, or use 8"))
             if activations is not None and not grid.symmetric:
                 why = "transformers decompresses a model with zero points while loading, and then rounds no activations"
                 found.append(Problem(name, why, "train with symmetric=True"))

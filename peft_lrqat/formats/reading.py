@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,17 @@ from ..grid import Grid, GridTensor
 from ..ops.kv_cache import CacheRounding
 from . import awq, bitnet, compressed_tensors, gptq, torchao
 from .record import Record
-from .scheme import Describe, Scales, Scheme, Tensors, check_codes, check_order, check_scales, narrow
+from .scheme import (
+    Describe,
+    Scales,
+    Scheme,
+    Tensors,
+    check_codes,
+    check_input_scale,
+    check_order,
+    check_scales,
+    narrow,
+)
 from .shards import Entry
 
 #: `quant_method` of config.json -> the file that reads it.
@@ -152,6 +163,7 @@ def read_scales(
     for name in ("g_idx", "weight_g_idx"):
         if name in tensors:
             check_order(tensors[name], in_features, in_features // scales.scale.shape[1], where, name)
+    check_input_scale(scheme, tensors, where)
     return scales if recorded is None else narrow(scales, recorded, out_features, in_features, where)
 
 
@@ -168,7 +180,7 @@ def read(
         raise ValueError(
             f"Layer {where!r} has {out_features} x {in_features} weights, but its codes are {tuple(codes.shape)}."
         )
-    return check_codes(scales, codes, where)
+    return replace(check_codes(scales, codes, where), input_scale=check_input_scale(scheme, tensors, where))
 
 
 def _unreadable(

@@ -217,6 +217,26 @@ def narrow(scales: Scales, recorded: Grid, out_features: int, in_features: int, 
     return Scales(shared(scales.scale), zero_point, recorded, scales.dtype)
 
 
+def check_input_scale(scheme: Scheme, tensors: Tensors, where: str) -> torch.Tensor | None:
+    """The fixed scale of a layer's input, fp32 (1,), if it has one.
+
+    Raises:
+        ValueError: it has none, and should, or has one, and should not; it is not one positive number.
+    """
+    fixed, name = scheme.activations is not None and scheme.activations.static, "input_scale"
+    if fixed != (name in tensors):
+        raise ValueError(
+            f"Layer {where!r} has {'no' if fixed else 'an'} `{name}`, but config.json says that its input is "
+            f"{'rounded with a fixed scale' if fixed else 'not rounded with a fixed scale'}: the checkpoint is damaged."
+        )
+    if not fixed:
+        return None
+    scale = tensors[name]
+    if scale.numel() != 1 or not scale.is_floating_point() or not bool(torch.isfinite(scale) & (scale > 0)):
+        raise ValueError(f"Layer {where!r} has an `{name}` that is not one positive number: the checkpoint is damaged.")
+    return scale.detach().float().view(1)
+
+
 def _divides(grid: Grid, in_features: int) -> bool:
     return grid.group_size <= 0 or in_features % grid.group_size == 0
 

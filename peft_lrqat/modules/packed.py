@@ -216,6 +216,10 @@ def merged_layer(
             f"The scales of a layer with rounded activations are {file_scale_dtype} numbers that {dtype} does not hold."
             f" Load the model with `dtype={file_scale_dtype}`, or in torch.float32."
         )
+    if activations is not None and activations.static and not (as_int8 and weight.input_scale is not None):
+        raise ValueError(
+            "A layer with a fixed scale of its input is stored as int8 codes per channel, with that scale."
+        )
     if activations == bitnet.ACTIVATIONS:
         if bias is not None:
             raise ValueError("A layer with a bias cannot be stored in BitNet's format. Use 'compressed-tensors'.")

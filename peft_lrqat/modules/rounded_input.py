@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,9 +184,14 @@ class _StoredWeight(KeepsScales):
 
 
 class Int8Linear(_StoredWeight):
-    """compressed-tensors "int-quantized": 8-bit container, int8 activations per token (W8A8 to the engines)."""
+    """compressed-tensors "int-quantized": 8-bit container, int8 activations (W8A8 to the engines).
+
+    Buffers:
+        input_scale: (1,), in the model's dtype, the fixed scale of inputs; None: every token has its own.
+    """
 
     container_bits = 8
+    input_scale: torch.Tensor | None
 
     def __init__(
         self, weight: GridTensor, bias: nn.Parameter | None, dtype: torch.dtype, activations: Activations
@@ -194,8 +200,17 @@ class Int8Linear(_StoredWeight):
         Args:
             weight: (out, in), symmetric; scales (out, 1) or (1, 1), exactly representable in `dtype`.
         """
-        super().__init__(weight, compressed_tensors.integer_tensors(weight, dtype), bias)
+        tensors = compressed_tensors.integer_tensors(weight, dtype)
+        super().__init__(weight, tensors, bias)
         self.activations = activations
+        if activations.static:
+            self.register_buffer("input_scale", tensors["input_scale"])
+        else:
+            self.input_scale = None
+
+    def grid_tensor(self) -> GridTensor:
+        fixed = self.input_scale
+        return replace(super().grid_tensor(), input_scale=None if fixed is None else fixed.float())
 
     @property
     def codes(self) -> torch.Tensor:
@@ -203,7 +218,7 @@ class Int8Linear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = round_activations(linear_input(input, self), self.activations)
+        x = round_activations(linear_input(input, self), self.activations, self.input_scale)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dense(x.dtype), bias)
 

@@ -13,18 +13,20 @@ from torch import Tensor
 from . import reference_inputs
 from .dispatch import kernels_for, on_device_of
 from .reference_inputs import ACTIVATION_RULES, PER_TOKEN, rule_steps
+from .static_inputs import round_static
 
 __all__ = ["PER_TOKEN", "Activations", "describe_activations", "round_activations"]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """How a layer rounds its input: to a symmetric grid whose scales are found anew for every token.
+    """How a layer rounds its input: to a symmetric grid whose scales are found anew for every token, or are fixed.
 
     Attributes:
         rule: one of `ACTIVATION_RULES`.
         bits: 8 or 4.
         group_size: how many consecutive inputs share a scale; -1: all of a token.
+        static: one scale for all inputs of the layer, which is stored (`static_inputs.py`).
 
     Raises:
         ValueError: there is no such rule.
@@ -33,6 +35,7 @@ class Activations:
     rule: str
     bits: int = 8
     group_size: int = PER_TOKEN
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in ACTIVATION_RULES:
@@ -45,6 +48,8 @@ class Activations:
 
     def describe(self) -> str:
         """Say it in a few words, for messages."""
+        if self.static:
+            return f"{self.bits} bits, one fixed scale"
         shared = "a token" if self.group_size == PER_TOKEN else f"{self.group_size} inputs"
         return f"{self.bits} bits, {self.steps:g} steps for the largest magnitude of {shared}"
 
@@ -54,11 +59,12 @@ def describe_activations(activations: Activations | None) -> str:
     return "floats" if activations is None else activations.describe()
 
 
-def round_activations(x: Tensor, activations: Activations) -> Tensor:
+def round_activations(x: Tensor, activations: Activations, scale: Tensor | None = None) -> Tensor:
     """Round a layer's input, with a straight-through gradient.
 
     Args:
         x: (..., in), any float dtype, a token per row.
+        scale: the fixed one, see `round_static`; None: `activations` are dynamic.
 
     Returns:
         (..., in) in x's dtype: clip(round(x / a), -2^(bits - 1), 2^(bits - 1) - 1) * a with a = max |x| / steps over a
@@ -68,6 +74,8 @@ def round_activations(x: Tensor, activations: Activations) -> Tensor:
         ValueError: the engine of the rule would take other inputs together than those of a token.
     """
     rule, bits, group_size = activations.rule, activations.bits, activations.group_size
+    if scale is not None:
+        return round_static(x, scale, bits)
     if rule == "compressed-tensors" and group_size == PER_TOKEN and x.dim() != 3:
         raise ValueError(
             f"A layer that rounds its input per token was given one of shape {tuple(x.shape)}. Of inputs that are not "

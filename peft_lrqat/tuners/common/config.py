@@ -65,6 +65,7 @@ class GridConfig(PeftConfigMixin):
     act_rule: str = "transformers"
     kv_bits: int | None = None
     kv_rule: str = CACHE_RULES[0]
+    act_scale: str = "dynamic"
     headroom: float = 1.0
 
     @property
@@ -104,8 +105,13 @@ class GridConfig(PeftConfigMixin):
         if self.export_format == bitnet.NAME:
             return bitnet.ACTIVATIONS
         engine = "vllm" if self.act_rule == "vllm" else compressed_tensors.NAME
-        found = Activations(engine, bits, self.act_group_size or PER_TOKEN)
+        found = Activations(engine, bits, self.act_group_size or PER_TOKEN, self.act_scale == "static")
         return replace(found, rule=compressed_tensors.engine_rule(found, self.stored_grid, self.stored_bits))
+
+    def learns_input_scale(self, name: str) -> bool:
+        """Whether the module of that name has a fixed scale for its input."""
+        activations = self.activations_of(name)
+        return activations is not None and activations.static
 
     def describe_activations(self) -> str:
         """How inputs are rounded, for `recipe`; nothing where they are not."""
@@ -115,6 +121,7 @@ class GridConfig(PeftConfigMixin):
         parts = [f"{key}: {value or FLOAT_BITS}" for key, value in self._act_pattern.items()]
         parts += [f"groups of {self.act_group_size}"] if self.act_group_size else []
         parts += ["rounded as vLLM does"] if self.act_rule == "vllm" else []
+        parts += ["learned fixed scales"] if self.act_scale == "static" else []
         return bits + (f" ({', '.join(parts)})" if parts else "")
 
     @property
@@ -203,7 +210,7 @@ class GridConfig(PeftConfigMixin):
             ValueError: options of rounded inputs contradict others, or no input is rounded.
         """
         if not self.rounds_inputs:
-            for name, default in (("act_group_size", None), ("act_rule", "transformers")):
+            for name, default in (("act_group_size", None), ("act_rule", "transformers"), ("act_scale", "dynamic")):
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"`{name}` is {getattr(self, name)!r}, but no input is rounded. Give `act_bits` (8 or 4), or "
@@ -217,8 +224,25 @@ class GridConfig(PeftConfigMixin):
                 f"`act_bits` is {self.act_bits} with `symmetric=False`, but transformers decompresses a model with "
                 "zero points while loading, and then rounds no activations. Use `symmetric=True`."
             )
-        if self.container_bits is None and self.group_size <= 0 and self.stored_grid.code_bits > 4:
+        fixed = self.act_scale == "static"
+        if self.container_bits is None and self.group_size <= 0 and (self.stored_grid.code_bits > 4 or fixed):
             self.container_bits = 8
+        if not fixed:
+            return
+        wrong = {
+            "act_bits": self._act_bits(self.act_bits) not in (None, 8),
+            "act_bits_pattern": 4 in self._act_pattern.values(),
+            "act_group_size": self.act_group_size is not None,
+            "act_rule": self.act_rule != "transformers",
+            "group_size": self.group_size > 0,
+            "container_bits": self.container_bits != 8,
+        }
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            raise ValueError(
+                f"`{name}` is {getattr(self, name)!r} with `act_scale='static'`, but engines take fixed scales as W8A8 "
+                "only: 8-bit activations beside int8 codes per channel or tensor (`group_size` -1 or 0, "
+                "`container_bits` 8 or None), by transformers' rule. Use these, or act_scale='dynamic'."
+            )
 
     def check_cache(self) -> None:
         """Raise ValueError if nothing serves a KV cache of `kv_bits` beside `export_format`."""

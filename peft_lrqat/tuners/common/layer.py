@@ -27,6 +27,9 @@ from ...formats.source import LayerInfo
 from ...grid import GridTensor, scale_bounds, scales_out_of_range
 from ...modules.carry import carry_hooks
 from ...modules.packed import merged_layer
+from ...ops.activations import Activations, round_activations
+from ...ops.static_inputs import static_scale
+from .frozen import whole
 from .plain import user_attributes
 
 _MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)
@@ -76,7 +79,7 @@ def parameters_become_meta() -> bool:
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
-    A subclass has `_run_one`, `grid_tensor` and `_float_layer`.
+    A subclass has `_run_one`, `grid_tensor`, `_float_layer` and `act_scales`.
 
     Attributes:
         adapter_options: adapter -> its configuration.
@@ -88,6 +91,9 @@ class MergingLayer(LoraLayer):
     named_parameters: Any  # of nn.Module, which a subclass is as well
     _before_merge: Any = None
     adapter_options: dict[str, Any]
+    act_scales: Any  # ModuleDict, adapter -> AdapterWeight (1,): log2 of the fixed scale of inputs, where there is one
+    _calibrated: set[str]  # the adapters whose fixed scale is known to be set
+    _observed: torch.Tensor | None = None  # while `calibrate_activations` runs: the largest magnitude of inputs so far
 
     other_param_names = (*LoraLayer.other_param_names, "adapter_options")
 
@@ -162,6 +168,47 @@ class MergingLayer(LoraLayer):
             out[index] = part
         return out if out is not None else self._run_one(x, "__base__")
 
+    # -- inputs
+
+    def _add_input_scale(self, adapter: str, config: Any) -> None:
+        """Give an adapter its fixed scale of inputs, if it has one: not a number until it is calibrated or loaded."""
+        if config.learns_input_scale(self.name):
+            self._calibrated.discard(adapter)
+            self.act_scales[adapter] = AdapterWeight(torch.full((1,), torch.nan, device=self.frozen.device))
+
+    def _rounded(self, x: torch.Tensor, activations: Activations | None, adapters: list[str]) -> torch.Tensor:
+        """An input as the layer multiplies it with these adapters."""
+        if activations is None:
+            return x
+        if not activations.static:
+            return round_activations(x, activations)
+        if self._observed is not None:
+            self._observed = torch.maximum(self._observed, x.detach().abs().amax().float())
+            return x
+        return round_activations(x, activations, self._input_scale(adapters))
+
+    def _input_scale(self, adapters: list[str]) -> torch.Tensor | None:
+        """The fixed scale of inputs with these adapters, fp32 (1,), differentiable; None: inputs have none."""
+        own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
+        if not any(self.adapter_options[name].learns_input_scale(self.name) for name in own):
+            return None
+        present = [name for name in adapters if name in self.act_scales]
+        if len(present) != 1:
+            raise ValueError(
+                f"Fixed scales of activations (`act_scale='static'`) belong to an adapter, but layer {self.name!r} is "
+                f"to work with {' and '.join(map(repr, present)) or 'none'}. Activate one adapter; for a reference "
+                "model without adapter (DPO), load one of its own, or use act_scale='dynamic'."
+            )
+        log2 = whole(self.act_scales[present[0]].weight)
+        if not torch.compiler.is_compiling() and present[0] not in self._calibrated:
+            if bool(log2.isnan().any()):
+                raise ValueError(
+                    f"The fixed scale of the input of layer {self.name!r} is not set. Call "
+                    "`calibrate_activations(model, batches)` before training, or load a trained adapter."
+                )
+            self._calibrated.add(present[0])
+        return static_scale(log2, self.frozen.scale_dtype)
+
     # -- what merging makes of the layer
 
     def options_for(self, adapters: list[str], options: Any = None) -> Any:
@@ -217,7 +264,8 @@ class MergingLayer(LoraLayer):
         frozen, options = self.frozen, self.options_for(adapters, options)
         weight = self.grid_tensor(adapters, options, safe_merge)
         dtype = frozen.compute_dtype
-        if not torch.equal(weight.scale.to(dtype).float().nan_to_num(), weight.scale.nan_to_num()):
+        scales = [weight.scale] if weight.input_scale is None else [weight.scale, weight.input_scale]
+        if not all(torch.equal(s.to(dtype).float().nan_to_num(), s.nan_to_num()) for s in scales):
             raise ValueError(
                 f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={frozen.scale_dtype!r}` "
                 "exactly. Call `model.float()` before merging (or cast the model back to what it was), train with "

@@ -187,6 +187,7 @@ SHARED: dict[str, Rule] = {
     "act_rule": one_of("transformers", "vllm"),
     "kv_bits": one_of(None, *CACHE_BITS),
     "kv_rule": one_of(*CACHE_RULES),
+    "act_scale": one_of("dynamic", "static"),
     "inference_mode": FLAG,
     "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(TEXT)),

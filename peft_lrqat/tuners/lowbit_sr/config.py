@@ -39,6 +39,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         "lowbitsr_scale": SCALE,
         "lowbitsr_stream": STREAM,
         "lowbitsr_scale_shift": FACTOR,
+        "lowbitsr_act_scale": FACTOR,
     }
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
@@ -162,6 +163,13 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             "refuses; or as vLLM does it with `--kv-cache-dtype int8_per_token_head` (or int4_...)."
         },
     )
+    act_scale: Literal["dynamic", "static"] = field(
+        default="dynamic",
+        metadata={
+            "help": "Scales of rounded activations: found anew for every token, or 'static': one for each layer, set "
+            "by `calibrate_activations(model, batches)` before training, learned (LSQ), and stored (W8A8 only)."
+        },
+    )
     keep_base: bool = field(
         default=True,
         metadata={
@@ -252,6 +260,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         }
         if self.learn_scales:
             shapes["lowbitsr_scale_shift.weight"] = scales
+        if self.learns_input_scale(name):
+            shapes["lowbitsr_act_scale.weight"] = (1,)
         return shapes
 
     def recipe(self) -> str:
@@ -292,7 +302,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             )
 
     def _check_export(self) -> None:
-        plain = (self.act_group_size, self.act_bits_pattern or {}, self.act_rule) == (None, {}, "transformers")
+        options = (self.act_group_size, self.act_bits_pattern or {}, self.act_rule, self.act_scale)
+        plain = options == (None, {}, "transformers", "dynamic")
         bitnet = self.stored_grid.ternary and self.group_size == PER_TENSOR and self.act_bits == 8 and plain
         if self.export_format is None:
             self.export_format = "bitnet" if bitnet and self.container_bits is None else "compressed-tensors"
@@ -301,7 +312,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
                 raise ValueError(
                     "`export_format` is 'bitnet', which holds ternary weights with one scale per tensor and int8 "
                     "activations only: `bits=1.58` (or `forward_bits=1.58`), `group_size=0`, `act_bits=8` without "
-                    "`act_group_size`, `act_bits_pattern` and `act_rule`. Use 'compressed-tensors'."
+                    "`act_group_size`, `act_bits_pattern`, `act_rule` and `act_scale`. Use 'compressed-tensors'."
                 )
             if self.container_bits not in (None, 2):
                 raise ValueError(

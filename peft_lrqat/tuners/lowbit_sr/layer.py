@@ -39,7 +39,7 @@ from ...grid import GridTensor, dequantize, snap_scale
 from ...modules.generation import KeepsWeight
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
-from ...ops.activations import Activations, round_activations
+from ...ops.activations import Activations
 from ...ops.inputs import linear_input
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...packing import unpack
@@ -60,14 +60,22 @@ class LowBitSRLayer(MergingLayer):
         lowbitsr_weight: ModuleDict, adapter -> LowBitWeight, a `LowBitTensor` (out, in): the trainable codes.
         lowbitsr_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
             entries exist with `learn_scales=True` only.
+        lowbitsr_act_scale: ModuleDict, adapter -> AdapterWeight, fp32 (1,): log2 of the fixed scale of inputs; entries
+            exist with `act_scale="static"` only.
     """
 
     lowbitsr_weight: Any  # nn.ModuleDict; torch types what is inside as Tensor | Module
     lowbitsr_scale_shift: Any
+    lowbitsr_act_scale: Any
 
-    adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift")
+    adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift", "lowbitsr_act_scale")
     # PEFT looks an adapter of a mixed batch up in lora_A
     other_param_names = (*MergingLayer.other_param_names, "adapter_activations", "lora_A")
+
+    @property
+    def act_scales(self) -> Any:
+        """`lowbitsr_act_scale`."""
+        return self.lowbitsr_act_scale
 
 
 class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
@@ -102,6 +110,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         for name_of_part, attribute in PARTS.items():
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
         self.lowbitsr_scale_shift = nn.ModuleDict({})
+        self.lowbitsr_act_scale = nn.ModuleDict({})
+        self._calibrated: set[str] = set()
         self.adapter_options: dict[str, LowBitSRConfig] = {}
         self.adapter_activations: dict[str, Activations | None] = {}
         self._active_adapter = adapter_name
@@ -128,6 +138,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         self._add(adapter_name, frozen, config, name, "meta" if parameters_become_meta() else frozen.device)
         self.adapter_options[adapter_name] = config
         self.adapter_activations[adapter_name] = config.activations_of(name)
+        self._add_input_scale(adapter_name, config)
         self.lora_A[adapter_name] = nn.Identity()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -265,9 +276,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
         x = linear_input(x, self.frozen)
-        activations = self.adapter_activations[adapter]
-        if activations is not None:
-            x = round_activations(x, activations)
+        x = self._rounded(x, self.adapter_activations[adapter], [adapter])
         bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
         kept = self._kept_weight(x.dtype, adapter)
         if kept is not None:
@@ -342,7 +351,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             return self._base_tensor(self.options_for([], options))
         levels, scale = self._levels(adapter)
         self._check_scale([adapter], safe_merge, scale)
-        return GridTensor(levels, scale, None, self.adapter_options[adapter].stored_grid)
+        stored = self.adapter_options[adapter].stored_grid
+        return GridTensor(levels, scale, None, stored, self._input_scale([adapter]))
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:

@@ -66,7 +66,9 @@ class LRQATConfig(GridConfig, LoraConfig):
 
     method = "LR-QAT"
     quantizes = (nn.Linear, Conv1D, nn.Embedding)
-    contents: ClassVar[dict[str, Any]] = dict.fromkeys(("lora_A", "lora_B", "lora_scale_shift"), FACTOR)
+    contents: ClassVar[dict[str, Any]] = dict.fromkeys(
+        ("lora_A", "lora_B", "lora_scale_shift", "lora_act_scale"), FACTOR
+    )
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
         "r": RANK,
@@ -208,6 +210,13 @@ class LRQATConfig(GridConfig, LoraConfig):
             "refuses; or as vLLM does it with `--kv-cache-dtype int8_per_token_head` (or int4_...)."
         },
     )
+    act_scale: Literal["dynamic", "static"] = field(
+        default="dynamic",
+        metadata={
+            "help": "Scales of rounded activations: found anew for every token, or 'static': one for each layer, set "
+            "by `calibrate_activations(model, batches)` before training, learned (LSQ), and stored (W8A8 only)."
+        },
+    )
 
     base_fingerprint: str | None = field(
         default=None,
@@ -326,6 +335,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         shapes: dict[str, tuple] = {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
         if self.learn_scales:
             shapes["lora_scale_shift.weight"] = self.shift_shape(*self.grid.scale_shape(out_features, in_features))
+        if self.learns_input_scale(name):
+            shapes["lora_act_scale.weight"] = (1,)
         return shapes
 
     def shift_shape(self, rows: int, groups: int) -> tuple[int, int]:

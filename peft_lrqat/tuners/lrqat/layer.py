@@ -59,7 +59,6 @@ from transformers.pytorch_utils import Conv1D
 from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
-from ...ops.activations import round_activations
 from ...ops.inputs import linear_input
 from ...ops.reference import adapter_units, codes
 from ..common.frozen import FrozenWeight, share, whole
@@ -85,13 +84,21 @@ class LRQATLayer(MergingLayer):
     Attributes:
         lora_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
             (rows, 1) with `learn_scales="channel"`; entries do not exist where `learn_scales=False`.
+        lora_act_scale: ModuleDict, adapter -> AdapterWeight, fp32 (1,): log2 of the fixed scale of inputs, with
+            `act_scale="static"` only.
     """
 
     lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module
     lora_B: Any
     lora_scale_shift: Any
+    lora_act_scale: Any
 
-    adapter_layer_names = (*MergingLayer.adapter_layer_names, "lora_scale_shift")
+    adapter_layer_names = (*MergingLayer.adapter_layer_names, "lora_scale_shift", "lora_act_scale")
+
+    @property
+    def act_scales(self) -> Any:
+        """`lora_act_scale`."""
+        return self.lora_act_scale
 
 
 class LRQATLinear(nn.Module, LRQATLayer):
@@ -122,6 +129,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.fan_in_fan_out = frozen.transposed
         self.name = kwargs.get("target_name", "")
         self.lora_scale_shift = nn.ModuleDict({})
+        self.lora_act_scale = nn.ModuleDict({})
+        self._calibrated: set[str] = set()
         self.adapter_options: dict[str, LRQATConfig] = {}
         self.activations = config.activations_of(self.name)  # all adapters of a model share it
         self._active_adapter = adapter_name
@@ -143,6 +152,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if config.learn_scales:
             shape = config.shift_shape(*frozen.scale0_bits.shape)
             self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(shape, device=frozen.device))
+        self._add_input_scale(adapter_name, config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         LoraLayer._move_adapter_to_device_of_base_layer(self, adapter_name)  # a new adapter takes the base's dtype
         self.adapter_options[adapter_name] = config
@@ -254,8 +264,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
         x = linear_input(x, frozen)
-        if self.activations is not None:
-            x = round_activations(x, self.activations)
+        x = self._rounded(x, self.activations, adapters)
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -292,7 +301,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         scale = self._scale(shift)
         self._check_scale(adapters, safe_merge, scale, A, B)
         levels = codes(whole(frozen.base), A, B, frozen.fmt, c, self._units(shift))
-        return GridTensor(levels, scale, whole(frozen.zero_point), frozen.grid)
+        return GridTensor(levels, scale, whole(frozen.zero_point), frozen.grid, self._input_scale(adapters))
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:

@@ -37,6 +37,7 @@ class LRQATModel(QuantizingModel):
         "act_rule",
         "kv_bits",
         "kv_rule",
+        "act_scale",
     )
     _combining: tuple[str, ...] = ()  # the adapters, within add_weighted_adapter
 

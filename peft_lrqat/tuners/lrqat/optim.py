@@ -24,8 +24,9 @@ def create_lrqat_optimizer(
         model: a PeftModel with LR-QAT adapters.
         optimizer_cls: any torch optimizer class.
         lr: learning rate of lora_A, lora_B and everything else that is trained (`modules_to_save`, biases).
-        scale_lr: learning rate of the scale shifts, the *relative* change of the scales; None: `lr`.
-        weight_decay: for all but the scale shifts, biases and vectors.
+        scale_lr: learning rate of the scale shifts, the *relative* change of the scales, and of fixed scales of
+            activations; None: `lr`.
+        weight_decay: for all but the scales, biases and vectors.
         **kwargs: passed to the optimizer (betas, eps, fused ...).
 
     Raises:
@@ -37,8 +38,9 @@ def create_lrqat_optimizer(
             "`model` has no trainable LR-QAT adapter. Make it with get_peft_model(model, LRQATConfig(...)), and load "
             "saved adapters with is_trainable=True."
         )
-    scales = [p for name, p in named.items() if "lora_scale_shift" in name]
-    rest = {name: p for name, p in named.items() if "lora_scale_shift" not in name}
+    of_scales = ("lora_scale_shift", "lora_act_scale")
+    scales = [p for name, p in named.items() if any(part in name for part in of_scales)]
+    rest = {name: p for name, p in named.items() if not any(part in name for part in of_scales)}
     decayed = [p for name, p in rest.items() if p.ndim > 1 and not name.endswith("bias")]
     plain = [p for name, p in rest.items() if p.ndim <= 1 or name.endswith("bias")]
     groups = [

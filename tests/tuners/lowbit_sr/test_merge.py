@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_lrqat import calibrate_activations
 from peft_lrqat.modules.packed import MERGED, QuantizedLinear
 from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
 from peft_lrqat.tuners.lowbit_sr import LowBitSRLinear
@@ -49,6 +50,7 @@ CASES = [
     Case("float32", {"bits": 8, "act_bits": 8}),
     Case("bfloat16", {"bits": 4, "act_bits": 8, "learn_scales": True}),
     Case("bfloat16", {"bits": 4, "act_bits": 8, "container_bits": 8}),
+    Case("float32", {"bits": 8, "act_bits": 8, "act_scale": "static"}),
     Case("bfloat16", {"bits": 4, "group_size": 8, "act_bits": 4, "act_group_size": 8}),
     Case("float32", {"bits": 3, "act_bits": 4, "act_bits_pattern": {"down_proj": 8, ".*attn.*": None}}),
     Case("bfloat16", {"bits": 1.58, "act_bits": 8, "group_size": 0, "export_format": "compressed-tensors"}),
@@ -84,6 +86,8 @@ def _run(case: Case, folder: Path) -> Result:
     torch.manual_seed(0)
     make = low_bit if case.method == "low_bit" else adapted
     model = make(tiny(case.family, dtype=getattr(torch, case.dtype), **MODEL), **case.options).eval()
+    if "act_scale" in case.options:
+        calibrate_activations(model, [tokens()])
     start = logits(model, tokens())
     train(model, tokens(), lr=2e-2)
     trained = logits(model, tokens())

@@ -1,0 +1,40 @@
+"""Inputs rounded with a fixed scale: compressed-tensors' own numbers, and LSQ's gradients."""
+
+import math
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+from peft_lrqat.ops.static_inputs import round_static, static_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compressed_tensors_rounds_so_itself(dtype: torch.dtype):
+    x, scale = (3 * torch.randn(2, 5, 45)).to(dtype), torch.tensor([0.0195])
+    scale = static_scale(scale.log2(), "auto")
+    args = QuantizationArgs(num_bits=8, symmetric=True, dynamic=False, strategy="tensor")
+    expected = fake_quantize(x, scale.to(dtype), None, args)
+    assert torch.equal(round_static(x, scale, 8), expected)
+    assert float(expected.max()) < float(x.max())  # something was clipped
+
+
+def test_the_gradients_are_lsqs():
+    x = torch.tensor([0.26, -0.9, 30.0, -40.0], requires_grad=True)
+    log2 = torch.tensor([math.log2(0.25)], requires_grad=True)
+    y = round_static(x, static_scale(log2, "fp32"), 8)
+    assert y.tolist() == [0.25, -1.0, 30.0, -32.0]
+    dx, dlog2 = torch.autograd.grad(y, [x, log2], torch.tensor([1.0, 2.0, 3.0, 5.0]))
+    assert dx.tolist() == [1, 2, 3, 0]
+    slopes = [1 - 1.04, -4 + 3.6, 0, -128]  # round(x / a) - x / a, or the end of the grid
+    dscale = sum(g * s for g, s in zip([1, 2, 3, 5], slopes, strict=True))
+    torch.testing.assert_close(dlog2, torch.tensor([dscale * 0.25 * math.log(2)]))
+
+
+def test_the_scale_is_one_that_a_checkpoint_stores():
+    log2 = torch.tensor([-5.03, 0.7], requires_grad=True)
+    scale = static_scale(log2, "auto")
+    assert torch.equal(scale.bfloat16().float(), scale)
+    torch.testing.assert_close(scale, log2.exp2(), rtol=2**-8, atol=0)
+    assert torch.autograd.grad(scale.sum(), log2)[0].tolist() == pytest.approx((scale * math.log(2)).tolist())
