@@ -32,6 +32,7 @@ from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
 from .calibrate import AnyConfig, BlockInputs, decoder_blocks, read_batches
+from .offloaded import all_tensors, arrive, bring_in, by_block
 
 #: Fields of a model's configuration on which no result depends.
 _NO_RESULT = {"_name_or_path", "transformers_version", "use_cache"}
@@ -62,7 +63,7 @@ class _Settings:
 @torch.inference_mode(False)
 @torch.no_grad()
 def preprocess_blockwise(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     config: AnyConfig,
     calibration: Iterable[Mapping[str, torch.Tensor] | torch.Tensor | str],
     tokenizer: Any = None,
@@ -77,7 +78,8 @@ def preprocess_blockwise(
     seed: int = 0,
     resume_from: str | os.PathLike | None = None,
     progressbar: bool = True,
-) -> None:
+    model_init_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Train the rounding of the layers that `config` targets block by block, in place.
 
         config = LRQATConfig(bits=3, group_size=64, ...)
@@ -86,7 +88,8 @@ def preprocess_blockwise(
         model = get_peft_model(model, config)                # train on; or merge at once: `model.merge_and_unload()`
 
     Args:
-        model: a float causal language model of transformers.
+        model: a float causal language model of transformers; or, as for `preprocess_gptq`, its name or folder: then
+            one block at a time is loaded.
         config: its grid (`bits`, `group_size`, `symmetric`), where scales start (`range_method`, `range_p`,
             `scale_dtype`, `signed_scales`) and target modules are used, and `downcast`, which says what is left behind.
             "fx8" (the default below 8 bits): the trained weights with their fraction, as 8-bit layers, which LR-QAT
@@ -106,14 +109,19 @@ def preprocess_blockwise(
             the float model again and call this again with the same folder: it goes on at the first block that is not
             there, and gives what it would have given. It may be deleted afterwards.
         progressbar: show the blocks go by, with the error on the held-out text before and after.
+        model_init_kwargs: as for `preprocess_gptq`.
+
+    Returns:
+        The model; `model` itself if it was one.
 
     Raises:
         ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, an option is out
             of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer: blocks
-            before it are quantized by then, so load the model again; so where outputs of a block are not finite.
+            before it are quantized by then, so load the model again; so where outputs of a block are not finite, or the
+            weights of one that came in.
 
-    Memory: above the float model, twice the hidden states of the calibration tokens, and for one block at a time five
-    fp32 copies of its weights.
+    Memory: above the float model (of one that is loaded here: one block, and what lies outside the blocks), twice the
+    hidden states of the calibration tokens, and for one block at a time five fp32 copies of its weights.
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
     if config.rounds_inputs:
@@ -126,37 +134,41 @@ def preprocess_blockwise(
             f"`downcast` is {_downcast(config)!r}, but block-wise training leaves 8-bit fixed point ('fx8') or "
             "integers ('int')."
         )
-    name, blocks, layers = decoder_blocks(model, config, "block-wise training")
-    batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
-    results = None
-    if resume_from is not None:
-        results = BlockResults(resume_from, _identity(model, layers, batches, config, settings), config.grid)
-    was_training = model.training
-    model.eval()
-    inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
-    floats = inputs.fork()  # the float model's own stream
-    in_block = [_inside(layers, f"{name}.{index}.") for index in range(len(blocks))]
-    last = max(index for index, own in enumerate(in_block) if own)
-    described = tqdm(range(last + 1), desc="block-wise", disable=not progressbar)
-    for index in described:
-        block, own = blocks[index], in_block[index]
-        floats.advance(index, block)
-        if not own:
-            inputs.advance(index, block)
-            continue
-        trained = None if results is None else results.read(index, next(iter(own.values())).weight.device)
-        if trained is None:
-            trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
-            described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
-            if results is not None:
-                results.write(index, trained)
-        rounded = {f"{key}.weight": one.rounded().dequantize(own[key].weight.dtype) for key, one in trained.items()}
-        inputs.advance(index, block, rounded)
-        for key, one in trained.items():
-            replace_layer(model, f"{name}.{index}.{key}", _left_behind(one, own[key], config))
-    model.train(was_training)
-    if getattr(model, "config", None) is not None:
-        describe(model, _record(config))
+    with by_block(model, config, "block-wise training", model_init_kwargs) as model:
+        name, blocks, layers = decoder_blocks(model, config, "block-wise training")
+        bring_in(model, without=blocks)
+        batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
+        results = None
+        if resume_from is not None:
+            results = BlockResults(resume_from, _identity(model, layers, batches, config, settings), config.grid)
+        was_training = model.training
+        model.eval()
+        inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
+        floats = inputs.fork()  # the float model's own stream
+        in_block = [_inside(layers, f"{name}.{index}.") for index in range(len(blocks))]
+        last = max(index for index, own in enumerate(in_block) if own)
+        described = tqdm(range(last + 1), desc="block-wise", disable=not progressbar)
+        for index in described:
+            block, own = blocks[index], in_block[index]
+            arrive(model, block, {f"{name}.{index}.{key}": layer for key, layer in own.items()}, config)
+            floats.advance(index, block)
+            if not own:
+                inputs.advance(index, block)
+                continue
+            trained = None if results is None else results.read(index, next(iter(own.values())).weight.device)
+            if trained is None:
+                trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
+                described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
+                if results is not None:
+                    results.write(index, trained)
+            rounded = {f"{key}.weight": one.rounded().dequantize(own[key].weight.dtype) for key, one in trained.items()}
+            inputs.advance(index, block, rounded)
+            for key, one in trained.items():
+                replace_layer(model, f"{name}.{index}.{key}", _left_behind(one, own[key], config))
+        model.train(was_training)
+        if getattr(model, "config", None) is not None:
+            describe(model, _record(config))
+    return model
 
 
 def _identity(
@@ -172,32 +184,26 @@ def _identity(
         for key in sorted(one):
             text.update(f"{key} {tuple(one[key].shape)}".encode())
             text.update(one[key].to("cpu", torch.int64).numpy().tobytes())
+    checksums = {name: _checksum(value) for name, value in all_tensors(model) if not value.is_meta and value.numel()}
+    weights = [checksums.pop(f"{name}.weight") for name in layers]
+    described: Any = getattr(model, "config", None)
+    fields = {} if described is None else described.to_dict()
+    written = json.dumps({key: fields[key] for key in fields.keys() - _NO_RESULT}, sort_keys=True, default=str)
     return {
         **{name: getattr(config, name) for name in ("range_method", "range_p", "scale_dtype", "signed_scales")},
         **asdict(config.grid),
         **asdict(settings),
         "layers": len(layers),
-        "weights": in_order(float_checksum(layer.weight) or 0 for layer in layers.values()),
-        **_identity_of_the_rest(model, layers),
+        "weights": in_order(weights),
+        "other_weights": in_order(checksums.values()),
+        "config": hashlib.blake2b(written.encode(), digest_size=8).hexdigest(),
         "dtype": str(next(iter(layers.values())).weight.dtype),
         "text": text.hexdigest(),
     }
 
 
-def _identity_of_the_rest(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, str]:
-    """Checksums of what the blocks' inputs and outputs depend on besides the weights of `layers`."""
-    trained = {f"{name}.weight" for name in layers}
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    others = (value for name, value in tensors if name not in trained and not value.is_meta and value.numel())
-    config: Any = getattr(model, "config", None)
-    fields = {} if config is None else config.to_dict()
-    written = json.dumps({key: fields[key] for key in fields.keys() - _NO_RESULT}, sort_keys=True, default=str)
-    return {
-        "other_weights": in_order(
-            float_checksum(value.reshape(-1, value.shape[-1] if value.dim() else 1)) or 0 for value in others
-        ),
-        "config": hashlib.blake2b(written.encode(), digest_size=8).hexdigest(),
-    }
+def _checksum(tensor: torch.Tensor) -> int:
+    return float_checksum(tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)) or 0
 
 
 def _inside(layers: dict[str, nn.Linear], prefix: str) -> dict[str, nn.Linear]:

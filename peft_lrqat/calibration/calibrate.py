@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from ..modules.packed import MERGED
 from ..tuners.common.frozen import FrozenWeight
+from ..tuners.common.plain import is_offloaded
 from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
 from ..tuners.lrqat import LRQATConfig, LRQATModel
 
@@ -26,6 +27,9 @@ class _EnoughError(Exception):
 
 class BlockInputs:
     """What the decoder blocks receive, for every calibration batch.
+
+    To learn that, the model is run without its blocks: what they receive besides hidden states does not depend on
+    these. One block of each class runs, once, to see what its kind returns.
 
     Attributes:
         hidden: one tensor (batch, length, width) a batch: the input of the block that is next.
@@ -49,29 +53,46 @@ class BlockInputs:
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []
         self.masks: list[torch.Tensor | None] = []
+        self._skips: dict[type, Callable | None] = {}
         for batch in batches:
             self._record(model, blocks, batch)
 
     def _record(self, model: nn.Module, blocks: nn.ModuleList, batch: Mapping[str, torch.Tensor]) -> None:
         calls: list[tuple[tuple, dict[str, Any]]] = []
 
-        def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if not calls:
-                self.device = hidden.device
-                self.hidden.append(self._keep(hidden))
-            calls.append((args[1:], kwargs))
-            if module is blocks[-1]:
-                raise _EnoughError
+        def recorder(block: nn.Module) -> Callable:
+            forward = block.forward
 
-        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+            def record(*args: Any, **kwargs: Any) -> Any:
+                others = dict(kwargs)
+                hidden = args[0] if args else others.pop("hidden_states")
+                if not calls:
+                    self.device = hidden.device
+                    self.hidden.append(self._keep(hidden))
+                calls.append((args[1:], others))
+                if block is blocks[-1]:
+                    raise _EnoughError
+                if type(block) not in self._skips:
+                    out = forward(*args, **kwargs)
+                    self._skips[type(block)] = _skip(out, hidden)
+                    return out
+                skip = self._skips[type(block)]
+                return forward(*args, **kwargs) if skip is None else skip(hidden)
+
+            return record
+
+        own = [(block, vars(block).get("forward")) for block in blocks]
         try:
+            for block in blocks:
+                block.forward = recorder(block)
             with contextlib.suppress(_EnoughError):
                 model(**batch, use_cache=False)
         finally:
-            for handle in handles:
-                handle.remove()
+            for block, forward in own:
+                if forward is not None:
+                    block.forward = forward
+                else:
+                    vars(block).pop("forward", None)
         self.calls.append(calls)
         mask = batch.get("attention_mask")
         self.masks.append(None if mask is None or bool(mask.all()) else mask.bool())
@@ -123,6 +144,19 @@ class BlockInputs:
         return out[0] if isinstance(out, tuple) else out
 
 
+def _skip(out: Any, hidden: torch.Tensor) -> Callable | None:
+    """A function of hidden states that returns what a block does that left them as they are.
+
+    None: there is none, as what the block returned besides hidden states may matter to the blocks behind it.
+    """
+    first, *others = out if isinstance(out, tuple) and out else (out,)
+    if not isinstance(first, torch.Tensor) or (first.shape, first.dtype) != (hidden.shape, hidden.dtype):
+        return None
+    if any(other is not None for other in others):
+        return None
+    return (lambda hidden: (hidden, *others)) if isinstance(out, tuple) else (lambda hidden: hidden)
+
+
 class _Hessians:
     """Hooks that add up x^T x. Layers that receive the same tensor (query, key, value) share one sum."""
 
@@ -172,20 +206,29 @@ def collect_hessians(
     return found
 
 
-def decoder_blocks(model: nn.Module, config: AnyConfig, method: str) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
+def decoder_blocks(
+    model: nn.Module, config: AnyConfig, method: str, *, loading: bool = False
+) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
     """The name of the list of decoder blocks, that list, and the layers that `config` targets, by name.
 
     Args:
         method: what goes through the blocks, for messages.
+        loading: the weights are not there yet, and are not judged; so with a model that is offloaded.
 
     Raises:
         ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them is none
-            that can be quantized.
+            that can be quantized; or the model is offloaded, and the rest of it is on several devices.
     """
     if any(isinstance(module, (*MERGED, FrozenWeight)) for module in model.modules()):
         raise ValueError(f"`model` is quantized already; {method} starts from the float model.")
     kind = LRQATModel if isinstance(config, LRQATConfig) else LowBitSRModel
-    targets = kind.find_targets(model, config)
+    offloaded = is_offloaded(model)
+    targets = kind.find_targets(model, config, loading=loading or offloaded)
+    if offloaded and len(devices := _devices(model)) > 1:
+        raise ValueError(
+            f"`model` is offloaded in part, and the rest of it is on several devices ({', '.join(devices)}), but "
+            f"{method} brings in blocks on one. Load it with a `device_map` of one device beside 'disk' (or 'cpu')."
+        )
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name, blocks in lists:  # outer lists come first
         inside = {key: module for key, module in targets.items() if key.startswith(name + ".")}
@@ -201,6 +244,12 @@ def decoder_blocks(model: nn.Module, config: AnyConfig, method: str) -> tuple[st
         f"{method} goes through the decoder blocks one by one, but the targeted modules are not all inside one list of "
         "blocks. Leave out embeddings and the output layer, for instance with `target_modules='all-linear'`."
     )
+
+
+def _devices(model: nn.Module) -> list[str]:
+    """Where accelerate's hooks have the modules of a model compute."""
+    hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
+    return sorted({str(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None) is not None})
 
 
 def read_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,11 +15,12 @@ from ..formats.record import Record
 from ..modules.packed import describe, merged_layer
 from .calibrate import AnyConfig, BlockInputs, collect_hessians, decoder_blocks, read_batches
 from .gptq import gptq_round
+from .offloaded import arrive, bring_in, by_block
 
 
 @torch.no_grad()
 def preprocess_gptq(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     config: AnyConfig,
     calibration: Iterable[Mapping[str, torch.Tensor] | torch.Tensor | str],
     tokenizer: Any = None,
@@ -26,7 +28,8 @@ def preprocess_gptq(
     length: int = 1024,
     damping: float = 0.01,
     progressbar: bool = True,
-) -> None:
+    model_init_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Quantize the layers that `config` targets with GPTQ, in place (compare PEFT's `preprocess_corda`).
 
     Afterwards the model is an ordinary quantized one. `save_pretrained` writes it; `get_peft_model(model, config)`
@@ -36,8 +39,13 @@ def preprocess_gptq(
         model.save_pretrained("base-w4")            # adapters belong to this base
         model = get_peft_model(model, config)
 
+    A model that is too large in float is given by its name or folder: one decoder block of it is loaded at a time, on
+    the accelerator if there is one. The result is the same. So with a model that was loaded with its blocks offloaded.
+
+        model = preprocess_gptq("meta-llama/Llama-3.1-70B", config, texts, tokenizer)
+
     Args:
-        model: a float causal language model of transformers.
+        model: a float causal language model of transformers, or what `from_pretrained` takes.
         config: of either method; its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`,
             `scale_dtype`, `signed_scales`) and target modules are used.
         calibration: texts, or token ids (batch, length), or what the model takes (`input_ids`, `attention_mask`), for
@@ -46,33 +54,43 @@ def preprocess_gptq(
         length: tokens a window; only for texts.
         damping: see `gptq_round`.
         progressbar: show the blocks go by.
+        model_init_kwargs: for a model that is loaded here, `from_pretrained`'s options (`dtype`, `revision`,
+            `trust_remote_code`, ...); `device_map` may name one device.
+
+    Returns:
+        The model; `model` itself if it was one.
 
     Raises:
         ValueError: there is no calibration text, or the targeted layers are not those of decoder blocks: nothing was
-            changed then. Or no token reached a layer, or its Hessian could not be factored: blocks before it are
-            quantized by then, so load the model again.
+            changed then. Or no token reached a layer, or its Hessian could not be factored, or a weight of a block that
+            came in was not finite: blocks before it are quantized by then, so load the model again.
 
     Memory: above the float model, the hidden states of the calibration tokens, and, for a block at a time, an fp32
-    (in, in) matrix for each distinct layer input.
+    (in, in) matrix for each distinct layer input. Of a model that is loaded here, only one block is float, and what
+    lies outside the blocks.
     """
-    name, blocks, layers = decoder_blocks(model, config, "GPTQ")
-    batches = list(read_batches(model, calibration, tokenizer, length))
-    was_training = model.training
-    model.eval()
-    inputs = BlockInputs(model, blocks, batches)
-    described = tqdm(list(enumerate(blocks)), desc="GPTQ", disable=not progressbar)
-    for index, block in described:
-        own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.{index}.")}
-        hessians = collect_hessians(inputs, index, block, own)
-        for key, layer in own.items():
-            if key not in hessians:
-                raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out of "
-                                 "`target_modules`, or give more text.")  # fmt: skip
-            replace_layer(model, key, _quantized(layer, hessians.pop(key), config, damping))
-        inputs.advance(index, block)
-    model.train(was_training)
-    if getattr(model, "config", None) is not None:
-        describe(model, Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
+    with by_block(model, config, "GPTQ", model_init_kwargs) as model:
+        name, blocks, layers = decoder_blocks(model, config, "GPTQ")
+        bring_in(model, without=blocks)
+        batches = list(read_batches(model, calibration, tokenizer, length))
+        was_training = model.training
+        model.eval()
+        inputs = BlockInputs(model, blocks, batches)
+        described = tqdm(list(enumerate(blocks)), desc="GPTQ", disable=not progressbar)
+        for index, block in described:
+            own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.{index}.")}
+            arrive(model, block, own, config)
+            hessians = collect_hessians(inputs, index, block, own)
+            for key, layer in own.items():
+                if key not in hessians:
+                    raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out "
+                                     "of `target_modules`, or give more text.")  # fmt: skip
+                replace_layer(model, key, _quantized(layer, hessians.pop(key), config, damping))
+            inputs.advance(index, block)
+        model.train(was_training)
+        if getattr(model, "config", None) is not None:
+            describe(model, Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
+    return model
 
 
 def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: AnyConfig, damping: float) -> nn.Module:

@@ -34,7 +34,8 @@ from ..modules.packed import describe, merged_layer
 from .code import class_of
 
 _METHOD = "peft_lrqat"  # transformers' name for our reader; it is in no file
-_HUB_OPTIONS = (
+#: Those of `from_pretrained`'s options that a configuration is found by.
+HUB_OPTIONS = (
     "cache_dir",
     "force_download",
     "local_files_only",
@@ -71,7 +72,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     trusted = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None: transformers would ask
     config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
-        hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         _refuse_adapter(Path(pretrained_model_name_or_path))
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
     quantization = getattr(config, "quantization_config", None)

@@ -186,13 +186,20 @@ class QuantizingModel(LoraModel):
         check_activations(targets, config)
 
     @classmethod
-    def find_targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
-        """Name -> module of what `config` names in a model; raises ValueError if they cannot be quantized."""
+    def find_targets(cls, model: nn.Module, config: Any, *, loading: bool = False) -> dict[str, nn.Module]:
+        """Name -> module of what `config` names in a model; raises ValueError if they cannot be quantized.
+
+        Args:
+            loading: their weights are not there yet, and are not judged.
+        """
         finder = cls.__new__(cls)  # PEFT's methods for this read nothing that __init__ sets
         nn.Module.__init__(finder)
         targets = finder._targets(model, config, None)
         check_base(model, config)
-        check_targets(model, targets, config)
+        if loading:
+            check_layers(model, targets, config, loading=True)
+        else:
+            check_targets(model, targets, config)
         return targets
 
     @classmethod

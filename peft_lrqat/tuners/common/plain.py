@@ -77,12 +77,21 @@ def check_plain(module: nn.Module, where: str) -> None:
         _refuse(where, "has a `forward` of its own", "Replace it by a plain layer")
     if hooks := [name for name in _STATE_HOOKS if vars(module).get(name)]:
         _refuse(where, f"has hooks of its state dict ({', '.join(hooks)})", "Remove them")
-    check_not_offloaded(module, where)
+
+
+def offloads(module: nn.Module) -> bool:
+    """Whether accelerate keeps the parameters of a module itself somewhere else, and brings them in for every call."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether it does so with a module of a model."""
+    return any(map(offloads, model.modules()))
 
 
 def check_not_offloaded(module: nn.Module, where: str) -> None:
     """Raise ValueError if accelerate keeps a module's weight somewhere else."""
-    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+    if offloads(module):
         _refuse(
             where,
             "is offloaded by accelerate, which loads its weight for every call",

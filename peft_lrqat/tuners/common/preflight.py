@@ -106,7 +106,7 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
     """Raise ValueError if a module cannot be converted, whatever the values of its weight.
 
     Args:
-        loading: the weights are about to be loaded, and to be tied where the model says so.
+        loading: the weights are about to be loaded, all or a block at a time, and to be tied where the model says so.
     """
     owners = _owners(model)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) if loading else {}
@@ -125,6 +125,8 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
             continue
         _check_kind(module, config, where)
         check_plain(module, where)
+        if not loading:
+            check_not_offloaded(module, where)
         if isinstance(module, QuantizedLinear):
             _check_quantized(module, config, where)
         else:
