@@ -45,6 +45,7 @@ _TOLERANCE = 1e-4
 _TOKENS = 16
 #: Draws of random tokens. A router whose two best experts are level may choose another one after rounding.
 _DRAWS = 3
+_PLAIN_KERNELS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 
 @torch.inference_mode(False)
@@ -162,7 +163,7 @@ def _outputs(
     outputs: dict[int, torch.Tensor] = {}
     inside = {id(module) for unit in found for module in unit.module.modules()}
     with contextlib.ExitStack() as everything:
-        for context in (_plain_arithmetic(ids.device.type), _plain_attention(model), _in_eval(model)):
+        for context in (_plain_arithmetic(ids.device.type), _plain_kernels(model), _in_eval(model)):
             everything.enter_context(context)
         others = [module for module in model.modules() if id(module) not in inside]
         everything.enter_context(_stand_ins([(m, key, None) for m in others for key in m._parameters], device))
@@ -277,17 +278,20 @@ def _plain_arithmetic(kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_attention(model: Any) -> Iterator[None]:
-    """Attention that takes fp32, which flash attention does not."""
-    before = model.config._attn_implementation
-    if before in ("eager", "sdpa"):
-        yield
-        return
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+def _plain_kernels(model: Any) -> Iterator[None]:
+    """Attention and experts that take fp32, which flash attention and kernels for bf16 do not."""
+    chosen = {
+        model.set_attn_implementation: getattr(model.config, "_attn_implementation", None),
+        model.set_experts_implementation: getattr(model.config, "_experts_implementation", None),
+    }
+    special = {use: name for use, name in chosen.items() if name not in _PLAIN_KERNELS}
     try:
+        for use in special:
+            use("eager")
         yield
     finally:
-        model.set_attn_implementation(before)
+        for use, name in special.items():
+            use(name)
 
 
 @contextlib.contextmanager

@@ -132,6 +132,13 @@ def test_parameters_hooks_and_modes_stay():
     assert same(under, rotate(tiny()).state_dict())
 
 
+def test_flex_attention_comes_back():
+    model = tiny()
+    model.set_attn_implementation("flex_attention")
+    assert same(rotate(model), rotate(tiny()).state_dict())
+    assert model.config._attn_implementation == "flex_attention"
+
+
 def test_a_model_with_a_score_is_rotated():
     model = AutoModelForSequenceClassification.from_config(tiny().config).eval()
     before = logits(model, IDS)
