@@ -1,4 +1,4 @@
-"""What rounding activations costs: a training step of LR-QAT with and without it, the kernel alone, int8 products.
+"""What rounding activations, and the KV cache, costs: a training step of LR-QAT, the kernel alone, int8 products.
 
     python benchmarks/activations.py --out benchmarks/results/activations.json     # a GPU, about a minute
     python benchmarks/activations.py --smoke --out /tmp/activations.json           # a CPU, tiny: does it run
@@ -33,6 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "4 bits per token": {"act_bits": 4},
     "8 bits, groups of 128": {"act_bits": 8, "act_group_size": 128},
     "8 bits per token, vLLM's rule": {"act_bits": 8, "act_rule": "vllm"},
+    "8-bit KV cache": {"kv_bits": 8},
+    "8-bit KV cache, vLLM's rule": {"kv_bits": 8, "kv_rule": "vllm"},
+    "4-bit KV cache, vLLM's rule": {"kv_bits": 4, "kv_rule": "vllm"},
 }
 #: Input widths of a block's layers, and how many layers have it.
 WIDTHS = {LLAMA["7B"]["hidden_size"]: 6, LLAMA["7B"]["intermediate_size"]: 1}

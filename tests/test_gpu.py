@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitAdamW, kept_weights, limit_kept_weights
 from peft_lrqat.ops import use_kernels
+from peft_lrqat.ops.kv_cache import CacheRounding, round_states
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 from tests.problems import ours, problem, results
 
@@ -23,6 +24,7 @@ LRQAT = [
         (8, -1, True, "int"),
     )
 ]
+LRQAT += [{"bits": 4, "group_size": -1, "kv_bits": bits} for bits in (8, 4)]
 LOW_BIT = [{"bits": 8}, {"bits": 4, "group_size": 16}, {"bits": 1.58, "group_size": 0}]
 
 
@@ -38,6 +40,18 @@ def check_merged(model, ids, folder):
     for name, value in merged.state_dict().items():
         assert opened or torch.equal(there[name], value.cpu()), name
     assert torch.equal(logits(loaded, ids.cpu()), logits(merged.cpu(), ids.cpu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gpu_rounds_keys_and_values_as_a_cpu_does(dtype):
+    states = torch.randn(2, 5, 3, 48).transpose(1, 2).to(dtype)
+    for rounding in (
+        CacheRounding(8, "transformers", 48),
+        CacheRounding(4, "transformers", 16),
+        CacheRounding(8, "vllm"),
+        CacheRounding(4, "vllm"),
+    ):
+        assert torch.equal(round_states(states.cuda(), rounding).cpu(), round_states(states, rounding)), rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -47,7 +47,8 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
         name: _packed(name, module, _scheme(name, module), None if record is None else record.grid_of(name))
         for name, module in managed.items()
     }
-    adopt_cache(model, _cache(model))
+    cache = _cache(model)
+    adopt_cache(model, record.cache if cache is None and record is not None else cache)
     _replace(model, layers)
     return True
 

@@ -169,12 +169,13 @@ def _hadamard(x: Tensor) -> Tensor:
     By sums and differences: a product of matrices would add up in another order for another number of rows, and in
     fewer bits under autocast.
     """
-    size, half = x.shape[-1], 1
+    x, size, half = x.contiguous(), x.shape[-1], 1
     while half < size:
         pairs = x.unflatten(-1, (-1, 2, half))
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
-        half *= 2
+        sums = torch.empty_like(pairs)
+        torch.add(pairs[..., 0, :], pairs[..., 1, :], out=sums[..., 0, :])
+        torch.sub(pairs[..., 0, :], pairs[..., 1, :], out=sums[..., 1, :])
+        x, half = sums.flatten(-3), 2 * half
     return x
 
 

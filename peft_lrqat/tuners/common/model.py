@@ -24,7 +24,7 @@ from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
-from .preflight import check_activations, check_adapter_name, check_base, check_layers, check_targets
+from .preflight import check_activations, check_adapter_name, check_base, check_cache, check_layers, check_targets
 from .progress import conversion_bar
 from .scale_range import warn_of_lost_scales
 from .summary import report
@@ -184,6 +184,7 @@ class QuantizingModel(LoraModel):
     def _check_targets(self, targets: dict[str, nn.Module], config: Any) -> None:
         """Raise ValueError if a targeted module cannot be converted as `config` says; subclasses add to it."""
         check_activations(targets, config)
+        check_cache(targets, config)
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: Any, *, loading: bool = False) -> dict[str, nn.Module]:

@@ -142,12 +142,9 @@ def check_activations(targets: dict[str, nn.Module], config: Any) -> None:
         activations = config.activations_of(name)
         if activations is None:
             continue
-        transposed = getattr(getattr(module, "frozen", module), "transposed", isinstance(module, Conv1D))
-        table = isinstance(module, nn.Embedding) or getattr(module, "kind", None) == "embedding"
-        if transposed or table:
-            what = "an embedding" if table else "a Conv1D (GPT-2)"
+        if kind := _saved_dense(module):
             raise ValueError(
-                f"`act_bits` is {activations.bits}, but module {name!r} is {what}, for which no checkpoint format "
+                f"`act_bits` is {activations.bits}, but module {name!r} is {kind}, for which no checkpoint format "
                 f"quantizes activations. Leave `act_bits` out, or give `act_bits_pattern={{{name!r}: None}}`."
             )
         width: Any = module.in_features
@@ -163,6 +160,25 @@ def check_activations(targets: dict[str, nn.Module], config: Any) -> None:
                 f"`rank_pattern` is: a regular expression for the end of the name). Modules are called "
                 f"{', '.join(map(repr, list(targets)[:3]))} ..."
             )
+
+
+def check_cache(targets: dict[str, nn.Module], config: Any) -> None:
+    """Raise ValueError if no file of the merged model would say that its KV cache is rounded."""
+    if config.kv_bits is not None and targets and all(map(_saved_dense, targets.values())):
+        name, module = next(iter(targets.items()))
+        raise ValueError(
+            f"`kv_bits` is {config.kv_bits}, but {name!r} is {_saved_dense(module)}, as is every targeted module: the "
+            "merged model is saved as floats then, and config.json says nothing of a rounded KV cache. Leave `kv_bits` "
+            "out."
+        )
+
+
+def _saved_dense(module: nn.Module) -> str:
+    """What kind of module it is, if merging leaves it dense; else nothing."""
+    if isinstance(module, nn.Embedding) or getattr(module, "kind", None) == "embedding":
+        return "an embedding"
+    transposed = getattr(getattr(module, "frozen", module), "transposed", isinstance(module, Conv1D))
+    return "a Conv1D (GPT-2)" if transposed else ""
 
 
 def _tied_to(weight: str, ties: dict[str, str]) -> list[str]:

@@ -19,24 +19,36 @@ from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.formats import compressed_tensors
 from peft_lrqat.modules.kv_cache import find_rounding, round_cache, rounding_of
 from peft_lrqat.ops.kv_cache import CacheRounding
+from tests import lrqat
 from tests.models import logits, tiny, train
 
 RULES = {"transformers": CacheRounding(4, "transformers", 8), "vllm": CacheRounding(4, "vllm")}
 
 
-@pytest.fixture(scope="module", params=list(RULES))
-def trained(request: pytest.FixtureRequest, method: ModuleType, tmp_path_factory: pytest.TempPathFactory):
+def train_with(method: ModuleType, rule: str, folder: Path) -> SimpleNamespace:
     """A trained model, its logits, and folders: its base's, its adapter's, its merged checkpoint's."""
-    folder = tmp_path_factory.mktemp("trained")
     tiny().save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    model = method.adapt(base, **method.GRID, kv_bits=4, kv_rule=request.param)
+    model = method.adapt(base, **method.GRID, kv_bits=4, kv_rule=rule)
     train(model, method.IDS)
     model.save_pretrained(folder / "adapter")
-    found = SimpleNamespace(model=model, folder=folder, logits=logits(model, method.IDS), rule=request.param)
+    found = SimpleNamespace(model=model, folder=folder, logits=logits(model, method.IDS), rule=rule)
     found.merged = copy.deepcopy(model).merge_and_unload()
     found.merged.save_pretrained(folder / "merged")
     return found
+
+
+@pytest.fixture(scope="module")
+def trained(method: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One rule by each method; `test_either_rule_with_either_method` has the others."""
+    return train_with(method, "transformers" if method is lrqat else "vllm", tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.slow
+def test_either_rule_with_either_method(method: ModuleType, tmp_path: Path):
+    other = train_with(method, "vllm" if method is lrqat else "transformers", tmp_path)
+    test_trained_is_merged_is_reloaded(method, other)
+    test_what_transformers_does(method, other)
 
 
 def test_trained_is_merged_is_reloaded(method: ModuleType, trained: SimpleNamespace):
@@ -57,13 +69,12 @@ def test_what_transformers_does(method: ModuleType, trained: SimpleNamespace):
     with torch.no_grad():
         generated = plain.generate(method.IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
     expected = trained.merged.generate(method.IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    if trained.rule == "transformers":
-        assert torch.equal(generated, expected)
-        adopted = get_peft_model(plain, LoraConfig(target_modules=["q_proj"])).eval()
-        assert rounding_of(adopted) == RULES[trained.rule]
-        assert adopted.config.quantization_config == trained.merged.config.quantization_config
-        assert torch.equal(logits(adopted, method.IDS), trained.logits)
-        adopted(input_ids=method.IDS, labels=method.IDS).loss.backward()
+    assert torch.equal(generated, expected) or trained.rule == "vllm"
+    adopted = get_peft_model(plain, LoraConfig(target_modules=["q_proj"])).eval()
+    assert rounding_of(adopted) == RULES[trained.rule]
+    assert adopted.config.quantization_config == trained.merged.config.quantization_config
+    assert torch.equal(logits(adopted, method.IDS), trained.logits)
+    adopted(input_ids=method.IDS, labels=method.IDS).loss.backward()
 
 
 def test_the_file_says_it(trained: SimpleNamespace):
@@ -130,6 +141,8 @@ def test_a_base_that_rounds_its_cache_keeps_it(method: ModuleType, trained: Simp
 
 def test_an_error_leaves_no_rounding_behind(method: ModuleType, base, monkeypatch: pytest.MonkeyPatch):
     floats = logits(base, method.IDS)
+    with pytest.raises(ValueError, match=r"a Conv1D \(GPT-2\), as is every targeted module"):
+        method.adapt(tiny("gpt2"), group_size=-1, kv_bits=8, kv_rule="vllm")
     with pytest.raises(ValueError, match="has cross-attention"):
         method.adapt(tiny("gpt2", add_cross_attention=True), group_size=-1, kv_bits=8)
     monkeypatch.setattr("peft_lrqat.tuners.common.model.use_lean_loss", lambda model: 1 / 0)
