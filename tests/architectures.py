@@ -34,7 +34,7 @@ class Architecture:
         inputs: what its `forward` takes.
         options: of the adapter.
         early: config.json must say `dequantize`.
-        experts: it has experts, which stay float.
+        experts: it has experts that transformers joins.
         loads: transformers loads the checkpoint of compressed-tensors; otherwise that of torchao.
         first: what the reloaded model is asked before its first forward, where there is something else to ask.
         floats: for the docs, what stays float besides output layers.
@@ -216,14 +216,18 @@ ARCHITECTURES = {
         slow=False,
     ),
     "Jamba": Architecture(
-        "JambaForCausalLM", _of("JambaConfig", **{**_TEXT, **_JAMBA}), _text, experts=True, floats="experts"
+        "JambaForCausalLM",
+        _of("JambaConfig", **{**_TEXT, **_JAMBA}),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR",
     ),
     "Mixtral": Architecture(
         "MixtralForCausalLM",
         _of("MixtralConfig", **_TEXT, num_local_experts=4),
         _text,
         experts=True,
-        floats="experts",
+        floats="experts, with low-bit SR",
         slow=False,
     ),
     "Qwen 2 MoE": Architecture(
@@ -231,15 +235,22 @@ ARCHITECTURES = {
         _of("Qwen2MoeConfig", **_TEXT, **_EXPERTS, shared_expert_intermediate_size=32),
         _text,
         experts=True,
-        floats="experts, not the shared one",
+        floats="experts, with low-bit SR (not the shared one)",
     ),
     "Qwen 3 MoE": Architecture(
         "Qwen3MoeForCausalLM",
         _of("Qwen3MoeConfig", **_HEADS, **_EXPERTS),
         _text,
         experts=True,
-        floats="experts",
+        floats="experts, with low-bit SR",
         slow=False,
+    ),
+    "OLMoE": Architecture(
+        "OlmoeForCausalLM",
+        _of("OlmoeConfig", **_TEXT, num_experts=4, num_experts_per_tok=2),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR",
     ),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
@@ -252,7 +263,7 @@ ARCHITECTURES = {
         _of("DeepseekV3Config", **{**_TEXT, **_DEEPSEEK}),
         _text,
         experts=True,
-        floats="experts, not the shared one",
+        floats="experts, with low-bit SR (not the shared one)",
     ),
     "BERT": Architecture("BertForMaskedLM", _of("BertConfig", **_BERT), _text, slow=False),
     "T5": Architecture(

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from ..formats import bitnet, reading
-from ..formats.compressed_tensors import cache_rounding, scheme_of
+from ..formats.compressed_tensors import cache_rounding, matches, scheme_of
 from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..grid import PER_TENSOR, TERNARY, Grid, GridTensor
+from ..modules.experts import is_stacked
 from ..modules.kv_cache import adopt_cache
 from ..modules.packed import describe, merged_layer
 from ..ops.kv_cache import CacheRounding
@@ -42,6 +43,7 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
     managed = _managed(model)
     if not managed:
         return False
+    _refuse_float_experts(model)
     record = Record.of(cast(Any, model).config)
     layers = {
         name: _packed(name, module, _scheme(name, module), None if record is None else record.grid_of(name))
@@ -77,6 +79,19 @@ def _managed(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if getattr(module, "quantization_scheme", None) is not None and hasattr(module, "weight_scale")
     }
+
+
+def _refuse_float_experts(model: Any) -> None:
+    """Raise ValueError if transformers has made floats of experts that the file holds as integers."""
+    described = getattr(model.config, "quantization_config", None)
+    ignored = (described if isinstance(described, dict) else described.to_dict()).get("ignore") if described else ()
+    for name, module in model.named_modules():
+        files = [f"{name}.0.{part}" for part in ("gate_proj", "up_proj", "w1", "w3")]
+        if is_stacked(module) and not any(matches(entry, file) for entry in ignored or () for file in files):
+            raise ValueError(
+                f"transformers has made floats of the experts {name!r}, which the checkpoint holds as integers. Load "
+                "it with `peft_lrqat.load_quantized(...)`, which keeps them."
+            )
 
 
 def _bitnet_layers(model: nn.Module) -> dict[str, nn.Module]:

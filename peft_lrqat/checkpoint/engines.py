@@ -41,6 +41,7 @@ def engines(
     config: Any = None,
     problem: str = "",
     cache: CacheRounding | None = None,
+    experts: bool = False,
 ) -> list[Engine]:
     """The engines for a format, with their verdict on these layers.
 
@@ -50,8 +51,10 @@ def engines(
         config: the model's configuration, if it is at hand.
         problem: why transformers cannot load them from compressed-tensors, or nothing.
         cache: how keys and values are rounded; None: they are not.
+        experts: whether some of the layers are experts of a mixture.
     """
     found = _by_layers(format, infos, bits, file_group, problem)
+    found = list(map(_with_experts, found)) if experts else found
     if cache is not None:
         found = [_with_cache(one, format, cache) for one in found]
     architecture = (getattr(config, "architectures", None) or [""])[0]
@@ -75,6 +78,14 @@ def _with_cache(engine: Engine, format: str, cache: CacheRounding) -> Engine:
     if "CPU" in engine.name:
         return replace(engine, loads=False, why="on a CPU it has no KV cache of integers", run=False)
     return replace(engine, why=f"with --kv-cache-dtype int{cache.bits}_per_token_head", run=False)
+
+
+def _with_experts(engine: Engine) -> Engine:
+    if engine.name == "transformers + compressed-tensors":
+        return engine
+    if "transformers" in engine.name:
+        return Engine(engine.name, False, "it joins the experts of a file into one tensor, and has no integers there")
+    return replace(engine, run=False)  # of mixtures
 
 
 def _in_vllm(config: Any, architecture: str) -> bool:

@@ -27,7 +27,7 @@ from ..formats.scheme import Scheme
 from ..formats.shards import Entry, read_headers
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
-from ..modules.architecture import float_names, loaded_modules, loaded_names, loading, tensor_names
+from ..modules.architecture import expose_experts, float_names, loaded_modules, loaded_names, loading, tensor_names
 from .code import copy_code, read_config, without_weights
 from .damage import check_counts, naming
 
@@ -91,6 +91,9 @@ class FolderSource(Source):
         stored = reading.quantized_modules(self.format, self.files)
         if not stored:
             raise ValueError(f"The checkpoint in {str(folder)!r} has no quantized layer.")
+        if skeleton is not None:
+            with naming(folder):
+                expose_experts(skeleton, stored)
         called = loaded_modules(skeleton, stored)
         self.modules = {name: inside for name, inside in called.items() if name != inside}
         places = {name: i for i, (name, _) in enumerate(skeleton.named_modules() if skeleton is not None else ())}

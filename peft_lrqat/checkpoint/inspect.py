@@ -71,4 +71,5 @@ def _engines(source: Source) -> list[Engine]:
     infos = list(source.grids().values())
     group = source.file_group
     bits = infos[0].container_bits
-    return engines(source.format, infos, bits, group, source.config, source.problem(), source.cache)
+    experts = source.loading.packed_experts
+    return engines(source.format, infos, bits, group, source.config, source.problem(), source.cache, experts)

@@ -27,7 +27,7 @@ from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
-from ..modules.architecture import loaded_modules
+from ..modules.architecture import expose_experts, joins_experts, loaded_modules
 from ..modules.carry import carry_hooks
 from ..modules.kv_cache import round_cache
 from ..modules.packed import describe, merged_layer
@@ -184,6 +184,8 @@ class _Reader(HfQuantizer):
         entries, _, metadata = read_headers(checkpoint_files or [], _weight_map(checkpoint_files or []))
         self._scheme_of = reading.describe(self.quantization_config.stored, metadata)
         in_files = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
+        exposed = expose_experts(model, in_files)
+        self._exposed = bool(exposed)
         called = loaded_modules(model, in_files)
         self._file_names = {inside: name for name, inside in called.items()}
         stored = {inside: in_files[name] for name, inside in called.items()}
@@ -192,7 +194,7 @@ class _Reader(HfQuantizer):
         if unknown or not stored:
             raise ValueError(
                 f"The checkpoint holds quantized weights for {len(unknown)} modules that are no nn.Linear in "
-                f"{type(model).__name__}, e.g. {unknown[:3]} (experts of a mixture are not supported)."
+                f"{type(model).__name__}, e.g. {unknown[:3]}."
                 if unknown
                 else "The checkpoint's safetensors files hold no quantized weight."
             )
@@ -205,9 +207,20 @@ class _Reader(HfQuantizer):
             )
         self._dtype = kwargs.get("dtype") or model.dtype
         for name, tensors in stored.items():
-            reading.check_parts(self._scheme(name), tensors, name)
+            scheme = self._scheme(name)
+            reading.check_parts(scheme, tensors, name)
+            if scheme.activations is not None and name.startswith(tuple(f"{experts}." for experts in exposed)):
+                raise ValueError(
+                    f"The checkpoint rounds the inputs of experts ({name!r}: {scheme.activations.describe()}), which "
+                    "is not done here. Start from one whose experts have float inputs."
+                )
             parent, _, last = name.rpartition(".")
             setattr(modules[parent], last, _Stored(modules[name], tensors))
+
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
+        """transformers' conversions while it loads, without those that join experts, which are layers here."""
+        kept = [one for one in weight_conversions if not (self._exposed and joins_experts(one))]
+        return super().update_weight_conversions(kept, *args)
 
     def _scheme(self, name: str) -> Scheme:
         return self._scheme_of(*dict.fromkeys((self._file_names[name], name)))

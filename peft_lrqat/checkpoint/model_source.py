@@ -20,7 +20,9 @@ from ..formats.record import KEY, Record
 from ..formats.source import LayerInfo, Source
 from ..grid import GridTensor
 from ..modules.architecture import float_names, loading, module_names, skeleton_of, tensor_names
+from ..modules.experts import Experts
 from ..modules.kv_cache import rounding_of
+from ..modules.split_experts import ExpertPart, parts_of
 from .code import class_of
 
 
@@ -57,7 +59,8 @@ class ModelSource(Source):
                 )
         self.model = base
         self._modules = dict(_walk(base, ""))
-        self._quantized: dict[str, Any] = {n: m for n, m in self._modules.items() if hasattr(m, "grid_tensor")}
+        self._quantized: dict[str, Any] = {n: m for n, m in self._modules.items() if _is_quantized(m)}
+        self._stack: tuple[Any, GridTensor | None] = (None, None)  # the experts that were read last
         if not self._quantized:
             hint = ""
             if getattr(base.config, "quantization_config", None) is not None:
@@ -105,18 +108,31 @@ class ModelSource(Source):
 
     def _layer(self, name: str) -> GridTensor:
         module = self._quantized[name]
+        if not isinstance(module, ExpertPart):
+            return self._read(module)
+        if self._stack[0] is not module.stack:
+            self._stack = (None, None)  # before the next is built
+            self._stack = (module.stack, self._read(module.stack))
+        whole = self._stack[1]
+        assert whole is not None
+        return module.of(whole)
+
+    def _read(self, module: Any) -> GridTensor:
         return module.grid_tensor(options=self._options) if _is_adapted(module) else module.grid_tensor()
 
     def zero_point(self, name: str) -> torch.Tensor | None:
         module = self._quantized[self._called[name]]
         if self._info(self._called[name]).grid.symmetric:
             return None
-        # zero points are not trained
-        return (module.frozen if _is_adapted(module) else module).zero_point
+        layer = module.stack if isinstance(module, ExpertPart) else module
+        zero_point = (layer.frozen if _is_adapted(layer) else layer).zero_point  # which is not trained
+        return module.of_rows(zero_point) if isinstance(module, ExpertPart) else zero_point
 
     def _info(self, name: str) -> LayerInfo:
         module = self._quantized[name]
-        return module.info_for(self._options) if _is_adapted(module) else module.info
+        layer = module.stack if isinstance(module, ExpertPart) else module
+        info = layer.info_for(self._options) if _is_adapted(layer) else layer.info
+        return module.of_info(info) if isinstance(module, ExpertPart) else info
 
     @torch.no_grad()
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -196,8 +212,13 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of a model as merging would leave it: the modules that own tensors, PEFT's wrappers resolved."""
+def _is_quantized(module: Any) -> bool:
+    return isinstance(module, ExpertPart) or hasattr(module, "grid_tensor")
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+    """(name, module) of a model as merging would leave it: the modules that own tensors, PEFT's wrappers resolved; for
+    layers that hold all experts, the parts that files have of them."""
     if hasattr(module, "grid_tensor"):
         yield name, module
         return
@@ -214,7 +235,11 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             "Remove it (`unload()`), or export the model below it."
         )
     yield name, module
+    if isinstance(module, Experts):
+        yield from ((f"{name}.{part}", found) for part, found in parts_of(module).items())
     for child_name, child in module.named_children():
+        if isinstance(module, Experts) and child_name in module.parts:
+            continue
         yield from _walk(child, f"{name}.{child_name}".lstrip("."))
 
 

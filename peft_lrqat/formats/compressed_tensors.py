@@ -285,6 +285,10 @@ def loading_problem(layers: Iterable[Stored], loading: Loading, cache: CacheRoun
             f"while loading, transformers cuts the tensor {loading.cuts!r} of this architecture, which it cannot do in "
             "a checkpoint of compressed-tensors (seen with 5.23)"
         )
+    if loading.packed_experts and loading.experts:
+        return "transformers takes the experts of all layers for quantized, or of none (seen with 5.23)"
+    if loading.packed_experts and not all(grid.symmetric for grid, _, _ in kinds):
+        return "transformers reads no zero points of experts (seen with 5.23)"
     if not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
         return ""
     why = "reads weights of this architecture before the first forward" if loading.early else "reads zero points"
@@ -328,7 +332,7 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
 
     def layer(*names: str) -> Scheme:
         for target, scheme in by_target:
-            if target == "Linear" or any(_matches(target, name) for name in names):
+            if target == "Linear" or any(matches(target, name) for name in names):
                 return scheme
         raise ValueError(
             f"Layer {names[0]!r} is stored quantized, but no entry of `config_groups` in config.json names it."
@@ -337,7 +341,8 @@ def schemes(quantization: dict[str, Any], metadata: Mapping[str, str]) -> Descri
     return layer
 
 
-def _matches(target: str, name: str) -> bool:
+def matches(target: str, name: str) -> bool:
+    """Whether an entry of "targets" or "ignore" names a module."""
     return pattern_matches(target[3:], name) if target.startswith("re:") else target == name
 
 

@@ -58,13 +58,15 @@ class Loading:
         early: it reads weights before the model's first forward, or the model is used in other ways than by that.
         joins: it joins some float tensors of a file into one, as the experts of a mixture.
         cuts: it cuts a tensor of this name into several; "" if it does not.
-        experts: the model holds experts in one tensor each, which are modules for other engines.
+        experts: the model holds float experts in one tensor each, which are modules for other engines.
+        packed_experts: it holds experts so in other layers, or in all, that are quantized in the file.
     """
 
     early: bool = False
     joins: bool = False
     cuts: str = ""
     experts: bool = False
+    packed_experts: bool = False
 
 
 class Source(ABC):

@@ -104,6 +104,9 @@ class TorchAOWriter(SafetensorsWriter):
         packed = self.packed(source)
         found = no_linear(source, "torchao's format") or one_grid(source)
         found += float_activations(source, "torchao's Intx tensor") + float_cache(source, "torchao")
+        if source.loading.packed_experts:
+            reason = "transformers joins the experts of a file into one tensor, and reads no tensors of torchao there"
+            found.append(Problem(None, reason, "use compressed-tensors"))
         found += scale_problems(source, {name: info.dtype for name, info in packed.items()})
         return found + container_problems(packed, settings, WIDTHS, "torchao")
 

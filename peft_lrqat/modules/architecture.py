@@ -9,6 +9,7 @@ config.json. Some models read weights while they are loaded, which a model that 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from ..formats.source import Loading
+from .experts import Experts, is_stacked, projections
 
 # A tensor that every merged layer has, whatever else it is made of: its name tells how a quantized layer is renamed.
 _PART = "weight_packed"
@@ -72,6 +74,41 @@ def float_names(model: nn.Module, modules: Mapping[str, nn.Module], quantized: C
     return list(dict.fromkeys(name.removesuffix(".weight") for name in both))
 
 
+def expert_parts(model: nn.Module, name: str, files: set[str] | None = None) -> dict[str, tuple[str, ...]] | None:
+    """Projection -> what its rows are called in files, for one expert and in order (`gate_proj` and `up_proj`); None if
+    files hold experts in another way than one by one, as rows.
+
+    Args:
+        name: of the module that holds the experts, as transformers does.
+        files: gets the names of all their layers in files.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    found: dict[str, tuple[str, ...]] = {}
+    module = model.get_submodule(name)
+    for projection in projections(module):
+        weight = module.get_parameter(projection)
+        experts, rows, _ = weight.shape
+        numbers = torch.arange(experts * rows, device="cpu").view(
+            experts, rows, 1
+        )  # each row tells where it comes to lie
+        pieces: dict[int, list[tuple[int, str]]] = {}
+        for file, piece in revert_weight_conversion(model, {f"{name}.{projection}": numbers}).items():
+            part = re.fullmatch(r".*\.(\d+)\.([^.]+)\.weight", file)
+            if files is not None:
+                files.add(file.removesuffix(".weight"))
+            first = int(piece.flatten()[0])
+            there = torch.arange(first, first + piece.numel(), device="cpu").view(piece.shape)
+            if part is None or int(part[1]) != first // rows or piece.ndim != 2 or not torch.equal(piece, there):
+                return None
+            pieces.setdefault(int(part[1]), []).append((first % rows, part[2]))
+        names = {tuple(part for _, part in sorted(of_expert)) for of_expert in pieces.values()}
+        if len(pieces) != experts or len(names) != 1:
+            return None
+        found[projection] = names.pop()
+    return found
+
+
 def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     """Name of each tensor of a file -> what transformers calls it in the model; None if it is cut or joined."""
     if not isinstance(model, PreTrainedModel):
@@ -83,10 +120,19 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in stored:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if pattern is not None:  # joined, but not in a model that holds experts apart
+            apart, _ = rename_source_key(name, renamings, [], model.base_model_prefix, known)
+            renamed, pattern = (apart, None) if apart in known else (renamed, pattern)
         if renamed not in known and name in known:
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
         found[name] = renamed if pattern is None else None
     return found
+
+
+def joins_experts(conversion: Any) -> bool:
+    """Whether one of transformers' conversions joins the experts of a file, or cuts them."""
+    sources = getattr(conversion, "_original_source_patterns", ())
+    return isinstance(conversion, WeightConverter) and any("experts" in source for source in sources)
 
 
 def loaded_modules(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -97,6 +143,39 @@ def loaded_modules(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 # -- loading
+
+
+def expose_experts(model: Any, stored: Container[str]) -> list[str]:
+    """Have layers for single experts in a model without weights, where a file has quantized ones.
+
+    Args:
+        stored: names of the quantized modules of the file.
+
+    Returns:
+        The names of the modules whose experts have layers now.
+
+    Raises:
+        ValueError: some layers of such experts are quantized, and others are not.
+    """
+    exposed = []
+    for name, module in list(model.named_modules()):
+        files: set[str] = set()
+        if not is_stacked(module) or (parts := expert_parts(model, name, files)) is None:
+            continue
+        floats = sorted(file for file in files if file not in stored)
+        if len(floats) == len(files):
+            continue
+        if floats:
+            raise ValueError(
+                f"The checkpoint holds {len(files) - len(floats)} of {len(files)} layers of the experts {name!r} "
+                f"quantized, and others as floats, e.g. {floats[0]!r}. All or none of them can be read."
+            )
+        experts = Experts(module, parts)
+        experts.take_apart()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, experts)
+        exposed.append(name)
+    return exposed
 
 
 def skeleton_of(model: Any) -> Any:
@@ -120,16 +199,20 @@ def loading(skeleton: Any, quantized: Iterable[str]) -> Loading:
     """
     if not isinstance(skeleton, PreTrainedModel):
         return Loading()
+    quantized = set(quantized)
+    modules = dict(skeleton.named_modules())
+    stacks = [name for name, module in modules.items() if name.endswith("experts") and _stacked(module)]
+    floats = [name for name in stacks if not any(layer.startswith(name + ".") for layer in quantized)]
+    packed = len(floats) < len(stacks) or any(isinstance(module, Experts) for module in modules.values())
     joins, cuts = False, ""
     for conversion in get_model_conversion_mapping(skeleton, add_legacy=False):
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
         if isinstance(conversion, WeightConverter) and all(source.endswith(".weight") for source in sources):
-            joins = True
+            joins = joins or bool(floats) or not joins_experts(conversion)
             if len(targets) > 1:
                 cuts = sources[0]
-    experts = any(name.endswith("experts") and _stacked(module) for name, module in skeleton.named_modules())
-    early = _other_entries(skeleton) or _reads_weights(skeleton, set(quantized))
-    return Loading(early, joins, cuts, experts)
+    early = _other_entries(skeleton) or _reads_weights(skeleton, quantized)
+    return Loading(early, joins, cuts, bool(floats), packed)
 
 
 def _stacked(module: nn.Module) -> bool:

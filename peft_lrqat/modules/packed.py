@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,16 @@ from ..grid import PER_TENSOR, GridTensor, dequantize
 from ..ops import quantized_linear, round_activations
 from ..ops.activations import Activations
 from ..ops.embedding import quantized_embedding
+from ..ops.experts import expert_weights
 from ..ops.inputs import check_ids, linear_input
 from ..ops.linear import linear_weight
 from ..packing import unpack
 from ..read_only import ReadOnlyTensor
 from .architecture import float_names, loading, module_names, skeleton_of
+from .experts import Built
 from .kv_cache import rounding_of
 from .rounded_input import WHY_READ_ONLY, BitNetLinear, Int8Linear, KeepsScales, merged_info
+from .served_weight import ServedWeight
 
 
 class QuantizedLinear(KeepsScales):
@@ -165,6 +169,85 @@ class QuantizedEmbedding(QuantizedLinear):
         )
 
 
+_SERVED: weakref.WeakKeyDictionary[QuantizedStack, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+class QuantizedStack(QuantizedLinear):
+    """One projection of all experts of a mixture, held in the same way, while an adapter is merged in place.
+
+    Attributes:
+        experts: how many; each has `out_features / experts` rows.
+    """
+
+    experts: int
+
+    @property
+    def _served(self) -> dict[Any, Any]:
+        """What is shown; in no copy and no file of the module."""
+        return _SERVED.setdefault(self, {})
+
+    def forward(self, experts: torch.Tensor | None, dtype: torch.dtype) -> Built:  # type: ignore[override]  # see there
+        """The weights of some experts: see `modules.experts.Experts`."""
+        listed = torch.arange(self.experts, device=self.weight_packed.device) if experts is None else experts
+        return Built(self._some(experts, dtype), lambda which: self._some(listed[which], dtype))
+
+    @torch.no_grad()
+    def _some(self, experts: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        stored = (self.weight_packed, self.weight_scale.float(), None, self.zero_point, None, None)
+        constants = (1.0, self.bits, "int", "fp32", self.in_features, dtype)
+        return expert_weights(*stored, experts, self.experts, *constants)
+
+    def kept(self, dtype: torch.dtype) -> torch.Tensor | None:
+        weight = self._kept_weight(dtype)
+        return None if weight is None else weight.view(self.experts, -1, self.in_features)
+
+    def show_weight(self, transposed: bool = False) -> None:
+        """Have `Experts` show the weight, under the names that files give to its parts (`served`)."""
+        self._shown = transposed
+
+    def served(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Name, within the experts' module, -> weight to be read, of each expert and part; none if it is not shown.
+
+        Args:
+            names: of the parts of an expert's rows, in order.
+        """
+        if self._shown is None:
+            return {}
+        if names not in self._served:  # a walk over a model's parameters comes here for every name
+            views = [_ServedPart(self, e, i, len(names)) for e in range(self.experts) for i in range(len(names))]
+            called = [f"{e}.{name}.weight" for e in range(self.experts) for name in names]
+            self._served[names] = views, dict(zip(called, map(ServedWeight, views), strict=True))
+        return self._served[names][1]
+
+
+class _ServedPart:
+    """What a `ServedWeight` asks for, of one part of an expert."""
+
+    activations = None
+
+    def __init__(self, stack: QuantizedStack, expert: int, place: int, places: int) -> None:
+        self._stack, self._expert, self._place, self._places = weakref.ref(stack), expert, place, places
+        self.out_features = stack.out_features // (stack.experts * places)
+        self.in_features, self.compute_dtype = stack.in_features, stack.compute_dtype
+
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        return self._get().weight_scale
+
+    @property
+    def weight(self) -> ReadOnlyTensor:
+        stack = self._get()
+        expert = torch.tensor([self._expert], device=stack.weight_packed.device)
+        whole = stack._some(expert, self.compute_dtype)[0]
+        part = whole[self._place * self.out_features : (self._place + 1) * self.out_features]
+        return ReadOnlyTensor(part.clone() if self._places > 1 else part, WHY_READ_ONLY)
+
+    def _get(self) -> QuantizedStack:
+        stack = self._stack()
+        assert stack is not None  # who has the parts keeps them alive, and it is the stack
+        return stack
+
+
 #: The layers that merging makes; a model that has one is quantized.
 MERGED: tuple[type[nn.Linear], ...] = (QuantizedLinear, Int8Linear, BitNetLinear)
 
@@ -177,6 +260,7 @@ def merged_layer(
     *,
     transposed: bool = False,
     embedding: bool = False,
+    experts: int = 1,
     activations: Activations | None = None,
     file_scale_dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -190,6 +274,7 @@ def merged_layer(
         transposed: whether it takes the place of a Conv1D (GPT-2). compressed-tensors has no packed form of that, so
             it becomes a dense Conv1D whose weight holds the grid's exact values.
         embedding: whether it takes the place of an embedding.
+        experts: of how many experts it is a projection, if it is a stack of them.
         activations: how inputs are rounded, None: they are floats.
         file_scale_dtype: of the scales in the file that the layer was read from; they stay in it where `dtype` does
             not hold them. None: `dtype` holds them.
@@ -226,8 +311,11 @@ def merged_layer(
         return BitNetLinear(weight, dtype)
     if as_int8 and activations is not None:
         return Int8Linear(weight, bias, dtype, activations)
-    kind = QuantizedEmbedding if embedding else QuantizedLinear
-    return kind(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype, activations)
+    kind = QuantizedEmbedding if embedding else QuantizedStack if experts > 1 else QuantizedLinear
+    packed = kind(weight, bias, bits, dtype if exact else file_scale_dtype or dtype, dtype, activations)
+    if isinstance(packed, QuantizedStack):
+        packed.experts = experts
+    return packed
 
 
 def describe(model: Any, record: Record | None = None) -> None:

@@ -61,6 +61,14 @@ def test_what_transformers_cannot_load_is_said():
     assert found[1].loads
 
 
+def test_mixtures():
+    info = LayerInfo(64, 64, Grid(4, 32), "linear", False, torch.bfloat16, 4)
+    for format, loads in (("compressed-tensors", True), ("gptq", False), ("torchao", False)):
+        found = engines(format, [info], 4, 32, experts=True)
+        assert next(engine for engine in found if "transformers" in engine.name).loads is loads
+        assert not any(engine.run for engine in found if "transformers" not in engine.name)
+
+
 def test_int8_activations_and_odd_layers():
     assert all(verdicts("compressed-tensors", 8, -1, Activations("vllm")).values())
     for bits, group, how in ((4, -1, Activations("humming")), (8, 32, INT8), (8, -1, Activations("humming", 4))):

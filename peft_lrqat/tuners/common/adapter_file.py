@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...modules.experts import ExpertStack
 from ...modules.packed import QuantizedLinear
 from .fingerprint import check_checksum, in_order, of_tensor, version_of
 from .layer import MergingLayer
@@ -52,14 +53,14 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
         if isinstance(module, BaseTunerLayer):
             layer: Any = module  # LoraLayer has these; its base class does not declare them
             in_features, out_features = layer.in_features, layer.out_features
-        elif isinstance(module, QuantizedLinear):
-            in_features, out_features = module.in_features, module.out_features
+        elif isinstance(module, QuantizedLinear | ExpertStack):
+            in_features, out_features = module.in_features, module.out_features // getattr(module, "experts", 1)
         else:
             out_features, in_features = module.weight.shape
             if isinstance(module, Conv1D):
                 out_features, in_features = in_features, out_features
-        widths[name] = in_features
-        for part, shape in config.expected_shapes(name, out_features, in_features).items():
+        widths[name], experts = in_features, getattr(module, "experts", 1)
+        for part, shape in config.expected_shapes(name, out_features, in_features, experts).items():
             key = f"base_model.model.{name}.{part}"
             saved = shapes.get(key)
             if saved is None:

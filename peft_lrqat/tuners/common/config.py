@@ -276,6 +276,10 @@ class GridConfig(PeftConfigMixin):
             "two."
         )
 
+    def experts_problem(self) -> str:
+        """Why experts of a mixture cannot be quantized with this configuration; "" if they can."""
+        raise NotImplementedError
+
     def check_container(self) -> None:
         """Raise ValueError if the codes of the checkpoint do not fit into `container_bits`."""
         least = self.stored_grid.code_bits
@@ -287,8 +291,8 @@ class GridConfig(PeftConfigMixin):
                 f"({self.stored_grid.describe()}) take {least} bits; it must be an integer from {least} to 8, or None."
             )
 
-    def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
-        """Tensor name -> shape of what an adapter's file holds for the layer of that name."""
+    def expected_shapes(self, name: str, out_features: int, in_features: int, experts: int = 1) -> dict[str, tuple]:
+        """Tensor name -> shape of what an adapter's file holds for the layer of that name; `experts`: of so many."""
         raise NotImplementedError
 
     def check_values(self, widths: dict[str, int]) -> None:

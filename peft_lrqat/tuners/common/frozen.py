@@ -99,12 +99,13 @@ class FrozenWeight(nn.Module, KeepsWeight):
     in_features: int
     source_checksum: int | None
     lossless: tuple[int, int] | None = None
+    experts: int = 1  # of how many experts of a mixture it is a projection (`lrqat/experts.py`)
     loading: bool = False  # while transformers loads the model, which asks for weights without reading them
 
     #: The attributes that describe the base.
     description = frozenset(
         {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "activations", "fmt"}
-        | {"source_checksum", "lossless", "loading"}
+        | {"source_checksum", "lossless", "loading", "experts"}
     )
 
     def __init__(
@@ -344,7 +345,9 @@ class FrozenWeight(nn.Module, KeepsWeight):
         else:
             weight = GridTensor(decode_base(base, self.fmt).round_().to(torch.int8), scale, zero_point, self.grid)
             bits = self.fmt.bits if self.fixed_point else bits
-        return merged_layer(weight, self.bias, bits, self.compute_dtype, activations=self.activations)
+        return merged_layer(
+            weight, self.bias, bits, self.compute_dtype, experts=self.experts, activations=self.activations
+        )
 
     def checksum(self, version: int = VERSION) -> torch.Tensor:
         """int64 scalar that tells two conversions apart: a position-weighted sum of every stored byte, modulo 2^64."""

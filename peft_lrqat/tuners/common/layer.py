@@ -277,6 +277,7 @@ class MergingLayer(LoraLayer):
             options.stored_bits,
             frozen.compute_dtype,
             embedding=self.kind == "embedding",
+            experts=frozen.experts,
             activations=options.activations_of(self.name),
         )
 

@@ -17,6 +17,7 @@ from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
+from .experts import adopt_experts, release_experts, settle_experts
 from .extras import check_extras, check_reference, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order, version_of
 from .frozen import FrozenWeight, packed_state_dict
@@ -28,7 +29,7 @@ from .preflight import check_activations, check_adapter_name, check_base, check_
 from .progress import conversion_bar
 from .scale_range import warn_of_lost_scales
 from .summary import report
-from .targets import left_out, tell_left_out, warn_of_unknown_names
+from .targets import inside_experts, left_out, tell_left_out, warn_of_unknown_names
 from .undo import Undo
 
 # How an adapter's file names, after the method's prefix, the checksum of the base.
@@ -109,7 +110,10 @@ class QuantizingModel(LoraModel):
         check_loaded(model)
         if not config.inference_mode:
             check_announced(trains_integers=self.trains_integers)
-        adopted = self._adopt_base(model, config, state_dict)
+        experts = adopt_experts(model, config)
+        kept = bool(experts) and release_experts(model, experts, self._targets(model, config, state_dict))
+        del experts  # with the parameters that transformers has them in
+        adopted = self._adopt_base(model, config, state_dict) or kept
         adopt_loaded(model, self._targets(model, config, state_dict), config)
         cache = rounding_for(model, config)
         self._check_new_adapter_config(config)
@@ -249,7 +253,7 @@ class QuantizingModel(LoraModel):
         if config.target_modules != ALL_LINEAR:
             return config.target_modules
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        names = (plan.target_modules - set(left_out(model))) | loaded_layers(model).keys()
+        names = (plan.target_modules - set(left_out(model)) - inside_experts(model)) | loaded_layers(model).keys()
         if not names:
             check_base(model, config)  # a quantized one, whose layers have a forward of their own
             raise ValueError(
@@ -393,6 +397,7 @@ class QuantizingModel(LoraModel):
         config = self._merge_options(adapter_names)
         with merging(config):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        settle_experts(model)
         restore_loss(model)
         if merge:
             settle(model)

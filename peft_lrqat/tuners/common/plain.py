@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from ...modules.experts import ExpertStack
 from ...modules.packed import MERGED
 
-_PLAIN = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+_PLAIN = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward, ExpertStack.forward)
 
 # Classes whose forward is written anew, to the same effect.
 _SAME = ("FalconLinear",)
@@ -35,7 +36,7 @@ _STATE_HOOKS = (
 # Set on a converted layer, not taken from the old one: attributes of torch's classes, accelerate's hooks, and ours.
 _OWN = {*vars(nn.Module()), *vars(nn.Embedding(1, 1, device="meta")), "in_features", "out_features", "nf", "nx"}
 _OWN |= {"embed_scale", "forward", "_old_forward", "_hf_hook"}
-_OWN |= {"bits", "grid", "compute_dtype", "qweight", "weight_zero_point"}
+_OWN |= {"bits", "grid", "compute_dtype", "qweight", "weight_zero_point", "experts"}
 
 
 def scales_rows(module: nn.Module) -> bool:

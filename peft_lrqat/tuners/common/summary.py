@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ...modules.experts import Experts
 from ...modules.kv_cache import rounding_of
 from ...modules.packed import MERGED
 from .layer import MergingLayer
@@ -34,6 +35,7 @@ class Summary(NamedTuple):
 
     grid: str
     layers: int  # on the grid, of this conversion or before
+    experts: int  # likewise, of mixtures, whose projections do not count as layers
     weights: int  # in them
     total: int  # in the model, without adapters
     tables: int  # float: embeddings and the output layer
@@ -49,9 +51,11 @@ class Summary(NamedTuple):
         return sum(self.matrices.values()) > self.weights
 
     def __str__(self) -> str:
+        experts = f" and {self.experts} experts" if self.experts else ""
         parts = [
-            f"{self.layers} layers on the grid ({self.grid}), {_share(self.weights, self.total)} of the model's "
-            f"{_count(self.total)} weights: {_megabytes(self.bytes_before)} became {_megabytes(self.bytes_after)}."
+            f"{self.layers} layers{experts} on the grid ({self.grid}), {_share(self.weights, self.total)} of the "
+            f"model's {_count(self.total)} weights: {_megabytes(self.bytes_before)} became "
+            f"{_megabytes(self.bytes_after)}."
         ]
         if self.lossless > 0.1 * self.scales:
             parts.append(f"{_share(self.lossless, self.scales)} of the groups lay on the grid already.")
@@ -72,13 +76,17 @@ def summarize(model: nn.Module, grid: str) -> Summary:
         grid: how the grid is described.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = weights = total = tables = before = after = scales = lossless = 0
+    layers = experts = weights = total = tables = before = after = scales = lossless = 0
     matrices: Counter[str] = Counter()
     seen: set[int] = set()
     inside: tuple[str, ...] = ()
+    of_experts: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
+        if isinstance(module, Experts):
+            experts += module.num_experts
+            of_experts += (name + ".",)
         if isinstance(module, MergingLayer):
             layer: Any = module
             frozen = layer.frozen
@@ -101,8 +109,9 @@ def summarize(model: nn.Module, grid: str) -> Summary:
                     matrices[name.rpartition(".")[2] if key == "weight" else key] += parameter.numel()
             continue
         inside += (name + ".",)
-        layers, weights, total = layers + 1, weights + size, total + size
-    return Summary(grid, layers, weights, total, tables, dict(matrices), before, after, scales, lossless)
+        layers += not name.startswith(of_experts)
+        weights, total = weights + size, total + size
+    return Summary(grid, layers, experts, weights, total, tables, dict(matrices), before, after, scales, lossless)
 
 
 def report(model: nn.Module, config: Any) -> None:
@@ -118,7 +127,7 @@ def report(model: nn.Module, config: Any) -> None:
     if summary.mostly_float and not loaded:
         warnings.warn(
             f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "
-            "layers. Weights that are no nn.Linear or Conv1D (experts in one parameter, convolutions) stay float.",
+            "layers and, with LRQATConfig, the experts of mixtures. Other weights (of convolutions) stay float.",
             stacklevel=2,
         )
 

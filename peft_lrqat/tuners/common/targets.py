@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...modules.experts import Experts
 from .plain import has_own_forward
 
 
@@ -18,6 +19,17 @@ def left_out(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and has_own_forward(module)
     ]
+
+
+def inside_experts(model: nn.Module) -> set[str]:
+    """Names of the layers of single experts in a merged model, which are trained together or not at all."""
+    return {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, Experts) and not module.stacks
+        for inner, _ in module.named_modules()
+        if inner
+    }
 
 
 def tell_left_out(model: nn.Module) -> None:

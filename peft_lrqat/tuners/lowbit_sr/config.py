@@ -252,7 +252,10 @@ class LowBitSRConfig(GridConfig, PeftConfig):
                 "adapter was made for another grid. Load it with the configuration that it was trained with."
             )
 
-    def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
+    def experts_problem(self) -> str:
+        return "LowBitSRConfig trains layers one by one, but experts are one layer; LRQATConfig trains them"
+
+    def expected_shapes(self, name: str, out_features: int, in_features: int, experts: int = 1) -> dict[str, tuple]:
         scales = self.grid.scale_shape(out_features, in_features)
         shapes: dict[str, tuple] = {
             "lowbitsr_codes": (out_features, words_per_row(in_features, self.grid.code_bits)),

@@ -17,6 +17,7 @@ class DroppedBase(nn.Module):
     """What stays of a layer whose base codes were dropped (`keep_base=False`): its shape, dtype and bias."""
 
     bias: nn.Parameter | None
+    experts = 1
 
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; the bias is the model's own
     def __init__(self, frozen: FrozenWeight) -> None:

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...grid import PER_CHANNEL, Grid
+from ...grid import PER_CHANNEL, PER_TENSOR, Grid
 from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
@@ -27,7 +27,6 @@ _REFUSED = {
     "lora_bias": "a bias of lora_B would lie outside the rounding; train the layer's own bias with `bias='lora_only'`",
     "layer_replication": "every replica would hold its own packed copy; replicate the layers before adapting",
     "megatron_config": "Megatron's parallel linear layers are not supported",
-    "target_parameters": "only nn.Linear, Conv1D and nn.Embedding can be quantized; name them in `target_modules`",
     "eva_config": "EVA initializes for a float base",
     "corda_config": "CorDA rewrites the base weight",
     "lora_ga_config": "LoRA-GA rewrites the base weight",
@@ -71,6 +70,9 @@ class LRQATConfig(GridConfig, LoraConfig):
     )
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
+        "target_parameters": Rule(
+            "it must be a list of names of parameters, or None", SHARED["modules_to_save"].allows
+        ),
         "r": RANK,
         "lora_alpha": optional(POSITIVE),
         "rank_pattern": pattern(RANK),
@@ -330,14 +332,25 @@ class LRQATConfig(GridConfig, LoraConfig):
         pattern: dict[str, int] = self.rank_pattern or {}
         return pattern.get(get_pattern_key(list(pattern), name), self.r)
 
-    def expected_shapes(self, name: str, out_features: int, in_features: int) -> dict[str, tuple]:
-        rank = self.rank_of(name)
+    def expected_shapes(self, name: str, out_features: int, in_features: int, experts: int = 1) -> dict[str, tuple]:
+        rank = self.rank_of(name) * experts
         shapes: dict[str, tuple] = {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
         if self.learn_scales:
-            shapes["lora_scale_shift.weight"] = self.shift_shape(*self.grid.scale_shape(out_features, in_features))
+            shapes["lora_scale_shift.weight"] = self.shift_shape(
+                *self.grid.scale_shape(out_features * experts, in_features)
+            )
         if self.learns_input_scale(name):
             shapes["lora_act_scale.weight"] = (1,)
         return shapes
+
+    def experts_problem(self) -> str:
+        if self.group_size == PER_TENSOR:
+            return (
+                "`group_size` is 0, but a scale for all experts of a layer is no grid of any format; use -1 or groups"
+            )
+        if self.init_lora_weights == "loftq":
+            return "`init_lora_weights` is 'loftq', which is made for single layers; use True"
+        return ""
 
     def shift_shape(self, rows: int, groups: int) -> tuple[int, int]:
         """The shape of the scales' learned change, where the scales have shape (rows, groups)."""
@@ -352,6 +365,8 @@ class LRQATConfig(GridConfig, LoraConfig):
     def check_fields(self) -> None:
         if self.rank_pattern is None or self.alpha_pattern is None:  # as PEFT allows
             self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        if self.target_parameters and isinstance(self.target_modules, (list, set)) and not self.target_modules:
+            self.target_modules = list(self.target_parameters)  # as layers are what experts become
         super().check_fields()
 
     def check_options(self) -> None:

@@ -105,6 +105,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
     """An nn.Linear or Conv1D whose weight is rounded with the adapter inside."""
 
     base_layer: FrozenWeight
+    frozen_class: type[FrozenWeight] = FrozenWeight
 
     def __init__(
         self,
@@ -124,7 +125,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             source_checksum: of that weight, if it is known.
         """
         super().__init__()
-        frozen = FrozenWeight.of(base_layer, config, fixed_point=fixed_point, source_checksum=source_checksum)
+        frozen = self.frozen_class.of(base_layer, config, fixed_point=fixed_point, source_checksum=source_checksum)
         LRQATLayer.__init__(self, frozen, **kwargs)
         self.fan_in_fan_out = frozen.transposed
         self.name = kwargs.get("target_name", "")
@@ -153,13 +154,19 @@ class LRQATLinear(nn.Module, LRQATLayer):
             shape = config.shift_shape(*frozen.scale0_bits.shape)
             self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(shape, device=frozen.device))
         self._add_input_scale(adapter_name, config)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self._add_factors(adapter_name, r, lora_alpha, config, **kwargs)
         LoraLayer._move_adapter_to_device_of_base_layer(self, adapter_name)  # a new adapter takes the base's dtype
         self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)
         if not config.inference_mode:
-            watch(self.lora_B[adapter_name].weight, frozen.in_features, self.scaling[adapter_name])
+            # the factors of all experts lie in one: its rank, too, is that many times as large
+            width = frozen.in_features * frozen.experts
+            watch(self.lora_B[adapter_name].weight, width, self.scaling[adapter_name])
+
+    def _add_factors(self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any) -> None:
+        """Add lora_A and lora_B, as PEFT does it."""
+        LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _random_adapter(self, adapter_name: str) -> None:
         """`init_lora_weights=False`, for tests: an adapter that moves about half of the weights by a grid step."""
@@ -213,7 +220,11 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if len(present) == 1:
             return Operands(shift, A[0], B[0], self.scaling[present[0]])
         scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
-        return Operands(shift, torch.cat([a.float() for a in A]), torch.cat(scaled, 1), 1.0)
+        return Operands(shift, *self._side_by_side([a.float() for a in A], scaled), 1.0)
+
+    def _side_by_side(self, A: list[torch.Tensor], B: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors whose product is the sum of the products of these."""
+        return torch.cat(A), torch.cat(B, 1)
 
     def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         shifts = [share(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
@@ -300,7 +311,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         shift, A, B, c = self._operands(adapters)
         scale = self._scale(shift)
         self._check_scale(adapters, safe_merge, scale, A, B)
-        levels = codes(whole(frozen.base), A, B, frozen.fmt, c, self._units(shift))
+        levels = self._levels(shift, A, B, c)
         return GridTensor(levels, scale, whole(frozen.zero_point), frozen.grid, self._input_scale(adapters))
 
     @torch.no_grad()
@@ -318,6 +329,12 @@ class LRQATLinear(nn.Module, LRQATLayer):
             units if units is None or len(units) == 1 else units[rows],
         )
         return some, frozen.fmt.qmin, frozen.fmt.qmax
+
+    def _levels(
+        self, shift: torch.Tensor | None, A: torch.Tensor | None, B: torch.Tensor | None, c: float
+    ) -> torch.Tensor:
+        """The codes, int8 (out, in)."""
+        return codes(whole(self.frozen.base), A, B, self.frozen.fmt, c, self._units(shift))
 
     def _float_layer(self) -> nn.Module:
         return self.frozen.quantized_layer() if self.frozen.quantized_before else self._as_it_was()

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from ...checkpoint.adopt import adopt_compressed_tensors
+from ...modules.experts import ExpertStack
+from ...modules.packed import QuantizedStack
 from ..common.model import QuantizingModel
 from ..common.quantized_base import is_fixed_point
 from .config import BY_CHANNEL, LRQATConfig
 from .embedding import LRQATEmbedding
+from .experts import LRQATExpertLinear
 from .layer import LRQATLayer, LRQATLinear
 from .quantized_base import adopt_base
 
@@ -77,7 +80,9 @@ class LRQATModel(QuantizingModel):
     ) -> nn.Module:
         for unused in ("device_map", "parameter_name", "tied_adapter", "get_apply_tensor_subclass"):
             kwargs.pop(unused, None)
-        kind = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
+        kind: type[LRQATLinear] = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
+        if isinstance(target, ExpertStack | QuantizedStack):
+            kind = LRQATExpertLinear
         if is_fixed_point(self.model, target, lora_config):
             kwargs["fixed_point"] = True
         checksum = self._source_checksum(kwargs["target_name"])
@@ -100,6 +105,12 @@ class LRQATModel(QuantizingModel):
         scale shifts, which are no matrices of low rank, always linearly: shift = sum of weight * shift."""
         if adapter_name in self.peft_config:
             return
+        if any(isinstance(layer, LRQATExpertLinear) for layer in self.modules()):
+            raise ValueError(
+                "`add_weighted_adapter` combines the factors of single layers, but the factors of all experts of a "
+                "layer lie in one. Activate several adapters instead (`model.base_model.set_adapter([...])`), which "
+                "adds them up."
+            )
         self._combining = tuple(adapters)
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)

@@ -71,7 +71,7 @@ class Experts(nn.Module):
 def test_experts_in_one_parameter_are_named(method: ModuleType):
     model = nn.ModuleDict({"experts": Experts(), "tied": nn.Linear(8, 8)})
     model["again"] = model["tied"]
-    with pytest.warns(UserWarning, match=r"gate_up_proj \(512\).*experts in one parameter"):
+    with pytest.warns(UserWarning, match=r"gate_up_proj \(512\).*experts of mixtures"):
         get_peft_model(model, method.config(target_modules=["router"]))
     assert summarize(model, "").matrices == {"gate_up_proj": 512, "tied": 64}
 

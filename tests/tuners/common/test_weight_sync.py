@@ -6,12 +6,9 @@ vLLM.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
-import types
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -19,13 +16,13 @@ from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from trl.experimental.online_dpo import OnlineDPOTrainer
-from trl.generation.vllm_generation import VLLMGeneration
 
 from peft_lrqat.modules.served_weight import ServedWeight
 from tests import lrqat
 from tests.files import read as tensors
 from tests.memory import LiveBytes
 from tests.models import logits, tiny, tokens, train
+from tests.weight_engine import Engine, colocated, sync
 
 IDS = tokens()
 GRIDS: dict[str, dict] = {
@@ -33,41 +30,6 @@ GRIDS: dict[str, dict] = {
     "asymmetric groups": {"group_size": 8, "symmetric": False},
     "tensor": {"group_size": 0},
 }
-
-
-class Engine:
-    """A float model, started from the float checkpoint, and loaded as vLLM is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.loaded = copy.deepcopy(model), []
-
-    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        for name, weight in weights:
-            assert type(weight) in (torch.Tensor, nn.Parameter)  # nothing that a collective call could not send
-            here = self.model.get_parameter(name)  # AttributeError: a name that the engine does not know
-            assert (weight.shape, weight.dtype) == (here.shape, here.dtype), name
-            assert weight.untyped_storage().nbytes() == weight.nbytes
-            here.data.copy_(weight)
-            self.loaded.append(name)
-
-
-def colocated(kind: type, model: PeftModel, engine: Engine) -> Any:
-    """TRL's syncing side with an engine in its process, as it is after `__init__`, whatever TRL's version."""
-    syncing = kind.__new__(kind)
-    state = types.SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None)
-    syncing.model, syncing.accelerator = model, types.SimpleNamespace(state=state, is_main_process=True)
-    syncing._dist = types.SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: contextlib.nullcontext())
-    syncing.is_fsdp_enabled = syncing.enable_sleep_mode = False
-    syncing.mode = syncing.vllm_mode = "colocate"
-    runner = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=engine))
-    executor = types.SimpleNamespace(driver_worker=runner)
-    llm_engine = types.SimpleNamespace(model_executor=executor)
-    syncing.llm = types.SimpleNamespace(llm_engine=llm_engine, reset_prefix_cache=lambda: None)
-    return syncing
-
-
-def sync(model: PeftModel, engine: Engine) -> None:
-    colocated(VLLMGeneration, model, engine).sync_weights()
 
 
 def sync_online_dpo(model: PeftModel, engine: Engine) -> None:

@@ -1,0 +1,98 @@
+"""Checkpoints of mixtures: what is read, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from peft_lrqat import LRQATConfig, can_export, export, load_quantized
+from peft_lrqat.grid import Grid
+from tests.mixtures import EXPERTS, FIRST, mixture, on_experts
+from tests.models import logits, tokens
+
+IDS = tokens(1, 5)
+SIZES = {"moe_intermediate_size": 32, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def merged() -> PreTrainedModel:
+    return on_experts(mixture(torch.bfloat16, **SIZES), group_size=32).merge_and_unload()
+
+
+@pytest.fixture(scope="module")
+def folder(merged: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As others write one: the experts alone are quantized, symmetric, in groups of 32 (Kimi)."""
+    where = tmp_path_factory.mktemp("mixture")
+    model = on_experts(
+        mixture(torch.bfloat16, **SIZES), group_size=32, target_modules=["gate_proj", "up_proj", "down_proj"]
+    )
+    model.merge_and_unload().save_pretrained(where)
+    config = json.loads((where / "config.json").read_text())
+    del config["peft_lrqat"]  # what only this package writes
+    (where / "config.json").write_text(json.dumps(config))
+    return where
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_formats(merged: PreTrainedModel, tmp_path: Path, format: str):
+    assert export(merged, tmp_path / "out", format, progress=False).loss is None
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.startswith(f"{FIRST}.{EXPERTS - 1}.up_proj.") for name in files)
+    loaded = load_quantized(tmp_path / "out").eval()
+    assert torch.equal(logits(loaded, IDS), logits(merged, IDS))
+    again = export(tmp_path / "out", tmp_path / "again", "compressed-tensors", progress=False)
+    assert again.loss is None
+    assert torch.equal(logits(load_quantized(tmp_path / "again").eval(), IDS), logits(merged, IDS))
+
+
+def test_what_transformers_would_load_with_random_experts_is_not_written(merged: PreTrainedModel):
+    found = can_export(merged, "torchao")
+    assert not found
+    assert "joins the experts" in str(found)
+
+
+def test_a_checkpoint_whose_experts_alone_are_quantized(folder: Path):
+    loaded = load_quantized(folder).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(logits(loaded, IDS), logits(plain, IDS))
+    model = get_peft_model(loaded, LRQATConfig(r=1, target_modules=["experts.gate_up_proj", "experts.down_proj"]))
+    assert torch.equal(logits(model, IDS), logits(plain, IDS))
+    layer: Any = model.base_model.model.get_submodule(f"{FIRST}.down_proj")
+    assert layer.frozen.grid == Grid(4, 32)
+
+
+def test_floats_that_transformers_made_of_integers_are_no_start(merged: PreTrainedModel, tmp_path: Path):
+    merged.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"transformers has made floats of the experts.*load_quantized"):
+        get_peft_model(model, LRQATConfig(r=1))
+
+
+def test_experts_that_are_quantized_in_part(folder: Path, tmp_path: Path):
+    state = load_file(folder / "model.safetensors")
+    for name in [name for name in state if f"{FIRST}.1.up_proj." in name]:
+        del state[name]
+    state[f"{FIRST}.1.up_proj.weight"] = torch.zeros(32, 32, dtype=torch.bfloat16)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for read in (load_quantized, lambda where: can_export(where, "gptq")):
+        with pytest.raises(ValueError, match=r"14 of 15 layers of the experts.*up_proj"):
+            read(tmp_path)
+
+
+def test_an_expert_that_is_missing(folder: Path, tmp_path: Path):
+    state = load_file(folder / "model.safetensors")
+    del state[f"{FIRST}.1.up_proj.weight_packed"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"experts.1.up_proj.*cannot be read|missing"):
+        can_export(tmp_path, "gptq")
+    with pytest.raises(ValueError, match="missing"):
+        load_quantized(tmp_path)

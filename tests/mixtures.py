@@ -1,0 +1,51 @@
+"""Tiny mixtures of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+
+from peft_lrqat import LRQATConfig
+from tests.models import VOCAB
+
+EXPERTS, CHOSEN = 5, 2
+#: How the experts of the first layer are called.
+FIRST = "model.layers.0.mlp.experts"
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": CHOSEN,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+}
+
+
+def mixture(dtype: torch.dtype = torch.float32, how: str = "grouped_mm", **overrides: Any) -> PreTrainedModel:
+    """A random Qwen3-MoE in eval mode.
+
+    Args:
+        how: which of transformers' functions multiplies with experts.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**_SIZES, **overrides}), dtype=dtype).eval()
+    model.set_experts_implementation(how)
+    return model
+
+
+def on_experts(model: PreTrainedModel, **options: Any) -> PeftModel:
+    """LR-QAT on all linear layers and experts, in groups of 8, with adapters that start away from the base."""
+    settings = {"r": 2, "group_size": 8, "range_method": "minmax", "init_lora_weights": False}
+    return get_peft_model(model, LRQATConfig(**{**settings, "task_type": "CAUSAL_LM", **options})).eval()

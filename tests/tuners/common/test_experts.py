@@ -1,0 +1,149 @@
+"""Which experts a configuration means; what it cannot quantize stays as it is, and is named or refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_lrqat import LowBitSRConfig, LRQATConfig
+from peft_lrqat.modules.experts import Experts
+from peft_lrqat.tuners.common.layer import MergingLayer
+from tests.architectures import ARCHITECTURES
+from tests.mixtures import FIRST, mixture, on_experts
+from tests.models import logits, tokens
+
+BOTH = {f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")}
+ONE = {name for name in BOTH if ".0." in name}
+FILES = ["gate_proj", "up_proj", "down_proj"]
+PARAMETERS = ["experts.gate_up_proj", "mlp.experts.down_proj"]
+IDS = tokens(1, 4)
+MODEL = mixture()
+
+
+def converted(**options: Any) -> set[str]:
+    """The experts' layers with adapters."""
+    model = on_experts(copy.deepcopy(MODEL), init_lora_weights=True, r=1, **options).base_model.model
+    found = {name for name, module in model.named_modules() if isinstance(module, MergingLayer)}
+    assert not any(
+        isinstance(module, Experts) for name, module in model.named_modules() if name + ".down_proj" not in found
+    )
+    return {name for name in found if "experts" in name}
+
+
+@pytest.mark.filterwarnings("ignore:Most of the model")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, BOTH),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, ONE),
+        ({"exclude_modules": ["experts"]}, set()),
+        ({"exclude_modules": r".*layers\.1.*"}, ONE),
+        ({"exclude_modules": ["up_proj"]}, set()),
+        ({"target_modules": ["q_proj", *FILES]}, BOTH),
+        ({"target_modules": ["q_proj", *FILES], "layers_to_transform": 0}, ONE),
+        ({"target_modules": ["gate_up_proj", "down_proj"]}, BOTH),
+        ({"target_modules": r".*\.1\..*_proj"}, BOTH - ONE),
+        ({"target_modules": ["q_proj", "v_proj"]}, set()),
+        ({"target_modules": [], "target_parameters": PARAMETERS}, BOTH),
+        ({"target_modules": ["q_proj"], "target_parameters": PARAMETERS}, BOTH),
+        ({"target_modules": r".*q_proj", "target_parameters": PARAMETERS}, BOTH),
+        ({"target_parameters": PARAMETERS}, BOTH),
+    ],
+    ids=str,
+)
+def test_experts_are_chosen(options: dict, expected: set[str]):
+    assert converted(**options) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Most of the model")
+def test_a_part_of_the_experts_is_not_enough():
+    with pytest.warns(UserWarning, match=r"a part of the experts of 'model.layers.0.mlp.experts'.*gate_proj, up_proj"):
+        assert not converted(target_modules=["q_proj", "down_proj"])
+
+
+def test_what_the_model_says_afterwards(caplog: pytest.LogCaptureFixture):
+    model = copy.deepcopy(MODEL)
+    with warnings.catch_warnings(), caplog.at_level("INFO", "peft_lrqat"):
+        warnings.filterwarnings("error", message="Most of the model|The experts")
+        model = on_experts(model)
+    assert "8 layers and 10 experts on the grid" in caplog.text
+    assert "gate (320)" in caplog.text  # the routers
+    assert model.peft_config["default"].target_parameters is None
+    assert model.base_model.model.get_submodule(FIRST).parts["down_proj"] == ("down_proj",)
+
+
+ASKED = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
+
+
+@pytest.mark.filterwarnings("ignore:Most of the model")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"group_size": 0}, "`group_size` is 0"),
+        ({"init_lora_weights": "loftq"}, "`init_lora_weights` is 'loftq'"),
+        ({"group_size": -1, "act_bits": 8}, "their inputs would be rounded"),
+    ],
+    ids=["tensor", "loftq", "activations"],
+)
+def test_what_cannot_be_done_with_experts(options: dict, reason: str):
+    config = {"r": 1, "group_size": 8, "range_method": "minmax", **options}
+    with pytest.warns(UserWarning, match=rf"The experts of 2 layers.*stay as they are: {reason}"):
+        model = get_peft_model(copy.deepcopy(MODEL), LRQATConfig(**config, target_modules="all-linear"))
+    assert not any(isinstance(module, Experts) for module in model.modules())
+    plain = copy.deepcopy(MODEL)
+    with pytest.raises(ValueError, match=rf"experts of '{FIRST}'.*cannot be quantized: {reason}"):
+        get_peft_model(plain, LRQATConfig(**{**config, **ASKED}))
+    assert torch.equal(logits(plain, IDS), logits(MODEL, IDS))
+
+
+@pytest.mark.filterwarnings("ignore:Most of the model")
+def test_low_bit_sr_leaves_experts_float():
+    with pytest.warns(UserWarning, match=r"The experts of 2 layers.*LRQATConfig trains them"):
+        get_peft_model(copy.deepcopy(MODEL), LowBitSRConfig(group_size=8))
+    with pytest.raises(ValueError, match=r"cannot be quantized.*LRQATConfig trains them"):
+        get_peft_model(copy.deepcopy(MODEL), LowBitSRConfig(group_size=8, target_modules=["experts.gate_up_proj"]))
+
+
+@pytest.mark.filterwarnings("ignore:Most of the model")
+def test_experts_that_files_hold_in_one_tensor():
+    model = ARCHITECTURES["gpt-oss"].build()
+    with pytest.warns(UserWarning, match="files of GptOssForCausalLM hold them as gate_up_proj, down_proj"):
+        get_peft_model(copy.deepcopy(model), LRQATConfig(r=1, group_size=8, range_method="minmax"))
+    with pytest.raises(ValueError, match=r"GptOssExperts.*cannot be quantized"):
+        get_peft_model(model, LRQATConfig(r=1, group_size=8, **ASKED))
+
+
+def test_parameters_that_are_no_experts():
+    with pytest.raises(ValueError, match=r"`target_parameters` names 'gate.weight', which is no projection of experts"):
+        converted(target_parameters=["gate.weight", *PARAMETERS])
+    with pytest.raises(ValueError, match="`target_parameters` is 'experts'; it must be a list"):
+        LRQATConfig(target_parameters="experts")
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = copy.deepcopy(MODEL)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="NaN"):
+        on_experts(model, target_modules=["lm_head", *FILES])
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_a_second_adapter_may_have_other_targets():
+    model = on_experts(copy.deepcopy(MODEL))
+    with_experts = logits(model, IDS)
+    model.add_adapter("attention", LRQATConfig(r=1, group_size=8, range_method="minmax", target_modules=["q_proj"]))
+    model.add_adapter("mixture", LRQATConfig(r=1, group_size=8, range_method="minmax", target_modules=FILES))
+    layer: nn.Module = model.base_model.model.get_submodule(f"{FIRST}.down_proj")
+    assert set(layer.lora_A) == {"default", "mixture"}
+    assert torch.equal(logits(model, IDS), with_experts)
+    model.set_adapter("attention")
+    assert torch.equal(logits(copy.deepcopy(model).merge_and_unload(), IDS), logits(model, IDS))
