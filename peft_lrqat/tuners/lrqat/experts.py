@@ -147,6 +147,21 @@ class LRQATExpertLinear(LRQATLinear):
 
     # -- merging
 
+    @torch.no_grad()
+    def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
+        frozen, (shift, A, B, c) = self.frozen, self._operands(adapters)
+        if shift is None and B is None:
+            return None
+        stack = Stack(whole(frozen.base), frozen.scale0, shift, None, A, B)
+        out, fmt = frozen.out_features // self.experts, frozen.fmt
+        some = torch.empty(len(rows), frozen.in_features, dtype=torch.int8, device=rows.device)
+        for e in torch.unique(rows // out).tolist():
+            one, here = stack.expert(e, self.experts), rows // out == e
+            inner, units = rows[here] - e * out, adapter_units(one.scale0, one.shift)
+            B_rows, units = None if one.B is None else one.B[inner], None if units is None else units[inner]
+            some[here] = codes(one.base[inner], one.A, B_rows, fmt, c, units)
+        return some, fmt.qmin, fmt.qmax
+
     def _levels(
         self, shift: torch.Tensor | None, A: torch.Tensor | None, B: torch.Tensor | None, c: float
     ) -> torch.Tensor:

@@ -80,6 +80,8 @@ def test_each_expert_is_a_linear_layer_of_its_own(options: dict):
             a_grad = layer.lora_A["default"].weight.grad.view(EXPERTS, 2, -1)[e]
             assert torch.allclose(alone.lora_A["default"].weight.grad, a_grad, rtol=1e-4, atol=1e-6)
         assert not layer.lora_A["default"].weight.grad.view(EXPERTS, 2, -1)[[0, 2, 4]].any()
+        rows = torch.tensor([out + 3, 1, 4 * out])
+        assert torch.equal(layer.sample_codes(rows, ["default"])[0], whole.codes[rows])
 
 
 def test_every_way_of_multiplying_trains_and_merges_exactly():
