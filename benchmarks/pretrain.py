@@ -109,13 +109,14 @@ class BitLinear(nn.Module):
         self.weight, self.act_bits = linear.weight, act_bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from peft_lrqat.ops.activations import round_activations
+        from peft_lrqat.ops.activations import Activations, round_activations
 
         with torch.autocast(x.device.type, enabled=False):
             scale = self.weight.abs().mean().clamp(min=1e-5)
             rounded = (self.weight / scale).round().clamp(-1, 1) * scale
             weight = self.weight + (rounded - self.weight).detach()
-        return nn.functional.linear(x if self.act_bits is None else round_activations(x, "bitnet"), weight)
+        x = x if self.act_bits is None else round_activations(x, Activations("bitnet", self.act_bits))
+        return nn.functional.linear(x, weight)
 
 
 def float_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
