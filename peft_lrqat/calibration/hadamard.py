@@ -1,10 +1,12 @@
 """Random rotations: orthogonal matrices that spread every vector over all its entries, of any size.
 
 A Hadamard matrix has entries 1 and -1 and orthogonal rows, so that an outlier of size 1 becomes n entries of
-1 / sqrt(n). Q = D H / sqrt(n), with random signs on the diagonal of D, is as good for any fixed direction as a random
-orthogonal matrix, and a product with it takes additions only. Orders are powers of two (Sylvester), or such a power
-times an order of Paley's: q + 1 for primes q = 3 modulo 4 and 2 (q + 1) for primes q = 1 modulo 4; so 12, 20, 28, 36,
-44, 60 ... Sizes that are none of these get a random orthogonal matrix (the Q of a Gaussian matrix).
+1 / sqrt(n). Q = D H D' / sqrt(n), with random signs on the diagonals of D and D', is as good for any fixed direction as
+a random orthogonal matrix, and a product with it takes additions only. D' is for engines that turn values once more by
+a Sylvester matrix (llama.cpp, in a quantized KV cache), which without it would turn them back. Orders are powers of two
+(Sylvester), or such a power times an order of Paley's: q + 1 for primes q = 3 modulo 4 and 2 (q + 1) for primes q = 1
+modulo 4; so 12, 20, 28, 36, 44, 60 ... Sizes that are none of these get a random orthogonal matrix (the Q of a Gaussian
+matrix).
 
 H is kept as the factors of a Kronecker product, so that n = 4096 is multiplied as two times 64.
 """
@@ -37,10 +39,10 @@ class Rotation:
         self.random_hadamard = factors is not None
         if factors is None:
             self._factors = [_random_orthogonal(size, generator)]
-            self._signs = torch.ones(size, dtype=torch.float64)
+            self._signs = torch.ones(2, size, dtype=torch.float64)
         else:
             self._factors = [factor / math.sqrt(len(factor)) for factor in factors]
-            self._signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+            self._signs = torch.randint(0, 2, (2, size), generator=generator).double() * 2 - 1
 
     def __call__(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
         """x Q along one axis of a float tensor, in its dtype and on its device.
@@ -48,14 +50,15 @@ class Rotation:
         The axis may have k * `size` entries; each `size` of them in a row (a head's) are turned on their own.
         """
         moved = x.movedim(axis, -1)
-        turned = moved.reshape(-1, self.size) * self._signs.to(x)
+        before, after = self._signs.to(x)
+        turned = moved.reshape(-1, self.size) * before
         rest = self.size
         for factor in self._factors:
             rest //= len(factor)
             turned = factor.to(x).t() @ turned.reshape(-1, len(factor), rest) if rest > 1 else (
                 turned.reshape(-1, len(factor)) @ factor.to(x)
             )  # fmt: skip
-        return turned.reshape(moved.shape).movedim(-1, axis)
+        return (turned.reshape(-1, self.size) * after).reshape(moved.shape).movedim(-1, axis)
 
 
 def hadamard_factors(size: int) -> list[torch.Tensor] | None:

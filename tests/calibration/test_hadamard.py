@@ -48,6 +48,14 @@ def test_other_sizes_are_turned_by_an_orthogonal_matrix(size: int):
     assert torch.allclose(found @ found.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_an_engine_that_turns_again_does_not_turn_back(size: int):
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    for factor in hadamard_factors(size):
+        sylvester = torch.kron(sylvester, factor)
+    assert (matrix(rotation(size)) @ sylvester / size**0.5).abs().max() < 0.6
+
+
 def test_the_seed_decides():
     assert torch.equal(matrix(rotation(48)), matrix(rotation(48)))
     assert not torch.equal(matrix(rotation(48)), matrix(rotation(48, seed=1)))
