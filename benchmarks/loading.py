@@ -40,12 +40,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 WAYS = ("while", "after")
 
 
-def write_checkpoint(folder: Path, size: str, dtype: str) -> None:
-    """Random weights in shards of at most one block, without ever holding the model."""
+def write_checkpoint(folder: Path, shape: dict[str, int], dtype: str) -> None:
+    """Random weights in shards of at most one block, without ever holding the model. All blocks hold the same."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**SIZES[size], dtype="bfloat16")
+    config = LlamaConfig(**shape, dtype="bfloat16")
     with torch.device("meta"):
         names = {k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
     config.architectures = ["LlamaForCausalLM"]
@@ -54,10 +54,15 @@ def write_checkpoint(folder: Path, size: str, dtype: str) -> None:
     for name in names:
         parts = name.split(".")
         shards.setdefault(parts[2] if "layers" in parts else name, []).append(name)
+    made: dict[str, torch.Tensor] = {}
     index, total = {}, 0
     for number, members in enumerate(shards.values(), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: torch.randn(names[name]).mul_(0.02).to(getattr(torch, dtype)) for name in members}
+        for name in members:
+            kind = name.partition(".layers.")[2].partition(".")[2] or name  # its name in a block
+            if kind not in made:
+                made[kind] = torch.randn(names[name]).mul_(0.02).to(getattr(torch, dtype))
+        tensors = {name: made[name.partition(".layers.")[2].partition(".")[2] or name] for name in members}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(members, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -138,7 +143,7 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
-            write_checkpoint(folder, args.size, args.stored)
+            write_checkpoint(folder, SIZES[args.size], args.stored)
         runs = []
         for name in args.only:
             for way in args.ways:

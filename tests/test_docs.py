@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,47 @@ def test_all_snippets_are_python(page: str):
     """Of the other pages too, whose snippets want a GPU, several processes, or an hour."""
     for block in snippets(page):
         compile(block, page, "exec")
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+def test_tables_hold_the_figures_of_the_results(tables, capsys):
+    assert any("<!-- table: " in page.read_text(encoding="utf-8") for page in tables.PAGES)
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+_PAGE = """
+<!-- table: a.json; runs; size=7B lean
+| method | commit | s |
+|---|---|---:|
+| commit | steps.seconds .2f min |
+LoRA = method="LoRA bf16"
+**ours**, lean = method=ours lean=true
+-->
+| old |
+<!-- end -->
+"""
+
+
+def test_a_table_is_made_of_the_runs_that_its_rows_name(tables, tmp_path: Path, monkeypatch):
+    runs = [
+        {"method": "LoRA bf16", "size": "7B", "lean": False, "commit": "abc", "steps": {"seconds": 0.688}},
+        {"method": "LoRA bf16", "size": "7B", "lean": True, "steps": {"seconds": 0.1}},
+        {"method": "ours", "size": "7B", "lean": True, "steps": {"seconds": 0.407}},
+    ]
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/a.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    made = tables.made(_PAGE)
+    assert (
+        "-->\n| method | commit | s |\n|---|---|---:|\n| LoRA | abc | 0.69 |\n| **ours**, lean | | **0.41** |\n<!-- end"
+        in made
+    )
+    assert tables.made(made) == made
+    for page, found in ((_PAGE.replace("method=ours", "method=other"), 0), (_PAGE.replace("7B lean", "7B"), 2)):
+        with pytest.raises(ValueError, match=rf"{found} runs of a\.json meet"):
+            tables.made(page)
