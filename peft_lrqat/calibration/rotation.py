@@ -280,18 +280,15 @@ def _plain_arithmetic(kind: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _plain_kernels(model: Any) -> Iterator[None]:
     """Attention and experts that take fp32, which flash attention and kernels for bf16 do not."""
-    chosen = {
-        model.set_attn_implementation: getattr(model.config, "_attn_implementation", None),
-        model.set_experts_implementation: getattr(model.config, "_experts_implementation", None),
-    }
-    special = {use: name for use, name in chosen.items() if name not in _PLAIN_KERNELS}
+    chosen = {kind: getattr(model.config, f"_{kind}_implementation", None) for kind in ("attn", "experts")}
+    special = {kind: name for kind, name in chosen.items() if name not in _PLAIN_KERNELS}
     try:
-        for use in special:
-            use("eager")
+        for kind in special:
+            getattr(model, f"set_{kind}_implementation")("eager")
         yield
     finally:
-        for use, name in special.items():
-            use(name)
+        for kind, name in special.items():
+            getattr(model, f"set_{kind}_implementation")(name)
 
 
 @contextlib.contextmanager
