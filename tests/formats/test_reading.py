@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from peft_lrqat import Grid, can_export, export, load_quantized
 from peft_lrqat.checkpoint.inspect import inspect
@@ -114,6 +115,29 @@ def test_int8_activations_are_read_as_they_are(tmp_path: Path):
     assert open_source(tmp_path / "base").activations() == {INT8}
     export(tmp_path / "base", tmp_path / "out", progress=False)
     assert torch.equal(logits(load_quantized(tmp_path / "out"), IDS), logits(loaded, IDS))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (Spec("packed", 4, 32), {"num_bits": 8, "strategy": "token"}),
+        (Spec("packed", 3, -1), {"num_bits": 4, "strategy": "group", "group_size": 16}),
+        (Spec("w8a8", 4, 32), {"num_bits": 8, "strategy": "token"}),
+    ],
+    ids=["W4A8", "W3A4 in groups", "W4A8 as int8 codes"],
+)
+def test_activations_beside_any_weights_are_those_of_transformers(spec: Spec, said: dict, tmp_path: Path):
+    write(tmp_path, spec)
+    config = json.loads((tmp_path / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["format"] = config["quantization_config"]["format"]
+    group["input_activations"] = {"type": "int", "symmetric": True, "dynamic": True, **said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, there = load_quantized(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert torch.equal(logits(loaded, IDS), logits(there, IDS))
+    del config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not torch.equal(logits(loaded, IDS), logits(load_quantized(tmp_path), IDS))
 
 
 @pytest.mark.parametrize(("format", "grid", "act"), [
