@@ -24,7 +24,7 @@ from .weight import prepared_weight
 
 #: W^, or its gradient, of the experts that are worked on at once: what a layer needs beside its operands. Smaller parts
 #: mean more launches.
-PART_BYTES = 1 << 28
+PART_BYTES = 1 << 29
 
 
 def expert_weights(
@@ -97,8 +97,11 @@ def expert_linear(
         listed = _select(stack, part.experts, num_experts)
         prepared = _prepared(listed, part.bounds, c, scale_dtype)
         weights = _weights(listed, prepared, fmt, x.dtype, part.bounds, y.shape[1])
-        y[part.tokens] = grouped_mm(x[part.tokens], weights.mT, part.bounds[1:])
+        product = grouped_mm(x[part.tokens], weights.mT, part.bounds[1:])
         del weights
+        if part.n == num_experts:
+            return product
+        y[part.tokens] = product
     return y
 
 
