@@ -6,8 +6,7 @@
 Random weights, adapters in fp32 on all experts and on attention, AdamW (fused), block checkpointing, autocast to bf16,
 random tokens. One method after the other in one process, each on an empty GPU; per batch shape `--warm` steps, then
 `--steps` timed ones (host clock around a synchronised step, median); the peak is that of the timed steps, optimizer
-included, as torch counts allocated bytes. LoRA is PEFT's `target_parameters`. The experts of LR-QAT are random codes
-from the start, in a layer of this file around `ops.expert_linear`.
+included, as torch counts allocated bytes. Both methods name the experts in `target_parameters`.
 """
 
 from __future__ import annotations
@@ -61,77 +60,26 @@ METHODS: dict[str, bool | str | None] = {
 }
 
 
-class PackedProjection(nn.Module):
-    """One projection of all experts: random codes, and an adapter for each expert."""
-
-    def __init__(self, experts: int, out: int, cols: int, rank: int, learn_scales: bool | str, device: str) -> None:
-        super().__init__()
-        rows, words = experts * out, cols * BITS // 32
-        codes = torch.randint(-(2**31), 2**31 - 1, (rows, words), dtype=torch.int32, device=device)
-        self.base = nn.Parameter(codes, requires_grad=False)
-        self.scale0 = nn.Parameter(torch.full((rows, cols // GROUP), 0.004, device=device), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.empty(experts * rank, cols, device=device).normal_(std=cols**-0.5))
-        self.lora_B = nn.Parameter(torch.zeros(out, rank * experts, device=device))
-        groups = {True: cols // GROUP, "channel": 1}.get(learn_scales)
-        self.shift = None if groups is None else nn.Parameter(torch.zeros(rows, groups, device=device))
-
-    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        from peft_lrqat.ops import expert_linear
-
-        stack = (self.base, self.scale0, self.shift, None, self.lora_A, self.lora_B)
-        return expert_linear(x, ends, *stack, 1.0, BITS, "int", "auto")
-
-
-class PackedExperts(nn.Module):
-    """The experts of one layer, as transformers' grouped products compute them, on packed weights."""
-
-    def __init__(self, config: Any, rank: int, learn_scales: bool | str, device: str) -> None:
-        super().__init__()
-        self.num_experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        options = (rank, learn_scales, device)
-        self.gate_up_proj = PackedProjection(self.num_experts, 2 * inner, hidden, *options)
-        self.down_proj = PackedProjection(self.num_experts, hidden, inner, *options)
-
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Hidden states (tokens, in), the router's choice (tokens, k) and its weights to (tokens, in)."""
-        kind, (tokens, k) = hidden.device.type, index.shape
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        experts, order = torch.sort(index.flatten())
-        counts = torch.histc(
-            experts.float() if kind == "cpu" else experts.int(), self.num_experts, 0, self.num_experts - 1
-        )
-        ends = counts.cumsum(0, dtype=torch.int32)
-        gate, up = self.gate_up_proj(hidden[order // k].to(dtype), ends).chunk(2, dim=-1)
-        out = self.down_proj(nn.functional.silu(gate) * up, ends) * weight.flatten()[order].unsqueeze(1)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return out[back].view(tokens, k, -1).sum(1).to(hidden.dtype)
-
-
 def adapted(learn_scales: bool | str | None, rank: int, args: argparse.Namespace, device: str) -> nn.Module:
-    """The model to train. The float experts of LR-QAT never exist."""
+    """The model to train. LR-QAT's layers are made of float weights that share their memory, so that those of one layer
+    exist."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from peft_lrqat import LRQATConfig
 
     shape = (SMOKE if args.smoke else SHAPE) | ({"num_hidden_layers": args.layers} if args.layers else {})
-    config = Qwen3MoeConfig(**shape)
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).to(torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fill(model, device, shared=learn_scales is not None)
     common = {"r": rank, "lora_alpha": rank, "target_modules": ATTENTION, "task_type": "CAUSAL_LM"}
     if learn_scales is None:
-        fill(model, device)
-        return get_peft_model(model, LoraConfig(**common, target_parameters=EXPERTS)).train()
-    for layer in model.model.layers:
-        layer.mlp.experts = nn.Identity()
-    fill(model, device)
-    grid = {"bits": BITS, "group_size": GROUP, "downcast": "int", "range_method": "minmax"}
-    model = get_peft_model(model, LRQATConfig(**common, **grid, learn_scales=learn_scales))
-    for layer in model.get_base_model().model.layers:
-        layer.mlp.experts = PackedExperts(config, rank, learn_scales, device)
-    return model.train()
+        config: LoraConfig = LoraConfig(**common, target_parameters=EXPERTS)
+    else:
+        grid = {"bits": BITS, "group_size": GROUP, "downcast": "int", "range_method": "minmax"}
+        config = LRQATConfig(**common, target_parameters=EXPERTS, **grid, learn_scales=learn_scales)
+    return get_peft_model(model, config).train()
 
 
 def measure(name: str, rank: int, args: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 from peft_lrqat import LowBitAdamW, kept_weights, limit_kept_weights
 from peft_lrqat.ops import use_kernels
 from peft_lrqat.ops.kv_cache import CacheRounding, round_states
+from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
+from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 from tests.problems import ours, problem, results
 
@@ -78,6 +80,28 @@ def test_low_bit_sr_on_a_gpu(config, tmp_path):
     losses = train(model, ids, steps=8, lr=1e-2, kind=LowBitAdamW)
     assert losses[-1] < losses[0]
     check_merged(model, ids, tmp_path)
+
+
+@pytest.mark.parametrize("learn_scales", [True, "channel"])
+def test_experts_on_a_gpu(learn_scales, monkeypatch):
+    """Trained in parts of the stack, merged in one; and a CPU makes the same integers of the adapter."""
+    from peft_lrqat.ops.kernels import experts
+
+    monkeypatch.setattr(experts, "PART_BYTES", 2 * 32 * 32 * 2)  # two experts
+    ids = tokens(2, 32).cuda()
+    model = on_experts(mixture(torch.bfloat16).cuda(), learn_scales=learn_scales, downcast="int")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    losses = train(model, ids, steps=4, lr=2e-2)
+    assert losses[-1] < losses[0]
+    model.gradient_checkpointing_disable()
+    stacks = [name for name, layer in model.named_modules() if isinstance(layer, LRQATExpertLinear)]
+    integers = {name: model.get_submodule(name).grid_tensor() for name in stacks}
+    model.cpu()
+    for name, found in integers.items():
+        assert torch.equal(model.get_submodule(name).grid_tensor().codes, found.codes.cpu()), name
+    model.cuda()
+    seen = logits(model, ids)
+    assert torch.equal(logits(model.merge_and_unload(), ids), seen)
 
 
 @pytest.mark.parametrize("make", [adapted, low_bit], ids=["lrqat", "lowbit_sr"])

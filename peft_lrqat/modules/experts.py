@@ -12,9 +12,12 @@ every forward
 So whatever transformers computes (activations, gates, the order of sums) is computed here, and the products are the
 same whether a child builds its weights of integers and an adapter or of a merged checkpoint's codes.
 
-Memory. The built weights live as long as this forward. transformers' products would keep them for backward, all layers'
-at once; instead a note is kept, from which they are built again (`_rebuilt_in_backward`), of exactly the experts that
-the product wants. Under gradient checkpointing all other tensors go on to checkpointing's own hooks.
+Memory. The weights of one layer of a large mixture are a gigabyte. With grouped products (`grouped_mm`, transformers'
+default) a child may multiply itself instead, some experts at a time, so that no more exists: what transformers'
+function then gets for weights is a `Grouped`, which is as good for that product and for nothing else. Elsewhere the
+built weights live as long as this forward. transformers' products would keep them for backward, all layers' at once;
+instead a note is kept, from which they are built again (`_rebuilt_in_backward`), of exactly the experts that the
+product wants. Under gradient checkpointing all other tensors go on to checkpointing's own hooks.
 
 A merged model has a QuantizedLinear for every expert and projection, as the files of the architecture have them
 (`experts.0.gate_proj`, ...): everything that reads, writes and describes layers reads, writes and describes these.
@@ -42,6 +45,36 @@ class Built(NamedTuple):
 
     weight: torch.Tensor  # (n, out, in)
     again: Callable[[slice], torch.Tensor]  # builds those of some of these n experts again, without a graph
+
+
+class Grouped:
+    """Passes for the weights of all experts in a grouped product, which it computes without building them as a whole.
+
+    It knows what transformers asks of weights on the way to that product, and nothing else of a tensor.
+    """
+
+    def __init__(
+        self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """
+        Args:
+            product: x (T, in), and where the tokens of each expert end, (E,), to (T, out): see `ops.expert_linear`.
+        """
+        self._product, self.dtype, self.device = product, dtype, device
+
+    def transpose(self, first: int, second: int) -> Grouped:
+        return self
+
+    def data_ptr(self) -> int:
+        """An address that is aligned to anything."""
+        return 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if "grouped_mm" not in getattr(func, "__name__", str(func)):
+            raise TypeError(f"The weights of experts on a grid take part in grouped products only, not in {func}.")
+        x, weights = args
+        return weights._product(x, (kwargs or {})["offs"])
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -127,6 +160,7 @@ class Experts(nn.Module):
 
     Children, beside those of transformers' module: one for each projection, which has
         forward(experts, dtype) -> Built: experts int64 (n,), None: all; differentiable in what is trained;
+        grouped(dtype) -> Grouped, where it multiplies itself, part by part: None, or no such method, where it does not;
         kept(dtype): all weights, (experts, out, in), where the layer keeps them while the model generates; else None;
     or, for each expert, one with a layer for each part of the projections.
 
@@ -220,6 +254,8 @@ class Experts(nn.Module):
         kept = {n: None if getattr(s, "_forward_pre_hooks", ()) else s.kept(dtype) for n, s in sources.items()}
         if all(weight is not None for weight in kept.values()):
             return self._run(kept, self.num_experts, hidden_states, top_k_index, top_k_weights)
+        if grouped := self._grouped(sources, dtype):
+            return self._run(grouped, self.num_experts, hidden_states, top_k_index, top_k_weights)
         hit, index = torch.unique(top_k_index, return_inverse=True)
         if not len(hit):  # no token: what is trained has a gradient of zeros all the same
             built = [source(top_k_index.new_zeros(1), dtype).weight for source in sources.values()]
@@ -229,6 +265,17 @@ class Experts(nn.Module):
         weights = {name: built.weight for name, built in found.items()}
         with _rebuilt_in_backward(list(found.values())):
             return self._run(weights, len(hit), hidden_states, index, top_k_weights)
+
+    def _grouped(self, sources: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Grouped]:
+        """What passes for the weights where transformers' function is that of grouped products; nothing where some
+        layer must build its own, or others want to see that it is called."""
+        if self.config._experts_implementation != "grouped_mm" or self.has_bias:
+            return {}
+        found: dict[str, Any] = {}
+        for name, source in sources.items():
+            hooked = [vars(source).get(one) for one in ("_forward_pre_hooks", "_forward_hooks", "forward")]
+            found[name] = None if any(hooked) or not hasattr(source, "grouped") else source.grouped(dtype)
+        return {} if None in found.values() else found
 
     def _run(self, weights: Mapping[str, Any], count: int, *inputs: torch.Tensor) -> torch.Tensor:
         """transformers' function, with these weights of so many experts."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_lrqat.modules.architecture import expert_parts
-from peft_lrqat.modules.experts import Built, Experts, ExpertStack, is_stacked, projections
+from peft_lrqat.modules.experts import Built, Experts, ExpertStack, Grouped, is_stacked, projections
 from tests.mixtures import EXPERTS, FIRST, mixture
 
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -66,6 +66,39 @@ def test_outputs_and_gradients_are_those_of_transformers(how: str, checkpointed:
     assert experts.down_proj.asked.tolist() == [2, 3, 4]  # the others were not built
     assert not found[-1][:2].any()
     assert found[-1][2:].any()
+
+
+class Multiplying(Recorded):
+    """Multiplies itself where it may."""
+
+    def grouped(self, dtype: torch.dtype) -> Grouped:
+        def product(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.grouped_mm(x, self.stacked.mT, offs=ends)
+
+        return Grouped(product, dtype, self.weight.device)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_layer_may_multiply_itself_in_grouped_products(how: str):
+    module, experts = both(how)
+    for name in PARTS:
+        setattr(experts, name, Multiplying(module.get_parameter(name)))
+    inputs = routed()
+    assert all(map(torch.equal, gradients(experts, inputs), gradients(module, inputs)))
+    assert hasattr(experts.down_proj, "asked") == (how != "grouped_mm")
+    weights = experts.down_proj.grouped(torch.float32)
+    with pytest.raises(TypeError, match="grouped products only"):
+        torch.mm(torch.ones(2, 2), weights)
+
+
+def test_a_layer_with_a_hook_is_called():
+    module, experts = both()
+    for name in PARTS:
+        setattr(experts, name, Multiplying(module.get_parameter(name)))
+    experts.down_proj.register_forward_pre_hook(lambda *ignored: None)
+    inputs = routed()
+    assert torch.equal(experts(*inputs), module(*inputs))
+    assert hasattr(experts.gate_up_proj, "asked")
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm"])

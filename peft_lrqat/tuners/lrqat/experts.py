@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...modules.experts import Built, ExpertStack
-from ...ops.experts import expert_weights
+from ...modules.experts import Built, ExpertStack, Grouped
+from ...ops.experts import expert_linear, expert_weights
 from ...ops.reference import adapter_units, codes
 from ...ops.reference_experts import Stack
 from ..common.frozen import FrozenWeight, whole
@@ -52,6 +52,19 @@ class FrozenExperts(FrozenWeight):
         constants = (c, bits, downcast, kept, self.in_features, dtype)
         stack = (whole(self.base), self.scale0, shift, whole(self.zero_point), A, B)
         return expert_weights(*stack, experts, self.experts, *constants)
+
+    def grouped(
+        self,
+        dtype: torch.dtype,
+        shift: torch.Tensor | None = None,
+        A: torch.Tensor | None = None,
+        B: torch.Tensor | None = None,
+        c: float = 1.0,
+    ) -> Grouped:
+        """The product with W^ of all experts, which exists for a part of them at a time: see `ops.expert_linear`."""
+        stack = (whole(self.base), self.scale0, shift, whole(self.zero_point), A, B)
+        constants = (c, self.fmt.bits, self.downcast, self.scale_dtype)
+        return Grouped(lambda x, ends: expert_linear(x, ends, *stack, *constants), dtype, self.device)
 
     def built(self, *operands: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """All of them as one matrix, (experts * out, in), without a graph."""
@@ -134,6 +147,12 @@ class LRQATExpertLinear(LRQATLinear):
         if self.merged:
             return self.base_layer(experts, dtype)
         return self.base_layer.weights(experts, dtype, *self._operands(self._adapters_used()))
+
+    def grouped(self, dtype: torch.dtype) -> Grouped | None:
+        """W^ of all experts as a factor in grouped products, where it need not be built; None while merged."""
+        if self.merged:
+            return None
+        return self.base_layer.grouped(dtype, *self._operands(self._adapters_used()))
 
     def kept(self, dtype: torch.dtype) -> torch.Tensor | None:
         """W^ of all experts, where the layer keeps it: while the model generates."""

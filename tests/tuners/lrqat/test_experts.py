@@ -92,6 +92,21 @@ def test_every_way_of_multiplying_trains_and_merges_exactly():
         assert torch.equal(logits(model.merge_and_unload(), IDS), expected)
 
 
+@pytest.mark.parametrize("learn_scales", [True, "channel"])
+def test_grouped_products_build_no_weights_and_change_no_number(monkeypatch: pytest.MonkeyPatch, learn_scales: Any):
+    model = on_experts(mixture(), learn_scales=learn_scales).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for patched, name in ((FrozenExperts, "some"), (LRQATExpertLinear, "grouped")):
+        with monkeypatch.context() as without:
+            without.setattr(patched, name, lambda *args: None)  # where weights are asked for, this fails
+            out = model(input_ids=IDS, labels=IDS)
+            results.append([out.logits, *torch.autograd.grad(out.loss, trained)])
+    assert torch.equal(results[0][0], results[1][0])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_experts_without_tokens_have_gradients_of_zeros(model: PeftModel):
     model.train()
     model(input_ids=IDS[:, :2], labels=IDS[:, :2]).loss.backward()
