@@ -1,26 +1,38 @@
 """From scratch: full precision, BitNet b1.58 and low-bit SR on one LLaMA-structured model, on the same batches.
 
-    python benchmarks/pretrain.py tokens --model DIR --train english.jsonl.gz --eval text.txt --out tokens/
-    python benchmarks/pretrain.py run --tokens tokens/ --out pretrain.json float bitnet dqt-8 ours-8 "ours-1.58:lr=0.3"
+    python benchmarks/text.py --set pretrain --out text/
+    python benchmarks/pretrain.py tokens --model DIR --text text/ --out tokens/
+    python benchmarks/pretrain.py run --tokens tokens/ --out pretrain.json --seeds 0 1 -- float bitnet ours-8
+    python benchmarks/pretrain.py run --tokens tokens/ --out 1B.json --shape 1B --batch 8 --steps 30 float bitnet ours-8
     python benchmarks/pretrain.py table pretrain.json
     python benchmarks/pretrain.py plot pretrain.json --out pretrain.png
 
-Several methods run one after the other in one process; the JSON is written anew after each. A method is one of PRESETS,
-with options after a colon: `lr`, `float_lr`, fields of LowBitSRConfig, or arguments of LowBitAdamW.
+The training text is cut into windows, and each is seen once, in an order that the seed decides: steps that would need
+a second pass are refused, unless `--passes` allows it. Held out are documents that the training text has not, and
+WikiText-2 ("other").
+
+Methods run one after the other in one process, each with every seed; the JSON is written anew after each run. A method
+is one of PRESETS, with options after a colon:
+
+    lr, float_lr    peak learning rates of the linear layers' weights, and of everything else
+    floor           share of the peak at which the cosine of `lr` ends; 0 without it
+    init            "normal", N(0, 0.02), or "linear", nn.Linear's own uniform one: of the linear layers
+    act_bits        8: their inputs are rounded. `--act-bits` 8 or 0 says it for all methods of a comparison
+    and fields of LowBitSRConfig, and arguments of LowBitAdamW
 
 Everything but the linear layers of the blocks (embedding, tied output layer, norms) is trained in fp32 by every method,
-as BitNet does; DQT's own code puts those on the grid as well. All of it runs under bf16 autocast. Held-out text: every
-twentieth document of the training collection ("eval"), and another text ("other").
+as BitNet does; DQT's own code puts those on the grid as well. All of it runs under bf16 autocast. Activations are
+rounded by BitNet's rule (127 steps for a token's largest magnitude), but in low-bit SR by that of the checkpoint it
+would write (compressed-tensors: 127.5).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy
-import gzip
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import provenance, write_json
+from common import LLAMA, provenance, write_json
 from torch import nn
 from training import Step, loss_of, targets
 
@@ -45,94 +57,124 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ours-1.58": {"kind": "low-bit", "bits": 1.58, "learn_scales": True, **_OURS},
     "ternary-inference": {"kind": "low-bit", "bits": 8, "forward_bits": 1.58, "range_method": "minmax", **_OURS},
 }
-_OPTIMIZER = ("betas", "eps", "weight_decay", "state", "lr_unit")
-_COMMON = {"lr": 1e-3, "float_lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.0}
+_OPTIMIZER = ("betas", "eps", "weight_decay", "state", "lr_unit", "fused_backward")
+_COMMON = {
+    "lr": 1e-3, "float_lr": 1e-3, "floor": 0.0, "betas": (0.9, 0.98), "weight_decay": 0.0, "init": "normal",
+    "act_bits": None,
+}  # fmt: skip
 
 
-def parse_method(text: str) -> dict[str, Any]:
-    """`name:key=value,...` as a dictionary of options, on top of the preset's."""
+def parse_method(text: str, act_bits: int | None = None) -> dict[str, Any]:
+    """`name:key=value,...` as a dictionary of options, on top of the preset's and of `--act-bits` (0: none)."""
     name, _, rest = text.partition(":")
     if name not in PRESETS:
         raise SystemExit(f"{name!r} is none of {', '.join(PRESETS)}")
     options = {**_COMMON, **PRESETS[name], "method": text}
+    if act_bits is not None:
+        options["act_bits"] = act_bits or None
     for part in filter(None, rest.split(";" if ";" in rest else ",")):
         key, _, value = part.partition("=")
         try:
             options[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key.strip()] = value
+    if options["init"] not in ("normal", "linear") or options["act_bits"] not in (None, 8):
+        raise SystemExit(f"{text!r}: `init` is 'normal' or 'linear', `act_bits` 8 or None")
     return options
 
 
 # -- text
 
 
+PART = 30 << 20  # tokens of two bytes in a file
+
+
 def make_tokens(args: argparse.Namespace) -> None:
-    """uint16 arrays: train.npy, eval.npy (every twentieth document), other.npy."""
+    """uint16 arrays, compressed: train-0.npz, train-1.npz ..., held-out.npz, other.npz."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    out = Path(args.out)
+    out, text = Path(args.out), Path(args.text)
     out.mkdir(parents=True, exist_ok=True)
-    with gzip.open(args.train, "rt") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    parts: dict[str, list[int]] = {"train": [], "eval": []}
-    for start in range(0, len(texts), 256):
-        for offset, ids in enumerate(tokenizer(texts[start : start + 256])["input_ids"]):
-            parts["eval" if (start + offset) % 20 == 0 else "train"] += [*ids, tokenizer.eos_token_id]
-    for name, ids in parts.items():
-        np.save(out / f"{name}.npy", np.asarray(ids, dtype=np.uint16))
-    if args.eval:
-        np.save(out / "other.npy", np.asarray(tokenizer(Path(args.eval).read_text())["input_ids"], dtype=np.uint16))
-    print({name: len(ids) for name, ids in parts.items()})
+
+    def ids(texts: list[str]) -> np.ndarray:
+        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return np.concatenate([np.asarray([*one, tokenizer.eos_token_id], dtype=np.uint16) for one in found])
+
+    for name in ("train", "held-out"):
+        with open(text / f"{name}.jsonl", encoding="utf-8") as file:
+            texts = [json.loads(line)["text"] for line in file]
+        tokens = np.concatenate([ids(texts[start : start + 64]) for start in range(0, len(texts), 64)])
+        parts = [tokens[start : start + PART] for start in range(0, len(tokens), PART)]
+        for number, part in enumerate(parts):
+            np.savez_compressed(out / (f"{name}-{number}.npz" if name == "train" else f"{name}.npz"), tokens=part)
+        print(f"{name}: {len(texts):,} documents, {len(tokens):,} tokens, {len(parts)} files", flush=True)
+    np.savez_compressed(out / "other.npz", tokens=ids([(text / "wikitext2.txt").read_text(encoding="utf-8")]))
 
 
-def batches(tokens: torch.Tensor, steps: int, size: int, length: int, seed: int) -> Iterator[torch.Tensor]:
-    """`steps` batches (size, length) from random places, gathered on the tokens' device; the seed decides."""
+def read_tokens(folder: Path) -> dict[str, np.ndarray]:
+    """ "train", "held-out" and "other": uint16."""
+    found: dict[str, list[np.ndarray]] = {}
+    for path in sorted(folder.glob("*.npz")):
+        found.setdefault("train" if path.stem.startswith("train-") else path.stem, []).append(np.load(path)["tokens"])
+    if not {"train", "held-out"} <= found.keys():
+        raise SystemExit(f"{folder} has no train-0.npz and held-out.npz: `pretrain.py tokens` makes them")
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def batches(windows: torch.Tensor, steps: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """`steps` batches (size, length) of windows (n, length): all of them once in a random order, then anew."""
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length, (steps, size, 1), generator=generator)
-    if tokens.is_cuda:
-        starts = starts.pin_memory().to(tokens.device, non_blocking=True)
-    offsets = torch.arange(length, device=tokens.device)
-    for start in starts:
-        yield tokens[start + offsets].long()
+    passes = -(-steps * size // len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(passes)])
+    for chosen in order[: steps * size].to(windows.device).view(steps, size):
+        yield windows[chosen].long()
 
 
 # -- models
 
 
 class BitLinear(nn.Module):
-    """BitNet b1.58 (arXiv 2402.17764): ternary weight and 8-bit activations, straight-through, fp32 master."""
+    """BitNet b1.58 (arXiv 2402.17764): ternary weight and 8-bit activations, straight-through, fp32 master.
 
-    def __init__(self, linear: nn.Linear, act_bits: int | None) -> None:
+    Without `ternary`, a float layer whose input is rounded.
+    """
+
+    def __init__(self, linear: nn.Linear, act_bits: int | None, ternary: bool = True) -> None:
         super().__init__()
-        self.weight, self.act_bits = linear.weight, act_bits
+        self.weight, self.act_bits, self.ternary = linear.weight, act_bits, ternary
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from peft_lrqat.ops.activations import Activations, round_activations
 
-        with torch.autocast(x.device.type, enabled=False):
-            scale = self.weight.abs().mean().clamp(min=1e-5)
-            rounded = (self.weight / scale).round().clamp(-1, 1) * scale
-            weight = self.weight + (rounded - self.weight).detach()
+        weight = self.weight
+        if self.ternary:
+            with torch.autocast(x.device.type, enabled=False):
+                scale = weight.abs().mean().clamp(min=1e-5)
+                rounded = (weight / scale).round().clamp(-1, 1) * scale
+                weight = weight + (rounded - weight).detach()
         x = x if self.act_bits is None else round_activations(x, Activations("bitnet", self.act_bits))
         return nn.functional.linear(x, weight)
 
 
-def float_model(args: argparse.Namespace, vocabulary: int) -> nn.Module:
+def float_model(args: argparse.Namespace, init: str, seed: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape = LLAMA[args.shape] if args.shape else {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.intermediate,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // args.head_dim,
+    }  # fmt: skip
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // args.head_dim,
-        max_position_embeddings=args.length,
-        tie_word_embeddings=True,
+        vocab_size=args.vocabulary, max_position_embeddings=args.length, tie_word_embeddings=True, **shape
     )
-    torch.manual_seed(args.seed)
-    return LlamaForCausalLM(config)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    if init == "linear":
+        for _, _, linear in targets(model):
+            linear.reset_parameters()
+    return model
 
 
 def prepare(
@@ -159,9 +201,10 @@ def prepare(
         coded = [p for n, p in held if "lowbitsr_weight" in n]
         others = [p for n, p in held if "lowbitsr_weight" not in n]
     else:
-        if options["kind"] == "bitnet":
+        ternary = options["kind"] == "bitnet"
+        if ternary or options["act_bits"]:
             for parent, name, linear in targets(model):
-                setattr(parent, name, BitLinear(linear, options["act_bits"]))
+                setattr(parent, name, BitLinear(linear, options["act_bits"], ternary))
         model.to(device)
         coded = [p for p in model.parameters() if id(p) in linears]
         others = [p for p in model.parameters() if id(p) not in linears]
@@ -186,53 +229,72 @@ def held_out_loss(model: nn.Module, windows: torch.Tensor, size: int) -> torch.T
     return torch.stack(losses).sum() / windows.shape[0]
 
 
-def watched(model: nn.Module) -> Any:
-    """A low-bit weight from the middle of the model, or None."""
+def coded(model: nn.Module) -> list[Any]:
     from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 
-    found = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
-    return found[len(found) // 2] if found else None
+    return [p for p in model.parameters() if isinstance(p, LowBitTensor)]
 
 
-def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argparse.Namespace) -> dict[str, Any]:
+@torch.no_grad()
+def saturated(weights: list[Any]) -> float | None:
+    """Share of all codes that lie on the two outermost levels; None without low-bit weights."""
+    if not weights:
+        return None
+    at_ends = sum(((w.codes() == w.grid.qmin) | (w.codes() == w.grid.qmax)).sum(dtype=torch.float64) for w in weights)
+    return (at_ends / sum(w.numel() for w in weights)).item()
+
+
+def projected_loss(model: nn.Module, windows: torch.Tensor, size: int) -> float:
+    """Held-out loss of a model of 8 bits that was not trained for it with the ternary projection of its codes."""
+    config: Any = model.peft_config["default"]  # type: ignore[union-attr,index]
+    config.forward_bits = 1.58
+    loss = held_out_loss(model, windows, size).item()
+    config.forward_bits = None
+    return loss
+
+
+def run_one(options: dict[str, Any], seed: int, data: dict, args: argparse.Namespace) -> dict[str, Any]:
     device = data["train"].device
     cuda = device.type == "cuda"
     torch._dynamo.reset()  # or the kernels of many methods count as recompilations of one
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model, optimizer, rates = prepare(model, options, device)
+    model, optimizer, rates = prepare(float_model(args, options["init"], seed), options, device)
     model.train()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    step = Step(model, trained, (args.batch, args.length), graph=cuda and not args.no_graph)
+    fused = bool(options.get("fused_backward"))  # then weights change in backward, which no graph has and no clipping
+    step = Step(model, trained, (args.batch, args.length), graph=cuda and not args.no_graph and not fused)
     warm, every = max(1, round(args.steps * args.warmup)), max(1, args.steps // args.evaluations)
     curve: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
     losses: list[torch.Tensor] = []
-    weight = watched(model)
+    weights = coded(model)
+    weight, at_first = weights[len(weights) // 2] if weights else None, saturated(weights)
+    few = data["held-out"][: max(1, args.eval_tokens // args.length)]
     started = evaluating = 0.0
     untimed = min(5, args.steps - 1)  # they compile kernels and capture the graph
-    stream = batches(data["train"], args.steps, args.batch, args.length, args.seed)
-    for number, rows in enumerate(stream, start=1):
-        part = number / warm if number <= warm else None
-        if part is None:
+    for number, rows in enumerate(batches(data["train"], args.steps, args.batch, seed), start=1):
+        part = number / warm
+        if number > warm:
             part = 0.5 * (1 + math.cos(math.pi * (number - warm) / max(1, args.steps - warm)))
-        for tensor, peak in rates:
-            tensor.fill_(peak * part)
+        for (tensor, peak), floor in zip(rates, (options["floor"], 0.0), strict=True):
+            tensor.fill_(peak * (max(part, floor) if number > warm else part))
         if number == untimed + 1:
             if cuda:
                 torch.cuda.synchronize()
             started, evaluating = time.perf_counter(), 0.0
         losses.append(step(rows))
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        if not fused:
+            nn.utils.clip_grad_norm_(trained, 1.0)
         look = number % every == 0 or number == args.steps
-        before = weight.codes() if look and weight is not None else None
+        before = weight.codes() if look and weight is not None and not fused else None
         optimizer.step()
         if look:
-            flipped = None if before is None else (weight.codes() != before).float().mean()
+            flipped = None if before is None else (weight.codes() != before).float().mean()  # type: ignore[union-attr]
             if cuda:
                 torch.cuda.synchronize()
             paused = time.perf_counter()
-            curve.append((number, held_out_loss(model, data["eval"], args.batch), flipped))
+            curve.append((number, held_out_loss(model, few, args.batch), flipped))
             if cuda:
                 torch.cuda.synchronize()
             evaluating += time.perf_counter() - paused
@@ -241,35 +303,48 @@ def run_one(model: nn.Module, options: dict[str, Any], data: dict, args: argpars
     seconds = time.perf_counter() - started - evaluating
     result = {
         **{key: value for key, value in options.items() if key != "act_bits" or value},
+        "seed": seed,
         "curve": [[n, loss.item(), None if flip is None else flip.item()] for n, loss, flip in curve],
-        "loss": curve[-1][1].item(),
+        "loss": held_out_loss(model, data["held-out"], args.batch).item(),
         "train_loss": torch.stack(losses)[-max(1, args.steps // 50) :].mean().item(),
         "other_loss": held_out_loss(model, data["other"], args.batch).item() if "other" in data else None,
+        "saturated": [at_first, saturated(weights)] if weights else None,
         "seconds_per_step": seconds / (args.steps - untimed),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "linear_weights": sum(p.numel() for p in optimizer.param_groups[0]["params"]),
     }
+    if options.get("bits") == 8 and "forward_bits" not in options:
+        result["projected_loss"] = projected_loss(model, data["held-out"], args.batch)
     print(
-        f"{options['method']}: loss {result['loss']:.4f}, {1e3 * result['seconds_per_step']:.1f} ms a step", flush=True
+        f"{options['method']}, seed {seed}: loss {result['loss']:.4f}, {1e3 * result['seconds_per_step']:.1f} ms a "
+        "step",
+        flush=True,
     )
     return result
 
 
 def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(args.tokens)
-    arrays = {path.stem: torch.from_numpy(np.load(path).astype(np.int32)) for path in folder.glob("*.npy")}
-    data: dict[str, torch.Tensor] = {"train": arrays["train"].to(device)}
-    for name in set(arrays) - {"train"}:
-        kept = arrays[name][: min(len(arrays[name]), args.eval_tokens) // args.length * args.length]
-        data[name] = kept.view(-1, args.length).to(device)
-    start = float_model(args, args.vocabulary)
-    settings = {key: value for key, value in vars(args).items() if key not in ("methods", "tokens", "out")}
-    report: dict[str, Any] = {**provenance(), **settings, "tokens_seen": args.steps * args.batch * args.length}
+    methods = [parse_method(text, args.act_bits) for text in args.methods]
+    data: dict[str, torch.Tensor] = {}
+    for name, tokens in read_tokens(Path(args.tokens)).items():
+        whole = torch.from_numpy(tokens[: len(tokens) // args.length * args.length].astype(np.int32))
+        data[name] = whole.view(-1, args.length).to(device)
+    one_pass = len(data["train"]) // args.batch
+    args.steps = args.steps or one_pass * args.passes
+    if args.steps * args.batch > args.passes * len(data["train"]):
+        raise SystemExit(
+            f"`--steps` is {args.steps} batches of {args.batch} windows, but the text has {len(data['train'])} windows "
+            f"of {args.length} tokens: {one_pass} steps a pass. Ask for at most {one_pass * args.passes} steps, or "
+            "allow more with `--passes`."
+        )
+    kept = {key: value for key, value in vars(args).items() if key not in ("methods", "tokens", "out")}
+    report: dict[str, Any] = {**provenance(), **kept, "tokens_seen": args.steps * args.batch * args.length}
     runs: list[dict[str, Any]] = []
-    for text in args.methods:
-        runs.append(run_one(copy.deepcopy(start), parse_method(text), data, args))
-        write_json(Path(args.out), {**report, "runs": runs})
+    for options in methods:
+        for seed in args.seeds:
+            runs.append(run_one(options, seed, data, args))
+            write_json(Path(args.out), {**report, "runs": runs})
 
 
 # -- results
@@ -281,27 +356,54 @@ def read(paths: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Markdown; differences are from the full-precision and the BitNet run among the files, if they are there."""
-    _, runs = read(args.runs)
-    known = {one["kind"]: one["loss"] for one in reversed(runs)}
+    """Markdown, a row for each method: means over its seeds.
 
-    def beside(loss: float, kind: str) -> str:
-        return f"{100 * (loss / known[kind] - 1):+.1f} %" if kind in known else ""
+    Differences are from the first full-precision and the first BitNet method among the files that has the same
+    initialization.
+    """
+    _, runs = read(args.runs)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in runs:
+        rows.setdefault(one["method"], []).append(one)
+
+    def mean(row: list[dict[str, Any]], key: str) -> float | None:
+        found = [one[key] for one in row if one.get(key) is not None]
+        return statistics.mean(found) if found else None
+
+    def beside(row: list[dict[str, Any]], kind: str) -> str:
+        init = row[0].get("init")
+        known = next((r for r in rows.values() if (r[0]["kind"], r[0].get("init")) == (kind, init)), row)
+        return "" if known is row else f"{100 * (mean(row, 'loss') / mean(known, 'loss') - 1):+.2f} %"  # type: ignore[operator]
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
 
     print(
-        "| method | held-out loss | to float | to BitNet | training loss | other text | codes changed a step "
-        "| peak GiB | ms a step |"
+        "| method | seeds | held-out loss | to float | to BitNet | training loss | other text "
+        "| ternary inference of it | codes at the ends, start -> end | codes changed a step | peak GiB | ms a step |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for one in runs:
-        flips = [flip for _, _, flip in one["curve"] if flip is not None]
-        other = "" if one["other_loss"] is None else f"{one['other_loss']:.4f}"
-        peak = "" if one["peak_gib"] is None else f"{one['peak_gib']:.2f}"
-        changed = f"{100 * max(flips):.2g} %" if flips else ""
-        print(
-            f"| {one['method']} | {one['loss']:.4f} | {beside(one['loss'], 'float')} | {beside(one['loss'], 'bitnet')} "
-            f"| {one['train_loss']:.3f} | {other} | {changed} | {peak} | {1e3 * one['seconds_per_step']:.1f} |"
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for method, row in rows.items():
+        losses = [one["loss"] for one in row]
+        spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(row) > 1 else ""
+        ends = [one["saturated"] for one in row if one.get("saturated")]
+        at_ends = " -> ".join(f"{statistics.mean(end[i] for end in ends):.3f}" for i in (0, 1)) if ends else ""
+        flips = [flip for one in row for _, _, flip in one["curve"] if flip is not None]
+        cells = (
+            method,
+            str(len(row)),
+            f"{statistics.mean(losses):.4f}{spread}",
+            beside(row, "float"),
+            beside(row, "bitnet"),
+            shown(mean(row, "train_loss"), ".3f"),
+            shown(mean(row, "other_loss"), ".4f"),
+            shown(mean(row, "projected_loss"), ".4f"),
+            at_ends,
+            f"{100 * max(flips):.2g} %" if flips else "",
+            shown(mean(row, "peak_gib"), ".2f"),
+            shown(1e3 * (mean(row, "seconds_per_step") or 0), ".1f"),
         )
+        print(f"| {' | '.join(cells)} |")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -340,8 +442,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = commands.add_parser("tokens")
     tokens.set_defaults(do=make_tokens)
     tokens.add_argument("--model", required=True, help="whose tokenizer")
-    tokens.add_argument("--train", required=True, help=".jsonl.gz with a text column")
-    tokens.add_argument("--eval", help="another text")
+    tokens.add_argument("--text", required=True, help="what text.py --set pretrain wrote")
     tokens.add_argument("--out", required=True)
     one = commands.add_parser("run")
     one.set_defaults(do=run)
@@ -349,6 +450,7 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--tokens", required=True)
     one.add_argument("--out", required=True)
     add = one.add_argument
+    add("--shape", choices=list(LLAMA), help="that Llama's shapes, for memory and time; the next four are then unused")
     add("--vocabulary", type=int, default=49152)
     add("--hidden", type=int, default=384)
     add("--intermediate", type=int, default=1024)
@@ -356,12 +458,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--head-dim", type=int, default=64)
     add("--length", type=int, default=512)
     add("--batch", type=int, default=64)
-    add("--steps", type=int, default=1900, help="of batch * length tokens: 62 M with the defaults")
+    add("--steps", type=int, help="of batch * length tokens; without it: all of the text")
+    add("--passes", type=int, default=1, help="how often the text may be seen")
+    add("--act-bits", type=int, choices=(0, 8), help="8: all methods round activations; 0: none does")
     add("--warmup", type=float, default=0.05, help="share of the steps; cosine to zero after it")
     add("--evaluations", type=int, default=20)
-    add("--eval-tokens", type=int, default=1 << 18)
+    add("--eval-tokens", type=int, default=1 << 18, help="of the curve; the loss at the end is of all")
     add("--no-graph", action="store_true", help="on a GPU: run every step eagerly")
-    add("--seed", type=int, default=0)
+    add("--seeds", type=int, nargs="+", default=[0])
     shown = commands.add_parser("table")
     shown.set_defaults(do=table)
     drawn = commands.add_parser("plot")
