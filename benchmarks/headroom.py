@@ -1,10 +1,12 @@
-"""What `headroom` does to low-bit SR that starts from a fresh initialization: a small character model, trained once.
+"""What the range does to low-bit SR that starts from a fresh initialization: a small character model, trained once.
 
-    python benchmarks/headroom.py --out benchmarks/results/headroom.json       # a CPU, ten minutes
+    python benchmarks/headroom.py --out benchmarks/results/headroom.json       # a GPU, or a CPU and half an hour
 
 The text is torch's own source (torch/nn/modules/*.py), its last tenth held out. A window of 16 characters, a residual
-MLP of 0.4 M weights, nn.Linear's own initialization, 128 windows a step, cosine from 1e-3, AdamW (0.9, 0.98); low-bit
-SR of its three inner layers with scales per channel and error feedback. The figure is the held-out loss, nats.
+MLP of 0.4 M weights, 1000 steps of 128 windows, cosine from 1e-3, AdamW (0.9, 0.98); low-bit SR of its three inner
+layers with scales per channel and error feedback; these layers begin as nn.Linear's do ("linear", uniform), or with
+N(0, 0.02) ("normal"). The figures are the held-out loss, nats, and which share of the codes lies on the two outermost
+levels, after the first step and at the end.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import provenance, write_json
@@ -19,20 +22,35 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lrqat import LowBitAdamW, LowBitSRConfig
+from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 
-WINDOW, WIDTH, RATE = 16, 256, 1e-3
-RUNS: list[tuple[int | None, float]] = [(None, 1.0), (8, 1.0), (8, 2.0), (8, 4.0), (8, 8.0), (4, 1.0), (4, 1.5)]
+WINDOW = 16
+RUNS: list[tuple[float | None, dict[str, Any]]] = [
+    (None, {}),
+    (8, {"grow_scales": False}),
+    (8, {}),
+    *((8, {"grow_scales": False, "headroom": factor}) for factor in (2.0, 4.0, 8.0)),
+    (4, {}),
+    (4, {"headroom": 1.5}),
+    (4, {"headroom": 2.0}),
+    (4, {"learn_scales": True}),
+    (4, {"learn_scales": True, "headroom": 1.5}),
+    (3, {}),
+    (3, {"headroom": 1.5}),
+    (1.58, {}),
+    (1.58, {"headroom": 1.5}),
+]
 
 
 class Characters(nn.Module):
     """The next character's logits, from the last `WINDOW`."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(count, 32)
-        self.inward, self.norm = nn.Linear(WINDOW * 32, WIDTH), nn.LayerNorm(WIDTH)
-        self.up, self.down, self.head = nn.Linear(WIDTH, 512), nn.Linear(512, WIDTH), nn.Linear(WIDTH, count)
-        self.last = nn.LayerNorm(WIDTH)
+        self.inward, self.norm = nn.Linear(WINDOW * 32, width), nn.LayerNorm(width)
+        self.up, self.down, self.head = nn.Linear(width, 512), nn.Linear(512, width), nn.Linear(width, count)
+        self.last = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.inward(self.embedding(x).flatten(1))
@@ -48,56 +66,82 @@ def text() -> tuple[torch.Tensor, int]:
     return torch.tensor([numbers[character] for character in whole]), len(numbers)
 
 
-def held_out_loss(bits: int | None, headroom: float, steps: int) -> float:
+def measured(bits: float | None, options: dict[str, Any], init: str, args: argparse.Namespace) -> dict[str, Any]:
     """After training; `bits` None: in float."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, count = text()
+    data = data.to(device)
     cut = len(data) * 9 // 10
     torch.manual_seed(0)
-    model: nn.Module = Characters(count)
+    model: nn.Module = Characters(count, args.width)
+    if init == "normal":
+        for layer in (model.inward, model.up, model.down):
+            nn.init.normal_(layer.weight, std=0.02)
     if bits:
         targets = ["inward", "up", "down"]
         rest = ["embedding", "norm", "head", "last"]
         config = LowBitSRConfig(
             bits=bits,
             group_size=-1,
-            headroom=headroom,
             error_feedback=True,
+            **options,
             target_modules=targets,
             modules_to_save=rest,
         )
         model = get_peft_model(model, config)
+    model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     kind = LowBitAdamW if bits else torch.optim.AdamW
-    optimizer = kind(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = kind(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
     order = torch.Generator().manual_seed(1)
+    at_first = None
 
     def loss(first: int, past: int, size: int, generator: torch.Generator) -> torch.Tensor:
         at = torch.randint(first, past - WINDOW - 1, (size,), generator=generator)
-        logits = model(data[at[:, None] + torch.arange(WINDOW)])
+        at = at.to(device)
+        logits = model(data[at[:, None] + torch.arange(WINDOW, device=device)])
         return nn.functional.cross_entropy(logits, data[at + WINDOW])
 
-    for step in range(steps):
+    for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = args.rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.zero_grad()
         loss(0, cut, 128, order).backward()
         optimizer.step()
+        if step == 0:
+            at_first = share_at_ends(model)
     with torch.no_grad():
-        return loss(cut, len(data), 8192, torch.Generator().manual_seed(2)).item()
+        found = loss(cut, len(data), 8192, torch.Generator().manual_seed(2)).item()
+    return {"loss": found, "at_ends": [at_first, share_at_ends(model)]}
+
+
+def share_at_ends(model: nn.Module) -> float | None:
+    """Of all codes, those on the two outermost levels."""
+    weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
+    if not weights:
+        return None
+    codes = [(w.codes(), w.grid) for w in weights]
+    return float(torch.cat([((q == g.qmin) | (q == g.qmax)).flatten() for q, g in codes]).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--steps", type=int, default=1000)
-    options = parser.parse_args()
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    args = parser.parse_args()
     runs = []
-    for bits, headroom in RUNS:
-        found = held_out_loss(bits, headroom, options.steps)
-        print(f"{f'{bits} bits, headroom {headroom:g}' if bits else 'float':24} {found:.4f}", flush=True)
-        runs.append({"bits": bits, "headroom": headroom, "loss": found})
-    if options.out:
-        write_json(options.out, {**provenance(), "steps": options.steps, "runs": runs})
+    for init in ("linear", "normal"):
+        for bits, chosen in RUNS:
+            found = measured(bits, chosen, init, args)
+            name = ", ".join([f"{bits:g} bits" if bits else "float", *(f"{k}={v}" for k, v in chosen.items())])
+            ends = " -> ".join(f"{share:.3f}" for share in found["at_ends"]) if bits else ""
+            print(f"{init:7} {name:40} {found['loss']:.4f}  {ends}", flush=True)
+            runs.append({"init": init, "bits": bits, **chosen, **found})
+    if args.out:
+        settings = {key: value for key, value in vars(args).items() if key != "out"}
+        write_json(args.out, {**provenance(), **settings, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .growth import grow
 from .learning_rate import check_rate
 
 # attribute of an optimizer within `step()`: [(group, index, low-bit parameter, its float stand-in)]
@@ -68,6 +69,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for _, _, parameter, stand_in in getattr(optimizer, _SWAPPED, ()):
         parameter.round_from(stand_in.detach())
+        grow(parameter)
     _put_back(optimizer)
 
 

@@ -51,6 +51,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         "range_method": optional(one_of(*LOW_BIT_RANGE_METHODS)),
         "headroom": Rule("it must be a number of at least 1", lambda value: is_positive(value) and value >= 1),
         "signed_scales": optional(FLAG),
+        "grow_scales": optional(FLAG),
         "bias": one_of("none", "all", "lowbitsr_only"),
         "export_format": optional(one_of(*EXPORT_FORMATS)),
         "seed": INTEGER,
@@ -108,6 +109,13 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         metadata={
             "help": "Whether the sign of a scale chooses the side of zero on which the grid has its extra level (-8 to "
             "7, or -7 to 8). None: yes, but for ternary grids and 'absmean'."
+        },
+    )
+    grow_scales: bool = field(  # type: ignore[assignment]  # None exists only until __post_init__
+        default=None,
+        metadata={
+            "help": "Double a scale during training, and halve its codes, where more than a 128th of these come to lie "
+            "at the ends of the grid: 8 bits only. None: yes for 8 bits and 'minmax'."
         },
     )
     learn_scales: bool = field(default=False, metadata={"help": "Train the scales, as relative changes in fp32."})
@@ -210,6 +218,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         self.check_options()
         if self.range_method is None:
             self.range_method = "absmean" if self.grid.ternary else "minmax" if self.bits == 8 else "lp"
+        if self.grow_scales is None:
+            self.grow_scales = self.bits == 8 and self.range_method == "minmax"
         if self.signed_scales is None:
             self.signed_scales = not self.is_older_adapter() and self.has_sides
         self.require_base()
@@ -298,6 +308,11 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         if self.bits != TERNARY:
             self.bits = int(self.bits)  # 4.0 is 4
         Grid(self.bits, self.group_size)
+        if self.grow_scales and self.bits != 8:
+            raise ValueError(
+                f"`grow_scales` is True, but `bits` is {self.bits}: halved codes of a grid as coarse would lose what "
+                "they were trained to. Leave it out, and give the scales `headroom`, or `learn_scales=True`."
+            )
         if self.forward_bits is not None and self.grid.code_bits < 3:
             raise ValueError(
                 f"`forward_bits` is 1.58, but `bits` is {self.bits}: there is nothing to project. Train at least 3 "

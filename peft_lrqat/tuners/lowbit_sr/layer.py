@@ -156,7 +156,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         stream = torch.tensor([stream_key(config.seed, named), 0], device=device)
         trained_before = bool(config.base_model_name_or_path)  # a model of transformers' from_config has no name
         weight = LowBitTensor(
-            packed, scale, stream, config.grid, frozen.in_features, config.error_feedback, trained_before
+            packed,
+            scale,
+            stream,
+            config.grid,
+            frozen.in_features,
+            config.error_feedback,
+            trained_before,
+            bool(config.grow_scales),
         )
         if not config.init_weights and not weight.is_meta:
             # for tests: an adapter that moves most weights by a step or so

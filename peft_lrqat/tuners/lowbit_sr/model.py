@@ -13,6 +13,7 @@ from ...checkpoint.adopt import adopt_compressed_tensors
 from ..common.model import QuantizingModel
 from ..common.quantized_base import check_grid, is_fixed_point, packed_targets, scales_of
 from .config import LowBitSRConfig
+from .growth import warn_of_full_grids
 from .layer import LowBitSRLayer, LowBitSRLinear
 from .parts import PARTS
 
@@ -130,10 +131,18 @@ class LowBitSRModel(QuantizingModel):
                 layer._the_one(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def train(self, mode: bool = True) -> LowBitSRModel:
+        """As both methods' models do; before an evaluation (False) it is also said if weights fill their grid."""
+        if not mode and self.training:
+            warn_of_full_grids(self)
+        super().train(mode)
+        return self
+
     # -- state dicts: `parts.py` has what is special
 
     @classmethod
     def _adapter_tensors(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        warn_of_full_grids(model)
         # the base class's own: LoRA's looks for DoRA in the configuration
         return super(LoraModel, cls)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 from ...grid import TERNARY
 from ...ops.low_bit_step import step_codes
 from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
+from .growth import grow
 from .tensor import LowBitTensor
 
 STATES = ("8bit", "factored", "fp32")
@@ -226,6 +227,8 @@ class LowBitAdamW(Optimizer):
             lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
         lr = lr.to(parameter.device, torch.float32)
         step_codes(parameter.packed, parameter.scale, parameter.stream, grad, state, lr, rule)
+        if rule.lr_unit == "weight":  # a rate in grid steps would double with the scale
+            grow(parameter)
         if rule.error_feedback and (last_lr := _last_positive(group["lr"], last_lr)) is not None:
             state["last_lr"] = last_lr
 

@@ -58,6 +58,9 @@ class LowBitTensor(torch.Tensor):
         grid: the `Grid`.
         error_feedback: whether the optimizer shall keep the rounding remainder.
         fine_tunes: whether the weight was pretrained (`learning_rate.py`).
+        grows: whether optimizers double scales whose codes come to lie at the ends of the grid (`growth.py`).
+        known_count: how often the weight had been rounded when `growth.py` looked last, and the version of `stream`
+            then; None before that.
     """
 
     packed: torch.Tensor
@@ -66,6 +69,8 @@ class LowBitTensor(torch.Tensor):
     grid: Grid
     error_feedback: bool
     fine_tunes: bool
+    grows: bool
+    known_count: tuple[int, int] | None
 
     _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
     ds_status = Mark(DEEPSPEED, asking=True)  # DeepSpeed's engine asks every parameter, in every stage
@@ -82,6 +87,7 @@ class LowBitTensor(torch.Tensor):
         in_features: int,
         error_feedback: bool = False,
         fine_tunes: bool = False,
+        grows: bool = False,
     ) -> LowBitTensor:
         """
         Raises:
@@ -96,7 +102,8 @@ class LowBitTensor(torch.Tensor):
         shape = (packed.shape[0], in_features)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
         self.packed, self.scale, self.stream = packed, scale, stream
-        self.grid, self.error_feedback, self.fine_tunes = grid, error_feedback, fine_tunes
+        self.grid, self.error_feedback, self.fine_tunes, self.grows = grid, error_feedback, fine_tunes, grows
+        self.known_count = None
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -197,10 +204,10 @@ class LowBitTensor(torch.Tensor):
         return LowBitTensor(*inner, *self._meta)
 
     @property
-    def _meta(self) -> tuple[Grid, int, bool, bool]:
-        return self.grid, self.shape[1], self.error_feedback, self.fine_tunes
+    def _meta(self) -> tuple[Grid, int, bool, bool, bool]:
+        return self.grid, self.shape[1], self.error_feedback, self.fine_tunes, self.grows
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool, bool]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool, bool, bool]]:
         return ["packed", "scale", "stream"], self._meta
 
     @staticmethod

@@ -27,6 +27,10 @@ IDS = tokens()
         ({"seed": 0.5}, "`seed` is 0.5"),
         ({"bias": "lora_only"}, "`bias` is 'lora_only'; allowed are 'none', 'all', 'lowbitsr_only'"),
         ({"forward_bits": 2}, "`forward_bits` is 2; allowed are None, 1.58"),
+        (
+            {"bits": 4, "grow_scales": True},
+            "`grow_scales` is True, but `bits` is 4.*`headroom`, or `learn_scales",
+        ),
         ({"forward_bits": 1.58, "bits": 2}, "nothing to project. Train at least 3 bits"),
         ({"bits": 8, "container_bits": 4}, "`container_bits` is 4.*take 8 bits"),
         ({"bits": 8, "forward_bits": 1.58, "container_bits": 1}, "`container_bits` is 1.*ternary.*take 2 bits"),
