@@ -23,6 +23,7 @@ from torch import nn
 
 from peft_lrqat import LowBitAdamW, LowBitSRConfig
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from peft_lrqat.tuners.lowbit_sr.growth import at_ends
 
 WINDOW = 16
 RUNS: list[tuple[float | None, dict[str, Any]]] = [
@@ -120,8 +121,8 @@ def share_at_ends(model: nn.Module) -> float | None:
     weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
     if not weights:
         return None
-    codes = [(w.codes(), w.grid) for w in weights]
-    return float(torch.cat([((q == g.qmin) | (q == g.qmax)).flatten() for q, g in codes]).float().mean())
+    counts = sum(at_ends(w.packed, w.scale, w.grid, w.shape[1]).sum() for w in weights)
+    return float(counts) / sum(w.numel() for w in weights)
 
 
 def main() -> None:

@@ -238,10 +238,12 @@ def coded(model: nn.Module) -> list[Any]:
 @torch.no_grad()
 def saturated(weights: list[Any]) -> float | None:
     """Share of all codes that lie on the two outermost levels; None without low-bit weights."""
+    from peft_lrqat.tuners.lowbit_sr.growth import at_ends
+
     if not weights:
         return None
-    at_ends = sum(((w.codes() == w.grid.qmin) | (w.codes() == w.grid.qmax)).sum(dtype=torch.float64) for w in weights)
-    return (at_ends / sum(w.numel() for w in weights)).item()
+    counts = sum(at_ends(w.packed, w.scale, w.grid, w.shape[1]).sum(dtype=torch.float64) for w in weights)
+    return (counts / sum(w.numel() for w in weights)).item()
 
 
 def projected_loss(model: nn.Module, windows: torch.Tensor, size: int) -> float:
@@ -328,6 +330,7 @@ def run(args: argparse.Namespace) -> None:
     methods = [parse_method(text, args.act_bits) for text in args.methods]
     data: dict[str, torch.Tensor] = {}
     for name, tokens in read_tokens(Path(args.tokens)).items():
+        tokens = tokens if name == "train" else tokens[: args.held_out_tokens]
         whole = torch.from_numpy(tokens[: len(tokens) // args.length * args.length].astype(np.int32))
         data[name] = whole.view(-1, args.length).to(device)
     one_pass = len(data["train"]) // args.batch
@@ -464,6 +467,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--warmup", type=float, default=0.05, help="share of the steps; cosine to zero after it")
     add("--evaluations", type=int, default=20)
     add("--eval-tokens", type=int, default=1 << 18, help="of the curve; the loss at the end is of all")
+    add("--held-out-tokens", type=int, help="of each text that is held out; without it: all")
     add("--no-graph", action="store_true", help="on a GPU: run every step eagerly")
     add("--seeds", type=int, nargs="+", default=[0])
     shown = commands.add_parser("table")

@@ -100,8 +100,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     headroom: float = field(
         default=1.0,
         metadata={
-            "help": "A factor on the initial scales. Fixed scales bound how far weights can grow: from scratch, "
-            "8 bits take 2 to 4, which makes the grid as much coarser; for fine-tuning leave it at 1."
+            "help": "A factor on the initial scales, which makes the grid as much coarser. Fixed scales bound how far "
+            "weights can grow: from scratch 4 bits may take 1.5, and 8 bits without `grow_scales` 2 to 4; for "
+            "fine-tuning leave it at 1."
         },
     )
     signed_scales: bool = field(  # type: ignore[assignment]  # None exists only until __post_init__

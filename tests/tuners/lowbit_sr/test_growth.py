@@ -68,6 +68,18 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch):
         assert torch.equal(whole.scale, parts.scale)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_grows_as_a_cpu():
+    torch.manual_seed(0)
+    for group_size in (-1, 64, 0):
+        here = weight_of(full_codes(), group_size)
+        there = here.to("cuda")
+        growth.widen(here)
+        growth.widen(there)
+        assert torch.equal(there.packed.cpu(), here.packed)
+        assert torch.equal(there.scale.cpu(), here.scale)
+
+
 @pytest.mark.parametrize("kind", [LowBitAdamW, torch.optim.AdamW])
 def test_a_weight_that_must_grow_gets_there(kind: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(growth, "EVERY", 8)
