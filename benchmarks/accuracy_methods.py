@@ -287,7 +287,7 @@ def make_start(model: nn.Module, job: dict[str, Any], text: Text) -> nn.Module:
     options.pop("windows"), options.pop("seed", None)
     if unknown := set(options) - known:
         raise ValueError(f"preprocess_{job['start']} has no {', '.join(sorted(unknown))}.")
-    weights = {k: v for k, v in job.items() if not k.startswith("act_")}  # activations are rounded in training only
+    weights = {k: v for k, v in job.items() if not k.startswith(("act_", "kv_"))}  # those are rounded in training only
     function(model.eval(), config_of(weights), text.calibration(job), progressbar=False, **options)
     return model
 
