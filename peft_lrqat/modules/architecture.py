@@ -89,17 +89,16 @@ def expert_parts(model: nn.Module, name: str, files: set[str] | None = None) -> 
     for projection in projections(module):
         weight = module.get_parameter(projection)
         experts, rows, _ = weight.shape
-        numbers = torch.arange(experts * rows, device="cpu").view(
-            experts, rows, 1
-        )  # each row tells where it comes to lie
+        # each row tells where it comes to lie; two columns, as transformers 5.17 drops dimensions of one
+        numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).repeat(1, 1, 2)
         pieces: dict[int, list[tuple[int, str]]] = {}
         for file, piece in revert_weight_conversion(model, {f"{name}.{projection}": numbers}).items():
             part = re.fullmatch(r".*\.(\d+)\.([^.]+)\.weight", file)
             if files is not None:
                 files.add(file.removesuffix(".weight"))
             first = int(piece.flatten()[0])
-            there = torch.arange(first, first + piece.numel(), device="cpu").view(piece.shape)
-            if part is None or int(part[1]) != first // rows or piece.ndim != 2 or not torch.equal(piece, there):
+            there = torch.arange(first, first + len(piece), device="cpu").unsqueeze(1).repeat(1, 2)
+            if part is None or int(part[1]) != first // rows or not torch.equal(piece, there):
                 return None
             pieces.setdefault(int(part[1]), []).append((first % rows, part[2]))
         names = {tuple(part for _, part in sorted(of_expert)) for of_expert in pieces.values()}
