@@ -100,14 +100,29 @@ def _described(layers: Sequence[MergingLayer]) -> Iterator[None]:
             refuse_rounded_inputs(info.activations)
             shape = (info.out_features, info.in_features)
             weight = torch.empty(shape[::-1] if info.kind == "conv1d" else shape, dtype=info.dtype, device="meta")
-            described = nn.Module()
-            described.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+            described: nn.Module = _DescribedExperts(layer.frozen.experts, weight)
+            if layer.frozen.experts == 1:
+                described = nn.Module()
+                described.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
             described.register_parameter("bias", layer.base_layer.bias)
             layer.base_layer = described
         yield
     finally:
         for layer, base in zip(layers, bases, strict=True):
             layer.base_layer = base
+
+
+class _DescribedExperts(nn.Module):
+    """What `modules.experts.Experts` asks of the layer of all experts to show the names and shapes of their parts."""
+
+    def __init__(self, experts: int, weight: torch.Tensor) -> None:
+        super().__init__()
+        self._experts, self._weight = experts, weight
+
+    def served(self, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
+        part = self._weight[: self._weight.shape[0] // (self._experts * len(names))]
+        called = [f"{e}.{name}.weight" for e in range(self._experts) for name in names]
+        return {name: nn.Parameter(part, requires_grad=False) for name in called}
 
 
 def _lora_check(check: Callable[[Any], Any]) -> Any:

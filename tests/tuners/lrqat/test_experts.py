@@ -11,14 +11,19 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from peft_lrqat import LRQATConfig, load_quantized
 from peft_lrqat.modules.generation import kept_weights
 from peft_lrqat.tuners.common import undo
+from peft_lrqat.tuners.common.async_rollouts import _described
+from peft_lrqat.tuners.common.frozen import whole
 from peft_lrqat.tuners.lrqat import LRQATLinear
 from peft_lrqat.tuners.lrqat.experts import FrozenExperts, LRQATExpertLinear
 from tests.mixtures import EXPERTS, FIRST, mixture, on_experts
 from tests.models import logits, tokens, train
+from tests.parallel import in_two_processes
 from tests.weight_engine import Engine, sync
 
 IDS = tokens(1, 6)
@@ -220,6 +225,18 @@ def test_what_is_sent_to_an_engine_has_the_names_of_files(model: PeftModel):
     assert torch.equal(logits(model, IDS), expected)
 
 
+def test_an_asynchronous_trainer_announces_what_is_sent(model: PeftModel):
+    def walk() -> list[tuple]:
+        return [(n, tuple(p.shape), p.dtype) for n, p in model.named_parameters() if "lora_" not in n]
+
+    with _described(list(layers(model).values())):
+        announced = walk()
+    model.merge_adapter()
+    experts = [entry for entry in walk() if "experts" in entry[0]]
+    assert len(experts) == 2 * 3 * EXPERTS
+    assert [entry for entry in announced if "experts" in entry[0]] == experts
+
+
 @pytest.mark.parametrize("room", [True, False])
 def test_the_float_weights_are_freed(monkeypatch: pytest.MonkeyPatch, room: bool):
     if not room:  # to keep them until the last layer is converted
@@ -246,3 +263,48 @@ def test_the_float_weights_are_freed(monkeypatch: pytest.MonkeyPatch, room: bool
     assert held == ([2, 2, 2, 2] if room else [2, 1, 0, 0])
     assert layers(model)
     assert alive() == 0
+
+
+def _steps(model: PeftModel, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss, and the gradients, after which every entry is moved by as much, whatever a gradient's last bits."""
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(parameter.grad.sign() * 0.02)
+    return loss.item(), grads
+
+
+def _seeded() -> PeftModel:
+    torch.manual_seed(0)
+    return on_experts(mixture())
+
+
+def _sharded(rank: int, folder: Path) -> dict[str, Any]:
+    model = _seeded()
+    for block in model.get_base_model().model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    loss, grads = _steps(model, tokens(2)[rank : rank + 1])
+    frozen = next(iter(layers(model).values())).frozen
+    held = frozen.base.to_local().nbytes / frozen.base.nbytes
+    merged = model.merge_and_unload()
+    state = get_model_state_dict(merged, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {"loss": loss, "grads": grads, "held": held, "state": state}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="FSDP2 shards no integer parameters before torch 2.12")
+def test_two_processes_with_fsdp2_train_what_one_does(tmp_path: Path):
+    model = _seeded()
+    loss, grads = _steps(model, tokens(2))
+    state = model.merge_and_unload().state_dict()
+    first, second = in_two_processes(_sharded, tmp_path)
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(loss, rel=1e-6)
+    assert first["held"] == 0.5
+    for name, gradient in grads.items():
+        torch.testing.assert_close(first["grads"][name], gradient, rtol=0, atol=2e-5 * gradient.abs().max().item())
+    assert first["state"].keys() == state.keys()
+    assert all(torch.equal(first["state"][name], tensor) for name, tensor in state.items())
