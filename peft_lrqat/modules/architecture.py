@@ -85,22 +85,21 @@ def expert_parts(model: nn.Module, name: str, files: set[str] | None = None) -> 
     if not isinstance(model, PreTrainedModel):
         return None
     found: dict[str, tuple[str, ...]] = {}
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     for projection in projections(module):
-        weight = module.get_parameter(projection)
-        experts, rows, _ = weight.shape
+        experts, rows = min(2, module.num_experts), module.get_parameter(projection).shape[1]  # the others are alike
         # each row tells where it comes to lie; two columns, as transformers 5.17 drops dimensions of one
         numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).repeat(1, 1, 2)
         pieces: dict[int, list[tuple[int, str]]] = {}
         for file, piece in revert_weight_conversion(model, {f"{name}.{projection}": numbers}).items():
-            part = re.fullmatch(r".*\.(\d+)\.([^.]+)\.weight", file)
-            if files is not None:
-                files.add(file.removesuffix(".weight"))
+            part = re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", file)
             first = int(piece.flatten()[0])
             there = torch.arange(first, first + len(piece), device="cpu").unsqueeze(1).repeat(1, 2)
-            if part is None or int(part[1]) != first // rows or not torch.equal(piece, there):
+            if part is None or int(part[2]) != first // rows or not torch.equal(piece, there):
                 return None
-            pieces.setdefault(int(part[1]), []).append((first % rows, part[2]))
+            pieces.setdefault(int(part[2]), []).append((first % rows, part[3]))
+            if files is not None:
+                files.update(f"{part[1]}.{e}.{part[3]}" for e in range(module.num_experts))
         names = {tuple(part for _, part in sorted(of_expert)) for of_expert in pieces.values()}
         if len(pieces) != experts or len(names) != 1:
             return None

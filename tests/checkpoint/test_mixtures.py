@@ -40,7 +40,7 @@ def folder(merged: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) ->
     return where
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("format", [pytest.param("compressed-tensors", marks=pytest.mark.slow), "gptq"])
 def test_formats(merged: PreTrainedModel, tmp_path: Path, format: str):
     assert export(merged, tmp_path / "out", format, progress=False).loss is None
     files = load_file(tmp_path / "out" / "model.safetensors")

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
 from ...modules.architecture import expert_parts
@@ -33,6 +34,7 @@ class Adopted(NamedTuple):
     after: Experts
 
 
+@skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; these are the model's own
 def adopt_experts(model: nn.Module, config: Any) -> dict[str, Adopted]:
     """Make layers of experts that `config` may mean, and name them in its `target_modules`.
 

@@ -89,6 +89,7 @@ def test_each_expert_is_a_linear_layer_of_its_own(options: dict):
         assert torch.equal(layer.sample_codes(rows, ["default"])[0], whole.codes[rows])
 
 
+@pytest.mark.slow  # tests/modules/test_experts.py has the functions alone
 def test_every_way_of_multiplying_trains_and_merges_exactly():
     for how in ("eager", "batched_mm"):
         model = on_experts(mixture(torch.bfloat16, how))
@@ -153,6 +154,8 @@ def test_an_adapter_is_loaded_and_switched(model: PeftModel, tmp_path: Path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(mixture(torch.bfloat16), tmp_path).eval()
     assert torch.equal(logits(again, IDS), expected)
+    without_memory = PeftModel.from_pretrained(mixture(torch.bfloat16), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(logits(without_memory, IDS), expected)
     again.load_adapter(tmp_path, "second")
     again.base_model.set_adapter(["default", "second"])
     both = logits(again, IDS)
@@ -237,7 +240,7 @@ def test_an_asynchronous_trainer_announces_what_is_sent(model: PeftModel):
     assert [entry for entry in announced if "experts" in entry[0]] == experts
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_float_weights_are_freed(monkeypatch: pytest.MonkeyPatch, room: bool):
     if not room:  # to keep them until the last layer is converted
         monkeypatch.setattr(undo, "free_bytes", lambda device: 0.0)
