@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from peft_lrqat.ops import use_kernels
 from peft_lrqat.ops.kernels import experts as kernels
 from peft_lrqat.ops.kernels import tiles, weight
-from tests.experts import Stack, check_linear, check_weights, linear, listed, routed, stack, weights
+from tests.experts import E, Stack, check_linear, check_weights, linear, listed, routed, stack, weights
 from tests.problems import BY_CHANNEL, DEVICE, GRANULARITY
 
 #: Neither divides into tiles, nor into what torch's grouped product takes; both do.
@@ -140,7 +140,12 @@ def test_several_tiles_a_program(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is nothing to synchronise with")
 def test_no_synchronisation_where_one_part_holds_all():
-    s = stack(4, -1, rows=64, cols=64).there()
+    """With a rank that torch's grouped product takes, a multiple of 8: the experts are multiplied one by one else."""
+    s = stack(4, -1, rows=64, cols=64)
+    fill = 8 - s.A.shape[0] // E
+    A = torch.nn.functional.pad(s.A.detach().unflatten(0, (E, -1)), (0, 0, 0, fill)).flatten(0, 1)
+    B = torch.nn.functional.pad(s.B.detach().unflatten(1, (-1, E)), (0, 0, 0, fill)).flatten(1)
+    s = dataclasses.replace(s, A=A.requires_grad_(), B=B.requires_grad_()).there()
     x, ends, dy = routed(s, "all", torch.bfloat16)
     with use_kernels(True):
         s.results(linear(s, x, ends), dy, x)
