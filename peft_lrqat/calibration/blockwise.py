@@ -147,9 +147,10 @@ def preprocess_blockwise(
         floats = inputs.fork()  # the float model's own stream
         in_block = [_inside(layers, f"{name}.{index}.") for index in range(len(blocks))]
         last = max(index for index, own in enumerate(in_block) if own)
+        del layers  # nothing keeps the float weights of a block that is done
         described = tqdm(range(last + 1), desc="block-wise", disable=not progressbar)
         for index in described:
-            block, own = blocks[index], in_block[index]
+            block, own, in_block[index] = blocks[index], in_block[index], {}
             arrive(model, block, {f"{name}.{index}.{key}": layer for key, layer in own.items()}, config)
             floats.advance(index, block)
             if not own:

@@ -125,6 +125,10 @@ def bring_in(module: nn.Module, *, without: nn.Module | None = None) -> None:
         with onloaded(one):
             parameters, buffers = dict(one._parameters), dict(one._buffers)
         remove_hook_from_module(one)
+        if getattr(vars(one).get("forward"), "__func__", None) is type(one).forward:
+            del (
+                one.forward
+            )  # accelerate leaves it there, a cycle that would keep the weights of a layer that is replaced
         # taking the parameters out has put others in their place, which nothing else refers to
         one._parameters.update(parameters)
         one._buffers.update(buffers)

@@ -78,7 +78,8 @@ def preprocess_gptq(
         inputs = BlockInputs(model, blocks, batches)
         described = tqdm(list(enumerate(blocks)), desc="GPTQ", disable=not progressbar)
         for index, block in described:
-            own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.{index}.")}
+            # taken out, so that nothing keeps the float weights of a block that is done
+            own = {key: layers.pop(key) for key in list(layers) if key.startswith(f"{name}.{index}.")}
             arrive(model, block, own, config)
             hessians = collect_hessians(inputs, index, block, own)
             for key, layer in own.items():
@@ -86,6 +87,7 @@ def preprocess_gptq(
                     raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out "
                                      "of `target_modules`, or give more text.")  # fmt: skip
                 replace_layer(model, key, _quantized(layer, hessians.pop(key), config, damping))
+                del layer
             inputs.advance(index, block)
         model.train(was_training)
         if getattr(model, "config", None) is not None:

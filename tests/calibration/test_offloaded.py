@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
+from peft_lrqat.calibration import blockwise as blocks
 from peft_lrqat.calibration import offloaded, preprocess
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.tuners.common.plain import is_offloaded
@@ -71,16 +73,22 @@ def test_a_folder_gives_what_the_loaded_model_gives(method: Callable, folder: Pa
 
 def test_one_block_is_float_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch):
     seen, arrive = [], offloaded.arrive
+    came: list[weakref.ref] = []
 
     def watched(model: Any, block: Any, *args: Any) -> None:
+        left = sum(one() is not None for one in came)
         arrive(model, block, *args)
-        there = [name for name, p in model.named_parameters() if p.ndim == 2 and not p.is_meta]
-        seen.append([name.partition("layers.")[2][:1] for name in there if "layers." in name])
+        weights = [p for p in block.parameters() if p.ndim == 2]
+        came.extend(map(weakref.ref, weights))
+        seen.append((left, len(weights)))
 
     monkeypatch.setattr(preprocess, "arrive", watched)
-    model = gptq(folder)
-    assert [set(blocks) for blocks in seen] == [{"0"}, {"1"}]
-    assert not any(p.is_meta for p in model.parameters())
+    monkeypatch.setattr(blocks, "arrive", watched)
+    for method in (gptq, blockwise):
+        model = method(folder)
+        assert not any(p.is_meta for p in model.parameters())
+    assert [left for left, _ in seen] == [0, 0, 0, 0]
+    assert all(count >= 6 for _, count in seen)
 
 
 def test_a_model_that_was_loaded_offloaded(folder: Path, tmp_path: Path):
