@@ -104,23 +104,44 @@ def grid_name(grid: tuple[int, int, bool]) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print (or write) Markdown: one table a model and grid."""
-    rows, floats = read(args.files)
+    """Print (or write) what `all_rows` makes."""
+    _give(all_rows(args.files, args.text), args.out)
+
+
+def summary(args: argparse.Namespace) -> None:
+    """Print (or write) what `best_rows` makes."""
+    _give(best_rows(args.files, args.text), args.out)
+
+
+def _give(text: str, out: str | None) -> None:
+    if out:
+        Path(out).write_text(text)
+    else:
+        print(text)
+
+
+def all_rows(files: list[str], text: str = "report") -> str:
+    """Markdown: one table a model and grid.
+
+    Args:
+        text: whose figures come first.
+    """
+    rows, floats = read(files)
     lines: list[str] = []
     order = sorted({(row.model, row.grid) for row in rows}, key=lambda key: (key[0], order_of(key[1])))
     for model, grid in order:
         here = [row for row in rows if (row.model, row.grid) == (model, grid)]
-        here.sort(key=lambda row: -row.mean(args.text, "ppl"))
+        here.sort(key=lambda row: -row.mean(text, "ppl"))
         if model in floats:
             figures = floats[model]
-            lines.append(f"\n{model}, {grid_name(grid)} (float: {figures[args.text]['ppl']:.2f}, "
+            lines.append(f"\n{model}, {grid_name(grid)} (float: {figures[text]['ppl']:.2f}, "
                          f"WikiText-2 {figures['wikitext2']['ppl']:.2f})\n")  # fmt: skip
         lines += [
             "| | perplexity | recovered | KL | same token | WikiText-2 | HellaSwag | seeds |",
             "|---|" + "---|" * 7,
         ]
         for row in here:
-            spread, share = row.spread(args.text), recovered(row, rows, floats, args.text)
+            spread, share = row.spread(text), recovered(row, rows, floats, text)
             tasks = [run["hellaswag"] for run in row.runs if "hellaswag" in run]
             task = (
                 f"{100 * statistics.fmean(t['accuracy'] for t in tasks):.1f} ± {100 * tasks[0]['stderr']:.1f}"
@@ -128,16 +149,12 @@ def table(args: argparse.Namespace) -> None:
                 else ""
             )
             lines.append(
-                f"| {row.label} | {row.mean(args.text, 'ppl'):.2f}{'' if math.isnan(spread) else f' ± {spread:.2f}'} "
-                f"| {'' if math.isnan(share) else f'{100 * share:.0f} %'} | {row.mean(args.text, 'kl'):.4f} "
-                f"| {100 * row.mean(args.text, 'agree'):.1f} % | {row.mean('wikitext2', 'ppl'):.2f} | {task} "
+                f"| {row.label} | {row.mean(text, 'ppl'):.2f}{'' if math.isnan(spread) else f' ± {spread:.2f}'} "
+                f"| {'' if math.isnan(share) else f'{100 * share:.0f} %'} | {row.mean(text, 'kl'):.4f} "
+                f"| {100 * row.mean(text, 'agree'):.1f} % | {row.mean('wikitext2', 'ppl'):.2f} | {task} "
                 f"| {len(row.runs)} |"
             )
-    text = "\n".join(lines) + "\n"
-    if args.out:
-        Path(args.out).write_text(text)
-    else:
-        print(text)
+    return "\n".join(lines).strip() + "\n"
 
 
 def best_of(rows: list[Row]) -> dict[str, dict[tuple[int, int, bool], Row]]:
@@ -153,33 +170,34 @@ def order_of(grid: tuple[int, int, bool]) -> tuple[int, bool, int, bool]:
     return -bits, group < 0, -group, not symmetric
 
 
-def summary(args: argparse.Namespace) -> None:
-    """Print Markdown: a table a model, methods by grids, perplexity and what was recovered."""
-    rows, floats = read(args.files)
+def best_rows(files: list[str], text: str = "report", name: str = "") -> str:
+    """Markdown: a table a model, methods by grids, perplexity and what was recovered; the best of a grid is bold.
+
+    Args:
+        name: what the model's begins with.
+    """
+    rows, floats = read(files)
     lines: list[str] = []
-    for model in sorted({row.model for row in rows if row.model in floats}, reverse=True):
+    for model in sorted((model for model in floats if model.startswith(name)), reverse=True):
         best = best_of([row for row in rows if row.model == model])
         grids = sorted({grid for found in best.values() for grid in found}, key=order_of)
-        lines += [f"\n| {model} (float: {floats[model][args.text]['ppl']:.2f}) | "
-                  + " | ".join(grid_name(grid) for grid in grids) + " |", "|---|" + "---|" * len(grids)]  # fmt: skip
-
-        def loss(found: dict[tuple[int, int, bool], Row], model: str = model) -> float:
-            """What is left of the loss, on average: the order of the rows."""
-            return -statistics.fmean(recovered(row, rows, floats, args.text) for row in found.values())
-
-        for name, found in sorted(best.items(), key=lambda item: -loss(item[1])):
-            cells = [
-                f"{row.mean(args.text, 'ppl'):.2f} ({100 * recovered(row, rows, floats, args.text):.0f} %)"
-                if (row := found.get(grid))
-                else ""
-                for grid in grids
-            ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines).strip() + "\n"
-    if args.out:
-        Path(args.out).write_text(text)
-    else:
-        print(text)
+        lines += [
+            f"\n| {model} (float: {floats[model][text]['ppl']:.2f}) | " + " | ".join(map(grid_name, grids)) + " |",
+            "|---|" + "---:|" * len(grids),
+        ]
+        shares = {
+            method: {grid: recovered(row, rows, floats, text) for grid, row in found.items()}
+            for method, found in best.items()
+        }
+        top = {grid: max(share.get(grid, -math.inf) for share in shares.values()) for grid in grids}
+        for method in sorted(best, key=lambda method: statistics.fmean(shares[method].values())):
+            cells = []
+            for grid in grids:
+                row, share = best[method].get(grid), shares[method].get(grid, math.nan)
+                cell = "" if row is None else f"{row.mean(text, 'ppl'):.2f} ({100 * share:.0f} %)"
+                cells.append(f"**{cell}**" if share == top[grid] else cell)
+            lines.append(f"| {method} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines).strip() + "\n"
 
 
 def plot(args: argparse.Namespace) -> None:

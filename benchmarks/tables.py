@@ -18,6 +18,9 @@ what stands in the columns but the first (a dotted place in the run and how the 
 is bold), and the rows: what the first column says, and which run it is. Just one run must meet a row's conditions,
 which replace those on all rows; a name alone wants a field that is false, null or not there. What is not there leaves
 its cell empty.
+
+What accuracy.py measured has tables of its own, of accuracy_*.json: `<!-- accuracy: all -->` has every row, and
+`<!-- accuracy: best SmolLM2 -->` the best of each method, for models whose name begins so (none: for all).
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+_ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -94,9 +98,19 @@ def table(spec: str) -> str:
     return "\n".join([head, line, *lines]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
+def accuracy(spec: str) -> str:
+    """The tables that a comment about accuracy.py's results describes."""
+    from accuracy_report import all_rows, best_rows
+
+    files = [str(path) for path in sorted(ROOT.glob("benchmarks/results/accuracy_*.json"))]
+    kind, _, name = spec.partition(" ")
+    return all_rows(files) if kind == "all" else best_rows(files, name=name)
+
+
 def made(text: str) -> str:
     """A page with its tables made anew."""
-    return _TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+    text = _TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+    return _ACCURACY.sub(lambda found: found[1] + accuracy(found[2]) + found[3], text)
 
 
 def main(arguments: list[str] | None = None) -> int:
