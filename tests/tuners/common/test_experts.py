@@ -55,7 +55,6 @@ def converted(**options: Any) -> set[str]:
         ({"target_modules": r".*q_proj", "target_parameters": PARAMETERS}, BOTH),
         ({"target_parameters": PARAMETERS}, BOTH),
     ],
-    ids=str,
 )
 def test_experts_are_chosen(options: dict, expected: set[str]):
     assert converted(**options) == expected
