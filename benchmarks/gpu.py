@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py run --out benchmarks/results/gpu.json            # all methods, 7B shapes
     python benchmarks/gpu.py run --full --out benchmarks/results/gpu_full.json   # full-parameter training (full.py)
-    python benchmarks/gpu.py table benchmarks/results/gpu.json --plot docs/gpu.png
+    python benchmarks/gpu.py table benchmarks/results/gpu.json --plot docs/images/gpu.png
 
 Random weights in the shapes of Llama 2, rank 32 on all linear layers, AdamW (fused), block checkpointing, bf16, random
 tokens. One method after the other in one process, each on an empty GPU (asserted); per batch shape `--warm` steps, then

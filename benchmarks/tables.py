@@ -1,6 +1,6 @@
 """Tables of the documentation, made from the JSON of benchmarks/results.
 
-    python benchmarks/tables.py            # writes them anew into README.md and docs/*.md
+    python benchmarks/tables.py            # writes them anew into README.md and docs/
     python benchmarks/tables.py --check    # says what they would change, and fails if anything
 
 A page says in a comment what a table holds; the table is between that comment and `<!-- end -->`:
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 _ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -2,7 +2,7 @@
 
     make demo                        SmolLM2-135M-Instruct on Python's own documentation, no hub needed
     python examples/demo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --steps 500 --seq-len 1024
-    python examples/demo.py --method lowbit-sr --bits 8          integers trained directly (docs/lowbit-sr.md)
+    python examples/demo.py --method lowbit-sr --bits 8          integers trained directly (docs/guides/low-bit-sr.md)
 
 The table compares the model as it came (float), rounded to the nearest level of the same grid (with the ranges that
 suit rounding best), and trained on that grid: inside the rounding (LR-QAT), or as integers (low-bit SR). Perplexity is
@@ -88,7 +88,7 @@ LEARNING_RATES = {"lrqat": 3e-3, "lowbit-sr": 3e-5}
 
 
 def round_to_nearest(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
-    """The model on the same grid, not trained: step 0, with ranges for rounding alone (docs/quality.md)."""
+    """The model on the same grid, not trained: step 0, with ranges for rounding alone (docs/results/accuracy.md)."""
     config = METHODS[args.method](args)
     config.range_p = 4.0
     rounded = get_peft_model(model, config)

@@ -1,7 +1,7 @@
 """One row an architecture: a tiny model of it, inputs for it, and what its checkpoints are expected to say.
 
-`python -m tests.architectures` writes the table of docs/architectures.md anew from it. Nothing of this package is
-imported here, as the process that judges checkpoints imports this file.
+`python -m tests.architectures` writes the table of docs/reference/architectures.md anew from it. Nothing of this package
+is imported here, as the process that judges checkpoints imports this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 VOCAB = 96
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "architectures.md"
 MARKS = ("<!-- made by python -m tests.architectures -->\n", "<!-- end -->\n")
 DTYPE = torch.bfloat16
 
@@ -373,7 +373,7 @@ ARCHITECTURES = {
 
 
 def table() -> str:
-    """The table of docs/architectures.md."""
+    """The table of docs/reference/architectures.md."""
     lines = ["| architecture | class | stays float | transformers loads the merged checkpoint |", "|---|---|---|---|"]
     for name, row in ARCHITECTURES.items():
         loads = "yes, decompressed while loading" if row.early else "yes"

@@ -23,14 +23,22 @@ ROOT = Path(__file__).parents[1]
 #: Page -> the names that its snippets take from the text around them; what else they use, they make or import.
 PAGES = {
     "README.md": ["dataset", "texts"],
-    "docs/autoload.md": [],
-    "docs/export.md": ["model", "tokenizer"],
-    "docs/from-quantized.md": ["texts", "tokenizer"],
-    "docs/gguf.md": ["model", "tokenizer"],
-    "docs/lowbit-sr.md": ["dataset"],
-    "docs/serving.md": ["model", "tokenizer"],
-    "docs/troubleshooting.md": ["model", "torch"],
+    "docs/guides/autoload.md": [],
+    "docs/guides/export.md": ["model", "tokenizer"],
+    "docs/guides/from-quantized.md": ["texts", "tokenizer"],
+    "docs/guides/gguf.md": ["model", "tokenizer"],
+    "docs/guides/low-bit-sr.md": ["dataset"],
+    "docs/guides/serving.md": ["model", "tokenizer"],
+    "docs/guides/troubleshooting.md": ["model", "torch"],
 }
+
+#: All that a reader may open.
+PROSE = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md")),
+]
 
 
 def snippets(page: str) -> list[str]:
@@ -63,8 +71,8 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
     (tmp_path / "path/or").mkdir(parents=True)
     for name, folder in (("Qwen", "Qwen"), ("path/or/repo", "quantized"), ("path/or/repo-GPTQ", "gptq")):
         (tmp_path / name).symlink_to(folders / folder)
-    if page in ("docs/autoload.md", "docs/from-quantized.md"):
-        _save_adapter(tmp_path, of_quantized=page == "docs/from-quantized.md")
+    if page in ("docs/guides/autoload.md", "docs/guides/from-quantized.md"):
+        _save_adapter(tmp_path, of_quantized=page == "docs/guides/from-quantized.md")
     given = {name: _given(name, folders, page) for name in PAGES[page]}
     for block in snippets(page):
         if "import preprocess_" in block:
@@ -102,14 +110,57 @@ def _given(name: str, folders: Path, page: str) -> Any:
     if name == "tokenizer":
         return bytewise("gpt-2")
     model = _float_model(folders)
-    return model if page == "docs/troubleshooting.md" else adapted(model, range_method="minmax")
+    return model if page == "docs/guides/troubleshooting.md" else adapted(model, range_method="minmax")
 
 
-@pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")))
+@pytest.mark.parametrize("page", PROSE)
 def test_all_snippets_are_python(page: str):
     """Of the other pages too, whose snippets want a GPU, several processes, or an hour."""
     for block in snippets(page):
         compile(block, page, "exec")
+
+
+def _prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^\s*```.*?^\s*```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def _anchors(page: str) -> set[str]:
+    """What a link may name in it: headings, as GitHub and the site make anchors of them, and `<a id>`."""
+    headings = re.findall(r"^#+ (.*)", _prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | set(
+        re.findall(r'<a id="(.*?)"', _prose(page))
+    )
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_links_lead_somewhere(page: str):
+    for link in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.is_file(), f"{link}: there is no such file"
+        assert not anchor or anchor in _anchors(target.resolve().relative_to(ROOT).as_posix()), (
+            f"{link}: no such heading"
+        )
+        if page.startswith("docs/"):
+            assert target.resolve().is_relative_to(ROOT / "docs"), f"{link} is outside of docs/, and so not on the site"
+
+
+def test_pages_that_the_package_names_exist():
+    """In messages, help and docstrings."""
+    for path in [
+        *ROOT.glob("peft_lrqat/**/*.py"),
+        *ROOT.glob("[eb]*/*.py"),
+        *ROOT.glob("tests/**/*.py"),
+        ROOT / "Makefile",
+    ]:
+        for name, anchor in re.findall(
+            r"(docs/[\w/-]+\.(?:md|png|svg))(?:#([\w-]+))?", path.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / name).is_file(), f"{path} names {name}"
+            assert not anchor or anchor in _anchors(name), f"{path} names {name}#{anchor}"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Which engines load a checkpoint, and why others do not.
 
-The rules are what was run, or read in the engine's source where no hardware was at hand; docs/export.md has the table
-and the commands.
+The rules are what was run, or read in the engine's source where no hardware was at hand. docs/reference/engines.md has
+the table, docs/results/engines.md the commands.
 """
 
 from __future__ import annotations

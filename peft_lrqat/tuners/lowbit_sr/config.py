@@ -93,7 +93,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         default=None,
         metadata={
             "help": "Initial scale: 'absmean' (DQT, BitNet), 'minmax', 'lp'. None: absmean for ternary, minmax at 8 "
-            "bits, lp between; see docs/lowbit-sr.md."
+            "bits, lp between; see docs/concepts/low-bit-sr.md."
         },
     )
     range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
@@ -162,7 +162,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         default=None,
         metadata={
             "help": "8 or 4: keys and values are rounded to so many bits per token and head where they are written to "
-            "the cache, in training and wherever the merged model runs (docs/lr-qat.md)."
+            "the cache, in training and wherever the merged model runs (docs/guides/activations.md)."
         },
     )
     kv_rule: Literal["transformers", "vllm"] = field(

@@ -137,6 +137,6 @@ def warn_of_full_grids(model: nn.Module) -> None:
     warnings.warn(
         f"{100 * share:.0f} % of the {name} codes lie on the two outermost levels of their grid (of some rows of all "
         f"weights, while {100 * FULL[bits]:g} % is much): their scales keep these weights from growing. Train with "
-        f"{remedy}, or with a larger `headroom` (docs/lowbit-sr.md).",
+        f"{remedy}, or with a larger `headroom` (docs/concepts/low-bit-sr.md).",
         stacklevel=2,
     )

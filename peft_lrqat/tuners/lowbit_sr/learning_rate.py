@@ -50,7 +50,7 @@ def check_rate(optimizer: Optimizer) -> None:
                 "The learning rate of low-bit weights is far above what fine-tuning takes: a step of "
                 f"{type(optimizer).__name__} moves each of them by about {rate:.2g}, which is {100 * rate / size:.2g} "
                 f"% of their size ({size:.2g}) and {rate / step:.2g} steps of their grid. Rates of 3e-5 (8 bits) and "
-                "1e-4 (4 bits) were good (docs/lowbit-sr.md); LR-QAT's, 1e-3, is for low-rank factors.",
+                "1e-4 (4 bits) were good (docs/guides/low-bit-sr.md); LR-QAT's, 1e-3, is for low-rank factors.",
                 stacklevel=2,
             )
             return

@@ -40,7 +40,7 @@ _REFUSED = {
 }
 
 
-# The default of lora_alpha / r (with `use_rslora`: lora_alpha / sqrt(r)), in grid steps: see docs/quality.md.
+# The default of lora_alpha / r (with `use_rslora`: lora_alpha / sqrt(r)), in grid steps: see docs/results/accuracy.md.
 _STRENGTH = 16
 
 #: The value of `learn_scales` with which one change is learned for all scales of an output channel.
@@ -108,7 +108,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         metadata={
             "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach "
             "r / lora_alpha move a weight one level. Default: 16 steps in every layer, whatever its rank, with "
-            "`use_rslora` too; see docs/quality.md."
+            "`use_rslora` too; see docs/results/accuracy.md."
         },
     )
     bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
@@ -202,7 +202,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         default=None,
         metadata={
             "help": "8 or 4: keys and values are rounded to so many bits per token and head where they are written to "
-            "the cache, in training and wherever the merged model runs (docs/lr-qat.md)."
+            "the cache, in training and wherever the merged model runs (docs/guides/activations.md)."
         },
     )
     kv_rule: Literal["transformers", "vllm"] = field(

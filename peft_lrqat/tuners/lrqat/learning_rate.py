@@ -59,7 +59,7 @@ def _check(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
                 f"The learning rate of LR-QAT's adapters is {rate:.2g}: {type(optimizer).__name__} would take about "
                 f"{updates:.0f} updates to move a typical weight by half a grid step, so hardly any becomes another "
                 "integer, and only the scales learn. 1e-3 with the default `lora_alpha` is a good start "
-                "(docs/configuration.md); for a lower rate raise `lora_alpha`.",
+                "(docs/guides/sft.md); for a lower rate raise `lora_alpha`.",
                 stacklevel=2,
             )
         return

@@ -42,7 +42,7 @@ RUNS = [*KINDS, *(["fsdp2 full", "fsdp2 sharded"] if torch.__version__ >= (2, 12
 
 
 def _merge_gathered(run: Trainer, rank: int, folder: Path) -> None:
-    """As docs/distributed.md has it."""
+    """As docs/guides/multi-gpu.md has it."""
     merged = run.model.merge_and_unload()
     state = {}
     for name, tensor in merged.state_dict().items():

@@ -13,7 +13,7 @@ from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests.memory import LiveBytes
 from tests.models import low_bit, tiny, tokens
 
-# the table of docs/lowbit-sr.md: bytes a weight of the codes that are trained
+# the table of docs/guides/low-bit-sr.md: bytes a weight of the codes that are trained
 BYTES = {1.58: 0.25, 2: 0.25, 3: 0.375, 4: 0.5, 8: 1.0}
 # scales per channel (4 bytes in 256 columns or more) and the random stream's position, which a layer has once
 SCALES = 4 / 256 + 16 / (256 * 256)
