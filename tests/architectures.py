@@ -1,7 +1,7 @@
 """One row an architecture: a tiny model of it, inputs for it, and what its checkpoints are expected to say.
 
-`python -m tests.architectures` writes the table of docs/reference/architectures.md anew from it. Nothing of this package
-is imported here, as the process that judges checkpoints imports this file.
+`python -m tests.architectures` writes the table of docs/reference/architectures.md anew from it. Nothing of this
+package is imported here, as the process that judges checkpoints imports this file.
 """
 
 from __future__ import annotations
