@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
@@ -42,6 +43,34 @@ def mixture(dtype: torch.dtype = torch.float32, how: str = "grouped_mm", **overr
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**_SIZES, **overrides}), dtype=dtype).eval()
     model.set_experts_implementation(how)
+    return model
+
+
+_WIDE = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB, "num_experts": EXPERTS,
+    "num_experts_per_tok": CHOSEN, "max_position_embeddings": 128, "initializer_range": 0.1, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": EXPERTS}),
+    "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 32, "norm_topk_prob": True}),
+    "olmoe": ("Olmoe", {"num_key_value_heads": 4}),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def of_family(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random mixture in eval mode, whose widths divide by 32, and whose one-dimensional tensors are random too."""
+    name, settings = _FAMILIES[family]
+    config = getattr(transformers, name + "Config")(**{**_WIDE, **settings, **overrides})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 

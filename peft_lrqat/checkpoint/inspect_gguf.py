@@ -16,6 +16,9 @@ from ..grid import Grid
 from .engines import Engine
 from .findings import Inspection
 
+#: llama.cpp's names of the mixtures that transformers reads from GGUF.
+_MIXTURES_OF_TRANSFORMERS = ("qwen2moe", "qwen3moe")
+
 
 def inspect_file(path: Path) -> Inspection:
     """`inspect` for a GGUF file: an `Inspection`. The histogram counts levels, q - z.
@@ -30,14 +33,17 @@ def inspect_file(path: Path) -> Inspection:
     scales, inexact, weights, layer_bytes = 0, {"float16": 0, "bfloat16": 0}, 0, 0
     for name in names:
         stored = file.tensors[name]
-        levels, scale = choice.from_blocks(file.read(name), BLOCK_TYPES[stored.type])
-        if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"{str(path)!r}: tensor {name!r} has scales that are infinite or NaN. Download it again.")
-        low = int(levels.min())
-        for offset, count in enumerate(torch.bincount(levels.flatten().int() - low).tolist()):
-            counts[low + offset] += count
-        scales += scale.numel()
-        inexact["bfloat16"] += int((scale.bfloat16().float() != scale).sum())
+        for matrix in file.matrices(name):
+            levels, scale = choice.from_blocks(matrix, BLOCK_TYPES[stored.type])
+            if not bool(torch.isfinite(scale).all()):
+                raise ValueError(
+                    f"{str(path)!r}: tensor {name!r} has scales that are infinite or NaN. Download it again."
+                )
+            low = int(levels.min())
+            for offset, count in enumerate(torch.bincount(levels.flatten().int() - low).tolist()):
+                counts[low + offset] += count
+            scales += scale.numel()
+            inexact["bfloat16"] += int((scale.bfloat16().float() != scale).sum())
         weights += math.prod(stored.shape)
         layer_bytes += stored.bytes
     types = Counter(file.tensors[name].type for name in names)
@@ -51,7 +57,7 @@ def inspect_file(path: Path) -> Inspection:
         act_bits=None,
         kv_cache=None,
         container_bits=max((BLOCK_TYPES[kind].highest - BLOCK_TYPES[kind].lowest).bit_length() for kind in types),
-        layers=len(names),
+        layers=sum(math.prod(file.tensors[name].shape[:-2]) for name in names),
         weights=weights,
         layer_bytes=layer_bytes,
         total_bytes=sum(tensor.bytes for tensor in file.tensors.values()),
@@ -60,7 +66,7 @@ def inspect_file(path: Path) -> Inspection:
         scale_dtype=None,
         recipe=str(file.metadata.get("general.description") or "") or None,
         histogram={level: counts[level] for level in range(min(counts), max(counts) + 1)},
-        engines=_engines(set(types)),
+        engines=_engines(file, set(types)),
     )
 
 
@@ -69,7 +75,7 @@ def _layers(file: GGUFFile) -> list[str]:
     named = file.metadata.get(LAYERS_KEY)
     if not isinstance(named, list) or not named:
         raise ValueError(f"{str(file.path)!r} has no tensors that this package wrote from a grid.")
-    known = {name for name, tensor in file.tensors.items() if len(tensor.shape) == 2}
+    known = {name for name, tensor in file.tensors.items() if len(tensor.shape) in (2, 3)}
     lost = [name for name in named if not isinstance(name, str) or name not in known]
     if lost or len(set(named)) < len(named):
         what = f"{lost[0]!r}, which is no matrix in it" if lost else "a tensor twice"
@@ -91,10 +97,21 @@ def _grid(file: GGUFFile) -> tuple[Grid, int, bool]:
     return grid, grid.group_size, grid.symmetric
 
 
-def _engines(types: set[str]) -> list[Engine]:
+def transformers_cannot(file: GGUFFile) -> str:
+    """Why transformers cannot load a file that this package wrote, or nothing."""
+    arch = file.metadata.get("general.architecture")
+    if any(tensor.type == "q2_0" for tensor in file.tensors.values()):
+        return "does not know Q2_0"
+    if f"{arch}.expert_count" in file.metadata and arch not in _MIXTURES_OF_TRANSFORMERS:
+        return "takes a Mixtral for a Llama without experts" if arch == "llama" else f"does not know {arch!r}"
+    return ""
+
+
+def _engines(file: GGUFFile, types: set[str]) -> list[Engine]:
     new = "q2_0" in types
+    why = transformers_cannot(file)
     return [
         Engine("llama.cpp", True, "rounds activations to 8 bits; Q2_0 needs a version of 2026" if new else
                "rounds activations to 8 bits"),
-        Engine("transformers + gguf", not new, "does not know Q2_0" if new else "as floats"),
+        Engine("transformers + gguf", not why, why or "as floats"),
     ]  # fmt: skip

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
-from ..formats.gguf import architectures, choice, tensors
+from ..formats.gguf import architectures, choice, floats, tensors
 from ..formats.gguf.blocks import BLOCK_TYPES
-from ..formats.gguf.reader import GGUFFile
+from ..formats.gguf.reader import GGUFFile, StoredTensor
+from ..formats.gguf.tensors import Place
 from ..formats.source import LayerInfo, Source
+from ..modules.architecture import skeleton_of
 from .damage import naming
 from .findings import Finding, Verification
+from .inspect_gguf import transformers_cannot
 
 
 def gguf_file(folder: Path) -> Path | None:
@@ -32,24 +36,26 @@ def differences(file: GGUFFile, source: Source) -> dict[str, str]:
 
     Read from the blocks, by code that shares nothing with ggml's; the tests compare it with ggml's.
     """
-    rename = tensors.file_names(source.config)
+    place = tensors.places(source.config)
     found = {}
     for name, info in source.grids().items():
-        difference = _layer_difference(file, rename(name + ".weight"), source, name, info)
+        difference = _layer_difference(file, place(name + ".weight"), source, name, info)
         if difference:
             found[name] = difference
     return found
 
 
-def _layer_difference(file: GGUFFile, key: str, source: Source, name: str, info: LayerInfo) -> str:
-    stored = file.tensors.get(key)
+def _layer_difference(file: GGUFFile, place: Place, source: Source, name: str, info: LayerInfo) -> str:
+    stored = file.tensors.get(place.tensor)
     if stored is None:
         return "missing"
-    if stored.shape != (info.out_features, info.in_features):
-        return f"of shape {stored.shape}, not {(info.out_features, info.in_features)}"
-    if stored.type not in BLOCK_TYPES and stored.type != "f32":
-        return f"stored as {stored.type}"
-    tensor, data = tensors.in_file_order(source.layer(name), source.config, name), file.read(key)
+    wanted = tensors.file_shape(place.tensor, info.out_features, info.in_features)
+    if (reason := _other_shape(stored, place, wanted, source)) or (
+        stored.type not in BLOCK_TYPES and stored.type != "f32"
+    ):
+        return reason or f"stored as {stored.type}"
+    tensor = tensors.in_file_order(source.layer(name), source.config, name)
+    data = file.read(place.tensor, place.expert)
     if stored.type == "f32":
         same = torch.equal(data.view(torch.float32), tensor.dequantize(torch.float32))
     else:
@@ -57,19 +63,33 @@ def _layer_difference(file: GGUFFile, key: str, source: Source, name: str, info:
     return "" if same else f"other integers or scales ({stored.type})"
 
 
+def _other_shape(stored: StoredTensor, place: Place, wanted: tuple[int, ...], source: Source) -> str:
+    """What is wrong with a tensor's shape, of which `wanted` is that of one expert's part; or nothing."""
+    shape = wanted if place.expert is None else (architectures.experts(source.config), *wanted)
+    return "" if stored.shape == shape else f"of shape {stored.shape}, not {shape}"
+
+
 def float_differences(file: GGUFFile, source: Source) -> dict[str, str]:
     """The same for every other tensor; embeddings that were rounded are compared with the source's, rounded too."""
-    rename = tensors.file_names(source.config)
     found = {}
     for name, weight in source.floats(source.grids()):
-        stored = file.tensors.get(rename(name))
-        if stored is None:
-            found[name] = "missing"
-            continue
-        wanted = tensors.store_float(name, weight, source.config, "f32" if stored.type == "f32" else "", stored.type)
-        if wanted.type != stored.type or not torch.equal(wanted.data.flatten(), file.read(rename(name)).flatten()):
-            found[name] = f"differs ({stored.type})"
+        for place, piece in tensors.float_pieces(name, weight, source.config):
+            if reason := _float_difference(file, place, piece, source):
+                found[name] = reason
     return found
+
+
+def _float_difference(file: GGUFFile, place: Place, piece: torch.Tensor, source: Source) -> str:
+    stored = file.tensors.get(place.tensor)
+    if stored is None:
+        return "missing"
+    if reason := _other_shape(stored, place, tuple(piece.shape), source):
+        return reason
+    wanted = floats.store(piece, tensors.float_type(place, piece, "f32" if stored.type == "f32" else "", stored.type))
+    same = wanted.type == stored.type and torch.equal(
+        wanted.data.flatten(), file.read(place.tensor, place.expert).flatten()
+    )
+    return "" if same else f"differs ({stored.type})"
 
 
 def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[str], None]) -> Verification:
@@ -84,10 +104,11 @@ def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[s
     arch = architectures.ARCHITECTURES.get(model_type)
     if arch is None or arch.name != stored:
         raise ValueError(f"{path.name} holds a model of kind {stored!r}, the source one of {model_type!r}.")
-    count = len(against.grids())
+    layers = against.grids()
+    others = len(file.tensors) - len(tensors.matrices(layers, against.config))
     for what, wrong, total in (
-        ("levels (codes less zero points) and scales", differences(file, against), f"{count} layers"),
-        ("other tensors", float_differences(file, against), f"{len(file.tensors) - count} tensors"),
+        ("levels (codes less zero points) and scales", differences(file, against), f"{len(layers)} layers"),
+        ("other tensors", float_differences(file, against), f"{others} tensors"),
     ):
         first = next(iter(wrong.items()), None)
         detail = f"{total}: all equal" if first is None else f"{len(wrong)} differ: {first[0]}: {first[1]}, ..."
@@ -96,8 +117,11 @@ def verify_file(path: Path, against: Source, engine: bool, progress: Callable[[s
         return found
     found.missing = [name for name in ("gguf",) if find_spec(name) is None]
     if not found.missing:
-        progress("loading with transformers")
         name = f"transformers {version('transformers')} + gguf {version('gguf')}"
+        if why := transformers_cannot(file):
+            found.skipped = f"{name} cannot load the file: it {why}"
+            return found
+        progress("loading with transformers")
         try:
             with naming(path):
                 model = _loaded_by_transformers(path, against)
@@ -120,11 +144,18 @@ def _loaded_by_transformers(path: Path, source: Source) -> Any:
 
 def _transformers_reads(model: Any, source: Source) -> Finding:
     names, different = list(source.grids()), []
+    weights = dict(_weights(model))
     for name in names:
-        weight: Any = model.get_submodule(name).weight
-        if not torch.equal(weight, source.layer(name).dequantize(torch.float32).cpu()):
+        if not torch.equal(weights[name], source.layer(name).dequantize(torch.float32).cpu()):
             different.append(name)
     first = f": {different[0]}, ..." if different else ""
     return Finding(
         "the engine's weights", not different, f"{len(names) - len(different)} of {len(names)} layers equal{first}"
     )
+
+
+def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name of a module in files -> its weight, those of experts one by one."""
+    skeleton = skeleton_of(model)  # which goes back to such names; a model that came from GGUF does not
+    for name, weight in revert_weight_conversion(skeleton, model.state_dict()).items():
+        yield name.removesuffix(".weight"), weight

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from . import mixtures
+from .mixtures import Mixture
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -25,6 +28,7 @@ class Architecture:
         window_every: n if every n-th layer attends to everything and the others to `sliding_window` tokens; 0: none do.
         scaled_by_size: the number of layers of the size for which llama.cpp scales attention by hidden_size / heads
             rather than by head_dim; None where it does not depend on the size.
+        mixture: how it runs experts; None: it has none.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Architecture:
     norm_offset: float = 0.0
     window_every: int = 0
     scaled_by_size: int | None = None
+    mixture: Mixture | None = None
 
 
 _GELU = "gelu_pytorch_tanh"
@@ -47,6 +52,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("gemma", _GELU, norm_offset=1.0),
     "gemma2": Architecture("gemma2", _GELU, norm_offset=1.0, window_every=2, scaled_by_size=46),
     "gemma3_text": Architecture("gemma3", _GELU, norm_offset=1.0, window_every=6, scaled_by_size=62),
+    "mixtral": Architecture("llama", interleaved=True, mixture=Mixture("num_local_experts", "", normalized=True)),
+    "qwen2_moe": Architecture("qwen2moe", mixture=Mixture(normalized=False, head=True, square=True)),
+    "qwen3_moe": Architecture("qwen3moe", mixture=Mixture(normalized=True)),
+    "olmoe": Architecture("olmoe", mixture=Mixture(width="", normalized=False, head=True, square=True, grouped=False)),
 }
 
 # GGUFWriter's method -> attributes of the configuration, of which the first that exists counts
@@ -67,6 +76,12 @@ _PLAIN = {
 def head_dim(config: Any) -> int:
     """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def experts(config: Any) -> int:
+    """How many experts a layer has; 0: it is no mixture."""
+    mixture = ARCHITECTURES[config.model_type].mixture
+    return 0 if mixture is None else getattr(config, mixture.count)
 
 
 def unsupported(config: Any) -> str | None:
@@ -95,7 +110,7 @@ def unsupported(config: Any) -> str | None:
             return f"rotary embeddings are scaled by {rope['rope_type']!r}; linear, yarn and llama3 can be written"
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             return "`partial_rotary_factor` is not 1, which llama.cpp has no place for in this architecture"
-    return None
+    return None if arch.mixture is None else mixtures.unsupported(config, arch.mixture, arch.name)
 
 
 def notes(config: Any) -> list[str]:
@@ -136,6 +151,8 @@ def write_hyperparameters(writer: Any, config: Any) -> None:
         getattr(writer, method)(head_dim(config))
     if arch.window_every:
         writer.add_sliding_window(config.sliding_window)
+    if arch.mixture is not None:
+        mixtures.write_hyperparameters(writer, config, arch.mixture)
     ropes = _ropes(config)
     if "sliding_attention" in ropes:
         writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -122,17 +123,21 @@ def holds(stored: torch.Tensor, kind: BlockType, tensor: GridTensor) -> bool:
     return True
 
 
-def smallest(tensor: GridTensor) -> tuple[BlockType, torch.Tensor]:
-    """The smallest type that holds a layer exactly, and its bytes, see `to_blocks`.
+def smallest(parts: Iterable[GridTensor]) -> tuple[BlockType, list[torch.Tensor]]:
+    """The smallest type that holds a layer exactly, or all matrices of a tensor; and the bytes of each (`to_blocks`).
+
+    Args:
+        parts: at least one matrix; gone through again for each type that is tried.
 
     Raises:
         NotExact: no type does.
     """
+    first = next(iter(parts))
+    grid, columns = first.grid, first.codes.shape[1]
     reasons = []
-    for kind in candidates(tensor.grid, tensor.codes.shape[1]):
+    for kind in candidates(grid, columns):
         try:
-            return kind, to_blocks(tensor, kind)
+            return kind, [to_blocks(part, kind) for part in parts]
         except NotExact as reason:
             reasons.append(f"{kind.name}: {reason}")
-    none = f"no GGUF type holds {tensor.grid.describe()} with {tensor.codes.shape[1]} input features"
-    raise NotExact("; ".join(reasons) or none)
+    raise NotExact("; ".join(reasons) or f"no GGUF type holds {grid.describe()} with {columns} input features")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +42,7 @@ class StoredTensor:
 
     Attributes:
         type: name of the type, such as "q4_0" or "f32".
-        shape: as PyTorch counts, (out, in) or (n,).
+        shape: as PyTorch counts, (experts, out, in), (out, in) or (n,).
         offset: in the file, bytes.
     """
 
@@ -113,16 +114,29 @@ class GGUFFile:
         if at > header.size and self.tensors:
             raise _Damaged(f"is truncated: it should have {at} bytes")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The bytes of a tensor: uint8 (rows, bytes of a row)."""
+    def read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """The bytes of a tensor: uint8 (rows, bytes of a row).
+
+        Args:
+            expert: one of the matrices of a tensor that has three dimensions; None: all rows.
+        """
         tensor = self.tensors[name]
+        rows = math.prod(tensor.shape[:-1])
+        start, count = tensor.offset, tensor.bytes
+        if expert is not None:
+            rows, count = rows // tensor.shape[0], count // tensor.shape[0]
+            start += expert * count
         with self.path.open("rb") as file:
-            file.seek(tensor.offset)
-            raw = bytearray(file.read(tensor.bytes))
-        if len(raw) != tensor.bytes:
+            file.seek(start)
+            raw = bytearray(file.read(count))
+        if len(raw) != count:
             raise ValueError(f"{str(self.path)!r} was cut while it was read.")
-        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
         return torch.frombuffer(raw, dtype=torch.uint8).view(rows, -1)
+
+    def matrices(self, name: str) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor, matrix by matrix."""
+        for expert in range(self.tensors[name].shape[0]) if len(self.tensors[name].shape) > 2 else (None,):
+            yield self.read(name, expert)
 
 
 class _Damaged(Exception):

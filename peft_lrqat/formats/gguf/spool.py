@@ -6,8 +6,10 @@ has been seen. So tensors go to a second file, one after the other, and are appe
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,18 +35,24 @@ class Spool:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
-    def add(self, name: str, type_name: str, shape: tuple[int, ...], data: torch.Tensor) -> None:
+    def add(self, name: str, type_name: str, shape: tuple[int, ...], data: Iterable[torch.Tensor]) -> None:
         """Add a tensor.
 
         Args:
             type_name: one of ggml's types, such as "q4_0".
             shape: of the weights, as PyTorch counts.
-            data: uint8, all the tensor's bytes.
+            data: uint8, the tensor's bytes, in one part or in several.
         """
+        _, size, width = TYPES[_NUMBERS[type_name]]
+        length = math.prod(shape) // size * width
         # int8, not uint8: for that the writer would look the type up, and it does not know Q2_0
-        self.writer.add_tensor_info(name, shape, np.dtype(np.int8), data.numel(), raw_dtype=_NUMBERS[type_name])
-        data.contiguous().numpy().tofile(self._file)
-        self.writer.write_padding(self._file, data.numel())
+        self.writer.add_tensor_info(name, shape, np.dtype(np.int8), length, raw_dtype=_NUMBERS[type_name])
+        written = 0
+        for part in data:
+            part.contiguous().numpy().tofile(self._file)
+            written += part.numel()
+        assert written == length, f"{name}: {written} bytes for {shape} as {type_name}"
+        self.writer.write_padding(self._file, length)
 
     def write(self, path: Path) -> None:
         """Write the file: header, metadata, tensors."""

@@ -2,32 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...grid import GridTensor
-from . import architectures, choice, floats
+from . import architectures, choice
 
-_OUTER = ("embed_tokens", "lm_head")  # what `embedding_type` is about
+_OUTER = ("token_embd.weight", "output.weight")  # what `embedding_type` is about
+_GATE = ".ffn_gate_inp_shexp.weight"  # how much of the shared expert is taken
+#: What chooses among experts, float32 in every file: nothing is rounded where a little decides.
+ROUTERS = (".ffn_gate_inp.weight", _GATE)
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+\.weight)")
 
 
-def file_names(config: Any) -> Callable[[str], str]:
-    """A function from names in the state dict to names in the file; raises ValueError for tensors without a place."""
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the state dict is in the file.
+
+    Attributes:
+        tensor: a tensor of the file.
+        expert: which of its matrices, if it holds one of each expert; None: all of it.
+    """
+
+    tensor: str
+    expert: int | None = None
+
+
+def places(config: Any) -> Callable[[str], Place]:
+    """A function from names in the state dict to places in the file; raises ValueError for tensors without one."""
     import gguf
 
     arch = architectures.ARCHITECTURES[config.model_type].name
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
 
-    def rename(name: str) -> str:
-        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    def place(name: str) -> Place:
+        one = _EXPERT.fullmatch(name)
+        found = table.get_name(f"{one[1]}.{one[3]}" if one else name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"llama.cpp's architecture {arch!r} has no place for the tensor {name!r}.")
-        return found
+        return Place(found, int(one[2]) if one else None)
 
-    return rename
+    return place
+
+
+def matrices(names: Iterable[str], config: Any) -> dict[str, list[str]]:
+    """Tensor of the file -> the modules whose weights it holds: one, or one for each expert, in order.
+
+    Raises:
+        ValueError: a module has no place, or a tensor would hold the weights of some experts only.
+    """
+    place, found = places(config), dict[str, dict[int | None, str]]()
+    for name in names:
+        there = place(name + ".weight")
+        found.setdefault(there.tensor, {})[there.expert] = name
+    count = architectures.experts(config)
+    for tensor, modules in found.items():
+        if None not in modules and modules.keys() != set(range(count)):
+            first = next(iter(modules.values()))
+            raise ValueError(
+                f"GGUF holds all {count} experts of a layer in one tensor, and only {len(modules)} of {tensor!r} are "
+                f"quantized, e.g. {first!r}."
+            )
+    return {
+        tensor: [modules[key] for key in sorted(modules, key=lambda e: e or 0)] for tensor, modules in found.items()
+    }
+
+
+def file_shape(tensor: str, *shape: int) -> tuple[int, ...]:
+    """The shape of a tensor in the file, as PyTorch counts, from that of a module's weight."""
+    return shape[1:] if tensor.endswith(_GATE) else shape  # a vector; transformers' reader wants one, too
 
 
 def in_file_order(tensor: GridTensor, config: Any, name: str) -> GridTensor:
@@ -38,22 +86,31 @@ def in_file_order(tensor: GridTensor, config: Any, name: str) -> GridTensor:
     return tensor if order is None else choice.rows_of(tensor, order)
 
 
-def store_float(name: str, weight: torch.Tensor, config: Any, type: str, embedding_type: str) -> floats.StoredFloats:
-    """A tensor that is on no grid. Norms and biases are float32 in every file, as llama.cpp wants them.
+def float_pieces(name: str, weight: torch.Tensor, config: Any) -> Iterator[tuple[Place, torch.Tensor]]:
+    """A tensor that is on no grid, as the file has it: where, and with which rows and numbers.
 
     Args:
         name: in the state dict.
-        type: what is asked for quantized layers; "f32" makes everything float32.
-        embedding_type: what is asked for embeddings and head.
     """
     module = name.rpartition(".")[0]
     order = architectures.row_order(config, module)
     if order is not None:
         weight = weight.cpu()[order]
-    if weight.dim() > 1:
-        kind = embedding_type if module.endswith(_OUTER) else "auto"
-        return floats.store(weight, "f32" if type == "f32" else kind)
-    weight = weight.float()
-    if module.endswith("norm"):
-        weight = weight + architectures.ARCHITECTURES[config.model_type].norm_offset
-    return floats.store(weight, "f32")
+    place = places(config)(name)
+    weight = weight.reshape(file_shape(place.tensor, *weight.shape))
+    if weight.dim() == 1 and module.endswith("norm"):
+        weight = weight.float() + architectures.ARCHITECTURES[config.model_type].norm_offset
+    yield place, weight
+
+
+def float_type(place: Place, weight: torch.Tensor, type: str, embedding_type: str) -> str:
+    """What a tensor that is on no grid is stored as, see `floats.store`. Norms, biases, and what chooses among experts
+    are float32 in every file, as llama.cpp wants them.
+
+    Args:
+        type: what is asked for quantized layers; "f32" makes everything float32.
+        embedding_type: what is asked for embeddings and head.
+    """
+    if type == "f32" or weight.dim() == 1 or place.tensor.endswith(ROUTERS):
+        return "f32"
+    return embedding_type if place.tensor in _OUTER else "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,6 +79,10 @@ llama-server -m path/to/file.gguf
         reason = architectures.unsupported(source.config)
         if reason is not None:
             return [Problem(None, reason, "another format, such as 'compressed-tensors'")]
+        try:
+            tensors.matrices(source.grids(), source.config)
+        except ValueError as error:
+            return [Problem(None, str(error), "another format, such as 'compressed-tensors'")]
         found = []
         if settings.container_bits is not None:
             found.append(Problem(None, "`container_bits` means nothing in GGUF", "choose the container with `type`"))
@@ -191,26 +195,29 @@ def _no_type(info: LayerInfo) -> tuple[str, str]:
 def _write_layers(
     spool: Spool, source: Source, settings: Settings, written: Written, progress: Callable[[str], None]
 ) -> Counter[str]:
-    """The layers on a grid. Returns how many are of each type."""
-    rename = tensors.file_names(source.config)
+    """The layers on a grid, one tensor of the file at a time. Returns how many are of each type."""
     types: Counter[str] = Counter()
     infos = source.grids()
     remarks: dict[str, str] = {}
-    if settings.options.type == "f32":
-        written.dense = list(infos)
-    spool.writer.add_array(LAYERS_KEY, [rename(name + ".weight") for name in infos])
-    for name in infos:
-        tensor = tensors.in_file_order(source.layer(name), source.config, name)
-        if name in written.dense:
-            kind, data = "f32", tensor.dequantize(torch.float32).view(torch.uint8)
+    stored = tensors.matrices(infos, source.config)
+    spool.writer.add_array(LAYERS_KEY, [name for name in stored if not name.endswith(tensors.ROUTERS)])
+    for name, layers in stored.items():
+        first, parts = infos[layers[0]], _Matrices(source, layers, settings)
+        data: Iterable[torch.Tensor]
+        if settings.options.type == "f32" or name.endswith(tensors.ROUTERS):
+            written.dense += layers
+            kind, data = "f32", (part.dequantize(torch.float32).view(torch.uint8) for part in parts)
         else:
-            kind, data = _blocks(tensor, name, settings, written)
-            written.layer_bytes += data.numel()
-            written.weights += tensor.codes.numel()
-            remarks.setdefault(kind, _remark(infos[name], kind))
-        spool.add(rename(name + ".weight"), kind, tuple(tensor.codes.shape), data)
+            kind, blocks = _blocks(parts, settings, written)
+            data = blocks
+            written.layer_bytes += sum(part.numel() for part in blocks)
+            written.weights += len(layers) * first.weights
+            remarks.setdefault(kind, _remark(first, kind))
+        shape = tensors.file_shape(name, first.out_features, first.in_features)
+        spool.add(name, kind, shape if len(layers) == 1 else (len(layers), *shape), data)
         types[kind] += 1
-        progress(name)
+        for layer in layers:
+            progress(layer)
     written.notes += filter(None, remarks.values())
     return types
 
@@ -239,40 +246,71 @@ def _storable(tensor: GridTensor, settings: Settings) -> GridTensor:
     return tensor if torch.equal(snapped, tensor.scale) else replace(tensor, scale=snapped)
 
 
-def _blocks(trained: GridTensor, name: str, settings: Settings, written: Written) -> tuple[str, torch.Tensor]:
-    """Type and bytes of a layer; `problems` found nothing in the way."""
-    tensor = _storable(trained, settings)
-    if tensor is not trained:
-        written.loss = written.loss or Loss()
-        written.loss.add(trained, tensor)
+@dataclass(frozen=True)
+class _Matrices:
+    """The layers that one tensor of the file holds, in the file's order of rows; each is read when it is asked for."""
+
+    source: Source
+    names: list[str]
+    settings: Settings
+
+    def __iter__(self) -> Iterator[GridTensor]:
+        for name in self.names:
+            yield _storable(self.trained(name), self.settings)
+
+    def trained(self, name: str) -> GridTensor:
+        return tensors.in_file_order(self.source.layer(name), self.source.config, name)
+
+
+def _blocks(parts: _Matrices, settings: Settings, written: Written) -> tuple[str, list[torch.Tensor]]:
+    """Type and bytes of a tensor; `problems` found nothing in the way."""
+    for name in parts.names if settings.allow_inexact else ():
+        trained = parts.trained(name)
+        tensor = _storable(trained, settings)
+        if tensor is not trained:
+            written.loss = written.loss or Loss()
+            written.loss.add(trained, tensor)
     wanted = settings.options.type
     try:
         if wanted == "auto":
-            kind, data = choice.smallest(tensor)
+            kind, data = choice.smallest(parts)
             return kind.name, data
-        return wanted, choice.to_blocks(tensor, BLOCK_TYPES[wanted])
+        return wanted, [choice.to_blocks(part, BLOCK_TYPES[wanted]) for part in parts]
     except NotExact as reason:
         raise NotExact(
-            f"{name} cannot be written exactly as {wanted!r}: {reason}. Leave the choice to `type='auto'`, or write "
-            "floats with `type='f32'`."
+            f"{parts.names[0]} cannot be written exactly as {wanted!r}: {reason}. Leave the choice to `type='auto'`, "
+            "or write floats with `type='f32'`."
         ) from reason
 
 
 def _write_floats(spool: Spool, source: Source, options: Options, written: Written) -> None:
     """Everything else."""
     config = source.config
-    rename = tensors.file_names(config)
+    experts: dict[str, dict[int, floats.StoredFloats]] = {}  # of tensors that are not whole yet
+    count = architectures.experts(config)
     for name, weight in source.floats(source.grids()):
-        stored = tensors.store_float(name, weight, config, options.type, options.embedding_type)
-        spool.add(rename(name), stored.type, tuple(weight.shape), stored.data)
-        if stored.error:
-            written.notes.append(
-                f"{name} was never on a grid and is rounded to {stored.type.upper()}, as `embedding_type` asks: "
-                f"relative error of its weights {stored.error:.2e}"
-            )
+        for place, piece in tensors.float_pieces(name, weight, config):
+            stored = floats.store(piece, tensors.float_type(place, piece, options.type, options.embedding_type))
+            if place.expert is None:
+                spool.add(place.tensor, stored.type, tuple(piece.shape), [stored.data])
+            else:
+                found = experts.setdefault(place.tensor, {})
+                found[place.expert] = stored
+                if len(found) == count:
+                    data = [found[e].data for e in range(count)]
+                    spool.add(place.tensor, stored.type, (count, *piece.shape), data)
+                    del experts[place.tensor]
+            if stored.error:
+                written.notes.append(
+                    f"{name} was never on a grid and is rounded to {stored.type.upper()}, as `embedding_type` asks: "
+                    f"relative error of its weights {stored.error:.2e}"
+                )
+    if experts:
+        name, found = next(iter(experts.items()))
+        raise ValueError(f"The source has {len(found)} of {count} experts of {name!r}; GGUF holds all in one tensor.")
     divisors = architectures.rope_divisors(config)
     if divisors is not None:
-        spool.add("rope_freqs.weight", "f32", tuple(divisors.shape), divisors.view(torch.uint8))
+        spool.add("rope_freqs.weight", "f32", tuple(divisors.shape), [divisors.view(torch.uint8)])
 
 
 def _write_general(writer: Any, source: Source) -> None:

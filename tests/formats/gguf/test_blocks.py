@@ -62,7 +62,7 @@ def test_a_scale_that_fp16_cannot_hold_is_refused():
     tensor = filled(Grid(4, 32))
     tensor.scale[1, 3] = 0.1
     with pytest.raises(NotExact, match="fp16"):
-        smallest(tensor)
+        smallest([tensor])
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=lambda kind: kind.name)

@@ -43,15 +43,28 @@ def test_the_smallest_exact_type_is_chosen(bits, group_size, symmetric, name):
         tensor.zero_point.fill_(-tensor.grid.qmin - 1)
         tensor.scale.fill_(255 / 128)
         tensor.scale[:, 1::2] = 253 / 128
-    assert smallest(tensor)[0].name == name
+    assert smallest([tensor])[0].name == name
 
 
 def test_four_bits_with_zero_points_go_into_q4_1_where_the_offset_is_exact_in_fp16():
     tensor = filled(Grid(4, 32, symmetric=False))
     tensor.scale.copy_(tensor.scale.log2().round().exp2())
-    kind, stored = smallest(tensor)
+    kind, (stored,) = smallest([tensor])
     assert kind.name == "q4_1"
     assert torch.equal(dequantize(stored, "q4_1", COLUMNS), tensor.dequantize(torch.float32))
+
+
+def test_experts_in_one_tensor_have_the_type_that_holds_each_of_them():
+    narrow, wide = filled(Grid(4, 32, symmetric=False)), filled(Grid(4, 32, symmetric=False))
+    narrow.scale.copy_(narrow.scale.log2().round().exp2())
+    wide.zero_point.fill_(-wide.grid.qmin - 1)
+    wide.scale.fill_(255 / 128)
+    wide.scale[:, 1::2] = 253 / 128
+    assert [smallest([part])[0].name for part in (narrow, wide)] == ["q4_1", "q5_0"]
+    kind, stored = smallest([narrow, wide])
+    assert kind.name == "q5_0"
+    for part, data in zip((narrow, wide), stored, strict=True):
+        assert torch.equal(dequantize(data, "q5_0", COLUMNS), part.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=lambda kind: kind.name)

@@ -18,7 +18,7 @@ from peft_lrqat import LowBitSRConfig, LRQATConfig, can_export, export, load_qua
 from peft_lrqat.formats.gguf.blocks import BLOCK_TYPES
 from peft_lrqat.formats.gguf.choice import from_blocks
 from peft_lrqat.formats.gguf.reader import GGUFFile
-from peft_lrqat.formats.gguf.tensors import file_names, in_file_order
+from peft_lrqat.formats.gguf.tensors import in_file_order, places
 from peft_lrqat.grid import Grid, GridTensor
 from tests.grids import SIZES, random_tensor
 from tests.models import adapted, logits, tiny, train
@@ -114,7 +114,7 @@ def test_a_model_in_bf16_on_the_lattice_of_q4_0_is_trained_and_exported_on_it(
     export(adapted, tmp_path, "gguf", vocabulary=False, progress=False)
     file = GGUFFile(next(tmp_path.glob("*.gguf")))
     for name, weight in weights.items():
-        key = file_names(model.config)(name + ".weight")
+        key = places(model.config)(name + ".weight").tensor
         assert file.tensors[key].type == "q4_0"
         levels, d = from_blocks(file.read(key), BLOCK_TYPES["q4_0"])
         tensor = GridTensor(levels.to(torch.int8), d, None, Grid(4, 32))
