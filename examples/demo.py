@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -125,6 +127,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-lr", type=float, default=5e-4, help="learning rate of that baseline")
     add("--prompt", default="What is a list in Python?", help="what the saved checkpoint is asked at the end")
     add("--out", type=Path, help="folder of the checkpoint; default: out/MODEL-w4-lrqat")
+    add("--json", type=Path, metavar="FILE", help="write the table's rows there, with device and versions")
     add("--push-to-hub", metavar="REPO", help="upload the checkpoint")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on a CPU, else bfloat16")
@@ -244,6 +247,32 @@ def show(rows: list[Row], args: argparse.Namespace) -> None:
     console.print(table)
 
 
+def write(rows: list[Row], args: argparse.Namespace, seconds: float) -> None:
+    """What the table shows, for benchmarks/tables.py."""
+    packages = ("torch", "transformers", "peft", "trl", "compressed-tensors")
+    shared = {
+        "model": Path(args.model).name,
+        "grid": METHODS[args.method](args).grid.describe(),
+        "options": vars(args) | {"model": None, "out": None, "json": None},
+        "device": f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+        if args.device == "cpu"
+        else torch.cuda.get_device_name(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "seconds": round(seconds),
+    }
+    runs = [
+        {
+            "row": row.name,
+            "perplexity": row.perplexity,
+            "checkpoint_mb": row.checkpoint / 1e6,
+            "linear_mb": row.linear / 1e6,
+        }
+        for row in rows
+    ]
+    text = json.dumps({**shared, "runs": runs}, indent=1)
+    args.json.write_text(text + "\n", encoding="utf-8")
+
+
 def run(args: argparse.Namespace) -> list[Row]:
     """Everything, in order; returns the table's rows: float, rounded, (LoRA rounded,) trained, served."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -305,7 +334,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     warnings.simplefilter("ignore", FutureWarning)  # TRL's and transformers' own
     args = parse(argv)
-    trained, served = (row.perplexity for row in run(args)[-2:])
+    rows = run(args)
+    trained, served = (row.perplexity for row in rows[-2:])
+    if args.json:
+        write(rows, args, time.monotonic() - start)
     console.print(f"checkpoint: {args.out}  ({time.monotonic() - start:.0f} s in all)", markup=False)
     if trained != served:
         console.print(f"The served checkpoint differs from the trained model: {served!r}, not {trained!r}.")

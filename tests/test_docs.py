@@ -23,14 +23,30 @@ ROOT = Path(__file__).parents[1]
 #: Page -> the names that its snippets take from the text around them; what else they use, they make or import.
 PAGES = {
     "README.md": ["dataset", "texts"],
+    "docs/index.md": ["dataset"],
+    "docs/get-started/first-model.md": [],
+    "docs/get-started/from-lora.md": [],
     "docs/guides/autoload.md": [],
+    "docs/guides/best-accuracy.md": ["dataset", "texts"],
     "docs/guides/export.md": ["model", "tokenizer"],
     "docs/guides/from-quantized.md": ["texts", "tokenizer"],
     "docs/guides/gguf.md": ["model", "tokenizer"],
     "docs/guides/low-bit-sr.md": ["dataset"],
+    "docs/guides/monitoring.md": ["dataset"],
+    "docs/guides/recipes.md": ["dataset", "preferences"],
     "docs/guides/serving.md": ["model", "tokenizer"],
     "docs/guides/troubleshooting.md": ["model", "torch"],
 }
+
+#: What pages call a model -> a folder of `folders`.
+NAMES = {
+    "Qwen": "Qwen",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "Qwen/Qwen3-0.6B",
+    "meta-llama/Llama-3.1-70B": "Qwen/Qwen3-0.6B",
+    "path/or/repo": "quantized",
+    "path/or/repo-GPTQ": "gptq",
+}
+CHAT = [{"role": "user", "content": "What is our return policy?"}, {"role": "assistant", "content": "30 days."}]
 
 #: All that a reader may open.
 PROSE = [
@@ -68,9 +84,10 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
     pushed: list[str] = []
     for kind in (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase):
         monkeypatch.setattr(kind, "push_to_hub", lambda self, name, *args, **kwargs: pushed.append(name))
-    (tmp_path / "path/or").mkdir(parents=True)
-    for name, folder in (("Qwen", "Qwen"), ("path/or/repo", "quantized"), ("path/or/repo-GPTQ", "gptq")):
+    for name, folder in NAMES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(folders / folder)
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     if page in ("docs/guides/autoload.md", "docs/guides/from-quantized.md"):
         _save_adapter(tmp_path, of_quantized=page == "docs/guides/from-quantized.md")
     given = {name: _given(name, folders, page) for name in PAGES[page]}
@@ -78,8 +95,8 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
         if "import preprocess_" in block:
             given["model"] = _float_model(folders)
         # as README says of machines without a GPU
-        exec(compile(block.replace('SFTConfig("adapter"', 'SFTConfig("adapter", use_cpu=True'), page, "exec"), given)
-    if page == "README.md":
+        exec(compile(re.sub(r'Config\("(adapter[\w-]*)"', r'Config("\1", use_cpu=True', block), page, "exec"), given)
+    if page in ("README.md", "docs/guides/best-accuracy.md"):
         assert PeftConfig.from_pretrained("adapter").base_model_name_or_path == "base"
     assert pushed == re.findall(r'push_to_hub\("(.*?)"\)', "".join(snippets(page)))
 
@@ -107,6 +124,8 @@ def _given(name: str, folders: Path, page: str) -> Any:
         return [text * 40 for text in texts]  # two windows of calibration
     if name == "dataset":
         return Dataset.from_dict({"text": texts[:2]})
+    if name == "preferences":
+        return Dataset.from_list([{"prompt": "The quick ", "chosen": "brown fox", "rejected": "lazy dog"}] * 2)
     if name == "tokenizer":
         return bytewise("gpt-2")
     model = _float_model(folders)
