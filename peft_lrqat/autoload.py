@@ -1,9 +1,9 @@
 """Opt-in autoload: with it, PEFT knows LR-QAT in every process of an environment, without an import of this package.
 
 PEFT has no entry points, so an adapter of a type that nobody registered is a bare `KeyError: 'LRQAT'`. The remedy is
-`import peft_lrqat`. For programs whose source one cannot change, `python -m peft_lrqat.autoload enable` writes a
-one-line `.pth` file into site-packages; what it imports at start-up is `_peft_lrqat_autoload.py`, which costs no torch
-import.
+`import peft_lrqat`. For programs whose source one cannot change, `peft-lrqat autoload enable` (or `python -m
+peft_lrqat.autoload enable`) writes a one-line `.pth` file into site-packages; what it imports at start-up is
+`_peft_lrqat_autoload.py`, which costs no torch import.
 """
 
 from __future__ import annotations
@@ -59,6 +59,25 @@ def disable(directory: str | os.PathLike | None = None) -> Path:
     return file
 
 
+def act(action: str, directory: str | os.PathLike | None = None) -> int:
+    """Carry out `peft-lrqat autoload ACTION`, and print what was done; returns the exit code.
+
+    Args:
+        action: "enable", "disable" or "status".
+
+    Raises:
+        OSError: as for `enable` and `disable`.
+    """
+    if action == "enable":
+        print(f"enabled: wrote {enable(directory)}")
+    elif action == "disable":
+        print(f"disabled: no {disable(directory)}")
+    else:
+        print(f"{'enabled' if is_enabled(directory) else 'disabled'}: {path(directory)}")
+        return 0 if is_enabled(directory) else 1
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m peft_lrqat.autoload enable|disable|status`; returns the exit code (status: 0 enabled, 1 not)."""
     parser = argparse.ArgumentParser(prog="python -m peft_lrqat.autoload", description=(__doc__ or "").split("\n\n")[0])
@@ -66,16 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--directory", help="a site directory other than this environment's site-packages")
     args = parser.parse_args(argv)
     try:
-        if args.action == "enable":
-            print(f"enabled: wrote {enable(args.directory)}")
-        elif args.action == "disable":
-            print(f"disabled: no {disable(args.directory)}")
-        else:
-            print(f"{'enabled' if is_enabled(args.directory) else 'disabled'}: {path(args.directory)}")
-            return 0 if is_enabled(args.directory) else 1
+        return act(args.action, args.directory)
     except OSError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -78,9 +78,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         _recover(work, target)
         if not overwrite and target.is_dir() and any(target.iterdir()):
-            raise FileExistsError(
-                f"The folder {str(out)!r} is not empty. Name another, or use `overwrite=True` (shell: `--overwrite`)."
-            )
+            raise FileExistsError(f"The folder {str(out)!r} is not empty. Name another, or use `overwrite=True`.")
         folder = work / "new"
         folder.mkdir()
         yield folder

@@ -97,7 +97,7 @@ def test_start_up_is_silent_after_the_package_was_uninstalled(site_dir: Path) ->
     autoload.enable(site_dir)
     # -S leaves site-packages out, and with it `_peft_lrqat_autoload`
     code = f"import site; site.addsitedir({str(site_dir)!r}); import sys; print(len(sys.meta_path))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=site_dir)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=site_dir)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
 

@@ -37,7 +37,7 @@ def read_config(folder: Path, described: dict[str, Any], trust_remote_code: bool
         raise ValueError(
             f"The model in {str(folder)!r} is defined by Python files of its own "
             f"({', '.join(path.name for path in code_files(folder)) or 'elsewhere on the Hub'}), which are run only if "
-            "you say so. If you trust them, pass trust_remote_code=True (on the command line: --trust-remote-code)."
+            "you say so. If you trust them, pass trust_remote_code=True."
         )
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 

@@ -22,8 +22,9 @@ from .card import card_text
 from .code import copy_code
 from .findings import Check, Report
 from .folder import FolderSource
+from .hub import repository
 from .open import open_source
-from .places import check_apart
+from .places import check_apart, fetched_apart
 from .verify_gguf import differences, float_differences, gguf_file
 
 _TOKENIZER_FILES = (
@@ -80,11 +81,12 @@ def export(
 
     Args:
         model_or_dir: a merged model; a PeftModel with LR-QAT or low-bit SR adapters, which stays as it is; the folder
-            of either, as `save_pretrained` wrote it. An adapter's folder loads the base model.
+            of either, as `save_pretrained` wrote it, or its repository on the Hub ("owner/name", "owner/name@revision",
+            "owner/name/subfolder"). An adapter's folder loads the base model.
         out: the folder to write.
         format: "compressed-tensors", "gptq", "bitnet", "torchao", ... (`peft_lrqat.formats.FORMATS`).
-        tokenizer: a tokenizer or the folder of one, which is saved too, with its chat template. None: the one in the
-            source's folder, if there is one.
+        tokenizer: a tokenizer, or the folder or repository of one, which is saved too, with its chat template. None:
+            the one beside the source, or beside an adapter's base model, if there is one.
         container_bits: width of the stored codes, at least the grid's; None: what training chose.
         overwrite: replace a non-empty `out`.
         allow_inexact: write even if values change; the report then has the measured loss.
@@ -110,18 +112,19 @@ def export(
     chosen, settings = _settings(format, container_bits, allow_inexact, options)
     check_apart(out, model_or_dir, tokenizer)
     with new_folder(out, overwrite) as folder:
-        source = open_source(model_or_dir, trust_remote_code)
+        source = open_source(fetched_apart(out, model_or_dir, tokenizer), trust_remote_code)
         check = Check(format, tuple(chosen.problems(source, settings)), allow_inexact)
         if not check:
             raise ValueError(str(check))
         _check_room(source, folder)
-        settings = replace(settings, max_shard_size=size, tokenizer=tokenizer or source.tokenizer)
+        found = tokenizer_of(tokenizer or source.tokenizer, trust_remote_code)
+        settings = replace(settings, max_shard_size=size, tokenizer=found)
         with tqdm(total=len(source.grids()), desc=f"Writing {format}", unit="layer", disable=not progress) as bar:
             written = chosen.write(source, folder, settings, lambda name: bar.update())
         if written.loss is None:
-            _check_written(source, folder, progress)
+            check_written(source, folder, progress)
         if chosen.tokenizer_files:
-            _save_tokenizer(settings.tokenizer, folder, trust_remote_code)
+            save_tokenizer(settings.tokenizer, folder)
         report = _report(chosen, source, written, folder, out, check)
         write_atomically(folder / "README.md", _card(chosen, source, report))
     return report
@@ -149,7 +152,7 @@ def _check_room(source: Source, folder: Path) -> None:
         )
 
 
-def _check_written(source: Source, folder: Path, progress: bool) -> None:
+def check_written(source: Source, folder: Path, progress: bool = True) -> None:
     """Read the files back, and compare all integers, scales and zero points, and every other tensor, with the source's.
 
     Raises:
@@ -174,20 +177,33 @@ def _check_written(source: Source, folder: Path, progress: bool) -> None:
         )
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, trust_remote_code: bool) -> None:
+def tokenizer_of(tokenizer: Any, trust_remote_code: bool) -> Any:
+    """What `export` was given as a tokenizer, or the source has: a tokenizer, the folder of one, or None."""
+    if (named := repository(tokenizer)) is None:
+        return tokenizer
+    return AutoTokenizer.from_pretrained(
+        named.name, revision=named.revision or "main", subfolder=named.inside, trust_remote_code=trust_remote_code
+    )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Put a tokenizer, or the files of the folder of one, beside a checkpoint.
+
+    Raises:
+        ValueError: there is no such folder, or no tokenizer in it.
+    """
     if tokenizer is None:
         return
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
-    elif Path(tokenizer).is_dir():
-        found = [Path(tokenizer) / name for name in _TOKENIZER_FILES if (Path(tokenizer) / name).exists()]
-        if not found:
-            raise ValueError(f"`tokenizer` is {str(tokenizer)!r}, a folder without a tokenizer's files.")
-        for path in found:
-            shutil.copyfile(path, folder / path.name)
-        copy_code(Path(tokenizer), folder)
-    else:
-        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        return
+    found = [Path(tokenizer) / name for name in _TOKENIZER_FILES if (Path(tokenizer) / name).exists()]
+    if not found:
+        what = "a folder without a tokenizer's files" if Path(tokenizer).is_dir() else "no folder"
+        raise ValueError(f"`tokenizer` is {str(tokenizer)!r}, {what}. Name the folder of a tokenizer.")
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    copy_code(Path(tokenizer), folder)
 
 
 def _report(chosen: Writer, source: Source, written: Written, folder: Path, out: Path, check: Check) -> Report:

@@ -185,3 +185,7 @@ class Verification:
 
     def __bool__(self) -> bool:
         return bool(self.findings) and all(finding.equal for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `equal` is whether something was compared and all of it passed."""
+        return {**asdict(self), "equal": bool(self)}

@@ -28,6 +28,7 @@ from ..formats.shards import Entry, read_headers
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
 from ..modules.architecture import expose_experts, float_names, loaded_modules, loaded_names, loading, tensor_names
+from . import hub
 from .code import copy_code, read_config, without_weights
 from .damage import check_counts, naming
 
@@ -64,7 +65,7 @@ class FolderSource(Source):
                 f"The checkpoint in {str(folder)!r} is float. What can be read: {', '.join(reading.METHODS)}, and "
                 "adapters of LR-QAT and low-bit SR."
             )
-        self.folder, self.origin = folder, folder.resolve().name
+        self.folder, self.origin = folder, hub.called(folder) or folder.resolve().name
         if not isinstance(quantization, dict):
             raise ValueError(f"`quantization_config` in config.json of {str(folder)!r} is {quantization!r}, no entry.")
         self.quantization = quantization
@@ -127,7 +128,7 @@ class FolderSource(Source):
         return _Layer(scheme, info, tensors, recorded)
 
     def _refuse(self, problem: str) -> ValueError:
-        return ValueError(f"{self.folder.name}: {problem}")
+        return ValueError(f"{str(self.folder)!r}: {problem}")
 
     def _float_linears(self, skeleton: nn.Module | None) -> list[str]:
         if skeleton is not None:

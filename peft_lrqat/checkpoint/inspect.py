@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -11,6 +10,7 @@ from ..formats.source import Source
 from .engines import Engine, engines
 from .findings import Inspection
 from .folder import FolderSource
+from .hub import called, fetched
 from .inspect_gguf import inspect_file
 from .open import open_source
 from .verify_gguf import gguf_file
@@ -20,15 +20,17 @@ def inspect(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> In
     """Look at a merged or exported checkpoint, or at an adapter (whose base model is loaded).
 
     Args:
+        folder: a folder, a GGUF file or a repository of the Hub.
         trust_remote_code: whether Python files that the model brings along may be run.
 
     Raises:
         ValueError, FileNotFoundError: as for `open_source`.
     """
-    file = gguf_file(Path(folder))
+    folder = fetched(folder)
+    file = gguf_file(folder)
     if file is not None:
         return inspect_file(file)
-    source = open_source(Path(folder), trust_remote_code)
+    source = open_source(folder, trust_remote_code)
     infos = source.grids()
     first = next(iter(infos.values()))
     counts: dict[int, int] = dict.fromkeys(range(first.grid.qmin, first.grid.qmax + 1), 0)
@@ -43,7 +45,7 @@ def inspect(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> In
             inexact[str(dtype).split(".")[1]] += int((weight.scale.to(dtype).float() != weight.scale).sum())
     on_disk = source if isinstance(source, FolderSource) else None  # an adapter: not merged yet
     return Inspection(
-        folder=str(folder),
+        folder=called(folder) or str(folder),
         format="adapter" if on_disk is None else on_disk.format,
         grid=", ".join(dict.fromkeys(info.grid.describe() for info in infos.values())),
         bits=first.grid.bits,

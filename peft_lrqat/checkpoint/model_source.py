@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import cached_file
 
 from ..formats.record import KEY, Record
 from ..formats.source import LayerInfo, Source
@@ -23,6 +24,7 @@ from ..modules.architecture import float_names, loading, module_names, skeleton_
 from ..modules.experts import Experts
 from ..modules.kv_cache import rounding_of
 from ..modules.split_experts import ExpertPart, parts_of
+from . import hub
 from .code import class_of
 
 
@@ -36,11 +38,13 @@ class ModelSource(Source):
         ValueError: there is no quantized layer, or adapters of another kind are in the way.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, tokenizer: str | None = None) -> None:
         """
         Args:
             model: an nn.Module with a `config`, or a PeftModel.
+            tokenizer: the folder of its tokenizer, if there is one.
         """
+        self.tokenizer = tokenizer
         tuner: Any = (
             model.base_model if isinstance(model, PeftModel) else model if isinstance(model, BaseTuner) else None
         )
@@ -243,8 +247,8 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
         yield from _walk(child, f"{name}.{child_name}".lstrip("."))
 
 
-def adapter_source(folder: Path, trust_remote_code: bool = False) -> ModelSource:
-    """Load an adapter's base model and the adapter.
+def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, str | None]:
+    """Load an adapter's base model and the adapter: a PeftModel, and the folder of its tokenizer if there is one.
 
     Args:
         trust_remote_code: whether Python files beside the base model may be run.
@@ -288,9 +292,22 @@ def adapter_source(folder: Path, trust_remote_code: bool = False) -> ModelSource
             f"({str(error).splitlines()[0]}). Load it yourself, put the adapter on it with PeftModel.from_pretrained, "
             "and export that model."
         ) from error
-    source = ModelSource(model)
-    source.tokenizer = next(
-        (str(place) for place in (folder, Path(config.base_model_name_or_path or ""))
-         if (place / "tokenizer_config.json").exists()), None,
-    )  # fmt: skip
-    return source
+    return model, _tokenizer_place(folder, config)
+
+
+def _tokenizer_place(folder: Path, config: Any) -> str | None:
+    """The adapter's folder, or the folder or repository of its base model: the first that holds a tokenizer."""
+    base, name = config.base_model_name_or_path or "", "tokenizer_config.json"
+    for place in (folder, Path(base)):
+        if (place / name).exists():
+            return str(place)
+    if hub.repository(base) is None:
+        return None
+    found = cached_file(
+        base,
+        name,
+        revision=config.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else f"{base}@{config.revision or 'main'}"

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 from peft import PeftModel
 
 from ..files import read_json
+from . import hub
 from .folder import FolderSource
 
 
@@ -40,6 +41,18 @@ def check_apart(out: Path, model_or_dir: Any, tokenizer: Any = None) -> None:
                 )
 
 
+def fetched_apart(out: Path, model_or_dir: Any, tokenizer: Any = None) -> Any:
+    """`model_or_dir`, or the folder of a repository of the Hub, which is downloaded.
+
+    Then the base model of an adapter is known, and `check_apart` is asked once more.
+    """
+    if hub.repository(model_or_dir) is None:
+        return model_or_dir
+    folder = hub.fetched(model_or_dir)
+    check_apart(out, folder, tokenizer)
+    return folder
+
+
 def _needed(model_or_dir: Any) -> list[Path]:
     """The folder that is exported, and that of an adapter's base model."""
     model_or_dir = model_or_dir.folder if isinstance(model_or_dir, FolderSource) else model_or_dir
@@ -48,22 +61,23 @@ def _needed(model_or_dir: Any) -> list[Path]:
     folder = Path(model_or_dir)
     config = folder / "adapter_config.json"
     base = _folder(read_json(config).get("base_model_name_or_path")) if config.exists() else []
-    return [*_folder(folder), *base]
+    return [*_folder(model_or_dir), *base]
 
 
 def _used(model_or_dir: Any, tokenizer: Any) -> list[Path]:
     """Other folders whose loss would be one: the tokenizer's, the Hub's cache, and where a model was loaded from."""
-    names = [tokenizer, HF_HUB_CACHE, getattr(model_or_dir, "name_or_path", None)]
+    names = [tokenizer, constants.HF_HUB_CACHE, getattr(model_or_dir, "name_or_path", None)]
     if isinstance(model_or_dir, PeftModel):
         names += [config.base_model_name_or_path for config in model_or_dir.peft_config.values()]
     return [folder for name in names for folder in _folder(name)]
 
 
 def _folder(name: Any) -> list[Path]:
-    """The folder of this name, links resolved, if there is one."""
-    if not name or not isinstance(name, str | os.PathLike) or not os.path.isdir(name):
+    """The folder of this name, links resolved, or that of the Hub's cache for a repository, if there is one."""
+    if not name or not isinstance(name, str | os.PathLike):
         return []
-    return [Path(os.path.realpath(name))]
+    folder = hub.cached(name) or name
+    return [Path(os.path.realpath(folder))] if os.path.isdir(folder) else []
 
 
 def _links(folder: Path) -> set[Path]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from .code import class_of
 from .damage import naming
 from .findings import Finding, Verification
 from .folder import FolderSource
+from .hub import called, fetched
 from .load import load_quantized
 from .model_source import ModelSource
 from .open import open_source
@@ -48,7 +48,7 @@ def verify(
     run.
 
     Args:
-        folder: a checkpoint in one of the formats of `export`.
+        folder: a checkpoint in one of the formats of `export`: a folder, a GGUF file or a repository of the Hub.
         against: what it was made from, as `export` takes it. None: what transformers computes is compared with the
             integers and scales of the files themselves.
         engine: load the checkpoint with transformers and compare its layers and logits.
@@ -57,18 +57,21 @@ def verify(
     Raises:
         ValueError, FileNotFoundError: as for `open_source`.
     """
-    file = gguf_file(Path(folder))
+    folder = fetched(folder)
+    file = gguf_file(folder)
     if file is not None:
         if against is None:
             raise ValueError(f"A GGUF file is compared with what it was made from: say what {file.name} is `against`.")
         found = verify_file(file, open_source(against, trust_remote_code), engine, progress)
         found.against = described(against)
         return found
-    checkpoint = open_source(Path(folder), trust_remote_code)
+    checkpoint = open_source(folder, trust_remote_code)
     if not isinstance(checkpoint, FolderSource):
         raise ValueError(f"{str(folder)!r} holds an adapter. Export it first; `against` takes the adapter.")
     source: Source = checkpoint
-    found = Verification(f"{folder} ({checkpoint.format})", "the integers and scales of its own files")
+    found = Verification(
+        f"{called(folder) or folder} ({checkpoint.format})", "the integers and scales of its own files"
+    )
     if against is not None:
         progress("integers and scales")
         source = open_source(against, trust_remote_code)
@@ -91,7 +94,7 @@ def verify(
     half = checkpoint.format in ("gptq", "awq")  # its kernels compute in fp16
     dtype = torch.float16 if half else checkpoint.config.dtype
     kind = _class_of(checkpoint)
-    with naming(Path(folder)):
+    with naming(folder):
         model = kind.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code).eval()
     done = (compressed_tensors.NAME, "transformers")
     if (cache := checkpoint.cache) is not None and (checkpoint.format, cache.rule) != done:
@@ -114,7 +117,9 @@ def _other_rule(checkpoint: Source) -> str:
 
 def described(against: Any) -> str:
     """What a checkpoint is compared with, in words."""
-    return str(against) if isinstance(against, str | os.PathLike) else f"the {type(against).__name__} in memory"
+    if isinstance(against, str | os.PathLike):
+        return called(against) or str(against)
+    return f"the {type(against).__name__} in memory"
 
 
 def _class_of(source: FolderSource) -> Any:
@@ -123,8 +128,8 @@ def _class_of(source: FolderSource) -> Any:
         name = (source.config.architectures or [""])[0]
         raise ValueError(
             f"The architecture {name!r} is not one of transformers' own; it cannot be loaded here. If its Python files "
-            "are in the folder, and you trust them, pass trust_remote_code=True (--trust-remote-code); or compare "
-            "the files only (engine=False, --no-engine)."
+            "are in the folder, and you trust them, pass trust_remote_code=True; or compare the files only, with "
+            "engine=False."
         )
     return kind
 

@@ -1,17 +1,1 @@
-"""The command `peft-lrqat`: export, inspect, verify."""
-
-from __future__ import annotations
-
-import importlib.util
-import sys
-
-
-def main() -> None:
-    """Entry point."""
-    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " ".join(missing)
-        sys.exit(f"peft-lrqat's commands need more packages: pip install {names}, or peft-lrqat with its extra 'cli'.")
-    from .app import app
-
-    app()
+"""What the command `peft-lrqat` does. What can be typed is in `_peft_lrqat_cli`, which is there without torch."""

@@ -1,16 +1,23 @@
-"""How the commands' findings look in a terminal, and as a picture."""
+"""How the commands' findings look: in a terminal, in a pipe or a file, and as a picture.
+
+Only a terminal gets colours. Lines are never wrapped or cut, so that they can be searched.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..checkpoint.inspect import Inspection
 from ..checkpoint.verify import Verification
+from .flags import flags
 
 _BAR = 40  # characters
 _ROWS = 24  # a grid with more codes is drawn in bins
@@ -27,25 +34,51 @@ def one_line(text: str, longest: int = 1000) -> str:
     return line if len(line) <= longest else line[:longest] + " ..."
 
 
-def inspection(found: Inspection, console: Console) -> None:
+def _print(text: str, *, err: bool = False, **styles: Any) -> None:
+    """Print a line with rich's markup, unwrapped. What the stream cannot encode is escaped."""
+    stream = sys.stderr if err else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    Console(file=stream, soft_wrap=True, highlight=False, emoji=False).print(text, **styles)
+
+
+def error(text: str) -> None:
+    """Say on stderr why a command stopped."""
+    _print(f"error: {text}", err=True, style="red", markup=False)
+
+
+def warning(message: Warning | str, category: type[Warning], *args: Any) -> None:
+    """Say a warning on stderr in a line: a replacement of `warnings.showwarning`. Deprecations are not for users."""
+    if not issubclass(category, FutureWarning | DeprecationWarning | PendingDeprecationWarning):
+        _print(f"warning: {flags(one_line(str(message)))}", err=True, style="yellow", markup=False)
+
+
+@contextlib.contextmanager
+def status(first: str) -> Iterator[Callable[[str], None]]:
+    """On a terminal, a line on stderr that says what is being done, and is gone at the end."""
+    console = Console(stderr=True)
+    with console.status(first) if console.is_terminal else contextlib.nullcontext() as shown:
+        yield shown.update if shown is not None else lambda what: None
+
+
+def inspection(found: Inspection) -> None:
     """Print what `inspect` found."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _facts(found):
-        table.add_row(f"[bold]{name}[/]", escape(printable(value)))
-    console.print(table)
-    console.print("\n[bold]codes[/]")
+    facts = _facts(found)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        _print(f"[bold]{name:<{width}}[/] {escape(printable(value))}")
+    _print("\n[bold]codes[/]")
     bins = _bins(found.histogram)
     largest = max(count for _, count in bins) or 1
+    block = "\u2588" if sys.stdout.isatty() else "#"
     for label, count in bins:
-        bar = "\u2588" * round(_BAR * count / largest)
-        console.print(f"{label:>10} {bar:<{_BAR}} {count / found.weights:7.2%}", highlight=False)
-    console.print("\n[bold]engines[/]")
+        bar = block * round(_BAR * count / largest)
+        _print(f"{label:>10} {bar:<{_BAR}} {count / found.weights:7.2%}")
+    _print("\n[bold]engines[/]")
     for engine in found.engines:
         mark = "[green]yes[/]" if engine.loads else "[red]no [/]"
         source = "" if engine.run else " (read in its source, not run)"
-        console.print(
-            f"  {mark} {engine.name}{': ' + escape(engine.why) if engine.why else ''}{source}", highlight=False
-        )
+        _print(f"  {mark} {engine.name}{': ' + escape(flags(engine.why)) if engine.why else ''}{source}")
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
@@ -93,8 +126,8 @@ def plot(found: Inspection, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
+    except ImportError as missing:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from missing
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     shares = [100 * count / found.weights for count in found.histogram.values()]
@@ -105,18 +138,18 @@ def plot(found: Inspection, path: Path) -> None:
     figure.savefig(os.fspath(path), dpi=150)
 
 
-def verification(found: Verification, console: Console) -> None:
+def verification(found: Verification) -> None:
     """Print what `verify` found."""
     for name, value in (
         ("checkpoint", found.checkpoint),
         ("compared with", found.against),
         ("loaded with", found.engine or "nothing"),
     ):
-        console.print(f"{name}: {printable(value)}", markup=False, highlight=False, soft_wrap=True)
+        _print(f"{name}: {printable(value)}", markup=False)
     if found.missing:
-        console.print(f"not installed: {', '.join(found.missing)}", highlight=False)
+        _print(f"not installed: {', '.join(found.missing)}", markup=False)
     if found.skipped:
-        console.print(f"not compared: {one_line(found.skipped)}", markup=False, highlight=False)
+        _print(f"not compared: {one_line(found.skipped)}", markup=False)
     for finding in found.findings:
         mark = "[green]equal    [/]" if finding.equal else "[red]NOT EQUAL[/]"
-        console.print(f"{mark} {finding.what}: {escape(one_line(finding.detail))}", highlight=False)
+        _print(f"{mark} {finding.what}: {escape(one_line(finding.detail))}")

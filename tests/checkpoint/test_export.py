@@ -280,7 +280,7 @@ def test_two_exports_into_one_folder(tmp_path: Path, monkeypatch):
             export(model, tmp_path / "out", "gptq", overwrite=True, progress=False)
         refused.append(True)
 
-    monkeypatch.setattr(exporting, "_check_written", meanwhile)
+    monkeypatch.setattr(exporting, "check_written", meanwhile)
     export(model, tmp_path / "out", progress=False)
     assert refused
     assert open_source(tmp_path / "out").format == "compressed-tensors"

@@ -84,7 +84,7 @@ def test_what_a_model_in_memory_was_loaded_from_and_tokenizers_are_not_lost(run:
     (tmp_path / "words").mkdir()
     with pytest.raises(FileExistsError, match="would be lost"):
         check_apart(tmp_path / "words", "run/merged", "words")
-    monkeypatch.setattr(places, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(places.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     (tmp_path / "cache" / "hub").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="would be lost"):
         check_apart(tmp_path / "cache", "run/merged")

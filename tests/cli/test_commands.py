@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from peft_lrqat import cli, export
+from _peft_lrqat_cli import app
+from peft_lrqat import __version__, export
 from peft_lrqat.checkpoint import verify as verification
-from peft_lrqat.cli.app import app
+from peft_lrqat.cli import commands
+from peft_lrqat.formats import FORMATS
 from peft_lrqat.grid import Grid
 from tests.grids import on_grid
+from tests.hub import offline_cache
 from tests.models import adapted, tiny, tokens, train
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*args, code: int = 0) -> str:
@@ -66,21 +74,42 @@ class TestExport:
     def test_options(self, merged, tmp_path):
         args = ("export", merged, tmp_path / "out", "-f", "gptq", "-q", "--container-bits", 4)
         assert "gptq_v2, 4 bits" in run(*args, "-o", "checkpoint-format=gptq_v2")
-        assert "not empty" in run(*args, code=2)
+        assert "is not empty. Name another, or use --overwrite." in run(*args, code=2)
         assert "gptq, 4 bits" in run(*args, "--overwrite")
 
     @pytest.mark.parametrize(("args", "said"), [
         (("nowhere", "out"), "There is no folder 'nowhere'"),
-        (("MERGED", "out", "-f", "awq"), "the formats are compressed-tensors"),
+        (("MERGED", "out", "-f", "awq"), "'compressed-tensors', 'gptq', 'bitnet', 'torchao', 'gguf'"),
         (("MERGED", "out", "-o", "x=1"), "no option 'x'"),
         (("MERGED", "out", "-o", "x"), "NAME=VALUE"),
-        (("MERGED", "out", "--container-bits", "2"), "container_bits=2"),
+        (("MERGED", "out", "--container-bits", "2"), "--container-bits 2, but compressed-tensors holds"),
+        (("MERGED", "out", "--container-bits", "9"), "`--container-bits` is 9; it must be"),
+        (("MERGED", "out", "--tokenizer", "none"), "`--tokenizer` is 'none', no folder"),
     ])  # fmt: skip
     def test_errors_are_sentences(self, merged, tmp_path, monkeypatch, args, said):
         monkeypatch.chdir(tmp_path)
         output = run("export", *(merged if arg == "MERGED" else arg for arg in args), code=2)
         assert said in output
         assert "Traceback" not in output
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestMerge:
+    def test_an_adapter_of_the_hub(self, tmp_path, monkeypatch):
+        base = tiny("qwen2", num_hidden_layers=1)
+        base.save_pretrained(tmp_path / "base")
+        base.name_or_path = str(tmp_path / "base")
+        adapted(base, group_size=8, range_method="minmax").save_pretrained(tmp_path / "adapter")
+        offline_cache(tmp_path / "cache", monkeypatch).put("me/adapter", tmp_path / "adapter")
+        said = run("merge", "me/adapter", tmp_path / "out")
+        assert f"{tmp_path}/out: compressed-tensors (4 bits), 7 layers on the grid 4 bits, symmetric" in said
+        assert "exact: codes and scales are the trained ones" in said
+        assert "NOT" not in run("verify", tmp_path / "out", "--against", "me/adapter", "--no-engine")
+        assert "is not empty. Name another, or use --overwrite." in run("merge", "me/adapter", tmp_path / "out", code=2)
+
+    def test_what_is_no_adapter(self, merged, tmp_path):
+        said = run("merge", merged, tmp_path / "out", code=2)
+        assert "merged already is written in other formats by `export`" in said
         assert list(tmp_path.iterdir()) == []
 
 
@@ -102,8 +131,9 @@ class TestInspect:
         assert [share[0] for share in shares] == [str(code) for code in range(-4, 4)]
         assert sum(float(share[-1].rstrip("%")) for share in shares) == pytest.approx(100, abs=0.05)
 
-    def test_json_and_plot(self, merged, tmp_path):
-        found = json.loads(run("inspect", merged, "--json", "--plot", tmp_path / "codes.svg"))
+    def test_json_and_plot(self, merged, tmp_path, monkeypatch):
+        offline_cache(tmp_path / "cache", monkeypatch).put("me/model", merged)
+        found = json.loads(run("inspect", "me/model", "--json", "--plot", tmp_path / "codes.svg"))
         assert (found["bits"], found["group_size"], found["container_bits"]) == (3, 32, 4)
         assert sum(found["histogram"].values()) == found["weights"] == 30720
         assert found["inexact_scales"] == {"float16": 0, "bfloat16": 0}
@@ -160,6 +190,15 @@ class TestVerify:
         assert "NOT EQUAL other tensors: model.norm.weight differs" in said
         assert "NOT EQUAL the engine's weights: 6 of 7 layers equal" in said
         assert "NOT EQUAL logits" in said
+
+    def test_json(self, merged):
+        found = json.loads(run("verify", merged, "--against", merged, "--no-engine", "--json"))
+        assert found["equal"] is True
+        assert {finding["what"]: finding["equal"] for finding in found["findings"]} == {
+            "codes, scales, zero points": True,
+            "other tensors": True,
+        }
+        assert (found["checkpoint"], found["against"]) == (f"{merged} (compressed-tensors)", str(merged))
 
     def test_a_missing_engine_is_named(self, merged, tmp_path, monkeypatch):
         monkeypatch.setitem(verification._NEEDS, "compressed-tensors", ["no_such_engine"])
@@ -223,7 +262,64 @@ class TestFilesOfAStranger:
         assert "AttributeError: no such thing" in self.refused("verify", merged)
 
 
-def test_without_typer_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install typer rich, or"):
-        cli.main()
+class TestWithoutTorch:
+    """What is answered at once, in a process of its own, because everything is imported in this one."""
+
+    def at_once(self, *args: str) -> str:
+        code = """
+import sys, _peft_lrqat_cli
+try:
+    _peft_lrqat_cli.main()
+finally:
+    assert not {"torch", "transformers", "peft_lrqat"} & set(sys.modules)
+"""
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT)
+        assert done.stderr == ""
+        assert done.returncode == 0
+        return done.stdout
+
+    def test_help_and_versions(self):
+        said = self.at_once("--help")
+        for command in ("export", "merge", "inspect", "verify", "autoload"):
+            assert f"\n  {command} " in said
+        assert "    2    the input cannot be used" in said
+        assert self.at_once("--version").startswith(f"peft-lrqat {__version__}\nwith peft ")
+
+    def test_formats(self):
+        assert f"<{'|'.join(FORMATS)}>" in run("export", "--help")
+
+
+class TestExitCodes:
+    @pytest.mark.parametrize(("error", "code", "said"), [
+        (ValueError("use `overwrite=True`"), 2, "error: use --overwrite\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+        (KeyError("x"), 3, "error: KeyError, which is a fault of peft-lrqat"),
+    ])  # fmt: skip
+    def test_what_is_raised(self, error, code, said, merged, monkeypatch):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(commands, "inspect_folder", fail)
+        printed = run("inspect", merged, code=code)
+        assert said in printed
+        assert ("Traceback" in printed) == (code == 3)
+
+    def test_warnings_are_lines(self, merged, monkeypatch):
+        def warn(*args, **kwargs):
+            warnings.warn("use\ncontainer_bits=4", stacklevel=1)
+            warnings.warn_explicit("old", FutureWarning, "another.py", 1)
+            raise ValueError("stop")
+
+        monkeypatch.setattr(commands, "inspect_folder", warn)
+        assert run("inspect", merged, code=2) == "warning: use --container-bits 4\nerror: stop\n"
+
+
+def test_autoload(tmp_path):
+    there = ("--directory", tmp_path)
+    assert run("autoload", "status", *there, code=1).startswith("disabled: ")
+    assert run("autoload", "enable", *there).startswith("enabled: wrote ")
+    assert run("autoload", "status", *there).startswith("enabled: ")
+    assert run("autoload", "disable", *there).startswith("disabled: ")
+    assert list(tmp_path.iterdir()) == []
+    assert "does not exist or is not writable" in run("autoload", "enable", "--directory", tmp_path / "x", code=2)
