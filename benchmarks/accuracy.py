@@ -12,7 +12,8 @@ seed), with AdamW under bf16 autocast, linear warm-up over 10 % and cosine decay
 healed model: perplexity, KL, greedy agreement, and HellaSwag where a job asks for it. Settings are chosen on `tune`;
 `report` and `wikitext2` (WikiText-2's validation split) are told of.
 
-A line of the jobs file is a method and its options (accuracy_methods.py has both); a comma makes a job of each value:
+`benchmarks/jobs/` has the rows of the documentation; what the files of `--done` hold is not run again. A line of a jobs
+file is a method and its options (accuracy_methods.py has both); a comma makes a job of each value:
 
     round bits=4 group=64 p=2.4,4
     lrqat bits=4 group=64 kl=0,1 seed=0,1,2
@@ -223,6 +224,8 @@ def run(args: argparse.Namespace) -> None:
     """Start workers on every GPU, and bundle what they write."""
     lines = [line.split("#")[0].strip() for file in args.jobs for line in Path(file).read_text().splitlines()]
     jobs = [job for line in lines if line for job in read_job(line)]
+    done = [run["job"] for file in args.done for run in json.loads(Path(file).read_text()).get("runs", [])]
+    jobs = [job for job in jobs if not any(_covers(old, job) for old in done)]
     for job in jobs:
         if args.smoke:
             job |= {"steps": min(3, job.get("steps", 3)), "batch": 2, "start_windows": 2, "iters": 2}
@@ -274,6 +277,13 @@ def run(args: argparse.Namespace) -> None:
         f"{len(taken)} of {len(jobs)} jobs done" + "".join(f"\n  not done: {json.dumps(job)}" for job in left),
         flush=True,
     )
+
+
+def _covers(done: dict[str, Any], job: dict[str, Any]) -> bool:
+    """Whether a run of `done` has all that `job` asks for."""
+    old, new = complete(done), complete(job)
+    tasks = old.pop("hellaswag"), new.pop("hellaswag")
+    return old == new and tasks != (False, True)
 
 
 def bundle(folder: Path, args: argparse.Namespace) -> None:
@@ -370,6 +380,7 @@ def main() -> None:
     many = commands.add_parser("run", parents=[measured])
     many.set_defaults(do=run)
     many.add_argument("--jobs", nargs="+", required=True)
+    many.add_argument("--done", nargs="+", default=[], help="results of this model: what they hold is not run again")
     many.add_argument("--name", help="the model's, for the table")
     many.add_argument("--gpus", type=int, help="default: all")
     many.add_argument("--per-gpu", type=int, default=1, help="workers on each")
