@@ -18,6 +18,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 _CT = quantization_config(Spec("packed"))["config_groups"]["group_0"]
 _OTHER_RULE = {"peft_lrqat_rule": 3}
 _A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_STATIC = {**_A8, "dynamic": False, "strategy": "tensor"}
 
 
 @pytest.mark.parametrize(
@@ -31,11 +32,15 @@ _A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dy
             (Spec("packed"), {"config_groups": {"group_0": {**_CT, **said}}}, "activations as well as")
             for said in (
                 {"input_activations": {**_A8, "num_bits": 6}},
-                {"input_activations": {**_A8, "dynamic": False, "strategy": "tensor"}},
                 {"input_activations": {**_A8, "symmetric": False}},
                 {"input_activations": _A8, "output_activations": _A8},
                 {"input_activations": _A8, "weights": {**_CT["weights"], "symmetric": False}},
             )
+        ),
+        (
+            Spec("packed"),
+            {"config_groups": {"group_0": {**_CT, "input_activations": _STATIC}}},
+            "has no `input_scale`",
         ),
         (
             Spec("packed"),
