@@ -1,10 +1,12 @@
-"""Model cards: of an adapter (the import line) and of a merged checkpoint (what was done)."""
+"""The model card of a merged checkpoint: what was done. (That of an adapter: `adapter_card.py`.)"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,31 +16,6 @@ from ..files import write_atomically
 from ..formats.usage import how_to_load
 from ..modules.kv_cache import rounding_of
 from ..modules.packed import MERGED
-
-_IMPORT_LINE = "import peft_lrqat"
-
-
-def add_import_note(folder: str | os.PathLike, method: str, peft_type: str, grid: str) -> None:
-    """Add to an adapter's README.md how to load it; without the import, PEFT raises a bare KeyError."""
-    path = Path(folder) / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if _IMPORT_LINE in text:
-        return
-    note = f"""
-## Loading this {method} adapter
-
-The weights of this adapter are integers ({grid}). PEFT knows the method once
-[peft-lrqat](https://pypi.org/project/peft-lrqat/) is imported; without the import it raises `KeyError: '{peft_type}'`.
-
-```python
-{_IMPORT_LINE}  # pip install peft-lrqat
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/or/repo")
-merged = model.merge_and_unload()  # a quantized model that needs neither PEFT nor peft-lrqat
-```
-"""
-    write_atomically(path, text.rstrip("\n") + "\n" + note)
 
 
 def attach_card(model: nn.Module, text: str) -> None:
@@ -68,12 +45,16 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
-def merged_card(model: nn.Module, config: Any) -> str:
+def merged_card(
+    model: nn.Module, config: Any, rows: Mapping[str, str] | None = None, datasets: Sequence[str] = ()
+) -> str:
     """The card of a merged model.
 
     Args:
         config: of the adapter that was merged: `record()`, `method`, `bits`, `stored_bits`, `export_format` and
             `base_model_name_or_path` are read.
+        rows: more rows of the table: name -> Markdown.
+        datasets: repositories of the Hub that the model was trained on.
     """
     record, cache = config.record(), rounding_of(model)
     quantized = [m for m in model.modules() if isinstance(m, MERGED)]
@@ -94,7 +75,25 @@ def merged_card(model: nn.Module, config: Any) -> str:
         scale_dtype=record.scale_dtype,
         recipe=record.recipe,
         usage=how_to_load() if cache is None else f"{how_to_load()}\n\n{cache.serving()}",
+        rows=rows or {},
+        datasets=datasets,
+        pipeline="text-generation" if type(model).__name__.endswith("ForCausalLM") else None,
     )
+
+
+def base_name(origin: str) -> tuple[str, bool]:
+    """What a card calls a base model, and whether that is a repository of the Hub.
+
+    Args:
+        origin: a repository of the Hub, or a folder; its path means nothing to others.
+    """
+    on_hub = "/" in origin and not os.path.isabs(origin) and not os.path.exists(origin)
+    return (origin, True) if on_hub else (Path(origin).name or "a float model", False)
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """A Markdown table of two columns without headings."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def card_text(
@@ -112,6 +111,9 @@ def card_text(
     recipe: str | None,
     usage: str,
     exact: str = "The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.",
+    rows: Mapping[str, str] = MappingProxyType({}),
+    datasets: Sequence[str] = (),
+    pipeline: str | None = None,
 ) -> str:
     """README.md of a checkpoint on a grid.
 
@@ -120,32 +122,38 @@ def card_text(
         packed_bytes: of the quantized layers.
         usage: Markdown: how to load it.
         exact: what happened to the trained values.
+        rows: more rows of the table: name -> Markdown.
+        datasets: repositories of the Hub that the model was trained on.
+        pipeline: the Hub's word for what it does, if that is certain.
     """
-    on_hub = "/" in origin and not os.path.isabs(origin) and not os.path.exists(origin)
-    base = origin if on_hub else Path(origin).name  # a folder's path means nothing to others
+    base, on_hub = base_name(origin)
     data = ModelCardData(
         library_name="transformers",
         tags=tags,
         base_model=base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
+        datasets=list(datasets) or None,
+        pipeline_tag=pipeline,
     )
     size = f"{packed_bytes * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""
     scales = "exact in bf16 and fp16" if scale_dtype == "auto" else scale_dtype or "as found"
+    facts = {
+        "base model": f"[{base}](https://huggingface.co/{base})" if on_hub else base,
+        "grid": grid,
+        "container": container,
+        "quantized layers": f"{layers} linear layers, {weights / 1e6:.1f} M weights",
+        "size": f"{size}{total_bytes / 1e6:.1f} MB in all",
+        "scales": scales,
+        "recipe": recipe or "unknown",
+        **rows,
+    }
     return f"""---
 {data.to_yaml()}
 ---
 
 # {Path(base).name}, {title}
 
-| | |
-|---|---|
-| base model | {base} |
-| grid | {grid} |
-| container | {container} |
-| quantized layers | {layers} linear layers, {weights / 1e6:.1f} M weights |
-| size | {size}{total_bytes / 1e6:.1f} MB in all |
-| scales | {scales} |
-| recipe | {recipe or "unknown"} |
+{table(facts)}
 
 {exact}
 

@@ -229,7 +229,7 @@ def _card(chosen: Writer, source: Source, report: Report) -> str:
     infos = list(source.grids().values())
     bits = infos[0].grid.bits
     lost = [*([str(report.loss)] if report.loss else []), *report.inexact]
-    exact = {"exact": f"This file is *not* exact: {'; '.join(lost)}."} if lost else {}
+    exact: dict[str, Any] = {"exact": f"This file is *not* exact: {'; '.join(lost)}."} if lost else {}
     return card_text(
         origin=source.origin,
         title=f"{bits} bits, {chosen.name}",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
-from peft import PeftType
+from peft import PeftType, TaskType
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from ...checkpoint.card import add_import_note
+from ...checkpoint.adapter_card import AdapterFacts, write_adapter_card
 from ...formats import bitnet, compressed_tensors
 from ...formats.record import Record
 from ...grid import Grid
@@ -40,6 +40,7 @@ class GridConfig(PeftConfigMixin):
     """
 
     method: ClassVar[str]
+    task_type: Any
     quantizes: ClassVar[tuple[type, ...]]
     rules: ClassVar[dict[str, Rule]]
     contents: ClassVar[dict[str, Any]]
@@ -333,7 +334,7 @@ class GridConfig(PeftConfigMixin):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's `save_pretrained`; the model card gets the import line without which PEFT cannot load the adapter."""
+        """PEFT's `save_pretrained`; the model card says how to load the adapter, which PEFT's template does not."""
         super().save_pretrained(save_directory, **kwargs)
         # the first pattern that matches a name counts, but PEFT sorts them
         path = os.path.join(save_directory, CONFIG_NAME)
@@ -343,11 +344,34 @@ class GridConfig(PeftConfigMixin):
             json.dump(
                 {**saved, **{name: getattr(self, name) for name in saved if name.endswith("_pattern")}}, file, indent=2
             )
-        add_import_note(save_directory, self.method, PeftType(self.peft_type).value, self.grid.describe())
+        adapter, rows, datasets = self._saved_as
+        write_adapter_card(save_directory, self.facts(rows, datasets), adapter)
+
+    def facts(self, rows: Mapping[str, str] | None = None, datasets: Sequence[str] = ()) -> AdapterFacts:
+        """What an adapter's model card says.
+
+        Args:
+            rows: what is known of its training: name -> Markdown.
+            datasets: repositories of the Hub that it was trained on.
+        """
+        return AdapterFacts(
+            method=self.method,
+            peft_type=PeftType(self.peft_type).value,
+            bits=self.bits,
+            grid=self.grid.describe(),
+            base=self.base_model_name_or_path or "",
+            task=None if self.task_type is None else TaskType(self.task_type).value,
+            quantized_base=self.wants_quantized_base,
+            recipe=self.recipe(),
+            rows=rows or {},
+            datasets=tuple(datasets),
+        )
 
     # The adapter's file, and what it holds (name -> shape), if this config was loaded from a folder; not saved.
     _adapter_path = cast("str | None", None)  # without annotations: they are no fields
     _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)
+    # The adapter's name and what is known of its training, noted when its tensors are collected for saving.
+    _saved_as = cast("tuple[str, Mapping[str, str], Sequence[str]]", ("default", {}, ()))
 
 
 def current_key(key: str) -> str:

@@ -27,6 +27,7 @@ from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
 from .preflight import check_activations, check_adapter_name, check_base, check_cache, check_layers, check_targets
 from .progress import conversion_bar
+from .runs import Run, facts_of, remember_run
 from .scale_range import warn_of_lost_scales
 from .summary import report
 from .targets import inside_experts, left_out, tell_left_out, warn_of_unknown_names
@@ -54,11 +55,13 @@ class QuantizingModel(LoraModel):
         config_cls: the configuration that the tuner takes.
         shared_options: its fields in which all adapters of a model must agree, because they share a converted base.
         trains_integers: whether the trained parameters are integers, which fewer ways of sharding suit.
+        runs: what Trainers have done to the model, in order.
     """
 
     config_cls: Any
     shared_options: tuple[str, ...]
     trains_integers = False
+    runs: list[Run]
     peft_config: dict[str, Any]  # PEFT's annotation, PeftConfig, does not know our fields
     _conversion: _Conversion | None = None  # while layers are converted
 
@@ -66,6 +69,7 @@ class QuantizingModel(LoraModel):
         # PEFT, or transformers' add_adapter, writes these two before an adapter is looked at
         known: Any = getattr(model, "peft_config", None)  # of a PeftModel too, which may be wrapped again
         adapters = dict(known) if isinstance(known, dict) else None
+        vars(self)["runs"] = []  # PEFT's __init__ calls the tuner's methods before torch's
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
@@ -306,6 +310,8 @@ class QuantizingModel(LoraModel):
     def train(self, mode: bool = True) -> QuantizingModel:
         """torch's `train`; before an evaluation (False) it is said if scales have left their range.
 
+        A Trainer calls it before each step and each evaluation: what it logs is for the model cards.
+
         Raises:
             ValueError: training (True), and the model is sharded so that other integers are trained than merged.
         """
@@ -313,6 +319,7 @@ class QuantizingModel(LoraModel):
             check_sharded(self, self.prefix)
         elif self.training:
             warn_of_lost_scales(self)
+        remember_run(self)
         return super().train(mode)
 
     # -- state dicts
@@ -325,6 +332,8 @@ class QuantizingModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         warn_of_lost_scales(model, adapter_name)
+        runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
+        config._saved_as = (adapter_name, *facts_of(runs, [adapter_name]))
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
@@ -395,6 +404,7 @@ class QuantizingModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         config = self._merge_options(adapter_names)
+        merged = list(adapter_names or self.active_adapters)
         with merging(config):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         settle_experts(model)
@@ -412,7 +422,7 @@ class QuantizingModel(LoraModel):
                 )
             if any(isinstance(module, MERGED) for module in model.modules()):
                 describe(model, config.record())
-            attach_card(model, merged_card(model, config))
+            attach_card(model, merged_card(model, config, *facts_of(self.runs, merged)))
         return model
 
 

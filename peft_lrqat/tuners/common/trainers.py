@@ -1,8 +1,9 @@
-"""What a callback of ours needs of the Trainer that calls it, and is not told."""
+"""What callbacks and models of ours need of the Trainer that calls them, and are not told."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -26,3 +27,19 @@ def log_before_trackers(callback: TrainerCallback) -> None:
                 handler.callbacks.insert(place, callback)
             return
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def calling_trainer() -> Any:
+    """The Trainer, of transformers or a subclass, that calls the caller, directly or through others; None: none does.
+
+    Only frames of transformers' own Trainer are looked into: looking at a user's function would keep its variables.
+    """
+    module: Any = sys.modules.get("transformers.trainer")
+    frame = sys._getframe(1) if module is not None else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            found = frame.f_locals.get("self")
+            if isinstance(found, module.Trainer):
+                return found
+        frame = frame.f_back
+    return None
