@@ -159,6 +159,14 @@ _DEEPSEEK = {
     "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16,
     "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
 }  # fmt: skip
+_ROUTED = {
+    "num_hidden_layers": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+_DELTA = {
+    "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
 _JAMBA = {
     "num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
     "expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4,
@@ -264,6 +272,64 @@ ARCHITECTURES = {
         _text,
         experts=True,
         floats="experts, with low-bit SR (not the shared one)",
+    ),
+    "Qwen 3 Next": Architecture(
+        "Qwen3NextForCausalLM",
+        _of("Qwen3NextConfig", **{**_HEADS, **_EXPERTS, **_DELTA}, shared_expert_intermediate_size=32),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR (not the shared one)",
+    ),
+    "Qwen 3.5 MoE": Architecture(
+        "Qwen3_5MoeForCausalLM",
+        _of("Qwen3_5MoeTextConfig", **{**_HEADS, **_EXPERTS, **_DELTA}, shared_expert_intermediate_size=32),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR (not the shared one)",
+    ),
+    "GLM 4 MoE": Architecture(
+        "Glm4MoeForCausalLM",
+        _of("Glm4MoeConfig", **{**_HEADS, **_EXPERTS, **_ROUTED}),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR (not the shared one)",
+    ),
+    "ERNIE 4.5 MoE": Architecture(
+        "Ernie4_5_MoeForCausalLM",
+        _of(
+            "Ernie4_5_MoeConfig", **{**_TEXT, "num_hidden_layers": 2}, moe_intermediate_size=32, moe_num_experts=4,
+            moe_k=2,
+        ),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR (not the shared one)",
+    ),
+    "HunYuan MoE": Architecture(
+        "HunYuanMoEV1ForCausalLM",
+        _of("HunYuanMoEV1Config", **_HEADS, num_experts=4, moe_topk=2),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR (not the shared one)",
+    ),
+    "MiniMax M2": Architecture(
+        "MiniMaxM2ForCausalLM",
+        _of("MiniMaxM2Config", **_HEADS, num_local_experts=4, num_experts_per_tok=2),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR",
+    ),
+    "Phi 3.5 MoE": Architecture(
+        "PhimoeForCausalLM",
+        _of("PhimoeConfig", **_TEXT, num_local_experts=4, num_experts_per_tok=2),
+        _text,
+        experts=True,
+        floats="experts, with low-bit SR",
+    ),
+    "Granite MoE": Architecture(
+        "GraniteMoeForCausalLM",
+        _of("GraniteMoeConfig", **_TEXT, num_local_experts=4, num_experts_per_tok=2),
+        _text,
+        floats="experts",
     ),
     "BERT": Architecture("BertForMaskedLM", _of("BertConfig", **_BERT), _text, slow=False),
     "T5": Architecture(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ class _Stored(nn.Module):
 
         Args:
             recorded: the grid that config.json records for the layer, if this package wrote it; else None.
-            dtype: the model's.
+            dtype: of the float layer.
         """
         tensors: dict[str, torch.Tensor] = {key: self.get_buffer(key) for key in self.names}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -206,6 +207,7 @@ class _Reader(HfQuantizer):
                 f"{type(model).__name__}. Untie it: set `tie_word_embeddings` to false in config.json."
             )
         self._dtype = kwargs.get("dtype") or model.dtype
+        self._dtypes = _dtypes(model, self._dtype, {name: modules[name] for name in stored})
         for name, tensors in stored.items():
             scheme = self._scheme(name)
             reading.check_parts(scheme, tensors, name)
@@ -234,9 +236,9 @@ class _Reader(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
                 recorded = None if record is None else record.grid_of(self._file_names[name])
-                layer: Any = module.finish(name, self._scheme(name), recorded, self._dtype)
+                layer: Any = module.finish(name, self._scheme(name), recorded, self._dtypes[name])
                 replace_layer(model, name, layer)
-                if layer.weight_scale.dtype != self._dtype:
+                if layer.weight_scale.dtype != self._dtypes[name]:
                     rounded.append(name)
         if rounded:
             kept = model.get_submodule(rounded[0]).weight_scale.dtype
@@ -250,6 +252,23 @@ class _Reader(HfQuantizer):
             round_cache(model, cache, of_base=True)
         describe(model)
         return model
+
+
+def _dtypes(model: Any, dtype: torch.dtype, layers: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Name of a layer -> the dtype that transformers would give its float weight: the model's, or one of its own.
+
+    Args:
+        dtype: the model's.
+        layers: of a model without weights.
+    """
+    # private: what is kept in fp32, by patterns
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(dtype)
+
+    def of(name: str) -> torch.dtype:
+        found = (kept for part, kept in plan.items() if re.search(part.replace("*", ".*"), f"{name}.weight"))
+        return next(found, layers[name].weight.dtype)
+
+    return {name: of(name) for name in layers}
 
 
 def _weight_map(files: list[str]) -> dict[str, str] | None:

@@ -229,7 +229,7 @@ def _config(float_linears: list[str], groups: dict[str, dict[str, Any]], loading
     }
     if _dequantizes([group["weights"]["symmetric"] for group in groups.values()], loading):
         config["dequantize"] = True
-    if loading.joins:
+    if loading.joins and not loading.packed_experts:
         config["config_groups"] = {**groups, "floats_to_join": _FLOATS_TO_JOIN}
     return config
 
@@ -285,8 +285,18 @@ def loading_problem(layers: Iterable[Stored], loading: Loading, cache: CacheRoun
             f"while loading, transformers cuts the tensor {loading.cuts!r} of this architecture, which it cannot do in "
             "a checkpoint of compressed-tensors (seen with 5.23)"
         )
+    if loading.replaced:
+        return (
+            f"in checkpoints of compressed-tensors transformers looks for the tensors of {loading.replaced} under "
+            "other names, and leaves these modules random where it finds none (seen with 5.23)"
+        )
     if loading.packed_experts and loading.experts:
         return "transformers takes the experts of all layers for quantized, or of none (seen with 5.23)"
+    if loading.packed_experts and loading.joined:
+        return (
+            f"transformers takes whatever it joins for quantized, or nothing: the experts are, and {loading.joined!r} "
+            "is not (seen with 5.23)"
+        )
     if loading.packed_experts and not all(grid.symmetric for grid, _, _ in kinds):
         return "transformers reads no zero points of experts (seen with 5.23)"
     if not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):

@@ -60,6 +60,8 @@ class Loading:
         cuts: it cuts a tensor of this name into several; "" if it does not.
         experts: the model holds float experts in one tensor each, which are modules for other engines.
         packed_experts: it holds experts so in other layers, or in all, that are quantized in the file.
+        joined: name of a float tensor in the model, of no expert, that it joins; "" if there is none.
+        replaced: class of modules that it replaces in checkpoints of compressed-tensors; "" if there are none.
     """
 
     early: bool = False
@@ -67,6 +69,8 @@ class Loading:
     cuts: str = ""
     experts: bool = False
     packed_experts: bool = False
+    joined: str = ""
+    replaced: str = ""
 
 
 class Source(ABC):

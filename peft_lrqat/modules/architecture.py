@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.quantizers import base as quantizers
 
 from ..formats.source import Loading
 from .experts import Experts, is_stacked, projections
@@ -53,6 +54,30 @@ def module_names(model: nn.Module, quantized: Iterable[str]) -> dict[str, str | 
     keys = {name: f"{name}.{_PART}" for name in quantized}
     called = tensor_names(model, {key: torch.empty(1, 1, device="meta") for key in keys.values()})
     return {name: (called[key] or "").removesuffix("." + _PART) or None for name, key in keys.items()}
+
+
+def unwritable(model: nn.Module, layers: Iterable[str]) -> str:
+    """A layer of which `save_pretrained` could not write what merging leaves, as transformers changes the values of its
+    weight on the way to a file (an order of rows); "" if there is none.
+
+    Args:
+        layers: names of linear layers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return ""
+    names, parts = list(layers), {_PART: (2, 2), "weight_scale": (2, 1), "weight_shape": (2,)}
+
+    def fails(some: list[str]) -> bool:
+        held = {f"{n}.{part}": torch.empty(size, device="meta") for n in some for part, size in parts.items()}
+        try:
+            revert_weight_conversion(model, held)
+        except Exception:  # whatever an operation on floats says of other shapes
+            return True
+        return False
+
+    if not fails(names):
+        return ""
+    return next((name for name in names if fails([name])), "")
 
 
 def float_names(model: nn.Module, modules: Mapping[str, nn.Module], quantized: Container[str]) -> list[str]:
@@ -202,15 +227,34 @@ def loading(skeleton: Any, quantized: Iterable[str]) -> Loading:
     stacks = [name for name, module in modules.items() if name.endswith("experts") and _stacked(module)]
     floats = [name for name in stacks if not any(layer.startswith(name + ".") for layer in quantized)]
     packed = len(floats) < len(stacks) or any(isinstance(module, Experts) for module in modules.values())
-    joins, cuts = False, ""
+    joins, cuts, others = False, "", False
     for conversion in get_model_conversion_mapping(skeleton, add_legacy=False):
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
         if isinstance(conversion, WeightConverter) and all(source.endswith(".weight") for source in sources):
-            joins = joins or bool(floats) or not joins_experts(conversion)
+            joins = joins or (bool(floats) and joins_experts(conversion))
+            others = others or not joins_experts(conversion)
             if len(targets) > 1:
                 cuts = sources[0]
+    joined = _joined_floats(skeleton, {*quantized, *stacks}) if others else ""
+    replaced = next((type(module).__name__ for module in modules.values() if type(module).__name__ in _REPLACED), "")
     early = _other_entries(skeleton) or _reads_weights(skeleton, quantized)
-    return Loading(early, joins, cuts, bool(floats), packed)
+    return Loading(early, joins or bool(joined), cuts, bool(floats), packed, joined, replaced)
+
+
+# Classes of modules that transformers replaces in every checkpoint of compressed-tensors, by others with other tensors.
+_REPLACED = {
+    name
+    for name, patch in getattr(quantizers, "MODULES_TO_PATCH_FOR_QUANTIZATION", {}).items()
+    if "compressed-tensors" in map(str, (getattr(m, "value", m) for m in patch["quantization_methods"]))
+}
+
+
+def _joined_floats(skeleton: Any, others: Container[str]) -> str:
+    """A float tensor, of none of these modules, that files hold cut or joined; "" if there is none."""
+    state = skeleton.state_dict()
+    named = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in others}
+    named = {name: tensor for name, tensor in named.items() if not re.search(r"\.experts\.\d+\.", name)}
+    return next((name for name, file in tensor_names(skeleton, named).items() if file is None), "")
 
 
 def _stacked(module: nn.Module) -> bool:

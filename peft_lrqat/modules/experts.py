@@ -235,7 +235,16 @@ class Experts(nn.Module):
             shell = vars(self).get("_shell")
             if shell is None:
                 raise
+            if name in self.parts and not self.stacks:  # for models that initialize it, to no effect
+                return self._initialized
             return getattr(shell, name)
+
+    @property
+    def _initialized(self) -> torch.Tensor:
+        """What transformers may take for a projection of experts that are layers of their own."""
+        nothing = torch.empty(0, device="meta")
+        nothing._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+        return nothing
 
     @property
     def stacks(self) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
 from peft_lrqat import Grid, LRQATConfig, export, load_quantized
 from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.modules.packed import QuantizedLinear
 from peft_lrqat.packing import pack, unpack
+from tests.architectures import ARCHITECTURES
 from tests.models import logits, tiny, tokens, train
 from tests.quantized_files import Spec, adapt, quantization_config, write
 
@@ -248,3 +249,18 @@ def test_options_left_open_are_those_of_each_base(tmp_path: Path):
     ):
         found = get_peft_model(model, options).peft_config["default"]
         assert (found.bits, found.group_size, found.symmetric, found.scale_dtype, found.downcast) == expected
+
+
+def test_layers_that_an_architecture_keeps_in_fp32(tmp_path: Path):
+    row = ARCHITECTURES["T5"]
+    row.build().save_pretrained(tmp_path / "float")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "float", dtype=torch.float16).eval()
+    options = {"bits": 4, "group_size": -1, "range_method": "minmax"}
+    merged = get_peft_model(model, LRQATConfig(**options, target_modules="all-linear")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load_quantized(tmp_path / "merged").eval()
+    layer = loaded.encoder.block[0].layer[1].DenseReluDense
+    assert (layer.wo.compute_dtype, layer.wi.compute_dtype) == (torch.float32, torch.float16)
+    with torch.no_grad():
+        batch = row.inputs()
+        assert torch.equal(loaded(**batch).logits, merged(**batch).logits)

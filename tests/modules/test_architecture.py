@@ -5,9 +5,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NomicBertConfig, NomicBertModel
+from transformers import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    NomicBertConfig,
+    NomicBertModel,
+)
 
 from peft_lrqat.checkpoint.open import open_source
+from peft_lrqat.formats.compressed_tensors import loading_problem, quantization_config
+from peft_lrqat.grid import Grid
 from peft_lrqat.modules.architecture import (
     float_names,
     loaded_modules,
@@ -16,9 +25,11 @@ from peft_lrqat.modules.architecture import (
     skeleton_of,
     tensor_names,
 )
+from peft_lrqat.modules.experts import is_stacked
 from tests.architectures import ARCHITECTURES
 from tests.models import adapted
 
+STORED = (Grid(4, 8), 4, None)
 LLAVA = {
     "model.language_model.layers.0.mlp.up_proj": "language_model.model.layers.0.mlp.up_proj",
     "model.vision_tower.encoder.layers.1.mlp.fc1": "vision_tower.encoder.layers.1.mlp.fc1",
@@ -58,7 +69,7 @@ def test_float_layers_are_named_as_in_the_file_and_as_in_the_model():
         ("CLIP", True, False, False, False),
         ("Mixtral", False, True, False, True),
         ("gpt-oss", False, False, False, True),
-        ("DINOv2", True, True, True, False),
+        ("DINOv2", True, False, True, False),
     ],
 )
 def test_what_transformers_does(name: str, early: bool, joins: bool, cuts: bool, experts: bool):
@@ -67,6 +78,39 @@ def test_what_transformers_does(name: str, early: bool, joins: bool, cuts: bool,
     found = loading(skeleton_of(model), linears)
     assert (found.early, found.joins, bool(found.cuts), found.experts) == (early, joins, cuts, experts)
     assert all(module.weight is not None for module in map(model.get_submodule, linears))  # the model was left alone
+
+
+KIMI = {
+    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_token": 2, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_floats_that_are_joined_beside_experts_that_are_packed():
+    """transformers takes whatever it joins for quantized, and would drop the weights of these convolutions."""
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(KimiLinearConfig(**KIMI))
+    experts = [f"{name}.0.w1" for name, module in model.named_modules() if is_stacked(module)]
+    found = loading(skeleton_of(model), experts)
+    assert found.joined == "model.layers.0.self_attn.conv1d.weight"
+    assert "takes whatever it joins" in loading_problem([], found)
+    assert "floats_to_join" not in quantization_config([], {experts[0]: STORED}, found)["config_groups"]
+    found = loading(skeleton_of(model), ["model.layers.0.self_attn.q_proj"])
+    assert not loading_problem([], found)  # if the experts are floats as well
+    assert "floats_to_join" in quantization_config([], {"lm_head": STORED}, found)["config_groups"]
+
+
+def test_experts_that_transformers_replaces_in_such_checkpoints():
+    config = Llama4TextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, head_dim=8, num_local_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Llama4ForCausalLM(config)
+    found = loading(skeleton_of(model), ["model.layers.0.self_attn.q_proj"])
+    assert "Llama4TextExperts under other names, and leaves these modules random" in loading_problem([], found)
 
 
 def test_layers_that_files_join_are_named_when_they_are_exported():

@@ -25,12 +25,20 @@ from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .parallel import check_announced, check_loaded, check_sharded
-from .preflight import check_activations, check_adapter_name, check_base, check_cache, check_layers, check_targets
+from .preflight import (
+    check_activations,
+    check_adapter_name,
+    check_base,
+    check_cache,
+    check_layers,
+    check_targets,
+    check_writable,
+)
 from .progress import conversion_bar
 from .runs import Run, facts_of, remember_run
 from .scale_range import warn_of_lost_scales
 from .summary import report
-from .targets import inside_experts, left_out, tell_left_out, warn_of_unknown_names
+from .targets import inside_experts, left_out, routers, tell_left_out, warn_of_unknown_names
 from .undo import Undo
 
 # How an adapter's file names, after the method's prefix, the checksum of the base.
@@ -166,6 +174,7 @@ class QuantizingModel(LoraModel):
     def _check(self, model: nn.Module, targets: dict[str, nn.Module], config: Any) -> dict[str, int]:
         """Name -> checksum of the weight, for modules that can all be converted as `config` says; or ValueError."""
         check_base(model, config)
+        check_writable(model, targets, config.method)
         checksums = check_targets(model, targets, config)
         self._check_targets(targets, config)
         for name in targets:
@@ -257,7 +266,8 @@ class QuantizingModel(LoraModel):
         if config.target_modules != ALL_LINEAR:
             return config.target_modules
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        names = (plan.target_modules - set(left_out(model)) - inside_experts(model)) | loaded_layers(model).keys()
+        left = {*left_out(model), *inside_experts(model), *routers(model)}
+        names = (plan.target_modules - left) | loaded_layers(model).keys()
         if not names:
             check_base(model, config)  # a quantized one, whose layers have a forward of their own
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...formats.reading import METHODS
+from ...modules.architecture import unwritable
 from ...modules.packed import MERGED, QuantizedLinear
 from .fingerprint import codes_checksum, float_checksum
 from .frozen import FrozenWeight
@@ -134,6 +135,17 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
             _check_scale_dtype(weight.dtype, config, where)
             _check_untied(name, where, owners[id(weight)] + _tied_to(f"{name}.weight", ties))
             config.grid.check_divides(weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1], where)
+
+
+def check_writable(model: nn.Module, targets: dict[str, nn.Module], method: str) -> None:
+    """Raise ValueError if `save_pretrained` could not write what merging leaves of a targeted module."""
+    linear = [name for name, module in targets.items() if type(module) is nn.Linear]
+    if found := unwritable(model, linear):
+        raise ValueError(
+            f"Files of {type(model).__name__} hold the weight of module {found!r} in another order than the model, and "
+            f"transformers does not bring integers into it: what {method} trains could not be saved. Leave such "
+            "modules out with `exclude_modules` (often a vision tower)."
+        )
 
 
 def check_activations(targets: dict[str, nn.Module], config: Any) -> None:

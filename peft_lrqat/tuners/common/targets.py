@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...modules.experts import Experts
+from ...modules.experts import Experts, projections
 from .plain import has_own_forward
 
 
@@ -30,6 +31,35 @@ def inside_experts(model: nn.Module) -> set[str]:
         for inner, _ in module.named_modules()
         if inner
     }
+
+
+# What chooses experts, or weighs the shared one, is called so beside them.
+_ROUTER = re.compile(r"gate|.*router.*|.*expert.*_gate")
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the linear layers by which a mixture chooses its experts or weighs a shared one.
+
+    They are a thousandth of its weights, decide on all others, and engines read them as floats: 'all-linear' leaves
+    them out, whatever kind of module an architecture has them in.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if not any(_holds_experts(child_name, child) for child_name, child in module.named_children()):
+            continue
+        for child_name, child in module.named_children():
+            if _ROUTER.fullmatch(child_name):
+                linear = (inner for inner, layer in child.named_modules() if isinstance(layer, nn.Linear))
+                found.update(".".join(filter(None, (name, child_name, inner))) for inner in linear)
+    return found
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    return (
+        name == "experts"
+        or isinstance(module, Experts)
+        or ("Experts" in type(module).__name__ and bool(projections(module)))
+    )
 
 
 def tell_left_out(model: nn.Module) -> None:

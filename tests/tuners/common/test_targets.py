@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from peft_lrqat.tuners.common.targets import routers
+from tests.architectures import ARCHITECTURES
 from tests.models import tiny
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -35,3 +37,25 @@ def test_modules_are_chosen_as_in_lora(method: ModuleType, options: dict, expect
 def test_a_name_that_no_module_has_is_said(method: ModuleType):
     with pytest.warns(UserWarning, match="`target_modules` names 'v_porj', but no module"):
         method.adapt(tiny(), **method.GRID, target_modules=["q_proj", "v_porj"])
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen_by"),
+    [
+        ("HunYuan MoE", {"model.layers.0.mlp.gate.wg"}),
+        ("Qwen 2 MoE", {"model.layers.0.mlp.shared_expert_gate"}),
+        ("DeepSeek-V3", set()),  # no linear layers
+        ("Llama", set()),
+    ],
+)
+def test_what_chooses_experts_stays_float(method: ModuleType, name: str, chosen_by: set[str]):
+    model = ARCHITECTURES[name].build()
+    assert routers(model) == chosen_by
+    if name == "Qwen 2 MoE":
+        found = method.layers(method.adapt(model, **method.GRID, target_modules="all-linear"))
+        names = {path.rpartition("base_model.model.")[2] for path in found}
+        assert not names & chosen_by
+        assert "model.layers.0.mlp.shared_expert.gate_proj" in names
+        model = ARCHITECTURES[name].build()
+        named = method.layers(method.adapt(model, **method.GRID, target_modules=["shared_expert_gate"]))
+        assert len(named) == 1  # as asked
