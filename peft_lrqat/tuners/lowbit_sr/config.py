@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import CODES, FACTOR, SCALE, STREAM
 from ..common.config import ALL_LINEAR, GridConfig
+from ..common.field_help import with_help
 from ..common.rules import FLAG, INTEGER, SHARED, Rule, is_positive, one_of, optional
 
 #: The grids that can be trained.
@@ -24,12 +25,109 @@ BITS = (TERNARY, 2, 3, 4, 8)
 EXPORT_FORMATS = ("compressed-tensors", "bitnet")
 
 
+@with_help
 @dataclass
 class LowBitSRConfig(GridConfig, PeftConfig):
-    """Configuration of low-bit training with stochastic rounding (DQT, arXiv 2412.04787).
+    """Configuration of low-bit SR: direct training of integers with stochastic rounding (DQT, arXiv 2412.04787).
+
+    Every converted weight *is* a packed integer code, in training too. An optimizer's step is rounded to the grid at
+    random, so that it is right on average. `LowBitAdamW` takes the least memory; other optimizers work as well. A base
+    that is quantized already must be symmetric, with the `bits` and `group_size` of this configuration.
+
+    Attributes:
+        bits (int | float): Width of the trained codes: 1.58 (ternary: -1, 0, 1), 2, 3, 4 or 8. Default: `8`.
+        group_size (int): How many consecutive input features share a scale. It divides `in_features` of every converted
+            layer. -1: a scale for every output channel. 0: one scale for the tensor (DQT as published, BitNet).
+            Default: `-1`.
+        forward_bits (float | None): 1.58: forward and checkpoint use the ternary projection of the trained codes
+            ("ternary inference" of DQT). It needs `bits` of 3 or more. Default: `None`, the codes themselves.
+        signed_scales (bool | None): Whether a scale may be negative, and so choose the side of zero on which the grid
+            has its extra level (4 bits: -8 to 7, or -7 to 8). Default: `True`; False for ternary grids and "absmean".
+        scale_dtype (str): What the checkpoint stores for a scale. Training sees exactly that number. "auto": numbers
+            that are exact in both bf16 and fp16, for any engine. "bf16", "fp16", "fp32": numbers that are exact in that
+            type. Default: `"auto"`.
+        container_bits (int | None): Width of the codes in the merged checkpoint, from that of the grid (ternary: 2) to
+            8. Default: `None`, that of the grid; with rounded inputs it becomes 8 where a scale serves a channel or the
+            tensor, and the grid has 5 bits or more or `act_scale` is "static".
+        range_method (str | None): Where the first scales come from. "absmean": the mean magnitude lies on the highest
+            level (DQT, BitNet). "minmax": every weight is covered. "lp": the least sum of |rounding error| **
+            `range_p`. Default: `"minmax"` at 8 bits; "absmean" for ternary; "lp" between.
+        range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
+        headroom (float): A factor on the first scales, 1 or more, that leaves weights room to grow and makes the grid
+            as much coarser. From scratch 4 bits may take 1.5, and 8 bits without `grow_scales` 2 to 4. For fine-tuning
+            leave it at 1. Default: `1.0`.
+        grow_scales (bool | None): Double a scale during training, and halve its codes, where more than a 128th of these
+            lie at the ends of the grid. It is for 8 bits only. Default: `True`; False below 8 bits, and where
+            `range_method` is not "minmax".
+        learn_scales (bool): Train the scales, as relative changes in fp32. Default: `False`.
+        error_feedback (bool): Put what a rounding lost into the momentum (ECO, arXiv 2601.22101). It needs
+            `LowBitAdamW`, which follows this field. Default: `False`.
+        keep_base (bool): Keep the rounded base beside the trained codes. False halves the memory of the weights; then
+            there is one adapter, which cannot be disabled or unloaded. Default: `True`.
+        seed (int): Seed of the random numbers that round. Every weight has a stream of its own. Default: `0`.
+        init_weights (bool): True: training starts at the rounded base. False: at random moves of a step, for tests.
+            Default: `True`.
+        export_format (str | None): Format of the merged checkpoint, "compressed-tensors" or "bitnet". It decides how
+            inputs are rounded, in training too. Default: `"compressed-tensors"`; "bitnet" for ternary weights with
+            `group_size=0` and `act_bits=8`.
+        target_modules (str | list[str] | None): Names, or a regular expression, of the layers to convert: `nn.Linear`
+            and GPT-2's `Conv1D`. "all-linear": all linear layers, but not the output layer. What is not named stays
+            float, and so do experts of mixtures. Default: `"all-linear"`.
+        exclude_modules (str | list[str] | None): Names, or a regular expression, of layers that stay float. Default:
+            `None`.
+        layers_to_transform (int | list[int] | None): Indices, from 0, of the decoder layers to convert, where
+            `target_modules` is a list or "all-linear". Default: `None`, all of them.
+        layers_pattern (str | list[str] | None): Name of the `nn.ModuleList` that `layers_to_transform` counts in, if
+            PEFT does not find it. Default: `None`.
+        modules_to_save (list[str] | None): Names of further modules that are trained in float and saved with the
+            adapter. The head of a classifier is added by itself (`task_type`). Default: `None`.
+        trainable_token_indices (list[int] | dict[str, list[int]] | None): Token embeddings that are trained in float:
+            ids of tokens, or the name of an embedding -> ids. Default: `None`.
+        bias (str): Which biases are trained, in float. "none"; "all"; "lowbitsr_only": those of the converted layers.
+            Default: `"none"`.
+        act_bits (int | None): 8 or 4: the input of every converted layer is rounded to so many bits, with a scale for
+            every token. It happens in training and in the checkpoint. It needs a symmetric grid. Default: `None`, float
+            inputs.
+        act_bits_pattern (dict[str, int | None] | None): Other `act_bits` for some layers: patterns of names, as in
+            LoRA's `rank_pattern`, -> 8, 4, or None (16) for float. `{"down_proj": 8}` beside `act_bits=4` keeps the
+            input with most outliers at 8 bits. Default: `None`.
+        act_group_size (int | None): How many consecutive inputs of a token share a scale. Default: `None`, all of them.
+        act_rule (str): Whose arithmetic rounds inputs. "transformers": compressed-tensors', with 127.5 steps (4 bits:
+            7.5) for the largest magnitude. "vllm": that of vLLM's kernels, with 127 (7) steps. Default:
+            `"transformers"`.
+        act_scale (str): "dynamic": the scales of inputs are found anew for every token. "static": every layer has one
+            scale, which `calibrate_activations` sets before training, which is trained (LSQ, arXiv 1902.08153), and
+            which is stored. "static" is for W8A8 only. Default: `"dynamic"`.
+        kv_bits (int | None): 8 or 4: keys and values are rounded to so many bits where they are written to the cache,
+            with a scale for every token and head. It happens in training and wherever the merged model runs. Default:
+            `None`, a float cache.
+        kv_rule (str): Whose arithmetic rounds the cache. "transformers": that of the `kv_cache_scheme` in the merged
+            checkpoint, which vLLM refuses. "vllm": that of vLLM with `--kv-cache-dtype int8_per_token_head` (or
+            `int4_per_token_head`). Default: `"transformers"`.
+        task_type (TaskType | str | None): PEFT's, such as "CAUSAL_LM". It chooses the class of the PEFT model.
+            "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head in float. Default: `None`.
+        inference_mode (bool): Whether an adapter is loaded frozen. Default: `False`.
+        base_fingerprint (str | None): Set by the conversion: a checksum of the float weights that the adapter was made
+            for. It is saved with the adapter, which is loaded on these weights only. Default: `None`.
+        base_checksum (str | None): Set by the conversion: a checksum of the integers that the base was converted to. It
+            is saved with the adapter, which is loaded over these integers only. Default: `None`.
+
+    PEFT sets `peft_type`, `auto_mapping`, `peft_version`, `base_model_name_or_path` and `revision`.
 
     Raises:
-        ValueError: a field is out of range, or options contradict each other.
+        ValueError: a field is out of range, or contradicts another one. The message names the field, its value and what
+            is allowed.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LowBitAdamW, LowBitSRConfig
+        >>> from transformers import AutoModelForCausalLM
+        >>> config = LowBitSRConfig(bits=8, keep_base=False, task_type="CAUSAL_LM")
+        >>> config.range_method
+        'minmax'
+        >>> model = get_peft_model(AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B"), config)
+        >>> trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        >>> optimizer = LowBitAdamW(trained, lr=3e-5)
     """
 
     method = "Low-bit SR"
@@ -58,160 +156,38 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         **dict.fromkeys(("error_feedback", "keep_base", "init_weights"), FLAG),
     }
 
-    target_modules: list[str] | str | None = field(
-        default=ALL_LINEAR,
-        metadata={
-            "help": "Names or a regular expression of the layers to train. 'all-linear': all linear layers but the "
-            "output layer; what is left out stays float."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained in float and saved with the adapter."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Token embeddings that are trained in float."}
-    )
-    bias: Literal["none", "all", "lowbitsr_only"] = field(
-        default="none", metadata={"help": "Which biases are trained, in float: none, all, or those of these layers."}
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True: an adapter starts at the rounded base. False: random moves of a step (tests)."},
-    )
-    bits: int = field(default=8, metadata={"help": "1.58 (ternary: -1, 0, 1), 2, 3, 4 or 8."})
-    group_size: int = field(
-        default=PER_CHANNEL,
-        metadata={
-            "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
-            "output channel, 0 for the whole tensor (DQT as published, BitNet)."
-        },
-    )
-    range_method: Literal["absmean", "minmax", "lp"] | None = field(
-        default=None,
-        metadata={
-            "help": "Initial scale: 'absmean' (DQT, BitNet), 'minmax', 'lp'. None: absmean for ternary, minmax at 8 "
-            "bits, lp between; see docs/concepts/low-bit-sr.md."
-        },
-    )
-    range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
-    headroom: float = field(
-        default=1.0,
-        metadata={
-            "help": "A factor on the initial scales, which makes the grid as much coarser. Fixed scales bound how far "
-            "weights can grow: from scratch 4 bits may take 1.5, and 8 bits without `grow_scales` 2 to 4; for "
-            "fine-tuning leave it at 1."
-        },
-    )
-    signed_scales: bool = field(  # type: ignore[assignment]  # None exists only until __post_init__
-        default=None,
-        metadata={
-            "help": "Whether the sign of a scale chooses the side of zero on which the grid has its extra level (-8 to "
-            "7, or -7 to 8). None: yes, but for ternary grids and 'absmean'."
-        },
-    )
-    grow_scales: bool = field(  # type: ignore[assignment]  # None exists only until __post_init__
-        default=None,
-        metadata={
-            "help": "Double a scale during training, and halve its codes, where more than a 128th of these come to lie "
-            "at the ends of the grid: 8 bits only. None: yes for 8 bits and 'minmax'."
-        },
-    )
-    learn_scales: bool = field(default=False, metadata={"help": "Train the scales, as relative changes in fp32."})
-    error_feedback: bool = field(
-        default=False,
-        metadata={
-            "help": "Put the rounding remainder into the momentum (ECO, arXiv 2601.22101). Needs LowBitAdamW, which "
-            "takes it as its default."
-        },
-    )
-    forward_bits: Any = field(
-        default=None,
-        metadata={"help": "1.58: the forward, and the checkpoint, use the ternary projection of the trained codes."},
-    )
-    act_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "8 or 4: the input of every layer is rounded to that many bits per token, straight-through; as in "
-            "LRQATConfig, or as BitNet does (8)."
-        },
-    )
-    act_group_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many consecutive inputs share a scale of the rounded activations; None: all of a token."
-        },
-    )
-    act_bits_pattern: dict[str, int | None] | None = field(
-        default=None,
-        metadata={
-            "help": "Other `act_bits` by module: patterns of names as in LoRA's `rank_pattern` -> 8, 4, or None (16), "
-            "floats. {'down_proj': 8} beside act_bits=4 keeps the input with most outliers at 8 bits."
-        },
-    )
-    act_rule: Literal["transformers", "vllm"] = field(
-        default="transformers",
-        metadata={
-            "help": "Whose arithmetic rounds activations: transformers' (127.5 or 7.5 steps for the largest "
-            "magnitude, as compressed-tensors computes it) or that of vLLM's kernels (127 or 7)."
-        },
-    )
-    kv_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "8 or 4: keys and values are rounded to so many bits per token and head where they are written to "
-            "the cache, in training and wherever the merged model runs (docs/guides/activations.md)."
-        },
-    )
-    kv_rule: Literal["transformers", "vllm"] = field(
-        default="transformers",
-        metadata={
-            "help": "How: as transformers does it with the `kv_cache_scheme` of the merged checkpoint, which vLLM "
-            "refuses; or as vLLM does it with `--kv-cache-dtype int8_per_token_head` (or int4_...)."
-        },
-    )
-    act_scale: Literal["dynamic", "static"] = field(
-        default="dynamic",
-        metadata={
-            "help": "Scales of rounded activations: found anew for every token, or 'static': one for each layer, set "
-            "by `calibrate_activations(model, batches)` before training, learned (LSQ), and stored (W8A8 only)."
-        },
-    )
-    keep_base: bool = field(
-        default=True,
-        metadata={
-            "help": "Keep the rounded base beside the adapters' codes. False halves the memory of the weights; then "
-            "there is one adapter, which cannot be disabled or unloaded."
-        },
-    )
-    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
-        default="auto", metadata={"help": "What the checkpoint will store for a scale; as in LRQATConfig."}
-    )
-    container_bits: int | None = field(
-        default=None,
-        metadata={"help": "Width of the codes in the merged checkpoint: the grid's (ternary: 2), or wider, up to 8."},
-    )
-    export_format: Literal["compressed-tensors", "bitnet"] | None = field(
-        default=None,
-        metadata={
-            "help": "Format of the merged checkpoint. None: 'bitnet' for per-tensor ternary weights with act_bits=8, "
-            "else 'compressed-tensors'. It decides how activations are rounded, so in training too."
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Of the random numbers that round, one stream for each weight."})
-    base_fingerprint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Set by the conversion and saved with the adapter: a checksum of the float weights it was made "
-            "for. An adapter is loaded on that base only."
-        },
-    )
-    base_checksum: str | None = field(
-        default=None,
-        metadata={"help": "Set by the conversion and saved with the adapter: a checksum of the base's integers."},
-    )
+    target_modules: list[str] | str | None = ALL_LINEAR
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: Literal["none", "all", "lowbitsr_only"] = "none"
+    init_weights: bool = True
+    bits: int = 8
+    group_size: int = PER_CHANNEL
+    range_method: Literal["absmean", "minmax", "lp"] | None = None
+    range_p: float = 2.5
+    headroom: float = 1.0
+    signed_scales: bool = None  # type: ignore[assignment]  # None exists only until __post_init__
+    grow_scales: bool = None  # type: ignore[assignment]  # None exists only until __post_init__
+    learn_scales: bool = False
+    error_feedback: bool = False
+    forward_bits: Any = None
+    act_bits: int | None = None
+    act_group_size: int | None = None
+    act_bits_pattern: dict[str, int | None] | None = None
+    act_rule: Literal["transformers", "vllm"] = "transformers"
+    kv_bits: int | None = None
+    kv_rule: Literal["transformers", "vllm"] = "transformers"
+    act_scale: Literal["dynamic", "static"] = "dynamic"
+    keep_base: bool = True
+    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    container_bits: int | None = None
+    export_format: Literal["compressed-tensors", "bitnet"] | None = None
+    seed: int = 0
+    base_fingerprint: str | None = None
+    base_checksum: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

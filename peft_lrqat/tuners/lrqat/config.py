@@ -18,6 +18,7 @@ from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import FACTOR
 from ..common.config import ALL_LINEAR, GridConfig
+from ..common.field_help import with_help
 from ..common.loading import LoadingConfig
 from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, Rule, one_of, optional, pattern
 
@@ -50,17 +51,121 @@ BY_CHANNEL = "channel"
 _GRID_DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": True, "scale_dtype": "auto"}
 
 
+@with_help
 @dataclass
 class LRQATConfig(GridConfig, LoraConfig):
-    """Configuration of LR-QAT (arXiv 2406.06385).
+    """Configuration of LR-QAT (arXiv 2406.06385): a `LoraConfig` with a grid.
 
-    Every field of `LoraConfig` keeps its meaning (`r`, `target_modules`, `rank_pattern`, `modules_to_save`, ...),
-    except that `lora_alpha / r` counts *grid steps*: an entry 1 of `lora_alpha / r * lora_B @ lora_A` moves a weight
-    one level (with `learn_scales="channel"`: by the largest scale of its row). Options of `LoraConfig` that cannot be
-    honoured raise a ValueError.
+    Fields of `LoraConfig` keep their meaning, with one exception: `lora_alpha / r` counts *grid steps*. An entry 1 of
+    `lora_alpha / r * lora_B @ lora_A` moves a weight by one level.
+
+    Attributes:
+        bits (int | None): Width of the weight grid, from 2 to 8 bits. Default: `4`; on a quantized base, its own.
+        group_size (int | None): How many consecutive input features share a scale. It divides `in_features` of every
+            converted layer. -1: a scale for every output channel. 0: one scale for the tensor. Default: `128`; -1 where
+            inputs are rounded (`act_bits`); on a quantized base, its own.
+        symmetric (bool | None): False adds a frozen integer zero point, in grid steps, to every scale. 2-bit grids want
+            that. Default: `True`; on a quantized base, as it is there.
+        signed_scales (bool | None): Whether a scale may be negative, and so choose the side of zero on which a
+            symmetric grid has its extra level (4 bits: -8 to 7, or -7 to 8). Rounding then loses less, at no cost.
+            Default: `True`; False where `symmetric=False`; on a quantized base, whether that has negative scales.
+        scale_dtype (str | None): What the checkpoint stores for a scale. Training sees exactly that number. "auto":
+            numbers that are exact in both bf16 and fp16, for any engine. "bf16", "fp16", "fp32": numbers that are exact
+            in that type. Default: `"auto"`; on a quantized base, the first of these four that holds its scales.
+        container_bits (int | None): Width of the codes in the merged checkpoint, from `bits` to 8. 4 puts 2- and 3-bit
+            grids where 4-bit kernels read them. Default: `None`, which is `bits`; with rounded inputs it becomes 8
+            where a scale serves a channel or the tensor, and `bits` is 5 or more or `act_scale` is "static".
+        downcast (str | None): How the frozen base is kept, in grid steps. "fx8": 8-bit fixed point, 1 byte a weight.
+            "int": the rounded codes, `bits` / 8 bytes. "bf16", "fp16": 2 bytes. "fp32": 4 bytes. Default: `"fx8"`;
+            "int" at 8 bits and on a quantized base.
+        range_method (str): Where the first scales come from. "lp": the scale with the least sum of |rounding error| **
+            `range_p`. "minmax": the one that covers every weight. Default: `"lp"`.
+        range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
+        learn_scales (bool | str): Whether scales are trained, as relative changes. True: each by itself. False: none.
+            "channel": all groups of an output channel by one factor, which makes the backward cheaper (from 4 bits on,
+            in layers without a bias); `lora_alpha / r` then counts steps of the channel's largest scale. Without groups
+            that is the same as True. Default: `True`.
+        r (int): Rank of the adapter inside the rounding. Default: `32`.
+        lora_alpha (int | float | None): `lora_alpha / r` (with `use_rslora`: `lora_alpha / sqrt(r)`) scales the
+            adapter, in grid steps. Default: `512`, 16 steps at rank 32. Where it is left out, it and `alpha_pattern`
+            are set so that it is 16 steps in every layer, whatever `r`, `rank_pattern` and `use_rslora` are.
+        rank_pattern (dict[str, int]): Other ranks for some layers: patterns of names -> rank. Default: `{}`.
+        alpha_pattern (dict[str, float]): Other `lora_alpha` for some layers: patterns of names -> value. Default: `{}`.
+        use_rslora (bool): Divide `lora_alpha` by sqrt(r) in place of r. Default: `False`.
+        init_lora_weights (bool | str): True: the adapter starts at zero. "loftq": it starts at the best fit of what
+            rounding lost, for `downcast="int"`. False: it starts with random moves of more than half of the weights,
+            for tests. LoRA's other values are refused. Default: `True`.
+        loftq_config (dict | LoftQConfig): For `init_lora_weights="loftq"`; `loftq_iter` must be 1. Default: `{}`.
+        target_modules (str | list[str] | None): Names, or a regular expression, of the layers to convert: `nn.Linear`,
+            GPT-2's `Conv1D`, and `nn.Embedding` where it is named. "all-linear": all linear layers and experts of
+            mixtures, but not the output layer. What is not named stays float. Default: `"all-linear"`.
+        target_parameters (list[str] | None): Names of the parameters that hold a mixture's experts, such as
+            "experts.gate_up_proj": another way to choose them. Default: `None`.
+        exclude_modules (str | list[str] | None): Names, or a regular expression, of layers that stay float. Default:
+            `None`.
+        layers_to_transform (int | list[int] | None): Indices, from 0, of the decoder layers to convert, where
+            `target_modules` is a list or "all-linear". Default: `None`, all of them.
+        layers_pattern (str | list[str] | None): Name of the `nn.ModuleList` that `layers_to_transform` counts in, if
+            PEFT does not find it. Default: `None`.
+        modules_to_save (list[str] | None): Names of further modules that are trained in float and saved with the
+            adapter. The head of a classifier is added by itself (`task_type`). Default: `None`.
+        trainable_token_indices (list[int] | dict[str, list[int]] | None): Token embeddings that are trained in float:
+            ids of tokens, or the name of an embedding -> ids. Default: `None`.
+        bias (str): Which biases are trained, in float. "none"; "all"; "lora_only": those of the converted layers.
+            Default: `"none"`.
+        ensure_weight_tying (bool): Keep tied what `modules_to_save` or `trainable_token_indices` train and the model
+            ties. Default: `False`.
+        act_bits (int | None): 8 or 4: the input of every converted layer is rounded to so many bits, with a scale for
+            every token. It happens in training and in the checkpoint. It needs a symmetric grid. Default: `None`, float
+            inputs.
+        act_bits_pattern (dict[str, int | None] | None): Other `act_bits` for some layers: patterns of names, as in
+            LoRA's `rank_pattern`, -> 8, 4, or None (16) for float. `{"down_proj": 8}` beside `act_bits=4` keeps the
+            input with most outliers at 8 bits. Default: `None`.
+        act_group_size (int | None): How many consecutive inputs of a token share a scale. Default: `None`, all of them.
+        act_rule (str): Whose arithmetic rounds inputs. "transformers": compressed-tensors', with 127.5 steps (4 bits:
+            7.5) for the largest magnitude. "vllm": that of vLLM's kernels, with 127 (7) steps. Default:
+            `"transformers"`.
+        act_scale (str): "dynamic": the scales of inputs are found anew for every token. "static": every layer has one
+            scale, which `calibrate_activations` sets before training, which is trained (LSQ, arXiv 1902.08153), and
+            which is stored. "static" is for W8A8 only. Default: `"dynamic"`.
+        kv_bits (int | None): 8 or 4: keys and values are rounded to so many bits where they are written to the cache,
+            with a scale for every token and head. It happens in training and wherever the merged model runs. Default:
+            `None`, a float cache.
+        kv_rule (str): Whose arithmetic rounds the cache. "transformers": that of the `kv_cache_scheme` in the merged
+            checkpoint, which vLLM refuses. "vllm": that of vLLM with `--kv-cache-dtype int8_per_token_head` (or
+            `int4_per_token_head`). Default: `"transformers"`.
+        runtime_config (LoraRuntimeConfig): With `ephemeral_gpu_offload=True`, layers of a model in the CPU's memory are
+            converted on the accelerator. It is not saved.
+        task_type (TaskType | str | None): PEFT's, such as "CAUSAL_LM". It chooses the class of the PEFT model.
+            "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head in float. Default: `None`.
+        inference_mode (bool): Whether an adapter is loaded frozen. Default: `False`.
+        base_fingerprint (str | None): Set by the conversion: a checksum of the float weights that the adapter was made
+            for. It is saved with the adapter, which is loaded on these weights only. Default: `None`.
+        base_checksum (str | None): Set by the conversion: a checksum of the integers that the base was converted to. It
+            is saved with the adapter, which is loaded over these integers only. Default: `None`.
+
+    PEFT sets `peft_type`, `auto_mapping`, `peft_version`, `base_model_name_or_path` and `revision`. `fan_in_fan_out`,
+    `megatron_core` and `qalora_group_size` change nothing: a layer says by itself how its weight lies.
+
+    Refused, because they have no meaning inside a rounding: `lora_dropout` other than 0, `use_dora`, `lora_bias`,
+    `layer_replication`, `megatron_config`, `eva_config`, `corda_config`, `lora_ga_config`, `velora_config`,
+    `alora_invocation_tokens`, `use_qalora`, `monteclora_config`, `use_bdlora`, `arrow_config` and `kasa_config`. The
+    error gives the reason.
 
     Raises:
-        ValueError: a field is out of range, or options contradict each other.
+        ValueError: a field is out of range, is refused, or contradicts another one. The message names the field, its
+            value and what is allowed.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig
+        >>> from transformers import AutoModelForCausalLM
+        >>> config = LRQATConfig(bits=4, group_size=128, r=16, task_type="CAUSAL_LM")
+        >>> config.lora_alpha
+        256
+        >>> model = get_peft_model(AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B"), config)
+        >>> merged = model.merge_and_unload()  # after training; a TRL trainer takes `peft_config=config`
+        >>> merged.save_pretrained("merged")
     """
 
     method = "LR-QAT"
@@ -95,145 +200,32 @@ class LRQATConfig(GridConfig, LoraConfig):
         **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
     }
 
-    target_modules: list[str] | str | None = field(
-        default=ALL_LINEAR,
-        metadata={
-            "help": "Names or a regular expression of the layers to quantize. 'all-linear': all linear layers but the "
-            "output layer; what is left out stays float."
-        },
-    )
-    r: int = field(default=32, metadata={"help": "Rank of the adapter inside the rounding."})
-    lora_alpha: int = field(  # type: ignore[assignment]  # None exists only until __post_init__
-        default=None,
-        metadata={
-            "help": "lora_alpha / r scales the adapter, in grid steps: entries of lora_B @ lora_A that reach "
-            "r / lora_alpha move a weight one level. Default: 16 steps in every layer, whatever its rank, with "
-            "`use_rslora` too; see docs/results/accuracy.md."
-        },
-    )
-    bits: int = field(  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
-        default=None, metadata={"help": "Bits of the weight grid, 2 to 8. None: the quantized base's, or else 4."}
-    )
-    group_size: int = field(  # type: ignore[assignment]  # as for bits
-        default=None,
-        metadata={
-            "help": "What shares a scale: this many consecutive input features (a divisor of in_features), -1 for an "
-            "output channel, 0 for the whole tensor. None: the quantized base's, or else 128."
-        },
-    )
-    symmetric: bool = field(  # type: ignore[assignment]  # as for bits
-        default=None,
-        metadata={
-            "help": "False adds a frozen integer zero point to every scale, which 2-bit grids want. None: the "
-            "quantized base's, or else True."
-        },
-    )
-    downcast: Literal["fx8", "int", "bf16", "fp16", "fp32"] | None = field(
-        default=None,
-        metadata={
-            "help": "How the frozen base is kept, in grid steps: 'fx8' (8-bit fixed point, 1 byte a weight; the "
-            "default up to 7 bits), 'int' (packed codes, bits / 8 bytes; the default at 8 bits), 'bf16', 'fp16', "
-            "'fp32'."
-        },
-    )
-    range_method: Literal["lp", "minmax"] = field(
-        default="lp", metadata={"help": "How the first scales are chosen: L_p grid search, or covering every weight."}
-    )
-    range_p: float = field(default=2.5, metadata={"help": "Exponent of the error norm of range_method='lp'."})
-    signed_scales: bool = field(  # type: ignore[assignment]  # as for bits
-        default=None,
-        metadata={
-            "help": "Whether the sign of a scale chooses the side of zero on which the symmetric grid has its extra "
-            "level (-8 to 7, or -7 to 8): rounding loses less, above all at 2 to 4 bits in groups, at no cost. None: "
-            "where the grid is symmetric; on a quantized base, whether that has such scales."
-        },
-    )
-    learn_scales: bool | Literal["channel"] = field(
-        default=True,
-        metadata={
-            "help": "Whether the scales are trained. True: each on its own. 'channel': one relative change for all "
-            "groups of an output channel, whose gradient costs no dense product (from 4 bits on, without a bias); "
-            "`lora_alpha / r` then counts steps of the channel's largest scale. Without groups the same as True."
-        },
-    )
-    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(
-        default=None,  # type: ignore[arg-type]  # as for bits
-        metadata={
-            "help": "What the checkpoint will store for a scale; training sees exactly that. 'auto': numbers that are "
-            "exact in bf16 and fp16, so that one checkpoint is exact in every engine. None: 'auto', or else the first "
-            "of these that holds the scales of the quantized base."
-        },
-    )
-    container_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "Width of the codes in the merged checkpoint, >= bits. None: bits. 4 writes 2- and 3-bit grids "
-            "into 4-bit containers, which more engines can load."
-        },
-    )
-    act_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "8 or 4: the input of every quantized layer is rounded to that many bits per token, in training "
-            "and in the checkpoint. Needs a symmetric grid; `group_size` is -1 then, if it is not given."
-        },
-    )
-    act_group_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many consecutive inputs share a scale of the rounded activations; None: all of a token."
-        },
-    )
-    act_bits_pattern: dict[str, int | None] | None = field(
-        default=None,
-        metadata={
-            "help": "Other `act_bits` by module: patterns of names as in LoRA's `rank_pattern` -> 8, 4, or None (16), "
-            "floats. {'down_proj': 8} beside act_bits=4 keeps the input with most outliers at 8 bits."
-        },
-    )
-    act_rule: Literal["transformers", "vllm"] = field(
-        default="transformers",
-        metadata={
-            "help": "Whose arithmetic rounds activations: transformers' (127.5 or 7.5 steps for the largest "
-            "magnitude, as compressed-tensors computes it) or that of vLLM's kernels (127 or 7)."
-        },
-    )
-    kv_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "8 or 4: keys and values are rounded to so many bits per token and head where they are written to "
-            "the cache, in training and wherever the merged model runs (docs/guides/activations.md)."
-        },
-    )
-    kv_rule: Literal["transformers", "vllm"] = field(
-        default="transformers",
-        metadata={
-            "help": "How: as transformers does it with the `kv_cache_scheme` of the merged checkpoint, which vLLM "
-            "refuses; or as vLLM does it with `--kv-cache-dtype int8_per_token_head` (or int4_...)."
-        },
-    )
-    act_scale: Literal["dynamic", "static"] = field(
-        default="dynamic",
-        metadata={
-            "help": "Scales of rounded activations: found anew for every token, or 'static': one for each layer, set "
-            "by `calibrate_activations(model, batches)` before training, learned (LSQ), and stored (W8A8 only)."
-        },
-    )
+    target_modules: list[str] | str | None = ALL_LINEAR
+    r: int = 32
+    lora_alpha: int = None  # type: ignore[assignment]  # None exists only until __post_init__
+    init_lora_weights: bool | Literal["loftq"] = field(
+        default=True, metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
+    )  # with what PEFT reads there
+    bits: int = None  # type: ignore[assignment]  # None exists only until __post_init__; so for the next ones
+    group_size: int = None  # type: ignore[assignment]  # as for bits
+    symmetric: bool = None  # type: ignore[assignment]  # as for bits
+    downcast: Literal["fx8", "int", "bf16", "fp16", "fp32"] | None = None
+    range_method: Literal["lp", "minmax"] = "lp"
+    range_p: float = 2.5
+    signed_scales: bool = None  # type: ignore[assignment]  # as for bits
+    learn_scales: bool | Literal["channel"] = True
+    scale_dtype: Literal["auto", "bf16", "fp16", "fp32"] = None  # type: ignore[assignment]  # as for bits
+    container_bits: int | None = None
+    act_bits: int | None = None
+    act_group_size: int | None = None
+    act_bits_pattern: dict[str, int | None] | None = None
+    act_rule: Literal["transformers", "vllm"] = "transformers"
+    kv_bits: int | None = None
+    kv_rule: Literal["transformers", "vllm"] = "transformers"
+    act_scale: Literal["dynamic", "static"] = "dynamic"
 
-    base_fingerprint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Set by the conversion and saved with the adapter: a checksum of the float weights it was made "
-            "for. An adapter is loaded on that base only."
-        },
-    )
-    base_checksum: str | None = field(
-        default=None,
-        metadata={
-            "help": "Set by the conversion and saved with the adapter: a checksum of the integers that the base "
-            "converted to. An adapter is loaded over those integers only."
-        },
-    )
+    base_fingerprint: str | None = None
+    base_checksum: str | None = None
 
     def __post_init__(self) -> None:
         # what `_set_strength` makes of a `lora_alpha` that was left open, and of which `alpha_pattern`
