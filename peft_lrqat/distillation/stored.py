@@ -47,28 +47,40 @@ def store_logits(
     shard_tokens: int = 1 << 19,
     progressbar: bool = True,
 ) -> None:
-    """Store a teacher's predictions for all that a Trainer will train on; then training needs no teacher.
-
-        trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[Distillation("logits")])
-        store_logits(trainer, "logits", "HuggingFaceTB/SmolLM2-135M-Instruct")
-        trainer.train()
+    """Store a teacher's predictions for all that a Trainer will train on. Training then needs no teacher.
 
     The batches are the Trainer's own, one epoch of them, so the chat template, truncation and packing are those of
-    training; every process stores its share. Only positions whose label counts are stored. A run that was interrupted
-    goes on where it was when it is called again; sequences that are there already are not computed again.
+    training. Every process stores its share. Only positions whose label counts are stored. After an interruption the
+    same call goes on where it was; sequences that are there already are not computed again.
 
     Args:
-        trainer: a Trainer, or a subclass such as TRL's SFTTrainer, with a training set that comes to an end.
-        folder: is made if it does not exist; shared by all processes.
-        teacher, keep: as for `Distillation`.
-        k: how many tokens are kept at each position, at most the vocabulary; the others become one event.
-        temperature: at which `Distillation` will be used.
-        shard_tokens: tokens a file.
-        progressbar: show the batches go by.
+        trainer (Trainer): transformers' Trainer, or a subclass such as TRL's SFTTrainer, with a training set that comes
+            to an end.
+        folder (str | os.PathLike): where to. It is made if it does not exist, and all processes share it.
+        teacher (str | os.PathLike | nn.Module): as for `Distillation`.
+        k (int): how many tokens are kept at each position, from 1 to the vocabulary's size. The others become one
+            event.
+        temperature (float): at which `Distillation` will be used, above 0.
+        keep (str | None): as for `Distillation`.
+        shard_tokens (int): tokens a file.
+        progressbar (bool): show the batches go by.
 
     Raises:
         ValueError: an option is out of range, the folder holds logits of something else, or the teacher does not fit
             the student, as for `Distillation`.
+
+    Examples:
+        >>> from peft_lrqat import Distillation, LRQATConfig, store_logits
+        >>> from trl import SFTConfig, SFTTrainer
+        >>> trainer = SFTTrainer(
+        ...     "Qwen/Qwen3-0.6B",
+        ...     SFTConfig("adapter", learning_rate=1e-3, max_steps=10),
+        ...     train_dataset=dataset,
+        ...     peft_config=LRQATConfig(task_type="CAUSAL_LM"),
+        ...     callbacks=[Distillation("logits")],
+        ... )
+        >>> store_logits(trainer, "logits", "Qwen/Qwen3-0.6B", k=64)
+        >>> trainer.train()
     """
     check_options(temperature, 1.0)
     check_keep(keep, teacher)
@@ -260,7 +272,9 @@ class StoredLogits:
         if not parts:
             shard = self._shards[0]
             parts = [TopK(*(shard.get_slice(name)[0:0] for name in TopK._fields))]
-        return TopK(*(torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True)))
+        with torch.autocast("cpu", enabled=False):  # it cannot join fp16, which the files hold
+            joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return TopK(*(tensor.to(device) for tensor in joined))
 
 
 def _shards(folder: Path) -> list[Any]:

@@ -65,6 +65,14 @@ def test_all_of_the_vocabulary_is_the_teacher_itself(tmp_path, kind, options):
     torch.testing.assert_close(*found, rtol=2e-3, atol=1e-5)
 
 
+def test_it_is_read_under_autocast(tmp_path):
+    callback = Distillation(store(tmp_path))
+    args = arguments(tmp_path, max_steps=1, bf16=True)
+    run = Trainer(adapted(tiny()), args, None, ids_dataset(), callbacks=[callback])
+    run.train()
+    assert logged(run)[0] > 0
+
+
 def test_writing_leaves_the_order_of_training_alone(tmp_path):
     found = []
     for first in (False, True):
