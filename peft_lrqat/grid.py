@@ -47,15 +47,26 @@ def code_range(bits: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform integer grid.
+    """A uniform integer grid: its width, and which weights share a scale.
 
     Args:
-        bits: 2 to 8, or 1.58 for the ternary grid.
-        group_size: how many consecutive input features share a scale; -1: a whole output channel; 0: the whole tensor.
-        symmetric: if False, every scale comes with an integer zero point.
+        bits (int | float): from 2 to 8, or 1.58 for the ternary grid.
+        group_size (int): how many consecutive input features share a scale. -1: a whole output channel. 0: the whole
+            tensor.
+        symmetric (bool): False: every scale comes with an integer zero point.
 
     Raises:
         ValueError: a field is out of range.
+
+    Examples:
+        >>> from peft_lrqat import Grid
+        >>> grid = Grid(bits=4, group_size=128)
+        >>> grid.qmin, grid.qmax
+        (-8, 7)
+        >>> grid.scale_shape(out_features=4096, in_features=1024)
+        (4096, 8)
+        >>> print(grid.describe())
+        4 bits, symmetric, groups of 128
     """
 
     bits: int = 4

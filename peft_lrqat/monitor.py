@@ -90,9 +90,7 @@ class _Watched:
 
 
 class QuantizationCallback(TrainerCallback):
-    """Tell what training does to the integers of a quantized model, for both methods and any Trainer:
-
-        trainer = SFTTrainer(model, peft_config=LRQATConfig(...), callbacks=[QuantizationCallback()], ...)
+    """Tell what training does to the integers of a quantized model: a callback for any Trainer, and for both methods.
 
     At every log that has a loss, a few rows of every layer are compared with those at the start of this training and at
     the last log. The Trainer's log, and so its trackers, gets
@@ -100,26 +98,39 @@ class QuantizationCallback(TrainerCallback):
         qat_changed         share of the integers that are not what they were at the start
         qat_changed_last    share that has changed since the last log
         qat_reversed        share that has changed in one direction and then in the other, at least once
-        qat_edge            share at the smallest or largest integer of the grid: further they cannot go
+        qat_edge            share at the smallest or largest integer of the grid, where they can go no further
         qat_scale_change    mean of |s / s0 - 1| over all scales
 
     At the end, process 0 prints a table by kind of layer, with advice where a figure is off, and writes the curves as
-    `quantization.png` into the Trainer's `output_dir` if matplotlib is installed.
+    `quantization.png` into the Trainer's `output_dir` if matplotlib is installed. With FSDP2 every process gathers a
+    layer's integers to look at them.
 
-    With FSDP2 every process gathers a layer's integers to look at them.
+    Args:
+        rows (int): how many rows of each layer, evenly spaced; 1 or more.
+        time_share (float | None): above 0 up to 1. A log is left out if looking would take more than this share of the
+            time since the last look. None: no log is left out.
+        plot (bool): whether to write the picture.
+
+    Raises:
+        ValueError: an option is out of range; or, when training begins, the model has no quantized layer that is
+            trained.
+
+    Examples:
+        >>> from peft_lrqat import LRQATConfig, QuantizationCallback
+        >>> from trl import SFTConfig, SFTTrainer
+        >>> trainer = SFTTrainer(
+        ...     "Qwen/Qwen3-0.6B",
+        ...     SFTConfig("adapter", learning_rate=1e-3, max_steps=10, logging_steps=1),
+        ...     train_dataset=dataset,
+        ...     peft_config=LRQATConfig(task_type="CAUSAL_LM"),
+        ...     callbacks=[QuantizationCallback(time_share=None)],
+        ... )
+        >>> trainer.train()
+        >>> "qat_changed" in trainer.state.log_history[0]
+        True
     """
 
     def __init__(self, *, rows: int = 8, time_share: float | None = 0.01, plot: bool = True) -> None:
-        """
-        Args:
-            rows: how many of each layer's, evenly spaced, at least 1.
-            time_share: a log is left out if looking would take more than this share of the time since the last look.
-                None: none is left out.
-            plot: whether to write the picture.
-
-        Raises:
-            ValueError: an option out of range.
-        """
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ValueError(f"`rows` is {rows!r}; a positive integer is allowed. 8 is the default.")
         if time_share is not None and not 0 < time_share <= 1:

@@ -80,48 +80,53 @@ def preprocess_blockwise(
     progressbar: bool = True,
     model_init_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Train the rounding of the layers that `config` targets block by block, in place.
+    """Train the rounding of the layers that `config` targets block by block (arXiv 2407.11062), in place.
 
-        config = LRQATConfig(bits=3, group_size=64, ...)
-        preprocess_blockwise(model, config, texts, tokenizer)
-        model.save_pretrained("base")                        # adapters belong to this base
-        model = get_peft_model(model, config)                # train on; or merge at once: `model.merge_and_unload()`
+    Each decoder block learns to give the outputs of the float block, on calibration text. Afterwards the model is a
+    quantized one, as after `preprocess_gptq`.
+
+    Memory above the float model (of one that is loaded here: one block, and what lies outside the blocks): twice the
+    hidden states of the calibration tokens and, for one block at a time, five fp32 copies of its weights.
 
     Args:
-        model: a float causal language model of transformers; or, as for `preprocess_gptq`, its name or folder: then
-            one block at a time is loaded.
-        config: its grid (`bits`, `group_size`, `symmetric`), where scales start (`range_method`, `range_p`,
-            `scale_dtype`, `signed_scales`) and target modules are used, and `downcast`, which says what is left behind.
-            "fx8" (the default below 8 bits): the trained weights with their fraction, as 8-bit layers, which LR-QAT
-            takes as its base. "int" (and for low-bit SR): the integers, `bits` wide.
-        calibration: as for `preprocess_gptq`; 128 windows of 1024 tokens or more.
-        tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
-        epochs: over the calibration text, for each block.
-        learning_rate: of weights and zero points, in grid steps; AdamW, cosine decay to 0.
-        scale_learning_rate: of the scales' relative change.
-        batch: windows (rows of token ids) a step.
-        length: tokens a window; only for texts.
-        held_out: share of the text that is not trained on. The state of a block that is best there is kept, of those
+        model (nn.Module | str | os.PathLike): as for `preprocess_gptq`.
+        config (LRQATConfig | LowBitSRConfig): its grid (`bits`, `group_size`, `symmetric`), where scales start
+            (`range_method`, `range_p`, `scale_dtype`, `signed_scales`) and target modules are used, and `downcast`,
+            which says what is left behind. "fx8" (the default below 8 bits): the trained weights with their fraction,
+            as 8-bit layers, which LR-QAT takes as its base. "int", and for low-bit SR: the integers, `bits` wide.
+        calibration (Iterable): as for `preprocess_gptq`. 128 windows of 1024 tokens or more are usual.
+        tokenizer (Any): for texts. They are joined by its end-of-text token and cut into windows of `length` tokens.
+        epochs (int): over the calibration text, for each block.
+        learning_rate (float): of weights and zero points, in grid steps. AdamW, with a cosine decay to 0.
+        scale_learning_rate (float): of the relative change of the scales.
+        batch (int): windows (rows of token ids) a step.
+        length (int): tokens a window, for texts only.
+        held_out (float): share of the text that is not trained on. A block keeps the state that is best there, of those
             before training and after each epoch.
-        offload: keep the hidden states of all tokens in the CPU's memory.
-        seed: of the order of the text.
-        resume_from: a folder in which every trained block is kept (a byte a weight). If the run is interrupted, load
-            the float model again and call this again with the same folder: it goes on at the first block that is not
-            there, and gives what it would have given. It may be deleted afterwards.
-        progressbar: show the blocks go by, with the error on the held-out text before and after.
-        model_init_kwargs: as for `preprocess_gptq`.
+        offload (bool): keep the hidden states of all tokens in the CPU's memory.
+        seed (int): of the order of the text.
+        resume_from (str | os.PathLike | None): a folder in which every trained block is kept, at a byte a weight. After
+            an interruption, load the float model again and make the same call: it goes on at the first block that is
+            not there, and gives what it would have given. The folder may be deleted afterwards.
+        progressbar (bool): show the blocks go by, with the error on the held-out text before and after.
+        model_init_kwargs (Mapping | None): as for `preprocess_gptq`.
 
     Returns:
         The model; `model` itself if it was one.
 
     Raises:
         ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, an option is out
-            of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer: blocks
-            before it are quantized by then, so load the model again; so where outputs of a block are not finite, or the
-            weights of one that came in.
+            of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer, or
+            outputs of a block, or weights of one that came in, are not finite: blocks before it are quantized by then,
+            so load the model again.
 
-    Memory: above the float model (of one that is loaded here: one block, and what lies outside the blocks), twice the
-    hidden states of the calibration tokens, and for one block at a time five fp32 copies of its weights.
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig, preprocess_blockwise
+        >>> config = LRQATConfig(bits=3, group_size=64, task_type="CAUSAL_LM")
+        >>> quantized = preprocess_blockwise(base, config, texts, tokenizer, length=256)
+        >>> quantized.save_pretrained("base-w3")  # adapters belong to this base
+        >>> model = get_peft_model(quantized, config)  # to train on; or merge at once
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
     if config.rounds_inputs:

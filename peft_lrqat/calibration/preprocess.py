@@ -30,44 +30,48 @@ def preprocess_gptq(
     progressbar: bool = True,
     model_init_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Quantize the layers that `config` targets with GPTQ, in place (compare PEFT's `preprocess_corda`).
+    """Quantize the layers that `config` targets with GPTQ (arXiv 2210.17323), in place, as a start for LR-QAT.
 
-    Afterwards the model is an ordinary quantized one. `save_pretrained` writes it; `get_peft_model(model, config)`
-    starts LR-QAT from its integers and scales.
+    Afterwards the model is an ordinary quantized one. `save_pretrained` writes it, and `get_peft_model(model, config)`
+    starts from its integers and scales. (PEFT's `preprocess_corda` is called in the same way.)
 
-        preprocess_gptq(model, config, texts, tokenizer)
-        model.save_pretrained("base-w4")            # adapters belong to this base
-        model = get_peft_model(model, config)
+    A model that is too large in float is given by its name or folder. One decoder block of it is loaded at a time, on
+    the accelerator if there is one, with the same result. A model that was loaded with its blocks offloaded is treated
+    alike.
 
-    A model that is too large in float is given by its name or folder: one decoder block of it is loaded at a time, on
-    the accelerator if there is one. The result is the same. So with a model that was loaded with its blocks offloaded.
-
-        model = preprocess_gptq("meta-llama/Llama-3.1-70B", config, texts, tokenizer)
+    Memory above the float model: the hidden states of the calibration tokens and, for one block at a time, an fp32 (in,
+    in) matrix for each distinct input of a layer. Of a model that is loaded here, only one block is float, and what
+    lies outside the blocks.
 
     Args:
-        model: a float causal language model of transformers, or what `from_pretrained` takes.
-        config: of either method; its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`, `range_p`,
-            `scale_dtype`, `signed_scales`) and target modules are used.
-        calibration: texts, or token ids (batch, length), or what the model takes (`input_ids`, `attention_mask`), for
-            instance from a DataLoader. 64 to 256 windows of 1024 tokens are usual.
-        tokenizer: for texts; they are joined by its end-of-text token and cut into windows of `length` tokens.
-        length: tokens a window; only for texts.
-        damping: see `gptq_round`.
-        progressbar: show the blocks go by.
-        model_init_kwargs: for a model that is loaded here, `from_pretrained`'s options (`dtype`, `revision`,
-            `trust_remote_code`, ...); `device_map` may name one device.
+        model (nn.Module | str | os.PathLike): a float causal language model of transformers, or what `from_pretrained`
+            takes.
+        config (LRQATConfig | LowBitSRConfig): its grid (`bits`, `group_size`, `symmetric`), scales (`range_method`,
+            `range_p`, `scale_dtype`, `signed_scales`) and target modules are used.
+        calibration (Iterable): texts; or token ids, int64 (batch, length); or what the model takes (`input_ids`,
+            `attention_mask`), for instance from a DataLoader. 64 to 256 windows of 1024 tokens are usual.
+        tokenizer (Any): for texts. They are joined by its end-of-text token and cut into windows of `length` tokens.
+        length (int): tokens a window, for texts only.
+        damping (float): what is added to the diagonal of a Hessian, as a share of its mean; above 0.
+        progressbar (bool): show the blocks go by.
+        model_init_kwargs (Mapping | None): for a model that is loaded here, the options of `from_pretrained` (`dtype`,
+            `revision`, `trust_remote_code` ...). `device_map` may name one device.
 
     Returns:
         The model; `model` itself if it was one.
 
     Raises:
         ValueError: there is no calibration text, or the targeted layers are not those of decoder blocks: nothing was
-            changed then. Or no token reached a layer, or its Hessian could not be factored, or a weight of a block that
+            changed then. Or no token reached a layer, its Hessian could not be factored, or a weight of a block that
             came in was not finite: blocks before it are quantized by then, so load the model again.
 
-    Memory: above the float model, the hidden states of the calibration tokens, and, for a block at a time, an fp32
-    (in, in) matrix for each distinct layer input. Of a model that is loaded here, only one block is float, and what
-    lies outside the blocks.
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig, preprocess_gptq
+        >>> config = LRQATConfig(bits=4, group_size=128, task_type="CAUSAL_LM")
+        >>> quantized = preprocess_gptq("Qwen/Qwen3-0.6B", config, texts, tokenizer, length=256)
+        >>> quantized.save_pretrained("base-w4")  # adapters belong to this base
+        >>> model = get_peft_model(quantized, config)
     """
     with by_block(model, config, "GPTQ", model_init_kwargs) as model:
         name, blocks, layers = decoder_blocks(model, config, "GPTQ")

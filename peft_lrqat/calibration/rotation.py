@@ -59,32 +59,40 @@ def preprocess_rotation(
     device: torch.device | str | None = None,
     progressbar: bool = True,
 ) -> None:
-    """Fuse random rotations into a decoder's weights, in place; it needs no data.
+    """Fuse random rotations (arXiv 2404.00456, 2405.16406) into the weights of a float decoder, in place. It needs no
+    data.
 
-    The model computes what it did, but outliers are spread over all channels: of what its linear layers read
-    (`act_bits` loses less) but for `down_proj`, and of the values in the KV cache. It stays an ordinary float model.
+    The model computes what it did, but outliers are spread over all channels: in what its linear layers read, except
+    for `down_proj`, and in the values of the KV cache. So `act_bits` and `kv_bits` lose less. The model stays an
+    ordinary float model.
 
-        preprocess_rotation(model)
-        model.save_pretrained("base-rotated")            # adapters belong to this base
-        model = get_peft_model(model, LRQATConfig(bits=4, act_bits=8, ...))
+    Memory: one weight at a time in fp64 (of the embeddings, some rows), and during the trial one block in fp32.
 
     Args:
-        model: a float causal language model of transformers that is built as Llama is (Llama, Mistral, Qwen 2 and 3,
-            Gemma, Phi-3, Granite, SmolLM, Mixtral, ...), or the same with a `score` head.
-        residual: rotate the residual stream (R1): a Hadamard matrix with random signs where there is one of this width,
-            else a random orthogonal matrix. The gains of the norms move into the layers behind them. An output layer
-            that shares the embeddings' matrix gets its own (`config.tie_word_embeddings` is False then).
-        values: rotate the values of every head (R2), by another such matrix in each block.
-        seed: of the rotations.
-        device: where the new weights are computed; None: where each weight is.
-        progressbar: show the parts of the model go by, in trial and then in earnest.
+        model (nn.Module): a float causal language model of transformers that is built as Llama is (Llama, Mistral, Qwen
+            2 and 3, Gemma, Phi-3, Granite, SmolLM, Mixtral ...), or the same with a `score` head.
+        residual (bool): rotate the residual stream (R1): by a Hadamard matrix with random signs where there is one of
+            this width, otherwise by a random orthogonal matrix. The gains of the norms move into the layers behind
+            them. An output layer that shares the matrix of the embeddings gets its own (`config.tie_word_embeddings`
+            becomes False).
+        values (bool): rotate the values of every head (R2), by another such matrix in each block.
+        seed (int): of the rotations.
+        device (torch.device | str | None): where the new weights are computed. None: where each weight is.
+        progressbar (bool): show the parts of the model go by, first in the trial and then in earnest.
 
     Raises:
         ValueError: the model is not one of these, is quantized, sharded or offloaded, or carries an adapter; or its
-            outputs on random tokens would change, and which part's first. Nothing was changed then. (What is
-            interrupted later, while weights are written, is half rotated: load the model again.)
+            outputs on random tokens would change, and the message names the first part whose do. Nothing was changed
+            then. (An interruption later, while weights are written, leaves a model that is half rotated: load it
+            again.)
 
-    Memory: one weight at a time in fp64 (of the embeddings, some rows), and while it is tried one block in fp32.
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig, preprocess_rotation
+        >>> preprocess_rotation(base)
+        >>> base.save_pretrained("base-rotated")  # adapters belong to this base
+        >>> config = LRQATConfig(bits=4, act_bits=4, act_bits_pattern={"down_proj": 8}, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
     """
     _check_model(model)
     if not residual and not values:

@@ -15,16 +15,22 @@ from ..tuners.common.layer import MergingLayer
 def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
     """Set the fixed scales of the active adapter, so that the grid holds the largest inputs of some text.
 
-    Call it after `get_peft_model`, before training, which then learns the scales. While it runs, inputs are not
-    rounded, weights are. With several processes, give each the same batches.
+    Call it after `get_peft_model` and before training, which then learns the scales. While it runs, weights are rounded
+    and inputs are not. With several processes, give each the same batches.
 
     Args:
-        model: with an adapter of `act_scale="static"`.
-        batches: token ids (batch, length), or what the model's forward takes by name.
+        model (nn.Module): a model with an adapter of `act_scale="static"`.
+        batches (Iterable): token ids, int64 (batch, length), or what the model's forward takes by name.
 
     Raises:
         ValueError: no active adapter has fixed scales; the model is merged; a layer received no input, only zeros, or
             values that are not finite. No scale was changed then.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig, calibrate_activations
+        >>> model = get_peft_model(base, LRQATConfig(bits=8, act_bits=8, act_scale="static"))
+        >>> calibrate_activations(model, [tokenizer(texts[0][:64], return_tensors="pt")])
     """
     layers: dict[str, Any] = {
         name: module

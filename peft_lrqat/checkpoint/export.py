@@ -43,18 +43,32 @@ def can_export(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Check:
-    """Whether `export` would succeed; nothing is written.
+    """Tell whether `export` would succeed. Nothing is written.
 
-    It is found from shapes, grids and scales. Codes are read only where they decide: of a GGUF `type` that was named,
-    and that holds some values of a grid and not others.
+    The answer is found from shapes, grids and scales. Codes are read only where they decide: for a GGUF `type` that was
+    named, and that holds some values of a grid and not others. The tokenizer, which a GGUF file holds too, is not asked
+    for.
 
-    Args: as for `export`. (A tokenizer, which a GGUF file holds too, is not asked for here.)
+    Args:
+        model_or_dir (Any): as for `export`.
+        format (str): as for `export`.
+        container_bits (int | None): as for `export`.
+        allow_inexact (bool): count what would change values as possible.
+        trust_remote_code (bool): as for `export`.
+        **options (Any): as for `export`.
 
     Returns:
-        A `Check`: true or false, with the problems by layer; printing it gives reasons and what to do.
+        A `Check`. It is true or false, and has the `problems` by layer. Printed, it gives reasons and what helps.
 
     Raises:
-        ValueError: the format or an option does not exist, or the source cannot be read.
+        ValueError: there is no such format or option, or the source cannot be read.
+
+    Examples:
+        >>> from peft_lrqat import can_export
+        >>> print(can_export(model, "gptq"))
+        gptq: exact.
+        >>> bool(can_export(model, "bitnet"))  # it holds ternary weights only
+        False
     """
     chosen, settings = _settings(format, container_bits, allow_inexact, options)
     return Check(format, tuple(chosen.problems(open_source(model_or_dir, trust_remote_code), settings)), allow_inexact)
@@ -74,30 +88,33 @@ def export(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Report:
-    """Write a trained model in another format, from its codes and scales; no weight is rounded a second time.
+    """Write a trained model in another format, from its codes and scales. No weight is rounded a second time.
 
-    Layers are merged, packed and written one at a time. The folder appears when it is complete, or not at all; what is
-    wrong with its place is found before the source is opened. (`files.new_folder` says what else is promised.)
+    Layers are merged, packed and written one at a time. The folder appears when it is complete, or not at all. What is
+    wrong with its place is found before the source is opened.
 
     Args:
-        model_or_dir: a merged model; a PeftModel with LR-QAT or low-bit SR adapters, which stays as it is; the folder
-            of either, as `save_pretrained` wrote it, or its repository on the Hub ("owner/name", "owner/name@revision",
-            "owner/name/subfolder"). An adapter's folder loads the base model.
-        out: the folder to write.
-        format: "compressed-tensors", "gptq", "bitnet", "torchao", ... (`peft_lrqat.formats.FORMATS`).
-        tokenizer: a tokenizer, or the folder or repository of one, which is saved too, with its chat template. None:
-            the one beside the source, or beside an adapter's base model, if there is one.
-        container_bits: width of the stored codes, at least the grid's; None: what training chose.
-        overwrite: replace a non-empty `out`.
-        allow_inexact: write even if values change; the report then has the measured loss.
-        max_shard_size: bytes, or "5GB", "200MB".
-        progress: show a bar (which `transformers.utils.logging.disable_progress_bar` hides, too).
-        trust_remote_code: run the Python files that a model brings along, in its folder or that of an adapter's base
-            model. They are copied to `out` in any case.
-        options: the format's own.
+        model_or_dir (Any): a merged model; a PeftModel with LR-QAT or low-bit SR adapters, which stays as it is; the
+            folder of either, as `save_pretrained` wrote it; or its repository on the Hub ("owner/name",
+            "owner/name@revision", "owner/name/subfolder"). For an adapter's folder the base model is loaded.
+        out (str | os.PathLike): the folder to write.
+        format (str): "compressed-tensors", "gptq", "bitnet", "torchao" or "gguf" (`peft_lrqat.formats.FORMATS`).
+        tokenizer (Any): a tokenizer, or the folder or repository of one, which is saved too, with its chat template.
+            None: the one beside the source, or beside an adapter's base model, if there is one.
+        container_bits (int | None): width of the stored codes, at least the grid's. None: what training chose.
+        overwrite (bool): replace a non-empty `out`.
+        allow_inexact (bool): write even if values change. The report then has the measured loss.
+        max_shard_size (int | str): bytes, or a text such as "5GB" or "200MB".
+        progress (bool): show a bar. `transformers.utils.logging.disable_progress_bar` hides it, too.
+        trust_remote_code (bool): run the Python files that a model brings along, in its folder or that of an adapter's
+            base model. They are copied to `out` in any case.
+        **options (Any): of the format. "gptq": `checkpoint_format` ("gptq" or "gptq_v2"). "gguf": `type` (ggml's type
+            of the quantized layers, "auto"), `embedding_type` (of embeddings and head, "auto"), `tokenizer_pre`
+            (llama.cpp's name of the pre-tokenizer, None), `vocabulary` (False leaves the tokenizer out).
 
     Returns:
-        A `Report`.
+        A `Report`: where and what was written, how many layers and bytes, and the loss (None: every value is as
+        trained).
 
     Raises:
         ValueError: the model cannot be written exactly in this format (see `can_export`), or an option is wrong.
@@ -106,6 +123,13 @@ def export(
             directory, the source, the base model that an adapter needs, or a folder above or in one of these.
         BlockingIOError: another export is writing there.
         OSError: its place cannot be written in, or has no room.
+
+    Examples:
+        >>> from peft_lrqat import export
+        >>> report = export(model, "out-gptq", "gptq", tokenizer=tokenizer)
+        >>> report.loss is None  # exact
+        True
+        >>> report = export("out-gptq", "out", "compressed-tensors")
     """
     out = Path(out)
     size = parse_size(max_shard_size)

@@ -48,25 +48,35 @@ HUB_OPTIONS = (
 
 
 def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_class: Any = None, **kwargs: Any) -> Any:
-    """Load a quantized checkpoint as integers, to train LR-QAT on or to save in another format.
+    """Load a quantized checkpoint as integers, to train LR-QAT on it or to save it in another format.
 
     The checkpoint may be of compressed-tensors (integers of 2 to 8 bits, weight-only or W8A8), GPTQ (2, 3, 4 or 8
-    bits), AWQ ("gemm"), transformers' BitNet, or torchao's `IntxUnpackedToInt8Tensor`. None of their packages need be
-    installed.
+    bits), AWQ ("gemm"), transformers' BitNet, or torchao's `IntxUnpackedToInt8Tensor`. Their packages need not be
+    installed. The model takes the memory of its file: no quantized weight is ever a float.
 
     Args:
-        pretrained_model_name_or_path: a folder or a repository of the Hub, with safetensors files.
-        model_class: what to load it with, a model's class or an `AutoModel...`; None: the class that config.json names.
-        **kwargs: as for `from_pretrained` (`dtype`, `device_map`, `revision`, `trust_remote_code`, ...).
+        pretrained_model_name_or_path (str | os.PathLike): a folder, or a repository of the Hub, with safetensors files.
+        model_class (Any): a model's class or an `AutoModel...`. None: the class that config.json names, or
+            `AutoModelForCausalLM` if it names none.
+        **kwargs (Any): as for `from_pretrained` (`dtype`, `device_map`, `revision`, `trust_remote_code` ...).
 
     Returns:
-        The model; its quantized layers are `QuantizedLinear`s (with rounded inputs: `Int8Linear` or `BitNetLinear`).
+        The model. Its quantized layers are `QuantizedLinear`s (with rounded inputs: `Int8Linear` or `BitNetLinear`).
         `save_pretrained` writes compressed-tensors (or BitNet's format). With `output_loading_info=True`: the model and
         transformers' dictionary.
 
     Raises:
         ValueError: the checkpoint is not quantized, or in a way that has no exact counterpart, or it is incomplete or
-            damaged; the message says which.
+            damaged. The message says which.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig, load_quantized
+        >>> quantized = load_quantized("path/or/repo-GPTQ")
+        >>> trained = get_peft_model(quantized, LRQATConfig(r=16, task_type="CAUSAL_LM"))
+        >>> config = trained.peft_config["default"]  # what was left open is the checkpoint's
+        >>> config.bits, config.group_size
+        (4, 128)
     """
     if "quantization_config" in kwargs:
         raise ValueError("`quantization_config` is not for `load_quantized`: the checkpoint's own one is used.")

@@ -44,19 +44,44 @@ class _Call(NamedTuple):
 
 
 class Distillation(TrainerCallback):
-    """Training with a teacher, for transformers' Trainer and TRL's SFTTrainer, with any causal language model:
+    """Let a Trainer's model learn from the probabilities of a teacher: a callback for transformers' Trainer and TRL's
+    SFTTrainer, with any causal language model.
 
-        trainer = SFTTrainer(model, args, train_dataset=data, peft_config=LRQATConfig(...),
-                             callbacks=[Distillation("HuggingFaceTB/SmolLM2-135M-Instruct")])
-
-    While the Trainer trains, the loss is weight * temperature ** 2 * KL(teacher || student) + (1 - weight) *
-    cross-entropy over the tokens whose label counts, divided as the Trainer divides the model's own loss, so packing,
-    completions only, accumulated gradients and several processes are what they are without it. Evaluation is left
-    alone: `eval_loss` is the cross-entropy. The mean KL a token is logged as `kl`, for trackers too.
+    While the Trainer trains, the loss is `weight * temperature ** 2 * KL(teacher || student) + (1 - weight) *
+    cross-entropy` over the tokens whose label counts. It is divided as the Trainer divides the model's own loss, so
+    packing, completions only, accumulated gradients and several processes work as without it. Evaluation is left alone:
+    `eval_loss` is the cross-entropy. The mean KL a token is logged as `kl`, for trackers too.
 
     The teacher reads what the student reads, in eval mode, under the student's autocast, in every process. Its logits
     of a whole micro-batch, (batch, tokens, vocabulary) in the teacher's dtype, exist beside the student's. Stored
     logits take no second model and no such memory.
+
+    Args:
+        teacher (str | os.PathLike | nn.Module): a model of transformers with the student's vocabulary, or its name or
+            folder, which is loaded in the student's dtype on its device when training begins. The model before
+            quantization helps most. Or a folder that `store_logits` wrote.
+        weight (float): of the teacher, from 0 to 1. The model's own loss has the rest.
+        temperature (float): of both distributions, above 0.
+        keep (str | None): how a teacher that is given by name is kept. None: as it is. "int8": its linear layers in 8
+            bits, which takes a little more than half of bf16's memory. "cpu": in the CPU's memory, and one layer at a
+            time on the device, which is slow.
+
+    Raises:
+        ValueError: an option is out of range. Also when training begins, or in its first forward, before any weight
+            changes: the teacher is the student or has another vocabulary; or the model does not compute the loss (label
+            smoothing, `compute_loss_func`, Liger's fused loss, TRL's `loss_type` "dft" and "chunked_nll").
+
+    Examples:
+        >>> from peft_lrqat import Distillation, LRQATConfig
+        >>> from trl import SFTConfig, SFTTrainer
+        >>> trainer = SFTTrainer(
+        ...     "Qwen/Qwen3-0.6B",
+        ...     SFTConfig("adapter", learning_rate=1e-3, max_steps=10),
+        ...     train_dataset=dataset,
+        ...     peft_config=LRQATConfig(task_type="CAUSAL_LM"),
+        ...     callbacks=[Distillation("Qwen/Qwen3-0.6B")],
+        ... )
+        >>> trainer.train()
     """
 
     def __init__(
@@ -67,23 +92,6 @@ class Distillation(TrainerCallback):
         temperature: float = 1.0,
         keep: str | None = None,
     ) -> None:
-        """
-        Args:
-            teacher: a model of transformers with the student's vocabulary, or its name or folder: it is loaded in the
-                student's dtype on its device when training begins. The model before quantization is the one that helps
-                most. Or a folder that `store_logits` wrote.
-            weight: of the teacher, from 0 to 1; the model's own loss has the rest.
-            temperature: above 0; both distributions are taken at it.
-            keep: how a teacher that is given by name is kept. None: as it is; "int8": its linear layers in 8 bits, a
-                good half of bf16's memory; "cpu": in the CPU's memory, a layer at a time on the device, slowly.
-
-        Raises:
-            ValueError: an option out of range.
-
-        When training begins, or in its first forward, before any weight changes, ValueError says what stands in the
-        way: the teacher is the student or has another vocabulary, or the loss is not computed by the model (label
-        smoothing, `compute_loss_func`, Liger's fused loss, TRL's `loss_type` "dft" and "chunked_nll").
-        """
         check_options(temperature, weight)
         check_keep(keep, teacher)
         self.teacher, self.weight, self.temperature, self.keep = teacher, weight, temperature, keep
@@ -154,10 +162,10 @@ class Distillation(TrainerCallback):
         self.remove()
 
     def remove(self) -> None:
-        """Leave the model as it was, and let go of a teacher that was loaded.
+        """Give the model its own loss back, and let go of a teacher that was loaded.
 
-        The end of training does it. After an exception in training, the model has its own loss by itself; this frees
-        the teacher.
+        The end of training does so. After an exception in training the model has its own loss by itself; this frees the
+        teacher.
         """
         for handle in self._handles:
             handle.remove()

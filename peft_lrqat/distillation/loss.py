@@ -226,29 +226,41 @@ def distillation_loss(
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """weight * temperature ** 2 * KL(teacher || student) + (1 - weight) * cross-entropy, for a loop of one's own.
+    """Compute the loss of distillation, for a training loop of your own.
 
-    Both distributions are taken at the temperature, the cross-entropy at 1. The factor temperature ** 2 keeps the size
-    of the gradient. Of a `TopK` teacher, all that is below the k-th token is one event, "something else": the KL is
-    then a lower bound of the full one, and the student is told how likely the head is altogether, which renormalizing
-    over the k tokens would not tell.
+    It is `weight * temperature ** 2 * KL(teacher || student) + (1 - weight) * cross-entropy`. Both distributions of the
+    KL are taken at the temperature, the cross-entropy at 1. The factor `temperature ** 2` keeps the size of the
+    gradient. For a `TopK` teacher, all that is below the k-th token is one event, "something else". The KL is then a
+    lower bound of the full one. The student is told how likely the k tokens are altogether, which renormalizing over
+    them would not tell.
 
     Args:
-        logits: (..., tokens, V), any float dtype: the student's.
-        labels: (..., tokens) int64; token t is predicted from the logits at t - 1. Only tokens with a label count.
-        teacher: the teacher's logits, of the shape of the student's, or `TopK`, which has a row for each token that
-            counts. No gradient goes there.
-        temperature: above 0.
-        weight: from 0 to 1.
-        num_items_in_batch: what the sum is divided by (the Trainer's, with gradient accumulation); None: the mean.
-        ignore_index: the label that does not count.
-        shift_labels: labels that are shifted already.
+        logits (torch.Tensor): the student's, (..., tokens, vocabulary), any float dtype.
+        labels (torch.Tensor): int64 (..., tokens). Token t is predicted from the logits at t - 1. Only tokens with a
+            label count.
+        teacher (torch.Tensor | TopK): the teacher's logits, of the student's shape; or `TopK`, with a row for each
+            token that counts. No gradient goes there.
+        temperature (float): above 0.
+        weight (float): of the teacher, from 0 to 1.
+        num_items_in_batch (torch.Tensor | int | None): what the sum is divided by (the Trainer's count, with gradient
+            accumulation). None: the number of tokens that count.
+        ignore_index (int): the label that does not count.
+        shift_labels (torch.Tensor | None): labels that are shifted already, int64 (..., tokens).
 
     Returns:
-        fp32 scalar.
+        The loss in nats, an fp32 scalar.
 
     Raises:
-        ValueError: options out of range, or shapes that do not fit.
+        ValueError: an option is out of range, or shapes do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from peft_lrqat import distillation_loss
+        >>> batch = tokenizer(texts[0][:64], return_tensors="pt")
+        >>> with torch.no_grad():
+        ...     teacher = base(**batch).logits
+        >>> loss = distillation_loss(model(**batch).logits, batch["input_ids"], teacher, temperature=2.0, weight=0.5)
+        >>> loss.backward()
     """
     targets = lean.shifted(labels, shift_labels, ignore_index).to(logits.device)
     rows = logits.reshape(-1, logits.shape[-1])

@@ -210,14 +210,22 @@ def _free(device: torch.device) -> int:
 
 
 def limit_kept_weights(limit: int | None) -> None:
-    """Set how many bytes of dense weights the layers of this process may keep while a model generates.
+    """Limit how many bytes of dense weights the layers of this process may keep while a model generates.
+
+    A quantized layer that keeps its dense weight need not build it again for every token. The numbers are the same.
 
     Args:
-        limit: bytes a device, in this process; 0: none, every decoding step builds its weights. None, the default: half
-            of what is free on the device when the call of `generate` begins to keep them.
+        limit (int | None): bytes a device, in this process. 0: none, so every decoding step builds its weights. None,
+            the default: half of what is free on the device when the call of `generate` begins to keep them.
 
     Raises:
         ValueError: `limit` is negative, or no integer.
+
+    Examples:
+        >>> from peft_lrqat import limit_kept_weights
+        >>> limit_kept_weights(2 * 1024**3)
+        >>> tokens = model.generate(**tokenizer("The quick", return_tensors="pt"), max_new_tokens=4)
+        >>> limit_kept_weights(None)
     """
     global _limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
@@ -227,12 +235,25 @@ def limit_kept_weights(limit: int | None) -> None:
 
 @contextlib.contextmanager
 def kept_weights(model: nn.Module) -> Iterator[None]:
-    """Let the quantized layers of a model keep their dense weights inside, for a decoding loop of one's own.
+    """Let the quantized layers of a model keep their dense weights inside a `with` block, for a decoding loop of your
+    own.
 
-    `model.generate` does so by itself. What is kept, and the limit: see `limit_kept_weights`. It is freed at the end.
+    `model.generate` does so by itself. At the end of the block they are dropped. `limit_kept_weights` has the limit.
 
     Args:
-        model: one with layers of this package, adapted or merged; other layers are left alone.
+        model (nn.Module): a model with layers of this package, adapted or merged. Other layers are left alone.
+
+    Returns:
+        A context manager, without a value.
+
+    Examples:
+        >>> import torch
+        >>> from peft_lrqat import kept_weights
+        >>> tokens = tokenizer("The quick", return_tensors="pt")["input_ids"]
+        >>> with torch.no_grad(), kept_weights(model):
+        ...     for _ in range(4):
+        ...         best = model(input_ids=tokens).logits[:, -1:].argmax(-1)
+        ...         tokens = torch.cat([tokens, best], dim=1)
     """
     _watch_optimizers()
     with _lock:

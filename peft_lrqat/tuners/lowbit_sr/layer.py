@@ -54,14 +54,29 @@ from .tensor import LowBitTensor
 
 
 class LowBitSRLayer(MergingLayer):
-    """What every layer of low-bit SR has.
+    """What `get_peft_model` puts in the place of a linear layer for low-bit SR: an adapter is a set of codes of its
+    own.
 
     Attributes:
-        lowbitsr_weight: ModuleDict, adapter -> LowBitWeight, a `LowBitTensor` (out, in): the trainable codes.
-        lowbitsr_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
-            entries exist with `learn_scales=True` only.
-        lowbitsr_act_scale: ModuleDict, adapter -> AdapterWeight, fp32 (1,): log2 of the fixed scale of inputs; entries
-            exist with `act_scale="static"` only.
+        base_layer (FrozenWeight): the base, rounded to the grid and packed; while an adapter is merged, the layer that
+            the checkpoint will hold.
+        lowbitsr_weight (nn.ModuleDict): adapter -> LowBitWeight, whose `weight` is a `LowBitTensor` (out, in): the
+            trained codes, which read as s q in fp32.
+        lowbitsr_scale_shift (nn.ModuleDict): adapter -> AdapterWeight, fp32 (rows, groups), the relative change of the
+            scales. Entries exist with `learn_scales=True` only.
+        lowbitsr_act_scale (nn.ModuleDict): adapter -> AdapterWeight, fp32 (1,), log2 of the fixed scale of inputs.
+            Entries exist with `act_scale="static"` only.
+        weight (torch.Tensor): float (out, in), the weight that the forward multiplies with, built anew whenever it is
+            read.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LowBitSRConfig, LowBitSRLayer
+        >>> model = get_peft_model(base, LowBitSRConfig(bits=4))
+        >>> layers = [module for module in model.modules() if isinstance(module, LowBitSRLayer)]
+        >>> codes = layers[0].lowbitsr_weight["default"].weight.packed  # 8 codes in a word
+        >>> codes.dtype
+        torch.int32
     """
 
     lowbitsr_weight: Any  # nn.ModuleDict; torch types what is inside as Tensor | Module

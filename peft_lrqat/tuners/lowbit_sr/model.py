@@ -19,7 +19,21 @@ from .parts import PARTS
 
 
 class LowBitSRModel(QuantizingModel):
-    """Puts trainable integers into a model; made by `get_peft_model(model, LowBitSRConfig(...))`."""
+    """The tuner of low-bit SR: it makes the weights of linear layers trainable integers.
+
+    `get_peft_model(model, LowBitSRConfig(...))` makes it, and `peft_model.base_model` is it. Its methods are PEFT's.
+    `merge_and_unload()` gives the model with the trained integers; `unload()` gives the rounded base, in float (it
+    needs `keep_base=True`).
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LowBitSRConfig, LowBitSRModel
+        >>> model = get_peft_model(base, LowBitSRConfig(bits=1.58, group_size=0, act_bits=8))
+        >>> isinstance(model.base_model, LowBitSRModel)
+        True
+        >>> merged = model.merge_and_unload()
+        >>> merged.save_pretrained("merged")  # BitNet's format, for this grid
+    """
 
     prefix = "lowbitsr_"
     tuner_layer_cls = LowBitSRLayer

@@ -77,9 +77,61 @@ class _UpdateInBackward:
 
 
 class LowBitAdamW(Optimizer):
-    """AdamW (arXiv 1711.05101) whose step on low-bit weights ends in one stochastic rounding (`ops/reference_step.py`).
+    """AdamW (arXiv 1711.05101) whose step on low-bit weights ends in one stochastic rounding.
 
-    Other parameters (scales, norms, biases, `modules_to_save`) take torch's own AdamW step with fp32 state.
+    Packed codes go in, and packed codes come out: no weight has a dense copy, and the state is compact. What else is
+    trained (scales, norms, biases, `modules_to_save`) takes torch's own AdamW step with fp32 state. The rule of the
+    step is in `ops/reference_step.py`.
+
+    Memory in bytes a low-bit weight. Its codes take `bits` / 8, and as much again with the configuration's
+    `keep_base=True`.
+
+        state                           "8bit"  2;  "factored"  1;  "fp32"  8
+        state with betas=(0, ...)       "8bit"  1;  "factored"  0.01;  "fp32"  4
+        gradients                       4, of all weights until `step()`
+        gradients, fused_backward=True  4, of one layer at a time
+
+    So 8-bit codes take 8 bytes with the defaults, 4 with `fused_backward=True`, and 3 with `keep_base=False` as well.
+
+    Args:
+        params (Iterable): parameters that require gradients, or dictionaries of parameter groups, as torch's optimizers
+            take them. Low-bit weights among them are found by their type.
+        lr (float | torch.Tensor): learning rate, 0 or more, in the unit of `lr_unit`. A 0-dim tensor on the device
+            keeps the host out of the step.
+        betas (tuple[float, float]): decay of the first and the second moment, each in [0, 1). `error_feedback` needs
+            the first above 0.
+        eps (float): added to the root of the second moment, in units of the gradient.
+        weight_decay (float): decoupled: a step takes `lr * weight_decay` of every weight, with either `lr_unit`.
+        state (str): how the moments of low-bit weights are kept: "8bit", "factored" (the second as means of rows and
+            columns, as in Adafactor) or "fp32".
+        error_feedback (bool | None): put what a rounding lost into the momentum (ECO, arXiv 2601.22101). None: as the
+            configuration of each weight says.
+        lr_unit (str): "weight": weight units, as everywhere. "grid": grid steps, so that coarse and fine grids change
+            as many codes in a step; scales do not grow then (`grow_scales`).
+        fused_backward (bool): update a low-bit weight when its gradient arrives in backward, and free the gradient.
+        gradient_accumulation_steps (int): with `fused_backward`: after how many backward passes to update, 1 or more.
+            Until the last of them the gradients are kept.
+        compile (bool): `torch.compile` the update where Triton's kernel for it does not run.
+
+    Raises:
+        ValueError: an argument is out of range or contradicts another one; `fused_backward` with more than one
+            data-parallel process.
+        RuntimeError: with `fused_backward`, in backward or in what follows: something asks for a gradient that was used
+            and freed. That is clipping by the norm (Trainer: set `max_grad_norm=0`), a gradient scaler, or a second
+            backward before `step()`. The message says which.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LowBitAdamW, LowBitSRConfig
+        >>> model = get_peft_model(base, LowBitSRConfig(bits=8, keep_base=False))
+        >>> trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        >>> optimizer = LowBitAdamW(trained, lr=3e-5, fused_backward=True)
+        >>> batch = tokenizer(texts[0][:64], return_tensors="pt")
+        >>> model(**batch, labels=batch["input_ids"]).loss.backward()  # low-bit weights are updated here
+        >>> optimizer.step()  # and everything else here
+        >>> optimizer.zero_grad()
+
+        A Trainer takes it as `optimizer_cls_and_kwargs=(LowBitAdamW, {"lr": 3e-5, "fused_backward": True})`.
     """
 
     handles_low_bit = True
@@ -99,23 +151,6 @@ class LowBitAdamW(Optimizer):
         gradient_accumulation_steps: int = 1,
         compile: bool = False,
     ) -> None:
-        """
-        Args:
-            lr: learning rate; a 0-dim tensor on the device keeps the host out of the step.
-            betas: decay of the moments.
-            state: of low-bit weights: "8bit" (2 bytes a weight), "factored" (1 byte), "fp32" (8 bytes).
-            error_feedback: put the rounding remainder into the momentum (ECO, arXiv 2601.22101). None: as the weight's
-                configuration says.
-            lr_unit: "weight", as everywhere, or "grid": the learning rate counts grid steps, so that every grid, coarse
-                or fine, flips equally often. Weight decay stays relative.
-            fused_backward: update a low-bit weight when its gradient arrives in backward, and free the gradient.
-            gradient_accumulation_steps: with `fused_backward`: after how many backward passes to update. Before the
-                last one gradients have to be kept.
-            compile: `torch.compile` the update where Triton's kernel for it does not run (`ops/kernels`).
-
-        Raises:
-            ValueError: an argument is out of range; `fused_backward` under data parallelism.
-        """
         if isinstance(lr, (int, float)) and lr < 0:
             raise ValueError(f"`lr` is {lr}; it must not be negative.")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -149,7 +184,14 @@ class LowBitAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
-        """Update everything that has a gradient (and was not updated in backward)."""
+        """Update everything that has a gradient, and was not updated in backward.
+
+        Args:
+            closure (Callable[[], float] | None): computes the loss, with gradients, before the update.
+
+        Returns:
+            What `closure` returned; None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -79,13 +79,28 @@ class Operands(NamedTuple):
 
 
 class LRQATLayer(MergingLayer):
-    """What every layer of LR-QAT has beside LoRA's containers.
+    """What `get_peft_model` puts in the place of a layer for LR-QAT: PEFT's LoRA layer, with the adapter inside the
+    rounding.
+
+    The classes are `LRQATLinear` and, for embeddings and experts of mixtures, relatives of it. PEFT's containers are
+    there (`lora_A`, `lora_B`, `scaling`, `r`), as are its methods (`merge`, `unmerge`, `get_delta_weight`).
 
     Attributes:
-        lora_scale_shift: ModuleDict, adapter -> AdapterWeight, fp32 (rows, groups): relative change of the scales;
-            (rows, 1) with `learn_scales="channel"`; entries do not exist where `learn_scales=False`.
-        lora_act_scale: ModuleDict, adapter -> AdapterWeight, fp32 (1,): log2 of the fixed scale of inputs, with
-            `act_scale="static"` only.
+        base_layer (FrozenWeight): the base, in grid steps, in an integer dtype; while adapters are merged, the layer
+            that the checkpoint will hold.
+        lora_scale_shift (nn.ModuleDict): adapter -> AdapterWeight, fp32 (rows, groups), the relative change of the
+            scales. With `learn_scales="channel"` it is (rows, 1); with `learn_scales=False` it has no entry.
+        lora_act_scale (nn.ModuleDict): adapter -> AdapterWeight, fp32 (1,), log2 of the fixed scale of inputs. Entries
+            exist with `act_scale="static"` only.
+        weight (torch.Tensor): float (out, in), the weight that the forward multiplies with, built anew whenever it is
+            read.
+
+    Examples:
+        >>> from peft_lrqat import LRQATLayer
+        >>> layers = {name: module for name, module in model.named_modules() if isinstance(module, LRQATLayer)}
+        >>> layer = layers["base_model.model.model.layers.0.self_attn.q_proj"]
+        >>> layer.get_delta_weight("default").abs().max()  # in grid steps; before training nothing moves
+        tensor(0., grad_fn=<MaxBackward1>)
     """
 
     lora_A: Any  # nn.ModuleDict of nn.Linear; torch types what is inside as Tensor | Module

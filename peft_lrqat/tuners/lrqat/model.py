@@ -21,7 +21,20 @@ from .quantized_base import adopt_base
 
 
 class LRQATModel(QuantizingModel):
-    """Puts LR-QAT adapters into a model; made by `get_peft_model(model, LRQATConfig(...))`."""
+    """The tuner of LR-QAT: PEFT's `LoraModel`, with layers whose adapters lie inside the rounding.
+
+    `get_peft_model(model, LRQATConfig(...))` makes it, and `peft_model.base_model` is it. Its methods are PEFT's.
+    `merge_and_unload()` gives the model with the trained integers; `unload()` gives the one at step 0, in float.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_lrqat import LRQATConfig, LRQATModel
+        >>> model = get_peft_model(base, LRQATConfig(bits=4, group_size=128))
+        >>> isinstance(model.base_model, LRQATModel)
+        True
+        >>> merged = model.merge_and_unload()
+        >>> merged.save_pretrained("merged")  # compressed-tensors, which transformers and vLLM load
+    """
 
     tuner_layer_cls = LRQATLayer
     config_cls = LRQATConfig

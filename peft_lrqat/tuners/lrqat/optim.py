@@ -18,19 +18,31 @@ def create_lrqat_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimizer with the scales in a group of their own, for `Trainer(optimizers=(optimizer, None))`.
+    """Make an optimizer with the scales in a parameter group of their own, for `Trainer(optimizers=(optimizer, None))`.
+
+    The Trainer's own optimizer is fine as well: scales are trained as relative changes, which the adapter's learning
+    rate suits.
 
     Args:
-        model: a PeftModel with LR-QAT adapters.
-        optimizer_cls: any torch optimizer class.
-        lr: learning rate of lora_A, lora_B and everything else that is trained (`modules_to_save`, biases).
-        scale_lr: learning rate of the scale shifts, the *relative* change of the scales, and of fixed scales of
-            activations; None: `lr`.
-        weight_decay: for all but the scales, biases and vectors.
-        **kwargs: passed to the optimizer (betas, eps, fused ...).
+        model (nn.Module): a PeftModel with LR-QAT adapters.
+        optimizer_cls (type[Optimizer]): a torch optimizer's class.
+        lr (float): learning rate of `lora_A`, `lora_B` and everything else that is trained (`modules_to_save`, biases).
+        scale_lr (float | None): learning rate of the *relative* change of the scales, and of fixed scales of inputs.
+            None: `lr`.
+        weight_decay (float): of everything but scales, biases and vectors.
+        **kwargs (Any): passed to the optimizer (`betas`, `eps`, `fused` ...).
+
+    Returns:
+        The optimizer. Its parameter groups are matrices, vectors and biases, and scales; an empty one is left out.
 
     Raises:
-        ValueError: the model has nothing to train, or no LR-QAT adapter.
+        ValueError: the model has no LR-QAT adapter that is trained.
+
+    Examples:
+        >>> from peft_lrqat import create_lrqat_optimizer
+        >>> optimizer = create_lrqat_optimizer(model, lr=1e-3, scale_lr=1e-4, weight_decay=0.01)
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.001, 0.0001]
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any("lora_A" in name for name in named):
