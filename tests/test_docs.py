@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Page -> the names that its snippets take from the text around them; what else they use, they make or import.
 PAGES = {
-    "README.md": ["dataset", "texts"],
+    "README.md": ["dataset"],
     "docs/index.md": ["dataset"],
     "docs/get-started/first-model.md": [],
     "docs/get-started/from-lora.md": [],
@@ -96,7 +96,7 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
             given["model"] = _float_model(folders)
         # as README says of machines without a GPU
         exec(compile(re.sub(r'Config\("(adapter[\w-]*)"', r'Config("\1", use_cpu=True', block), page, "exec"), given)
-    if page in ("README.md", "docs/guides/best-accuracy.md"):
+    if page == "docs/guides/best-accuracy.md":
         assert PeftConfig.from_pretrained("adapter").base_model_name_or_path == "base"
     assert pushed == re.findall(r'push_to_hub\("(.*?)"\)', "".join(snippets(page)))
 
@@ -191,6 +191,24 @@ def tables(monkeypatch):
 def test_tables_hold_the_figures_of_the_results(tables, capsys):
     assert any("<!-- table: " in page.read_text(encoding="utf-8") for page in tables.PAGES)
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_drawings_hold_the_figures_of_the_results(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert importlib.import_module("diagrams").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_versions_that_were_run_are_those_of_the_constraints():
+    """The page's columns are the two files."""
+
+    def pinned(name: str) -> dict[str, str]:
+        return dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+
+    page = (ROOT / "docs/get-started/install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z-]+) \| ([\d.]+) \| ([\d.]+) ", page, re.MULTILINE)
+    newest, lowest = pinned("constraints.txt"), pinned("constraints-lowest.txt")
+    assert len(rows) > 5
+    assert rows == [(name, newest[name], lowest[name]) for name, *_ in rows]
 
 
 _PAGE = """
