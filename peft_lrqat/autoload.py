@@ -1,7 +1,7 @@
 """Opt-in autoload: with it, PEFT knows LR-QAT in every process of an environment, without an import of this package.
 
 PEFT has no entry points, so an adapter of a type that nobody registered is a bare `KeyError: 'LRQAT'`. The remedy is
-`import peft_lrqat`. For programs whose source one cannot change, `peft-lrqat autoload enable` (or `python -m
+`import peft_lrqat`. For programs whose source you cannot change, `peft-lrqat autoload enable` (or `python -m
 peft_lrqat.autoload enable`) writes a one-line `.pth` file into site-packages; what it imports at start-up is
 `_peft_lrqat_autoload.py`, which costs no torch import.
 """

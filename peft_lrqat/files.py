@@ -38,7 +38,8 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder to write in, whose content is `out` when the block ends, in one step; if it fails, nothing is.
+    """Give an empty folder to write in. When the block ends it becomes `out`, in one step; if the block fails, nothing
+    does.
 
     It is `new` in a folder beside `out`, `.NAME.writing`, whose file `lock` is locked meanwhile. If the process is
     killed, the lock is free, and the next call for the same `out` removes what it finds there. What `out` held is
@@ -57,7 +58,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         ValueError: its path is not UTF-8.
         OSError: its place cannot be written in.
 
-    All of them are raised before the block begins, but for what others do there in the meantime.
+    They are raised before the block begins, unless somebody else changes the place in the meantime.
     """
     try:
         target = out.resolve()
@@ -186,7 +187,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def check_utf8(path: Path) -> None:
-    """Raise ValueError if a path is no text: the library `safetensors` opens no files there."""
+    """Raise ValueError if a path is not UTF-8: the library `safetensors` opens no files there."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -194,7 +195,7 @@ def check_utf8(path: Path) -> None:
 
 
 def regular_file(path: Path) -> Path:
-    """`path`, of which reading comes to an end.
+    """Return `path`, if it is a file that can be read to its end.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -213,8 +214,8 @@ def read_json(path: Path, largest: int = 1 << 24) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, too large, nested too deep, holds no object, or one that has a key twice, of which
-            different programs read different values.
+        ValueError: it is damaged, too large, nested too deep, holds no object, or one that has a key twice (programs
+            differ in which value they take).
     """
     size = regular_file(path).stat().st_size
     if size > largest:

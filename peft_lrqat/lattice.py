@@ -1,8 +1,8 @@
-"""Weights that lie on a grid already, but for the rounding to the dtype that they were stored in.
+"""Weights that lie on a grid already, up to the rounding to the dtype that they were stored in.
 
-Such are the floats of a model that was quantized before: Google's Gemma "qat-q4_0-unquantized", or any checkpoint that
-was dequantized. They are s (q - z), rounded to bf16 or fp16, so that the largest of them no longer tells s: 8 s has 8
-significant bits in bf16, where s, an fp16 number, has 11. But each weight says within which bounds s lies:
+The floats of a model that was quantized before are like that: Google's Gemma "qat-q4_0-unquantized", or any checkpoint
+that was dequantized. They are s (q - z), rounded to bf16 or fp16, so that the largest of them no longer tells s: 8 s
+has 8 significant bits in bf16, where s, an fp16 number, has 11. But each weight says within which bounds s lies:
 
     the halfway points to the neighbours of |w| in its dtype, divided by |q - z|
 
@@ -28,7 +28,7 @@ def recover_scale(
     scale_dtype: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Replace scales by those that give the weights back exactly, where there are such near them.
+    """Replace scales by near ones that give the weights back exactly, where there are any.
 
     Args:
         parts: fp32 (lines, n) each; all parts of a line share its scale.
@@ -37,7 +37,7 @@ def recover_scale(
         dtype: of the weight; numbers in bf16 or fp16 are looked for in fp32 too.
 
     Returns:
-        fp32 (lines,); what it was where the line does not lie on the grid, or did so with the scale that it had.
+        fp32 (lines,); unchanged where the line does not lie on the grid, and where its scale gave it back already.
     """
     for low in [dtype] if dtype in _HALF_STEP else list(_HALF_STEP):
         if not any(bool((part.to(low).float() == part).all(dim=1).any()) for part in parts):

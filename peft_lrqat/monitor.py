@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class Shares(NamedTuple):
-    """Of the integers that are looked at, from 0 to 1; the scales' change is relative."""
+    """Shares, from 0 to 1, of the integers that are looked at; the change of scales is relative."""
 
     changed: float
     changed_last: float

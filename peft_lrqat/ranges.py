@@ -5,10 +5,10 @@ share it (LR-QAT, arXiv 2406.06385, section 4: L_p norm range setting with a gri
 training, puts the mean magnitude on the highest level (DQT, arXiv 2412.04787, eq. 2, and BitNet b1.58 for ternary).
 
 The search is exact over its candidates: clipping at 1 %, 2 %, ..., 100 % of the largest magnitude, as in the paper, and
-besides, the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1). The latter make the search idempotent:
-a weight that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. (Where the weight was
-rounded to its dtype since, `lattice.py` finds the scale that gives it back.) Every candidate is
-snapped to what the checkpoint can store *before* it is judged.
+the steps that put the largest magnitude on level 1, 2, ..., 2^(bits-1). The latter make the search idempotent: a weight
+that already lies on a grid keeps it, so re-quantizing a quantized model changes nothing. (If the weight was rounded to
+its dtype since, `lattice.py` finds the scale that gives it back.) Every candidate is snapped to what the checkpoint can
+store *before* it is judged.
 
 A symmetric grid has one level more on one side. With `signed`, every scale chooses the side, by its sign. `minmax`
 takes the smaller magnitude. `lp` tries all candidates with the side of the largest weight; below 4 bits, with the other

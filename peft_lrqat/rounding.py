@@ -125,6 +125,6 @@ def round_stochastically(codes: torch.Tensor, move: torch.Tensor, u: torch.Tenso
 def poison(scale: torch.Tensor, move: torch.Tensor) -> None:
     """Make `scale` NaN if `move` holds NaN or infinite values, without asking the device.
 
-    Integers cannot be NaN. A float weight would be after such an update, and the loss with it: so it shall be here.
+    Integers cannot be NaN. A float weight would be NaN after such an update, and the loss with it; so it is here.
     """
     scale.add_((move * 0).sum())

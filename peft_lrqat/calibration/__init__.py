@@ -1,5 +1,7 @@
-"""What is done to a float model before it is trained: with calibration text GPTQ (arXiv 2210.17323) and block-wise
-training (arXiv 2407.11062), without any rotations (arXiv 2404.00456); and to an adapter, its fixed scales of inputs."""
+"""What is done before training. To a float model: GPTQ (arXiv 2210.17323) and block-wise training (arXiv 2407.11062),
+which take calibration text, and rotations (arXiv 2404.00456), which take none. To an adapter: the fixed scales of its
+inputs.
+"""
 
 from .blockwise import preprocess_blockwise
 from .preprocess import preprocess_gptq

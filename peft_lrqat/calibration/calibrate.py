@@ -28,7 +28,7 @@ class _EnoughError(Exception):
 class BlockInputs:
     """What the decoder blocks receive, for every calibration batch.
 
-    To learn that, the model is run without its blocks: what they receive besides hidden states does not depend on
+    To learn that, the model is run without its blocks: what they receive with the hidden states does not depend on
     these. One block of each class runs, once, to see what its kind returns.
 
     Attributes:
@@ -145,9 +145,9 @@ class BlockInputs:
 
 
 def _skip(out: Any, hidden: torch.Tensor) -> Callable | None:
-    """A function of hidden states that returns what a block does that left them as they are.
+    """A function of hidden states that returns what a block returns if it leaves them unchanged.
 
-    None: there is none, as what the block returned besides hidden states may matter to the blocks behind it.
+    None: there is none, because the block returned more than hidden states, which may matter to the blocks behind it.
     """
     first, *others = out if isinstance(out, tuple) and out else (out,)
     if not isinstance(first, torch.Tensor) or (first.shape, first.dtype) != (hidden.shape, hidden.dtype):
@@ -213,11 +213,11 @@ def decoder_blocks(
 
     Args:
         method: what goes through the blocks, for messages.
-        loading: the weights are not there yet, and are not judged; so with a model that is offloaded.
+        loading: the weights are not there yet, and are not judged. An offloaded model is treated alike.
 
     Raises:
-        ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them is none
-            that can be quantized; or the model is offloaded, and the rest of it is on several devices.
+        ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them cannot
+            be quantized; or the model is offloaded, and the rest of it is on several devices.
     """
     if any(isinstance(module, (*MERGED, FrozenWeight)) for module in model.modules()):
         raise ValueError(f"`model` is quantized already; {method} starts from the float model.")

@@ -6,8 +6,8 @@ columns that are still float so that the layer's *output* on the calibration inp
     H = X^T X + damping,    U = upper Cholesky factor of H^-1
     for column j:   q_j = round(w_j / s) + z,     e = (w_j - s (q_j - z)) / U_jj,     w_k -= e U_jk   for k > j
 
-Columns with the largest H_jj come first: what they lose can be made up for by all others. The order is
-that of the arithmetic alone; codes and scales keep their places, so every engine reads the result.
+Columns with the largest H_jj come first, because all others can make up for what they lose. Only the arithmetic has
+that order. Codes and scales keep their places, so every engine reads the result.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def gptq_round(
     Args:
         weight: (out, in), weight units, any float dtype.
         hessian: fp32 (in, in), the sum of x^T x over the layer's inputs, any positive factor.
-        range_method, range_p, scale_dtype, signed_scales: where scales come from, see `choose_range`; they are those of
-            the weight before any column was moved.
+        range_method, range_p, scale_dtype, signed_scales: how scales are chosen (`choose_range`), from the weight
+            before any column was moved.
         damping: what is added to the diagonal of `hessian`, as a fraction of its mean.
 
     Raises:

@@ -1,9 +1,9 @@
 """Random rotations: orthogonal matrices that spread every vector over all its entries, of any size.
 
-A Hadamard matrix has entries 1 and -1 and orthogonal rows, so that an outlier of size 1 becomes n entries of
-1 / sqrt(n). Q = D H D' / sqrt(n), with random signs on the diagonals of D and D', is as good for any fixed direction as
-a random orthogonal matrix, and a product with it takes additions only. D' is for engines that turn values once more by
-a Sylvester matrix (llama.cpp, in a quantized KV cache), which without it would turn them back. Orders are powers of two
+A Hadamard matrix has entries 1 and -1 and orthogonal rows, so that an outlier of size 1 becomes n entries of size
+n^-0.5. Q = D H D' / sqrt(n), with random signs on the diagonals of D and D', is as good for any fixed direction as a
+random orthogonal matrix, and a product with it takes additions only. D' is for engines that turn values once more by a
+Sylvester matrix (llama.cpp, in a quantized KV cache): without D' that would turn them back. Orders are powers of two
 (Sylvester), or such a power times an order of Paley's: q + 1 for primes q = 3 modulo 4 and 2 (q + 1) for primes q = 1
 modulo 4; so 12, 20, 28, 36, 44, 60 ... Sizes that are none of these get a random orthogonal matrix (the Q of a Gaussian
 matrix).
@@ -22,7 +22,7 @@ _FACTOR = 64
 
 
 class Rotation:
-    """An orthogonal (size, size) matrix Q; what it turns are row vectors, x Q.
+    """An orthogonal (size, size) matrix Q, which turns row vectors: x Q.
 
     Attributes:
         size: of the vectors.

@@ -1,6 +1,6 @@
 """Models that do not fit in float: their decoder blocks stay where they are, and come in one after the other.
 
-accelerate keeps parts of a model on disk, or on the CPU beside an accelerator, as a `device_map` says: their parameters
+As a `device_map` says, accelerate keeps parts of a model on disk, or on the CPU beside an accelerator. Their parameters
 are on the meta device, and hooks bring them in for every call. Here a block is brought in once, when it is its turn,
 and loses its hooks; calibration then leaves little of it. What lies outside the blocks comes in before the first of
 them. transformers finds the files, renames and joins what is in them, and casts it; what it had to join lies in a

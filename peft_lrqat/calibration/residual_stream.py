@@ -1,7 +1,7 @@
 """What of a decoder reads the residual stream and what writes to it: where a rotation is fused, or why it cannot be.
 
-Found by structure and by names, those of Llama and of the many models after it: a backbone of `embed_tokens`, `layers`
-and `norm` with a head behind it; layers of `self_attn` and `mlp`, each behind a norm (`input_layernorm`,
+It is found by structure and by names, those of Llama and of the many models after it: a backbone of `embed_tokens`,
+`layers` and `norm` with a head behind it; layers of `self_attn` and `mlp`, each behind a norm (`input_layernorm`,
 `post_attention_layernorm`), whose gain is applied to what is normalized. Every parameter must have a place in this
 table, or the model is refused by that parameter's name; and every norm is tried on numbers, whether it divides by the
 root mean square and does nothing else. What a model does between its parameters is checked by `rotation.py`.
@@ -65,7 +65,7 @@ class Change:
         name: its name in the model.
         gain: fp64 (width,), multiplied along `gain_axis` first; None: 1.
         turns: then rotations, one after the other.
-        fill: all entries become this number instead; None: they do not.
+        fill: the number that all entries become instead; None: there is none.
     """
 
     owner: nn.Module
@@ -122,7 +122,7 @@ def units(model: Any, *, residual: bool, values: bool, generator: torch.Generato
         values: rotate the values of every head (R2), one rotation a block.
 
     Raises:
-        ValueError: that cannot be done with this model; it says why. Nothing is changed here at any rate.
+        ValueError: this model cannot be rotated; the message says why. Nothing is changed here in any case.
     """
     backbone = model.base_model
     embedding: Any = getattr(backbone, "embed_tokens", None)
@@ -236,7 +236,7 @@ def norm_gain(norm: Any, where: str) -> tuple[torch.Tensor, int]:
     """The gain of a norm, fp64 (width,), and what is added to its weight to get it (0; Gemma: 1).
 
     Raises:
-        ValueError: on random numbers it does something else than to divide by the root mean square and multiply.
+        ValueError: on random numbers it does something else than divide by the root mean square and multiply.
     """
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1:
@@ -268,7 +268,9 @@ def _check_all_known(model: nn.Module, found: list[Unit]) -> None:
 
 
 def _check_unshared(model: nn.Module, found: list[Unit]) -> None:
-    """Raise ValueError if a parameter that changes is also another one; but the head may share the embedding's."""
+    """Raise ValueError if a parameter that changes is shared with another module. Only the head may share the
+    embedding's.
+    """
     slots = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for change in (change for unit in found for change in unit.changes):
         may_share = tied(found) and change.owner in (found[0].module, found[-1].module)

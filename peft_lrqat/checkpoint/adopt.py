@@ -56,9 +56,10 @@ def adopt_compressed_tensors(model: nn.Module) -> bool:
 
 
 def adopt_own(model: nn.Module) -> None:
-    """Do so before a float adapter is put on a checkpoint that this package wrote, or on one that PEFT cannot adapt.
+    """Make a model one of this package before PEFT puts a float adapter on it.
 
-    Models that cannot be read stay as they are, and so do those of others on which PEFT works.
+    That is done for checkpoints that this package wrote, and for those that PEFT cannot adapt. All others, and models
+    that cannot be read, stay as they are.
     """
     config = getattr(model, "config", None)
     managed, bitnet_layers = _managed(model), _bitnet_layers(model)

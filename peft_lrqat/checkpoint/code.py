@@ -85,7 +85,7 @@ def code_files(folder: Path) -> list[Path]:
 
 
 def copy_code(source: Path, folder: Path) -> None:
-    """Copy those files."""
+    """Copy the files that `code_files` finds."""
     for path in code_files(source):
         target = folder / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

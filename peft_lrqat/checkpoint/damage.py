@@ -1,4 +1,5 @@
-"""Files that a stranger wrote, or a disk damaged: what they make of a library is said in a sentence that names them.
+"""Files that a stranger wrote or a disk damaged: whatever a library raises over them becomes a sentence that names
+them.
 
 Headers and JSON are checked where they are read (`files.py`, `formats/shards.py`, `formats/gguf/reader.py`). What they
 say then reaches transformers and torch, which raise whatever they raise, or build what a number asks for.

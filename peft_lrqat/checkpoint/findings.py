@@ -13,12 +13,15 @@ from .engines import Engine
 
 @dataclass(frozen=True)
 class Check:
-    """What `can_export` found. True if the export would be exact (or lossy, where that is allowed).
+    """What `can_export` found. It is true if the export would be exact, or lossy where that is allowed.
+
+    Printed, it gives the problems, the layers that have them, and what helps.
 
     Attributes:
-        format: the format that was asked about.
-        problems: everything in the way; those with `inexact` are not if inexactness is allowed.
-        allow_inexact: as given.
+        format (str): the format that was asked about.
+        problems (tuple[Problem, ...]): everything in the way, each with `layer`, `reason`, `suggestion` and `inexact`.
+            Those with `inexact` are not in the way if `allow_inexact` is True.
+        allow_inexact (bool): as given to `can_export`.
     """
 
     format: str
@@ -49,19 +52,21 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What `export` wrote.
+    """What `export` wrote. Printed, it is a few lines for people.
 
     Attributes:
-        format, folder: where and as what.
-        container: a few words: "pack-quantized, 4 bits".
-        grid: a few words on the trained grid.
-        layers, weights: number of quantized layers and of their weights.
-        layer_bytes: of those, scales included.
-        total_bytes: of all files.
-        dense: modules on a grid whose weights the format holds as floats.
-        loss: None: every value is as trained.
-        notes: what else to know.
-        inexact: what `allow_inexact` let pass that no weight shows: activations that are rounded otherwise.
+        format (str): the format.
+        folder (Path): where it was written.
+        container (str): a few words, such as "pack-quantized, 4 bits".
+        grid (str): a few words on the trained grid.
+        layers (int): number of quantized layers.
+        weights (int): number of their weights.
+        layer_bytes (int): bytes of these weights, scales included.
+        total_bytes (int): bytes of all files.
+        dense (tuple[str, ...]): modules on a grid whose weights the format holds as floats.
+        loss (Loss | None): how far the stored weights are from the trained ones. None: every value is as trained.
+        notes (tuple[str, ...]): what else to know.
+        inexact (tuple[str, ...]): what `allow_inexact` let pass and no weight shows: inputs that are rounded otherwise.
     """
 
     format: str
@@ -79,7 +84,7 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the quantized weights, scales included."""
+        """Bits a quantized weight takes in the files, scales included."""
         return 8 * self.layer_bytes / self.weights if self.weights else 0.0
 
     def __str__(self) -> str:
@@ -135,7 +140,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of the quantized weights, scales included."""
+        """Bits a quantized weight takes in the files, scales included; None for an adapter."""
         return None if self.layer_bytes is None else 8 * self.layer_bytes / self.weights
 
     @property
@@ -145,7 +150,7 @@ class Inspection:
         return -sum(share * math.log2(share) for share in shares)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All fields and figures, as JSON can hold them."""
         return {**asdict(self), "bits_per_weight": self.bits_per_weight, "entropy": self.entropy}
 
 

@@ -1,8 +1,8 @@
 """A `Source` over a checkpoint on disk, read tensor by tensor; the model's weights are never built.
 
-What a layer is, and what its tensors mean, `formats/reading.py` knows. Here is what concerns the folder: which files
-count, whether the model that config.json describes is there as a whole, and whether every layer's small tensors are
-sound. All of that is checked when the folder is opened, before anything is done with it.
+`formats/reading.py` knows what a layer is and what its tensors mean. This file has what concerns the folder: which
+files count, whether the model that config.json describes is there as a whole, and whether every layer's small tensors
+are sound. All of that is checked when the folder is opened, before anything is done with it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 transformers can load the same files, but keeps of them what its kernels want: GPTQ and AWQ need gptqmodel, whose
 kernels repack the codes; asymmetric compressed-tensors files become floats on the way. Here, transformers loads the
 tensors as they are stored (it finds files, shards and devices), into placeholders (`_Stored`); then each becomes the
-very layer that merging makes. Nothing but safetensors is read. What the tensors mean, `formats/reading.py` knows.
+very layer that merging makes. Nothing but safetensors is read. `formats/reading.py` knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise ValueError for the folder of an adapter, of which transformers says that it does not know the model."""
+    """Raise ValueError for the folder of an adapter: transformers would only say that it does not know the model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{str(folder)!r} holds an adapter, and no checkpoint. Load it on its base with "

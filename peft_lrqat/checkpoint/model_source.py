@@ -140,7 +140,7 @@ class ModelSource(Source):
 
     @torch.no_grad()
     def floats(self, packed: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """One at a time, but for those that files hold cut or joined."""
+        """The float tensors, one at a time, except those that files hold cut or joined."""
         called = tensor_names(self.model, dict(self.state(packed, values=False)))
         changed: dict[str, torch.Tensor] = {}
         for key, tensor in self.state(packed):
@@ -157,7 +157,7 @@ class ModelSource(Source):
         """As `floats`, under the names of the model.
 
         Args:
-            values: whether weights are built; else they are on the meta device.
+            values: whether weights are built; if not, they are on the meta device.
         """
         for name, module in self._modules.items():
             dense = name in self._quantized and self._files[name] not in packed

@@ -65,7 +65,7 @@ def _needed(model_or_dir: Any) -> list[Path]:
 
 
 def _used(model_or_dir: Any, tokenizer: Any) -> list[Path]:
-    """Other folders whose loss would be one: the tokenizer's, the Hub's cache, and where a model was loaded from."""
+    """Other folders that must not be lost: the tokenizer's, the Hub's cache, and where a model was loaded from."""
     names = [tokenizer, constants.HF_HUB_CACHE, getattr(model_or_dir, "name_or_path", None)]
     if isinstance(model_or_dir, PeftModel):
         names += [config.base_model_name_or_path for config in model_or_dir.peft_config.values()]

@@ -220,7 +220,7 @@ class Distillation(TrainerCallback):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """In the place of `causal_lm_loss`."""
+        """The loss, in the place of `causal_lm_loss`."""
         assert self._call is not None
         teacher, targets = self._call.teacher, self._call.targets.to(logits.device)
         if not isinstance(teacher, TopK):
@@ -274,7 +274,7 @@ class Distillation(TrainerCallback):
         self._logged = (total[0] / total[1].clamp(min=1)).item()
 
     def _restore(self) -> None:
-        """The model's own loss, and nothing of the last forward."""
+        """Give the model its own loss back, and forget the last forward."""
         if self._call is not None and self._student is not None:
             if self._call.loss_function is None:
                 self._student.__dict__.pop("_loss_function", None)
@@ -283,7 +283,7 @@ class Distillation(TrainerCallback):
         self._call = self._losses = None
 
     def _check_calls(self) -> None:
-        """Before the weights change: exactly one forward took part."""
+        """Raise ValueError, before the weights change, unless exactly one forward took part."""
         if self._extra:
             raise ValueError(_TWICE)
         if self._armed:

@@ -1,8 +1,8 @@
 """KL(teacher || student) over the tokens of a causal language model, alone or mixed with its own loss.
 
 Like the lean loss (`tuners/common/loss.py`), the sums are made in fp32 for some tokens at a time, and backward writes
-the gradient by its formula, softmax(student) - softmax(teacher). Kept for it are the logits of both, which exist
-anyway, and three numbers a token. Tokens whose label does not count are not looked at.
+the gradient by its formula, softmax(student) - softmax(teacher). It keeps the logits of both, which exist anyway, and
+three numbers a token. Tokens whose label does not count are not looked at.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _slope_top_k(
     indices: torch.Tensor,
     log_probs: torch.Tensor,
 ) -> torch.Tensor:
-    """softmax(student), less the teacher's share; the share of "all others" falls to each as the student divides it."""
+    """softmax(student) minus the teacher's share; the share of "all others" falls to each as the student divides it."""
     index = indices[part].long()
     teacher = log_probs[part].float().softmax(-1)
     rest = teacher[:, -1] / (log_sums[2, part] - log_sums[1, part]).exp()
@@ -184,7 +184,7 @@ def token_losses(
         overwrite: whether backward may write the gradient over the teacher's logits, which spares a third tensor of
             this size; there is one backward then.
 
-    The rest, and what is raised, as for `distillation_loss`.
+    The other arguments and the errors are those of `distillation_loss`.
     """
     check_options(temperature, weight)
     rows = (labels != ignore_index).nonzero().squeeze(1)
@@ -208,7 +208,7 @@ def token_losses(
 
 
 def check_options(temperature: float, weight: float) -> None:
-    """Refuse with ValueError what is no temperature or no weight."""
+    """Raise ValueError unless `temperature` and `weight` are in their ranges."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` is {temperature}; it must be positive. 1 compares the models' probabilities.")
     if not 0 <= weight <= 1:

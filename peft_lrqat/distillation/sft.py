@@ -16,7 +16,7 @@ from .loss import TokenLosses
 
 
 def fused_output(output: Any, losses: TokenLosses, targets: torch.Tensor) -> Any:
-    """TRL's `FusedCausalLMOutput`, with a token's loss for minus its log-probability.
+    """TRL's `FusedCausalLMOutput`, whose log-probability of a token is minus its loss.
 
     Args:
         output: of the model's own forward.

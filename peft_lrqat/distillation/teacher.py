@@ -33,7 +33,7 @@ _NOT_FOR_TEACHERS = {
 
 
 def check_keep(keep: str | None, teacher: Any) -> None:
-    """Refuse with ValueError a way to keep a teacher that there is not, or that this one cannot be kept in."""
+    """Raise ValueError if there is no such way to keep a teacher, or not for this one."""
     if keep is not None and keep not in KEEP:
         raise ValueError(f"`keep` is {keep!r}; it must be None, 'int8' or 'cpu'.")
     if keep is not None and isinstance(teacher, nn.Module):
@@ -48,7 +48,7 @@ def load_teacher(name: str | os.PathLike, student: Any, keep: str | None) -> nn.
             stay in the memory of the CPU, and each layer's travel to the student's device when it is called.
 
     Raises:
-        ValueError: it is not one that `keep` can be applied to, or DeepSpeed ZeRO-3 would shard it.
+        ValueError: `keep` does not suit it, or DeepSpeed ZeRO-3 would shard it.
     """
     import transformers
     from accelerate import cpu_offload
@@ -114,7 +114,7 @@ class ModelTeacher:
     def __init__(self, model: Any, student: Any) -> None:
         """
         Args:
-            model: in eval mode while it is one's teacher; `release` gives back what it was in.
+            model: it is put in eval mode; `release` restores the mode that it was in.
             student: the causal language model that is trained.
 
         Raises:
@@ -143,7 +143,7 @@ class ModelTeacher:
         model.eval()
 
     def release(self) -> None:
-        """What it was before."""
+        """Put the model back in the mode that it was in."""
         self.model.train(self._was_training)
 
     @torch.no_grad()

@@ -4,8 +4,8 @@
     weight_scale    (1,), the model's dtype, weight units per grid step
 
 The layer (`AutoBitLinear`, mode "offline") multiplies its *output* with the scale, and rounds its input by a rule of
-its own (`ops.activations`). transformers' other class, `BitLinear`, divides by `weight_scale`, which is a rounded
-inverse then: no trained scale survives that exactly, so it is neither written nor read.
+its own (`ops.activations`). transformers' other class, `BitLinear`, divides by `weight_scale`, which is then a rounded
+inverse. No trained scale survives that exactly, so that class is neither written nor read.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """config.json's `quantization_config`.
 
-    Where a module has one name in the file and another in the model, both are said: transformers looks for the second,
-    other engines for the first.
+    Where a module has one name in the file and another in the model, both are listed: transformers looks for the
+    second, other engines for the first.
 
     Args:
         float_linears: names of the linear layers that are not quantized; they are listed under "ignore".

@@ -1,7 +1,7 @@
 """GPTQ, for gptqmodel, transformers with optimum, vLLM, and onnxruntime-genai's model builder.
 
     qweight   int32 (in * bits / 32, out)        codes u = q + 2^(bits-1), packed along the inputs, first in lowest bits
-    qzeros    int32 (groups, out * bits / 32)    u of the zero point, packed along the outputs; less one in version 1
+    qzeros    int32 (groups, out * bits / 32)    u of the zero point, packed along the outputs; minus 1 in version 1
     scales    fp16  (groups, out)
     g_idx     int32 (in,)                        group of an input: i // group_size
 
@@ -97,8 +97,8 @@ def quantization_config(
 
     Args:
         packed: names of the packed modules.
-        float_linears: names of the other nn.Linear modules. Engines expect a float head; any other is said in both ways
-            that engines read, by what is packed (transformers, vLLM) and by what is not (gptqmodel, vLLM).
+        float_linears: names of the other nn.Linear modules. Engines expect a float head. Any other is named in both
+            ways that engines read: what is packed (transformers, vLLM) and what is not (gptqmodel, vLLM).
     """
     config: dict[str, Any] = {
         "quant_method": "gptq",

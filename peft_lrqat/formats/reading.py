@@ -55,8 +55,8 @@ _INTEGERS = {"I8", "U8", "I16", "I32", "I64"}
 
 
 def describe(quantization: dict[str, Any], metadata: Mapping[str, str] | None = None) -> Describe:
-    """A function that says how a layer is stored, of which it takes the name in the file and, if it has one, another
-    that config.json may use: the one in the model.
+    """Make a function that says how a layer is stored. It takes the layer's name in the file and, if the model has
+    another name for it, that one too, because config.json may use either.
 
     Args:
         quantization: `quantization_config` of config.json.
@@ -116,8 +116,8 @@ def _malformed(method: str, error: Exception) -> ValueError:
 def quantized_modules(method: str, entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
     """Module name -> last part of the name -> entry, for the modules whose weight is stored as integers.
 
-    A module counts as soon as it has one of the format's tensors, so that one of which some are missing is found (and
-    refused when it is read), not taken for a float layer.
+    A module counts as soon as it has one of the format's tensors. So a module that lacks some of them is found, and
+    refused when it is read; it is not taken for a float layer.
     """
     parts = READERS[method].PARTS - {"weight"}
     modules: dict[str, dict[str, Entry]] = {}

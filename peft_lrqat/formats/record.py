@@ -26,8 +26,8 @@ class Record:
         scale_dtype: what the scales are exact in (`grid.SCALE_DTYPES`), None if unknown.
         recipe: how they were trained, in Markdown, None if unknown.
         others: layer -> its grid, for layers that lie on another one.
-        fixed_point_bits: of the narrower grid of whose steps the 8-bit codes are fixed-point numbers, for LR-QAT to
-            start from (`preprocess_blockwise`); None: they are nothing but codes.
+        fixed_point_bits: bits of a narrower grid, if the 8-bit codes are fixed-point numbers in its steps, from which
+            LR-QAT starts (`preprocess_blockwise`). None: they are plain codes.
         cache: how keys and values are rounded, None: they are not.
     """
 
@@ -65,7 +65,7 @@ class Record:
         """The record in an entry of config.json, None if there is none.
 
         Raises:
-            ValueError: the entry describes no grid, or one that there is not.
+            ValueError: the entry describes no grid, or one that does not exist.
         """
         if not entry:
             return None

@@ -31,7 +31,7 @@ class Scheme:
         bits: width of the stored codes.
         group_size: as in `Grid`.
         symmetric: what the checkpoint says; the zero points that it stores have the last word.
-        variant: what the method tells apart beside: GPTQ's version, compressed-tensors' kind of file.
+        variant: what else the method tells apart: GPTQ's version, compressed-tensors' kind of file.
         activations: how inputs are rounded, or None.
         code_grid: the bits of the grid, where it is not that of `bits`: 1.58 for ternary codes in two bits.
     """
@@ -59,7 +59,7 @@ class Scheme:
 
 
 def int32(packed: torch.Tensor, name: str) -> torch.Tensor:
-    """`packed`, or RuntimeError if it is no int32: packed codes of another dtype are something else."""
+    """Return `packed`; raise RuntimeError if it is not int32: packed codes of another dtype are something else."""
     if packed.dtype != torch.int32:
         raise RuntimeError(f"`{name}` is {packed.dtype}, not int32")
     return packed
@@ -161,7 +161,7 @@ def _check_on_grid(values: torch.Tensor, grid: Grid, what: str) -> None:
 
 
 def check_order(index: torch.Tensor, in_features: int, per_scale: int, where: str, name: str) -> None:
-    """Raise ValueError if inputs belong to scales in any but their own order.
+    """Raise ValueError unless inputs belong to scales in their own order.
 
     Args:
         index: int (in,), the group of each input; all -1 where there is no order, as compressed-tensors writes it.
@@ -221,7 +221,7 @@ def check_input_scale(scheme: Scheme, tensors: Tensors, where: str) -> torch.Ten
     """The fixed scale of a layer's input, fp32 (1,), if it has one.
 
     Raises:
-        ValueError: it has none, and should, or has one, and should not; it is not one positive number.
+        ValueError: it is missing or not expected, or it is not one positive number.
     """
     fixed, name = scheme.activations is not None and scheme.activations.static, "input_scale"
     if fixed != (name in tensors):
@@ -268,10 +268,10 @@ def check_codes(scales: Scales, codes: torch.Tensor, where: str) -> GridTensor:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """`re.match` of a regular expression that a file brings, which may be made to run for ever.
+    """`re.match` of a regular expression that a file brings, which may be written so that it never ends.
 
     Raises:
-        ValueError: it is none, or takes longer than a second.
+        ValueError: it is not a regular expression, or takes longer than a second.
     """
     try:
         return regex.match(pattern, name, timeout=1.0) is not None

@@ -74,8 +74,8 @@ def read_headers(
         weight_map: tensor name -> file name, as the index says; None: there is one file, and no index.
 
     Raises:
-        ValueError: a file is damaged, or the files do not hold just what the index says: which of two tensors of one
-            name counts, or whether one that nobody names does, is answered differently by different programs.
+        ValueError: a file is damaged, or the files do not hold exactly what the index says. Programs differ in which of
+            two tensors of one name they take, and in whether they take one that the index does not name.
     """
     found: dict[str, Entry] = {}
     places: dict[str, Path] = {}

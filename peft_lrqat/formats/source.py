@@ -55,7 +55,7 @@ class Loading:
     """What transformers does with an architecture while it loads a checkpoint (`modules/architecture.py` finds out).
 
     Attributes:
-        early: it reads weights before the model's first forward, or the model is used in other ways than by that.
+        early: it reads weights before the model's first forward, or the model is used in other ways than its forward.
         joins: it joins some float tensors of a file into one, as the experts of a mixture.
         cuts: it cuts a tensor of this name into several; "" if it does not.
         experts: the model holds float experts in one tensor each, which are modules for other engines.

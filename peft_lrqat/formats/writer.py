@@ -1,4 +1,4 @@
-"""What a writer of a format has to offer, and what it is told and tells.
+"""What a writer of a format offers, what it is told, and what it reports.
 
 A format's writer is a subclass of `Writer`, named in `FORMATS` (`formats/__init__.py`).
 """
@@ -108,7 +108,7 @@ class Writer(ABC):
         name: as in `FORMATS`.
         needs: import name -> extra of this package that installs it.
         Options: a dataclass of the format's own options; its fields' metadata have "help".
-        tokenizer_files: whether `export` puts the tokenizer's files beside the checkpoint (else the writer does).
+        tokenizer_files: whether `export` puts the tokenizer's files beside the checkpoint; if not, the writer saves it.
         usage: Markdown for the model card: how to load the result.
     """
 
@@ -125,7 +125,7 @@ class Writer(ABC):
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         """Everything that stands in the way, found from shapes, grids and scales; empty if the export is exact.
 
-        Codes are read only where nothing else tells. `write` raises nothing of the kind afterwards.
+        Codes are read only where nothing else tells. `write` does not raise for any of these afterwards.
         """
 
     @abstractmethod

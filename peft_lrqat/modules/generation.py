@@ -10,20 +10,19 @@ of transformers, which are wrapped once, for all models (`keep_in_generate`): th
 package, and takes back what they kept when the call returns or raises. Nothing else tells where generating ends: a
 layer that guessed from the batches that it sees would hold memory until the next training step, or for ever in a
 process that never trains. No model and no layer has anything of this on it (`_SLOTS` knows the layers), so no copy,
-pickle, file or state dict ever holds a kept weight. A decoding loop of one's own says `with kept_weights(model):`.
+pickle, file or state dict ever holds a kept weight. A decoding loop of your own says `with kept_weights(model):`.
 
 **When not.** Where gradients are wanted; inside torch.compile, which would fix the weight in its graph, and while a
 CUDA graph is captured; for layers whose tensors FSDP, DeepSpeed or accelerate put in place for a layer's turn only.
 There W^ is built as always.
 
-**Never stale.** A kept weight remembers the tensors that it was made of, by identity, address and version, which
-counts writes in place; every use compares them. Another adapter, strength or dtype is another key. A fused optimizer
-is not counted, so the step of any optimizer drops everything, and so does, for its layer, a forward that wants
-gradients. Writes through `.data` in the middle of a call are seen by nothing: use `torch.no_grad()` and write to the
-tensor itself.
+**Never stale.** A kept weight remembers the tensors that it was made of, by identity, address and version, which counts
+writes in place; every use compares them. Another adapter, strength or dtype is another key. A fused optimizer is not
+counted, so the step of any optimizer drops everything, and so does, for its layer, a forward that wants gradients.
+Nothing sees writes through `.data` in the middle of a call: use `torch.no_grad()` and write to the tensor itself.
 
-**How much.** 2 or 4 bytes a weight, up to a limit (`limit_kept_weights`); layers that find no room, and all of them
-when the device runs out of memory while one is built, go on as without.
+**How much.** 2 or 4 bytes a weight, up to a limit (`limit_kept_weights`). A layer that finds no room builds its weight
+for every product, as always. So do all layers once the device has run out of memory while one was built.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class _Kept(NamedTuple):
     size: int  # bytes
 
     def made_of(self, sources: Sequence[Tensor | None]) -> bool:
-        """Whether it is these very tensors, unchanged. Asked for every product: with little Python."""
+        """Whether it is these very tensors, unchanged. Every product asks, so it takes little Python."""
         for now, then, state in zip(sources, self.sources, self.state, strict=True):
             if now is not then or (now is not None and (now.data_ptr(), now._version) != state):
                 return False
@@ -108,7 +107,7 @@ class Slot:
             dtype: of the weight.
             sources: the tensors that it is made of. They live on its device; the first is not None.
             build: makes the weight, and what else the product wants.
-            key: what it depends on beside.
+            key: what else it depends on.
         """
         device: torch.device = sources[0].device  # type: ignore[union-attr]  # the first is never None
         stream = None

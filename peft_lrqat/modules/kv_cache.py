@@ -1,11 +1,12 @@
-"""Keys and values that are rounded where an attention layer writes them to its cache: without one, in training, too.
+"""Keys and values that are rounded where an attention layer writes them to its cache, and in training, where there is
+none.
 
 Every attention layer of transformers hands its keys, after the rotary embedding, and its values to
 `past_key_values.update(...)` and goes on with what that returns. So a hook gives the layer a stand-in for the cache,
-which rounds first (`ops/kv_cache.py`) and then writes to the cache that was given, or, where there is none, returns
-what it has rounded. That is all: the kind of cache (sliding windows, static, offloaded), beams, padding, packed
-sequences, the implementation of attention and gradient checkpointing do not matter, and layers that read what another
-has written (Gemma 3n) read it rounded. compressed-tensors does the same to the models that transformers loads.
+which rounds first (`ops/kv_cache.py`) and then writes to the cache that was given. Where there is none, it returns what
+it has rounded. That is all: the kind of cache (sliding windows, static, offloaded), beams, padding, packed sequences,
+the implementation of attention and gradient checkpointing do not matter, and layers that read what another has written
+(Gemma 3n) read it rounded. compressed-tensors does the same to the models that transformers loads.
 
 What is stored was rounded once, and nothing is rounded again when it is read.
 """
@@ -146,7 +147,7 @@ def rounding_for(model: nn.Module, config: Any) -> CacheRounding | None:
 
 
 def adopt_cache(model: nn.Module, rounding: CacheRounding | None) -> None:
-    """Take over the rounding that compressed-tensors does in a model which transformers loaded: its own stops the
+    """Take over the rounding that compressed-tensors does in a model which transformers loaded, because that stops the
     gradient of keys and values.
 
     Args:
@@ -275,7 +276,7 @@ def _stand_in(cache: Any, rounding: CacheRounding) -> RoundingCache:
 
 
 def _check_written(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """A hook after it."""
+    """A hook after an attention layer's forward."""
     _, name, place, _ = layer._kv_writing
     if not (args[place] if place < len(args) else kwargs[name]).written:
         raise RuntimeError(

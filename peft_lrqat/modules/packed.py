@@ -35,7 +35,7 @@ class QuantizedLinear(KeepsScales):
 
     `save_pretrained` therefore writes a checkpoint of format "pack-quantized" and nothing else. The forward builds the
     weight in the input's dtype and drops it; the backward passes gradients to the input, so adapters can be trained on
-    top. Its input is rounded first where the model was trained so.
+    top. If the model was trained with rounded inputs, the input is rounded first.
 
     Buffers:
         weight_packed: int32 (out, ceil(in * bits / 32)).

@@ -1,4 +1,6 @@
-"""Merged layers of int8 codes, and BitNet's, which round their input as the model was trained; and what all share."""
+"""Merged layers that round their input as the model was trained (int8 codes, BitNet's), and what all merged layers
+share.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ class KeepsScales(nn.Linear, KeepsWeight):
         self._parameters = {"weight": weight, **self._stored_parameters()}
 
     def hide_weight(self) -> None:
-        """End that."""
+        """End what `show_weight` began."""
         self._shown = None
         self._parameters = self._stored_parameters()
 
@@ -156,7 +158,7 @@ class _StoredWeight(KeepsScales):
         return self.weight_in(dtype)
 
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The same, kept while the model generates."""
+        """What the forward multiplies its input with, kept while the model generates."""
         slot = self.slot()
         kept = None
         if slot is not None:

@@ -24,7 +24,7 @@ from ..read_only import arguments_written
 
 
 class _Moved(torch.Tensor):
-    """A dense tensor that answers `full_tensor()`: TRL moves a parameter of the CPU first, and gathers it then."""
+    """A dense tensor that answers `full_tensor()`: TRL first moves a parameter off the CPU, and then gathers it."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
 

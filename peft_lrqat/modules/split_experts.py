@@ -83,7 +83,7 @@ def split_experts(experts: Experts) -> None:
 
 @torch.no_grad()
 def joined_experts(experts: Experts) -> Experts:
-    """The same experts with one packed layer for each projection; what is given is left as it is.
+    """Make the same experts with one packed layer for each projection. The given ones stay as they are.
 
     Raises:
         ValueError: they are not all packed alike.

@@ -135,7 +135,7 @@ class GridConfig(PeftConfigMixin):
         self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
 
     def require_any_base(self) -> None:
-        """Forget it."""
+        """Forget which base a loaded adapter asks for."""
         self._required_fingerprint = self._required_checksum = None
 
     @property
@@ -153,13 +153,25 @@ class GridConfig(PeftConfigMixin):
         return None
 
     def for_loading(self) -> LoadingConfig:
-        """The `quantization_config` of `from_pretrained` with which a model is quantized while it is loaded.
+        """Make a `quantization_config` for `from_pretrained`, with which a model is quantized while it is loaded.
 
-        No more of it is float then than one tensor, the embeddings and what is not targeted. `get_peft_model` with this
-        configuration takes the layers as they are, and every number is that of a model that was loaded in float.
+        Only one tensor at a time is then float, apart from the embeddings and what is not targeted. `get_peft_model`
+        with this configuration takes the layers as they are. Every number is that of a model that was loaded in float.
+
+        Returns:
+            A `LoadingConfig`, with a copy of this configuration.
 
         Raises:
             ValueError: a field is out of range, or needs the float weights later.
+
+        Examples:
+            >>> from peft import get_peft_model
+            >>> from peft_lrqat import LRQATConfig
+            >>> from transformers import AutoModelForCausalLM
+            >>> config = LRQATConfig(task_type="CAUSAL_LM")
+            >>> loading = config.for_loading()
+            >>> quantized = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B", quantization_config=loading)
+            >>> model = get_peft_model(quantized, config)
         """
         self.check_fields()
         self.check_options()
@@ -204,8 +216,8 @@ class GridConfig(PeftConfigMixin):
             )
 
     def check_activations(self) -> None:
-        """Choose the container of layers whose inputs are rounded: 8 bits per row where that costs little, for engines
-        multiply int8 by int8 everywhere.
+        """Choose the container of layers whose inputs are rounded: 8 bits where a row shares a scale and it costs
+        little, because all engines multiply int8 by int8.
 
         Raises:
             ValueError: options of rounded inputs contradict others, or no input is rounded.

@@ -187,8 +187,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
 
         Args:
             headroom: a factor on the chosen scales.
-            convert_on: where the weight is converted; the result, the same on every device, goes to the layer's own.
-                None: there.
+            convert_on: the device on which the weight is converted. The result is the same on every device, and moves
+                to the layer's device. None: that device.
             source_checksum: `float_checksum` of the weight, if it is known.
         """
         weight = layer.weight.detach()
@@ -319,7 +319,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """Build W^, (out, in), with an adapter inside the rounding: see `ops.quantized_linear`.
 
         Args:
-            dtype: None: the original.
+            dtype: of the result; None: the original layer's.
         """
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         constants = (c, bits, downcast, kept, self.in_features, dtype or self.compute_dtype)

@@ -2,8 +2,8 @@
 
 What merging makes of a layer depends on options (container width, activations ...), which belong to an adapter. Each
 layer keeps them by adapter, and merging takes those of the first adapter that is merged. A layer that has none of the
-adapters is quantized all the same, with the options of the model: they are an argument, or, where PEFT is between
-caller and layer, the `merging` context; nothing of that stays behind.
+adapters is quantized all the same, with the options of the model. They are an argument; where PEFT is between caller
+and layer, they are the `merging` context.
 
 While adapters are merged in place, `base_layer` shows the weight that it stands for to whoever walks the parameters of
 the model, as TRL does to sync it to vLLM (`modules/served_weight.py`). So merging replaces the bases of *all* layers,
@@ -114,7 +114,8 @@ class MergingLayer(LoraLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W^ with the active adapters, in the model's dtype and the original orientation, for modules that read it.
+        """The weight W^ with the active adapters, in the model's dtype and the original orientation, for modules that
+        read it.
 
         Built anew, and differentiable (`readable.py`).
         """
@@ -367,14 +368,15 @@ class MergingLayer(LoraLayer):
         raise NotImplementedError
 
     def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """This rank's scales before training, and as these adapters have moved them, fp32, not snapped; None: they do
-        not."""
+        """This rank's scales before training, and as these adapters have moved them, fp32, not snapped; None: the
+        adapters train no scales.
+        """
         raise NotImplementedError
 
     def _check_scale(
         self, adapters: list[str], safe_merge: bool, scale: torch.Tensor, *others: torch.Tensor | None
     ) -> None:
-        """ValueError unless a checkpoint can hold these scales; `safe_merge`: and all is finite."""
+        """Raise ValueError unless a checkpoint can hold these scales and, with `safe_merge`, all is finite."""
         if safe_merge and not all(torch.isfinite(t).all() for t in (scale, *others) if t is not None):
             adapter = adapters[-1] if adapters else ""
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")

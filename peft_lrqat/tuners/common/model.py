@@ -318,7 +318,7 @@ class QuantizingModel(LoraModel):
             self._conversion.bar.update()
 
     def train(self, mode: bool = True) -> QuantizingModel:
-        """torch's `train`; before an evaluation (False) it is said if scales have left their range.
+        """torch's `train`. Before an evaluation (False) it warns if scales have left their range.
 
         A Trainer calls it before each step and each evaluation: what it logs is for the model cards.
 

@@ -65,7 +65,8 @@ class Mark:
 
     Args:
         reason: what the error says.
-        asking: whether to ask for it is to wrap already; otherwise it is absent, and only setting it is refused.
+        asking: whether a wrapper that only asks for it is about to wrap. If not, the attribute looks absent, and
+            setting it is refused.
     """
 
     def __init__(self, reason: str, *, asking: bool = False) -> None:
@@ -91,7 +92,7 @@ def refuse_data_parallel(module: nn.Module) -> NoReturn:
 
 
 def check_announced(*, trains_integers: bool) -> None:
-    """Raise ValueError if training was announced in a way in which it cannot work.
+    """Raise ValueError if the announced way of training cannot work.
 
     Args:
         trains_integers: of low-bit SR, whose parameters are integers; False: LR-QAT, which freezes them.

@@ -86,7 +86,7 @@ def offloads(module: nn.Module) -> bool:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether it does so with a module of a model."""
+    """Whether accelerate offloads any module of a model."""
     return any(map(offloads, model.modules()))
 
 
@@ -108,6 +108,6 @@ def _refuse(where: str, what: str, how: str) -> None:
 
 
 def user_attributes(module: nn.Module) -> dict[str, Any]:
-    """What users have set on a layer: its attributes but for torch's, accelerate's and ours."""
+    """What users have set on a layer: its attributes without torch's, accelerate's and ours."""
     own = _OWN | getattr(type(module), "description", frozenset())
     return {name: value for name, value in vars(module).items() if name not in own}

@@ -3,8 +3,8 @@
 At step 0 the adapted model is the loaded one, so nothing of it may be rounded anew, and layers that the checkpoint left
 float are not quantized on the way.
 
-Or its 8-bit codes are fixed-point numbers in steps of a narrower grid, which `preprocess_blockwise` has trained and
-config.json records: then the adapted model at step 0 is the one that was trained, rounded to that grid.
+Its 8-bit codes may also be fixed-point numbers in steps of a narrower grid, which `preprocess_blockwise` has trained
+and config.json records. The adapted model at step 0 is then the one that was trained, rounded to that grid.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def grid_of_base(model: nn.Module, packed: dict[str, QuantizedLinear], eight_bit
         eight_bits: whether 8-bit codes are asked for as they are.
 
     Raises:
-        ValueError: they are on several.
+        ValueError: the layers are on several grids.
     """
     grid, bits = _the_grid(packed), fixed_point_bits(model)
     return grid if bits is None or grid.bits != 8 or eight_bits else replace(grid, bits=bits)

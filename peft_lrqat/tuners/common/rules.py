@@ -33,7 +33,8 @@ def check_fields(config: Any, rules: Mapping[str, Rule]) -> None:
 
     Args:
         config: a dataclass.
-        rules: by the names of fields; those that `config` has not are left out (versions of PEFT differ in them).
+        rules: by the names of fields. Those of fields that `config` does not have are skipped (versions of PEFT differ
+            in them).
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -81,7 +82,7 @@ def plain(value: Any) -> Any:
 
 
 def is_index(value: Any) -> bool:
-    """Whether a value is an integer from 0; a bool is none."""
+    """Whether a value is an integer from 0; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
@@ -91,7 +92,7 @@ def are_indices(values: Any) -> bool:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0, and finite; a bool is none."""
+    """Whether a value is a number above 0, and finite; a bool is not."""
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 

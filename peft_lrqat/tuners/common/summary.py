@@ -31,7 +31,7 @@ if _LOGGER.level == logging.NOTSET:
 
 
 class Summary(NamedTuple):
-    """Numbers of weights, but where it says bytes."""
+    """Numbers of weights, except where a name says bytes."""
 
     grid: str
     layers: int  # on the grid, of this conversion or before
@@ -117,7 +117,7 @@ def summarize(model: nn.Module, grid: str) -> Summary:
 def report(model: nn.Module, config: Any) -> None:
     """Say what became of a model (logger "peft_lrqat", level INFO), and warn where most of it stayed float.
 
-    For an adapter that is loaded, which was trained so, the level is DEBUG, and nothing is warned about.
+    For an adapter that is loaded the level is DEBUG, and there is no warning.
     """
     summary = summarize(model, config.grid.describe())
     loaded = config._adapter_shapes is not None

@@ -1,4 +1,4 @@
-"""What callbacks and models of ours need of the Trainer that calls them, and are not told."""
+"""What callbacks and models of this package need to know of the Trainer that calls them, and are not told."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 def log_before_trackers(callback: TrainerCallback) -> None:
     """Move a callback before the trackers of its Trainer, so that they read what it adds to the log.
 
-    To call in one of its own events. It stays behind the callback that decides when to log. A Trainer hands nobody its
-    list of callbacks: it is the caller's. Called by anybody else, nothing happens.
+    Call it in one of the callback's own events. The callback stays behind the one that decides when to log. A Trainer
+    hands nobody its list of callbacks, so it is found in the caller. If anybody else calls it, nothing happens.
     """
     frame = sys._getframe(1)
     while frame is not None:

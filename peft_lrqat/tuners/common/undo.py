@@ -6,9 +6,9 @@ copied, because nothing writes to one: conversion *replaces* modules. So a weigh
 alive, and that is the one thing that costs memory.
 
 `keep` decides about it, once, before the first layer: if every device has room for the float weights and the converted
-ones together, the former live until the last layer is done, and any error is undone. If not, each float weight is freed
-as soon as its layer is converted, so that conversion needs the memory of one layer above the loaded model; an error
-after the first layer then leaves a model that has to be loaded again, and says so.
+ones together, the float weights live until the last layer is done, and any error is undone. If not, each float weight
+is freed as soon as its layer is converted, so that conversion needs the memory of one layer above the loaded model; an
+error after the first layer then leaves a model that has to be loaded again, and says so.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Undo:
         self._states = kept | {id(module): _State(module) for module in modules}
 
     def restore(self) -> bool:
-        """Put everything back; of the modules nothing, if weights have been freed already.
+        """Put everything back. If weights have been freed already, the modules stay as they are.
 
         Returns:
             Whether all is as it was.

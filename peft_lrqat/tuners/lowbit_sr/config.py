@@ -33,6 +33,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     Every converted weight *is* a packed integer code, in training too. An optimizer's step is rounded to the grid at
     random, so that it is right on average. `LowBitAdamW` takes the least memory; other optimizers work as well. A base
     that is quantized already must be symmetric, with the `bits` and `group_size` of this configuration.
+    `config.for_loading()` quantizes a model while it is loaded.
 
     Attributes:
         bits (int | float): Width of the trained codes: 1.58 (ternary: -1, 0, 1), 2, 3, 4 or 8. Default: `8`.
@@ -232,7 +233,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
                     self.check_codes(layer, file.get_tensor(name), widths[layer])
 
     def check_codes(self, layer: str, packed: torch.Tensor, in_features: int) -> None:
-        """Raise ValueError if a layer's packed codes, int32 (out, words), hold -2, which the ternary grid has not."""
+        """Raise ValueError if a layer's packed codes, int32 (out, words), hold -2, which the ternary grid does not
+        have.
+        """
         if self.grid.ternary and int(unpack(packed, 2, in_features).min()) < self.grid.qmin:
             raise ValueError(
                 f"The adapter file holds two-bit codes for module {layer!r}, but this model's grid is ternary: the "

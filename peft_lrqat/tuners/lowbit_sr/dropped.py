@@ -35,7 +35,7 @@ class DroppedBase(nn.Module):
         return self.where.device  # type: ignore[return-value]  # torch types buffers as Tensor | Module
 
     def checksum(self, version: int = VERSION) -> torch.Tensor:
-        """That of the base that was dropped (`FrozenWeight.checksum`)."""
+        """The checksum of the base that was dropped (`FrozenWeight.checksum`)."""
         return self._checksums[version]
 
     _replicate_for_data_parallel = refuse_data_parallel
@@ -49,7 +49,7 @@ class DroppedBase(nn.Module):
         self.refuse()
 
     def refuse(self) -> NoReturn:
-        """Raise ValueError: somebody needs the base."""
+        """Raise ValueError, because somebody needs the base."""
         raise ValueError(
             "`keep_base=False` dropped the base codes, so there is nothing to compute without the adapter: it cannot "
             "be disabled (as TRL does it for a reference), unloaded or left out of a batch. Adapt the model with "

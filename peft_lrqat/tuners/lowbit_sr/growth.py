@@ -1,13 +1,13 @@
-"""Weights that reach the ends of their grid: 8-bit scales grow with them, and of all others it is said.
+"""Weights that reach the ends of their grid: 8-bit scales grow with them, and a warning tells of full grids.
 
 "minmax" puts the largest weight of each scale on the outermost level, so that from scratch, where weights grow many
-times over, a fixed scale would cap them. Every so many roundings it is looked how many codes lie on the two outermost
-levels; where these are more than a few, the scale doubles and the codes are halved:
+times over, a fixed scale would cap them. Every so many roundings the codes on the two outermost levels are counted.
+Where there are more than a few, the scale doubles and the codes are halved:
 
     s' = 2 s        q' = floor(q / 2 + u)        u from the weight's stream (`rounding.py`)
 
-which changes no even code's value, and an odd one's by one old step up or down, as often one as the other. The doubled
-scale is as exact in every format as the scale was. A weight of 8 bits has the bit to spare; coarser ones do not.
+An even code keeps its value. An odd one moves by one old step, up or down with equal chance. The doubled scale is as
+exact in every format as the scale was. A weight of 8 bits has the bit to spare; coarser ones do not.
 """
 
 from __future__ import annotations

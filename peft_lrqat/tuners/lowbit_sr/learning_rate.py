@@ -29,8 +29,8 @@ _CHECKED = "_peft_lrqat_rate_checked"
 def check_rate(optimizer: Optimizer) -> None:
     """Warn, once for an optimizer, if its learning rate is far above what fine-tuning takes.
 
-    Only of weights that were pretrained (`LowBitTensor.fine_tunes`), and of rules with `betas`, whose updates are about
-    as large as the rate. A scheduler's highest rate counts, also while it warms up.
+    It looks at weights that were pretrained (`LowBitTensor.fine_tunes`), and at rules with `betas`, whose updates are
+    about as large as the rate. A scheduler's highest rate counts, also while it warms up.
     """
     if optimizer.__dict__.get(_CHECKED):
         return

@@ -146,7 +146,7 @@ class LowBitSRModel(QuantizingModel):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def train(self, mode: bool = True) -> LowBitSRModel:
-        """As both methods' models do; before an evaluation (False) it is also said if weights fill their grid."""
+        """As in both methods. Before an evaluation (False) it also warns if weights fill their grid."""
         if not mode and self.training:
             warn_of_full_grids(self)
         super().train(mode)

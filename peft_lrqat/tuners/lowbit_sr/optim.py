@@ -306,9 +306,9 @@ class LowBitAdamW(Optimizer):
     # -- saving
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, which casts all state to the parameter's dtype; the codes become integers again.
+        """Load as torch does, which casts all state to the parameter's dtype. The state's codes become integers again.
 
-        An 8-bit momentum in a linear code, which earlier files have, is put on today's code.
+        An 8-bit momentum in the linear code of earlier files is put on today's code.
         """
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
         for parameter, state in self.state.items():

@@ -1,7 +1,7 @@
 """Where a layer keeps its adapters' weights, and how state dicts see them.
 
-A `LowBitTensor` is three plain tensors. Files, `load_state_dict` and transformers' own loader shall meet those, under
-names of their own, and never the wrapper, nor a float weight:
+A `LowBitTensor` is three plain tensors. Files, `load_state_dict` and transformers' own loader see these, under names of
+their own, and never the wrapper or a float weight:
 
     lowbitsr_weight.<adapter>.weight    the parameter; in no state dict
     lowbitsr_codes.<adapter>            its packed codes        int32 (out, words)

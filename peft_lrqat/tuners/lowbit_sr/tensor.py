@@ -56,7 +56,7 @@ class LowBitTensor(torch.Tensor):
             it, see `layer.py`).
         stream: int64 (2,), the key of the random stream and how often this weight has been rounded, see `rounding.py`.
         grid: the `Grid`.
-        error_feedback: whether the optimizer shall keep the rounding remainder.
+        error_feedback: whether the optimizer is to keep the rounding remainder.
         fine_tunes: whether the weight was pretrained (`learning_rate.py`).
         grows: whether optimizers double scales whose codes come to lie at the ends of the grid (`growth.py`).
         known_count: how often the weight had been rounded when `growth.py` looked last, and the version of `stream`

@@ -57,7 +57,8 @@ class LRQATConfig(GridConfig, LoraConfig):
     """Configuration of LR-QAT (arXiv 2406.06385): a `LoraConfig` with a grid.
 
     Fields of `LoraConfig` keep their meaning, with one exception: `lora_alpha / r` counts *grid steps*. An entry 1 of
-    `lora_alpha / r * lora_B @ lora_A` moves a weight by one level.
+    `lora_alpha / r * lora_B @ lora_A` moves a weight by one level. `config.for_loading()` quantizes a model while it is
+    loaded.
 
     Attributes:
         bits (int | None): Width of the weight grid, from 2 to 8 bits. Default: `4`; on a quantized base, its own.

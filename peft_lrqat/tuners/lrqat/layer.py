@@ -184,7 +184,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _random_adapter(self, adapter_name: str) -> None:
-        """`init_lora_weights=False`, for tests: an adapter that moves about half of the weights by a grid step."""
+        """`init_lora_weights=False`, for tests: an adapter that moves more than half of the weights."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
         if A.device.type == "meta":
             return
