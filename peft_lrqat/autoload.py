@@ -29,18 +29,39 @@ def path(directory: str | os.PathLike | None = None) -> Path:
 
 
 def is_enabled(directory: str | os.PathLike | None = None) -> bool:
-    """Whether the file is there."""
+    """Tell whether the `.pth` file is there.
+
+    Args:
+        directory (str | os.PathLike | None): as for `enable`.
+
+    Returns:
+        True or False.
+    """
     return path(directory).is_file()
 
 
 def enable(directory: str | os.PathLike | None = None) -> Path:
-    """Write the `.pth` file, atomically; returns its path.
+    """Write the `.pth` file, atomically. Then PEFT knows both methods in every process of the environment.
 
     Args:
-        directory: a folder that `site` reads `.pth` files from. None: site-packages of the running environment.
+        directory (str | os.PathLike | None): a folder that `site` reads `.pth` files from. None: site-packages of the
+            running environment.
+
+    Returns:
+        The path of the file.
 
     Raises:
         OSError: the folder does not exist or cannot be written to.
+
+    Examples:
+        >>> import os
+        >>> from peft_lrqat import autoload
+        >>> os.path.basename(autoload.enable("site-packages"))
+        'peft_lrqat_autoload.pth'
+        >>> autoload.is_enabled("site-packages")
+        True
+        >>> autoload.disable("site-packages").exists()
+        False
     """
     file = path(directory)
     if not os.access(file.parent, os.W_OK):
@@ -53,7 +74,17 @@ def enable(directory: str | os.PathLike | None = None) -> Path:
 
 
 def disable(directory: str | os.PathLike | None = None) -> Path:
-    """Remove the `.pth` file if it is there; returns where it was looked for. Raises OSError where that fails."""
+    """Remove the `.pth` file if it is there.
+
+    Args:
+        directory (str | os.PathLike | None): as for `enable`.
+
+    Returns:
+        The path where it was looked for.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
     file = path(directory)
     file.unlink(missing_ok=True)
     return file

@@ -4,11 +4,11 @@ The error of a candidate is bounded from below, and only candidates whose bound 
 judged: the result is, bit for bit, that of judging all.
 
 The bound is a sum over a line's weights of numbers from a table. With u = w / r, where r is a line's largest magnitude
-(asymmetric: its span), a candidate puts w on level u d, for one of the same divisors d in every line, but for the
-snapping of the scale. So the table has a row for each bin of u and a column for each candidate: the least error, in
-units of r, that a weight of that bin can have. It is made once for a grid, and summing its rows takes a read of memory
-a weight and candidate instead of ten operations. Where snapping moves a scale farther than rounding does (out of the
-range of its dtype), the bound does not hold and is not used.
+(asymmetric: its span), a candidate puts w on level u d, up to the snapping of the scale; every line has the same
+divisors d. So the table has a row for each bin of u and a column for each candidate: the least error, in units of r,
+that a weight of that bin can have. It is made once for a grid, and summing its rows takes a read of memory a weight and
+candidate instead of ten operations. Where snapping moves a scale farther than rounding does (out of the range of its
+dtype), the bound does not hold and is not used.
 
 Another bound is the error of the largest weight alone, which a candidate cuts off.
 """

@@ -83,6 +83,7 @@ def test_examples_run(name: str, given: dict[str, Callable[[], Any]], folders: P
     monkeypatch.chdir(tmp_path)
     for folder in ("Qwen", "path"):
         (tmp_path / folder).symlink_to(folders / folder)
+    (tmp_path / "site-packages").mkdir()
     test.globs = {key: make() for key, make in given.items() if key in test.docstring}
     for example in test.examples:  # on a machine without a GPU, and in less time
         example.source = example.source.replace('SFTConfig("adapter",', 'SFTConfig("adapter", use_cpu=True,')

@@ -22,7 +22,7 @@ AnyConfig = LRQATConfig | LowBitSRConfig
 
 
 class _EnoughError(Exception):
-    """Ends a forward of which the rest is not needed."""
+    """Ends a forward whose rest is not needed."""
 
 
 class BlockInputs:
@@ -255,7 +255,9 @@ def _devices(model: nn.Module) -> list[str]:
 def read_batches(
     model: Any, calibration: Iterable[Any], tokenizer: Any, length: int
 ) -> Iterable[dict[str, torch.Tensor]]:
-    """What the model takes, of calibration text in any form that `preprocess_gptq` names; ValueError: there is none."""
+    """Make what the model takes from calibration text in any form that `preprocess_gptq` names. Raise ValueError if
+    there is no text.
+    """
     whole = isinstance(calibration, (str, torch.Tensor, Mapping))  # iterating over it would take it apart
     items: list[Any] = [calibration] if whole else list(calibration)
     texts = [item for item in items if isinstance(item, str)]

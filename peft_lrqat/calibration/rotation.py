@@ -230,7 +230,7 @@ def _stand_ins(parameters: list[tuple[nn.Module, str, Change | None]], device: A
 
 
 def _parts(change: Change | None, values: torch.Tensor) -> list[torch.Tensor]:
-    """A parameter in parts that change on their own: experts, or rows, of which fp64 copies take little memory."""
+    """A parameter in parts that change on their own, experts or rows, whose fp64 copies take little memory."""
     if values.ndim == 3:
         return list(values)
     if values.ndim == 2 and (change is None or change.by_rows()):

@@ -284,7 +284,7 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 
 def _parameters(skeleton: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
-    """The parameters that files must hold; and, of those that are tied, name -> the names of which one is enough."""
+    """The parameters that files must hold; and, for those that are tied, name -> the names of which one is enough."""
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     together: dict[int, list[str]] = {}
     for name, parameter in parameters.items():

@@ -44,7 +44,7 @@ def load_teacher(name: str | os.PathLike, student: Any, keep: str | None) -> nn.
     """The model of that name or folder, on the student's device and in its dtype.
 
     Args:
-        keep: None: as it is; "int8": its linear layers rounded to 8 bits, but for the output layer; "cpu": its weights
+        keep: None: as it is. "int8": its linear layers, except the output layer, rounded to 8 bits. "cpu": its weights
             stay in the memory of the CPU, and each layer's travel to the student's device when it is called.
 
     Raises:

@@ -1,8 +1,7 @@
 """AWQ ("gemm", 4 bits): read, not written.
 
-qweight   int32 (in, out / 8)        codes u = q + 8, packed along the outputs, whose order is `ORDER`
-qzeros    int32 (groups, out / 8)    u of the zero point, packed likewise
-scales    fp16  (groups, out)
+qweight   int32 (in, out / 8)        codes u = q + 8, packed along the outputs, whose order is `ORDER` qzeros    int32
+(groups, out / 8)    u of the zero point, packed in the same way scales    fp16  (groups, out)
 
 W = scales * (u - zero)
 """

@@ -39,9 +39,21 @@ def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
 
 @contextlib.contextmanager
 def use_kernels(use: bool) -> Iterator[None]:
-    """Run operations with (True) or without (False) the Triton kernels inside, whatever the device, in all threads.
+    """Run operations with or without the Triton kernels inside a `with` block, whatever the device, in all threads.
 
-    True needs a GPU or Triton's interpreter (`TRITON_INTERPRET=1`); results differ by rounding only, codes not at all.
+    Results differ by rounding only, and codes not at all.
+
+    Args:
+        use (bool): True: with the kernels, which need a GPU or Triton's interpreter (`TRITON_INTERPRET=1`). False: with
+            the plain PyTorch references.
+
+    Returns:
+        A context manager, without a value.
+
+    Examples:
+        >>> from peft_lrqat.ops import use_kernels
+        >>> with use_kernels(False):
+        ...     logits = model(**tokenizer("The quick", return_tensors="pt")).logits
     """
     global _forced
     before, _forced = _forced, use

@@ -321,8 +321,8 @@ def _per_row(dy: Tensor, y: Tensor) -> Tensor:
 def _low_rank_by_rows(
     dy: Tensor, x: Tensor, scale: Tensor, factors: Factors, clipped: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of A~ (R, in) and B~ (out, R), fp32, from LoRA-sized products: that of B~ A~ is
-    `scale` * G but for the clipped entries, where it is 0.
+    """Compute the gradients of A~ (R, in) and B~ (out, R), fp32, from LoRA-sized products: that of B~ A~ is `scale` *
+    G, and 0 at the clipped entries.
 
     Args:
         scale: (rows, 1), what a unit of B~ A~ moves a weight by.

@@ -194,8 +194,8 @@ def update_rows(
         scale: fp32 (n or 1, groups); NaN afterwards if the gradient is not finite.
         stream: int64 (2,), key and step of the random numbers.
         grad: (n, in), any float dtype.
-        state: the rows of `new_state`'s tensors, by name. Updated, but for the factored second moment, which the
-            caller keeps: "exp_avg_sq_mean" is the mean of all its rows.
+        state: the rows of `new_state`'s tensors, by name. Updated, except the factored second moment, which the caller
+            keeps: "exp_avg_sq_mean" is the mean of all its rows.
         row: int64 (n,), row numbers.
         lr: fp32 scalar.
         step: fp32 scalar, this step's number t, from 1.
@@ -323,9 +323,9 @@ def low_bit_update(
         scale: fp32 (out or 1, groups). Where an update was not finite, those of its row chunk are NaN afterwards.
         stream: int64 (2,), key and step of the random numbers.
         grad: (out, in), any float dtype.
-        state: the tensors of `new_state`, by name. Updated, but for the factored second moment, which the caller
-            keeps: "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows; with error feedback, "..._before" are
-            its rows, columns and mean as the step before had them.
+        state: the tensors of `new_state`, by name. Updated, except the factored second moment, which the caller keeps:
+            "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows; with error feedback, "..._before" are its rows,
+            columns and mean as the step before had them.
         lr: fp32 scalar.
         step: fp32 scalar, this step's number t, from 1.
     """

@@ -74,7 +74,7 @@ def to_eight_bits(
 ) -> GridTensor:
     """Take a base in fixed point (fx8) as an 8-bit weight of the same integers, which any checkpoint format holds.
 
-    It is the base with its fraction, but for half a step of the 8-bit grid, because a number of fx8 stands for the
+    It is the base with its fraction, off by half a step of the 8-bit grid, because a number of fx8 stands for the
     middle of its cell.
 
     Args:

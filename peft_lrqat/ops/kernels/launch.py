@@ -64,7 +64,7 @@ def takes_known_order(launcher: type) -> bool:
 class Launch:
     """A kernel with everything but its tensors, and what was compiled for them.
 
-    What Triton specialises on beside: dtypes, 16-byte alignment, which tensors are None, and the device.
+    What else Triton specialises on: dtypes, 16-byte alignment, which tensors are None, and the device.
     """
 
     __slots__ = ("blocks", "compiled", "constants", "grid", "kernel", "options", "rest", "scalars")

@@ -60,7 +60,7 @@ def layout(stride: int, scales: int, rows: int, cols: int, rank: int, channels: 
 
 
 class Prepared(NamedTuple):
-    """What the kernels read beside the base."""
+    """What the kernels read in addition to the base."""
 
     scale: torch.Tensor  # fp32; the first rows x groups elements are s, weight units per grid step
     buffer: torch.Tensor | None  # None without an adapter

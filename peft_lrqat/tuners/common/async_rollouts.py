@@ -9,9 +9,10 @@ engine knows, where the merged one has the float model's weights; and the intege
 If the server can serve LoRA adapters, the same trainers send the adapter alone. They take an `LRQATConfig` for a
 `LoraConfig`, which it is, but its product is in grid steps and belongs inside the rounding.
 
-Nothing of ours is asked in either case, so the two functions of TRL that decide are told about our layers when a model
-is converted; these trainers make the model themselves, so that is before they list or decide anything. What they do to
-other models does not change. Replaced is their code rather than their name, because others may hold them already.
+In either case TRL asks nothing of this package, so the two functions of TRL that decide are told about our layers when
+a model is converted; these trainers make the model themselves, so that is before they list or decide anything. What
+they do to other models does not change. Replaced is their code rather than their name, because others may hold them
+already.
 """
 
 from __future__ import annotations

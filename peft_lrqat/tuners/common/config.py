@@ -327,7 +327,15 @@ class GridConfig(PeftConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """PEFT's `from_pretrained`; a local adapter file is checked here, before any model is touched.
+        """Load as PEFT's `from_pretrained` does. A local adapter file is checked here, before any model is touched.
+
+        Args:
+            pretrained_model_name_or_path (str): an adapter's folder, or its repository on the Hub.
+            subfolder (str | None): the folder within it.
+            **kwargs (Any): PEFT's.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: the adapter's weight file is truncated or not a safetensors file; a field of the configuration
@@ -346,7 +354,12 @@ class GridConfig(PeftConfigMixin):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's `save_pretrained`; the model card says how to load the adapter, which PEFT's template does not."""
+        """Save as PEFT's `save_pretrained` does. The model card says how to load the adapter.
+
+        Args:
+            save_directory (str): the adapter's folder.
+            **kwargs (Any): PEFT's.
+        """
         super().save_pretrained(save_directory, **kwargs)
         # the first pattern that matches a name counts, but PEFT sorts them
         path = os.path.join(save_directory, CONFIG_NAME)

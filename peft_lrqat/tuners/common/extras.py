@@ -126,7 +126,8 @@ def _check_tokens(model: Any, modules: dict[str, nn.Module], targets: dict[str, 
 
 
 def check_reference(name: str, config: Any, others: dict[str, Any]) -> None:
-    """Raise ValueError if the adapter `name` is to be TRL's reference of another one, of which TRL copies a part only.
+    """Raise ValueError if the adapter `name` is to be TRL's reference of another one, and TRL would copy only a part of
+    it.
 
     Args:
         others: adapter -> its configuration.

@@ -293,14 +293,14 @@ class MergingLayer(LoraLayer):
         """Put adapters into the integers: `base_layer` becomes what the checkpoint will hold.
 
         The codes come from the same function as in forward, so the output does not change by a bit. A layer that has
-        none of the adapters has its base at step 0 then, as in the checkpoint.
+        none of the adapters then has its base at step 0, as in the checkpoint.
 
         Args:
-            safe_merge: refuse adapters that are not finite.
-            adapter_names: None: the active ones.
+            safe_merge (bool): refuse adapters that are not finite.
+            adapter_names (list[str] | None): which adapters. None: the active ones.
 
         Raises:
-            ValueError: `safe_merge` and a value is NaN or infinite; the method cannot add these adapters up.
+            ValueError: with `safe_merge`, a value is NaN or infinite; or the method cannot add these adapters up.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapter_options]
         if self.merged and not names:
@@ -388,7 +388,7 @@ class MergingLayer(LoraLayer):
             )
 
     def unmerge(self) -> None:
-        """Put the base back; nothing was lost."""
+        """Put the base back. Nothing was lost."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

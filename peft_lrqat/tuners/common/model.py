@@ -318,12 +318,12 @@ class QuantizingModel(LoraModel):
             self._conversion.bar.update()
 
     def train(self, mode: bool = True) -> QuantizingModel:
-        """torch's `train`. Before an evaluation (False) it warns if scales have left their range.
+        """Set the mode as torch's `train` does. Before an evaluation (False) it warns if scales have left their range.
 
         A Trainer calls it before each step and each evaluation: what it logs is for the model cards.
 
         Raises:
-            ValueError: training (True), and the model is sharded so that other integers are trained than merged.
+            ValueError: `mode` is True, and the model is sharded so that other integers would be trained than merged.
         """
         if mode:
             check_sharded(self, self.prefix)
@@ -335,7 +335,10 @@ class QuantizingModel(LoraModel):
     # -- state dicts
 
     def state_dict(self, *args: Any, **kwargs: Any):
-        """As stored: packed bases. (`model.base_model.model.state_dict()` gives float weights, as PEFT expects it.)"""
+        """Return the tensors as they are stored, with packed bases.
+
+        (`model.base_model.model.state_dict()` gives float weights, as PEFT expects it.)
+        """
         with packed_state_dict():
             return super().state_dict(*args, **kwargs)
 
@@ -382,9 +385,13 @@ class QuantizingModel(LoraModel):
     # -- the checkpoint
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's `merge_adapter`, of all layers or of none.
+        """Merge as PEFT's `merge_adapter` does, in all layers or in none.
 
-        A layer that has none of the adapters is merged as well: its base is part of what is served.
+        A layer that has none of the adapters is merged as well, because its base is part of what is served.
+
+        Args:
+            adapter_names (list[str] | None): which adapters. None: the active ones.
+            safe_merge (bool): refuse adapters that are not finite.
 
         Raises:
             ValueError: there is no such adapter, or a layer cannot be merged.

@@ -1,4 +1,4 @@
-"""Which layers `target_modules` means, and what is said of those that it does not reach."""
+"""Which layers `target_modules` means, and warnings about those that it does not reach."""
 
 from __future__ import annotations
 

@@ -207,7 +207,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         return present[0] if present else None
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """How far training has moved the weight: fp32 (out, in), weight units; transposed for Conv1D."""
+        """Compute how far training has moved the weight.
+
+        Args:
+            adapter (str): the adapter's name.
+
+        Returns:
+            fp32 (out, in), transposed for Conv1D, in weight units.
+        """
         frozen = self._kept()
         levels, scale = self._levels(adapter)
         here = dequantize(levels, scale, None, torch.float32)
@@ -265,7 +272,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     # -- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x (..., in) to (..., out), with the active adapter's codes."""
+        """Compute the layer's output, with the active adapter's codes: x (..., in) to (..., out)."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:

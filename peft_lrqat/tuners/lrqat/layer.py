@@ -212,8 +212,15 @@ class LRQATLinear(nn.Module, LRQATLayer):
         B.data.copy_(factor_B / self.scaling[adapter_name])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """c lora_B lora_A before the rounding: (out, in), transposed for Conv1D; in *grid steps*, or in those of the
-        row's largest scale (`LRQATConfig.adapter_unit`)."""
+        """Compute c lora_B lora_A, what an adapter adds before the rounding.
+
+        Args:
+            adapter (str): the adapter's name.
+
+        Returns:
+            fp32 (out, in), transposed for Conv1D, in *grid steps*; with `learn_scales="channel"` on groups, in those of
+            the row's largest scale (`LRQATConfig.adapter_unit`).
+        """
         delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -272,7 +279,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
     # -- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x (..., in) to (..., out), with the active adapters inside the rounding."""
+        """Compute the layer's output, with the active adapters inside the rounding: x (..., in) to (..., out)."""
         adapter_names = None
         if kwargs:
             self._check_forward_args(x, *args, **kwargs)

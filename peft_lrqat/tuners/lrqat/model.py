@@ -114,8 +114,11 @@ class LRQATModel(QuantizingModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's `add_weighted_adapter`. The products A B are combined as `combination_type` says, in grid steps; the
-        scale shifts, which are no matrices of low rank, always linearly: shift = sum of weight * shift."""
+        """Combine adapters as PEFT's `add_weighted_adapter` does.
+
+        The products A B are combined as `combination_type` says, in grid steps. The scale shifts, which are no matrices
+        of low rank, are always combined linearly: shift = sum of weight * shift.
+        """
         if adapter_name in self.peft_config:
             return
         if any(isinstance(layer, LRQATExpertLinear) for layer in self.modules()):
