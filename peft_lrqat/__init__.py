@@ -1,6 +1,27 @@
 """peft-lrqat: quantization-aware training of LLMs as an ordinary PEFT method.
 
 Importing this package registers its tuner types with PEFT; everything else is PEFT's and TRL's own API.
+
+    LRQATConfig, LowBitSRConfig      the two methods: for `get_peft_model`, or a TRL trainer's `peft_config`
+    create_lrqat_optimizer           optimizers: scales in a group of their own,
+    LowBitAdamW                      and packed codes with compact state
+    Distillation, store_logits,      training with the probabilities of a teacher
+    distillation_loss
+    QuantizationCallback             what training does to the integers, in a Trainer's log
+    load_quantized                   starting from a quantized checkpoint,
+    preprocess_gptq,                 or from one that calibration text has made,
+    preprocess_blockwise
+    preprocess_rotation,             before activations are rounded
+    calibrate_activations
+    export, can_export               writing GPTQ, GGUF, compressed-tensors ... from what was trained
+    kept_weights,                    memory for speed while a model generates
+    limit_kept_weights
+    Grid                             the integers that a weight may take
+    LRQATModel, LRQATLayer,          what `get_peft_model` makes
+    LowBitSRModel, LowBitSRLayer
+
+In the examples of the docstrings, `base` is a float model of transformers, `model` is one with adapters, `tokenizer` is
+its tokenizer, `texts` is a list of strings, and `dataset` has a column "text" with such strings.
 """
 
 from ._version import __version__

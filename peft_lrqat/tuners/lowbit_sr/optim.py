@@ -91,7 +91,8 @@ class LowBitAdamW(Optimizer):
         gradients                       4, of all weights until `step()`
         gradients, fused_backward=True  4, of one layer at a time
 
-    So 8-bit codes take 8 bytes with the defaults, 4 with `fused_backward=True`, and 3 with `keep_base=False` as well.
+    So 8-bit weights take 8 bytes with all defaults (codes 1, base 1, state 2, gradient 4), 4 with
+    `fused_backward=True`, and 3 with `keep_base=False` as well.
 
     Args:
         params (Iterable): parameters that require gradients, or dictionaries of parameter groups, as torch's optimizers
