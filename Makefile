@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow engines grids sync quality style venv clean
+.PHONY: help demo test slow engines grids sync quality style pages docs venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,10 +50,17 @@ style: $(STAMP) ## Format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+pages: $(STAMP) ## Write anew what pages take from code and from benchmarks/results
+	$(BIN)/python -m tests.pages
+	$(BIN)/python benchmarks/tables.py
+
+docs: $(STAMP) ## Build the documentation into site/ (ARGS="serve": show it on http://127.0.0.1:8000 while you write)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict --quiet)
+
 venv: $(STAMP) ## Only make .venv
 
 clean: ## Remove .venv and the tools' caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 # torch first and alone: then nothing that follows can ask for another build of it. What it needs comes with the rest: an
 # index of torch builds need not hold the versions that the constraints name

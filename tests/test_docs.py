@@ -14,7 +14,9 @@ import transformers
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 
+import peft_lrqat
 from peft_lrqat import LRQATConfig, export
+from tests import pages
 from tests.models import adapted, tiny
 from tests.tokenizers import VOCAB, bytewise
 
@@ -145,11 +147,10 @@ def _prose(page: str) -> str:
 
 
 def _anchors(page: str) -> set[str]:
-    """What a link may name in it: headings, as GitHub and the site make anchors of them, and `<a id>`."""
+    """What a link may name in it: headings, as GitHub and the site make anchors of them, `<a id>`, docstrings."""
     headings = re.findall(r"^#+ (.*)", _prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | set(
-        re.findall(r'<a id="(.*?)"', _prose(page))
-    )
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs.union(*re.findall(r'<a id="(.*?)"|^::: (\S+)', _prose(page), re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PROSE)
@@ -165,6 +166,26 @@ def test_links_lead_somewhere(page: str):
         )
         if page.startswith("docs/"):
             assert target.resolve().is_relative_to(ROOT / "docs"), f"{link} is outside of docs/, and so not on the site"
+        else:
+            assert page == "README.md", (
+                "the site includes this page where relative links of the repository lead nowhere"
+            )
+
+
+def test_the_site_has_all_pages():
+    _, nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")
+    found = {page.removeprefix("docs/") for page in PROSE if page.startswith("docs/")}
+    assert set(re.findall(r"[\w/-]+\.md", nav)) == found, "name the page under `nav` of mkdocs.yml"
+
+
+def test_the_reference_has_all_public_names():
+    text = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/reference/*.md"))
+    missing = {name for name in peft_lrqat.__all__ if not re.search(rf"^::: peft_lrqat\.{name}$", text, re.MULTILINE)}
+    assert missing == {"__version__"}
+
+
+def test_the_page_of_the_command_is_its_help():
+    assert pages.CLI.read_text(encoding="utf-8") == pages.cli(), "run `python -m tests.pages`"
 
 
 def test_pages_that_the_package_names_exist():
