@@ -29,11 +29,6 @@ _HEAD = """# The command `peft-lrqat`
 
 <!-- made by python -m tests.pages -->
 
-```bash
-pip install ".[cli]"        # in a checkout of this repository
-peft-lrqat --help
-```
-
 {about}"""
 
 
