@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ def cli() -> str:
     """The page of the command `peft-lrqat`, made of its help."""
     import typer
 
-    from peft_lrqat.cli.app import app
+    from _peft_lrqat_cli import app
 
     root: Any = typer.main.get_command(app)
-    parts = [_HEAD.format(about=_text(root.help))]
+    codes = inspect.cleandoc(root.epilog.removeprefix("\b\n"))
+    parts = [_HEAD, _text(root.help), f"```text\n{codes}\n```", *_options(root)]
     for name, command in root.commands.items():
         parts += _command(f"peft-lrqat {name}", command)
     return "\n\n".join(parts) + "\n"
@@ -27,9 +29,7 @@ def cli() -> str:
 
 _HEAD = """# The command `peft-lrqat`
 
-<!-- made by python -m tests.pages -->
-
-{about}"""
+<!-- made by python -m tests.pages -->"""
 
 
 def _command(name: str, command: Any) -> list[str]:
@@ -39,16 +39,26 @@ def _command(name: str, command: Any) -> list[str]:
             parts += _command(f"{name} {below}", sub)
         return parts
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
-    usage = " ".join([name, "[OPTIONS]"[: 9 if options else 0], *(_usage(a) for a in arguments)])
-    parts = [f"## {name}", _text(command.help), f"```text\n{' '.join(usage.split())}\n```"]
+    usage = " ".join([name, *["[OPTIONS]"] * bool(_options(command)), *(_usage(a) for a in arguments)])
+    parts = [f"## {name}", _text(command.help), f"```text\n{usage}\n```"]
     if arguments:
-        rows = [f"| `{_metavar(a)}` | {_text(a.help or '')} |" for a in arguments]
+        hints = typing.get_type_hints(command.callback)
+        rows = [f"| `{_metavar(a)}` | {_text(a.help or '')}{_choices(hints[a.name])} |" for a in arguments]
         parts.append("\n".join(["| argument | |", "|---|---|", *rows]))
-    if options:
-        rows = [f"| {_names(o)} | {_default(o)} | {_text(o.help or '')} |" for o in options]
-        parts.append("\n".join(["| option | default | |", "|---|---|---|", *rows]))
-    return parts
+    return parts + _options(command)
+
+
+def _options(command: Any) -> list[str]:
+    options = [p for p in command.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
+    hints = typing.get_type_hints(command.callback) if command.callback else {}
+    rows = [f"| {_names(o)} | {_default(o)} | {_text(o.help or '')}{_choices(hints.get(o.name))} |" for o in options]
+    return ["\n".join(["| option | default | |", "|---|---|---|", *rows])] if rows else []
+
+
+def _choices(hint: Any) -> str:
+    if typing.get_origin(hint) is not typing.Literal:
+        return ""
+    return f" One of {', '.join(f'`{choice}`' for choice in typing.get_args(hint))}."
 
 
 def _usage(argument: Any) -> str:
@@ -67,6 +77,8 @@ def _names(option: Any) -> str:
 
 def _default(option: Any) -> str:
     value = option.default
+    if option.secondary_opts:
+        return f"`{option.opts[0] if value else option.secondary_opts[0]}`"
     return "" if value is None or callable(value) or option.is_flag or value in ((), []) else f"`{value}`"
 
 
