@@ -444,7 +444,7 @@ def table() -> str:
     for name, row in ARCHITECTURES.items():
         loads = "yes, decompressed while loading" if row.early else "yes"
         loads = loads if row.loads else "no; as `torchao`, yes"
-        lines.append(f"| {name} | `{row.model}` | {row.floats} | {loads} |")
+        lines.append(f"| {name}{' °' * row.slow} | `{row.model}` | {row.floats} | {loads} |")
     return "\n".join(lines) + "\n"
 
 

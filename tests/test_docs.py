@@ -16,6 +16,7 @@ from peft import PeftConfig, get_peft_model
 
 import peft_lrqat
 from peft_lrqat import LRQATConfig, export
+from peft_lrqat.tuners.lrqat.config import _REFUSED
 from tests import pages
 from tests.models import adapted, tiny
 from tests.tokenizers import VOCAB, bytewise
@@ -182,6 +183,11 @@ def test_the_reference_has_all_public_names():
     text = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/reference/*.md"))
     missing = {name for name in peft_lrqat.__all__ if not re.search(rf"^::: peft_lrqat\.{name}$", text, re.MULTILINE)}
     assert missing == {"__version__"}
+
+
+def test_the_page_of_refusals_has_all_refused_options():
+    text = (ROOT / "docs/reference/refused.md").read_text(encoding="utf-8")
+    assert {name for name in _REFUSED if f"`{name}`" not in text} == set()
 
 
 def test_the_page_of_the_command_is_its_help():
