@@ -5,12 +5,14 @@ know. Before PEFT looks for targets, `modules.experts.Experts` takes the place o
 projection, called as the parameter was: `...experts.gate_up_proj` is a name as any other then. Experts go onto the grid
 whole or not at all, because one function multiplies with all projections.
 
-'all-linear' means them, as it does for PEFT's LoRA; so do `target_parameters`, a list that names all their projections,
-by the names of the parameters or by those in files (`gate_proj`, `up_proj`, `down_proj`), and a regular expression.
+'all-linear' means them, as it does for PEFT's LoRA; so do `target_parameters`, and a list or a regular expression that
+names the module (`experts`) or all its projections: by the names of the parameters, or by those in files (`gate_proj`,
+`up_proj`, `down_proj`; `experts.0.gate_proj` and so on).
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -42,31 +44,31 @@ def adopt_experts(model: nn.Module, config: Any) -> dict[str, Adopted]:
         Name of a module -> what it was, and is now.
 
     Raises:
-        ValueError: `config` asks for experts that cannot be quantized, or for other parameters.
+        ValueError: `config` asks for experts that cannot be quantized, for single ones, or for other parameters.
     """
     wanted = _Wanted(config)
     adopted: dict[str, Adopted] = {}
     refused: dict[str, list[str]] = {}
     for name, module in _candidates(model):
-        parts = module.parts if isinstance(module, Experts) else expert_parts(model, name)
-        if wanted.excludes(name, parts or dict.fromkeys(projections(module), ())):
+        found = _Found.of(model, name, module)
+        meant = wanted.meant(found)
+        if wanted.excludes(found, bool(meant)):
             continue
-        if problem := _problem(model, name, module, parts, config):
-            if wanted.names(name, projections(module)):
+        if problem := _problem(model, name, module, found.parts, config):
+            if wanted.names(found):
                 raise ValueError(f"The experts of {name!r} ({type(module).__name__}) cannot be quantized: {problem}.")
-            refused[problem] = [*refused.get(problem, ()), name]
+            if meant:
+                refused.setdefault(problem, []).append(name)
             continue
-        assert parts is not None
-        wanted.add(name, parts)
-        after = joined_experts(module) if isinstance(module, Experts) else Experts(module, parts)
+        assert found.parts is not None
+        wanted.add(found, meant)
+        after = joined_experts(module) if isinstance(module, Experts) else Experts(module, found.parts)
         adopted[name] = Adopted(module, after)
-    wanted.finish()
+    wanted.finish(model, set(adopted))
     for name, (_, after) in adopted.items():
         _put(model, name, after)
-    if config.target_modules == ALL_LINEAR:
-        for problem, names in refused.items():
-            said = f"The experts of {len(names)} layers, e.g. {names[0]!r}, stay as they are: {problem}."
-            warnings.warn(said, stacklevel=2)
+    for problem, names in refused.items():
+        warnings.warn(f"The experts of {_listed(names)} stay as they are: {problem}.", stacklevel=2)
     return adopted
 
 
@@ -74,19 +76,10 @@ def release_experts(model: nn.Module, adopted: dict[str, Adopted], targets: dict
     """Put back experts that `targets`, what PEFT will adapt, does not have. Returns whether others are left."""
     left = False
     for name, (before, after) in adopted.items():
-        layers = [f"{name}.{projection}" for projection in after.parts]
-        found = [layer for layer in layers if layer in targets]
-        if len(found) == len(layers):
+        if all(f"{name}.{projection}" in targets for projection in after.parts):
             left = True
-            continue
-        _put(model, name, before)
-        if found:
-            others = ", ".join(sorted({part for parts in after.parts.values() for part in parts}))
-            warnings.warn(
-                f"`target_modules` names a part of the experts of {name!r} only, so they stay float. Name all of it "
-                f"({others}), or use 'all-linear'.",
-                stacklevel=2,
-            )
+        else:
+            _put(model, name, before)
     return left
 
 
@@ -137,6 +130,33 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
+class _Found(NamedTuple):
+    """Experts of a model, and what they are called."""
+
+    name: str
+    experts: int
+    parts: Parts | None  # None: files hold them otherwise
+    projections: list[str]
+    in_files: str  # what files call the module
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, module: Any) -> _Found:
+        if isinstance(module, Experts):
+            return cls(name, module.num_experts, module.parts, list(module.parts), name)
+        files: set[str] = set()
+        parts = expert_parts(model, name, files)
+        in_files = min(files).rsplit(".", 2)[0] if files else name
+        return cls(name, module.num_experts, parts, projections(module), in_files)
+
+    def parts_of(self, projection: str) -> tuple[str, ...]:
+        return (self.parts or {}).get(projection, ())
+
+    def of_each(self, part: str) -> Iterator[list[str]]:
+        """What a part is called, for each expert: in files, and in merged models."""
+        places = dict.fromkeys((self.in_files, self.name))
+        return ([f"{place}.{expert}.{part}" for place in places] for expert in range(self.experts))
+
+
 class _Wanted:
     """What a configuration says about experts, and what becomes of its `target_modules`."""
 
@@ -145,16 +165,43 @@ class _Wanted:
         self.parameters: set[str] = set(getattr(config, "target_parameters", None) or ())
         self.met: set[str] = set()  # of `parameters`
         self.more: set[str] = set()  # names of layers
+        self.by_part: set[str] = set()  # names of `target_modules` that mean parts of these
+        self.in_part: list[_Found] = []  # what is named in part
+        self.excluded_in_part: list[_Found] = []
 
-    def excludes(self, name: str, parts: Parts) -> bool:
-        """Whether experts, or a part of them, are left out by name."""
+    def excludes(self, found: _Found, meant: bool) -> bool:
+        """Whether experts, or a part of them, are left out by name.
+
+        Args:
+            meant: whether they would be quantized otherwise, or some of them.
+        """
         exclude = self.config.exclude_modules
-        inner = [*parts, *(part for names in parts.values() for part in names)]
-        return bool(exclude) and any(_matches(exclude, key) for key in (name, *(f"{name}.{part}" for part in inner)))
+        if not exclude:
+            return False
+        whole = _matches(exclude, found.name) or _matches(exclude, found.in_files)
+        left = [p for p in found.projections if whole or self._reaches(exclude, found, p, "exclude_modules", any)]
+        if left and len(left) < len(found.projections) and meant:
+            self.excluded_in_part.append(found)
+        return bool(left)
 
-    def names(self, name: str, found: list[str]) -> bool:
-        """Whether experts are asked for by name."""
-        keys = [f"{name}.{projection}" for projection in found]
+    def meant(self, found: _Found) -> set[str]:
+        """The projections that `target_modules` or `target_parameters` means."""
+        targets, met = self.config.target_modules, set()
+        for projection in found.projections:
+            key = f"{found.name}.{projection}"
+            mine = {entry for entry in self.parameters if _matches({entry}, key)}
+            self.met |= mine
+            if (mine and self._in_layers(mine, key)) or targets == ALL_LINEAR:
+                met.add(projection)
+            elif targets and self._in_layers(targets, key, found.name):
+                whole = _matches(targets, found.name)
+                if whole or self._reaches(targets, found, projection, "target_modules", all):
+                    met.add(projection)
+        return met
+
+    def names(self, found: _Found) -> bool:
+        """Whether experts are asked for by a name that nothing else has."""
+        keys = [f"{found.name}.{projection}" for projection in found.projections]
         if any(_matches(self.parameters, key) for key in keys):
             return True
         targets = self.config.target_modules
@@ -162,27 +209,67 @@ class _Wanted:
             return False
         entries = [targets] if isinstance(targets, str) else list(targets)
         return any(
-            ("expert" in entry or (entry in found and len(entry.split("_")) > 2))
+            ("expert" in entry or (entry in found.projections and len(entry.split("_")) > 2))
             and _matches(entry if isinstance(targets, str) else {entry}, key)
             for entry in entries
-            for key in keys
+            for key in (found.name, *keys)
         )
 
-    def add(self, name: str, parts: Parts) -> None:
-        """Take note of the layers of one module that are meant, but not by their own names."""
-        targets = self.config.target_modules
-        for projection, names in parts.items():
-            key = f"{name}.{projection}"
-            for entry in self.parameters:
-                if _matches({entry}, key):
-                    self.met.add(entry)
-                    self.more.add(key)
-            by_file = (check_target_module_exists(self.config, f"{name}.{part}") for part in names)
-            if isinstance(targets, set) and all(found is True for found in by_file):
-                self.more.add(key)
+    def _reaches(self, entries: Any, found: _Found, projection: str, option: str, how: Any) -> bool:
+        """Whether some names are those of a projection, or of its parts.
 
-    def finish(self) -> None:
+        Args:
+            how: all or any of the parts.
+
+        Raises:
+            ValueError: they are names of some experts.
+        """
+
+        def matches(key: str) -> bool:
+            if not isinstance(entries, str):
+                self.by_part.update(entry for entry in entries if _matches({entry}, key))
+            return _matches(entries, key)
+
+        if matches(f"{found.name}.{projection}"):
+            return True
+        reached = []
+        numbered = isinstance(entries, str) or any(re.search(r"\.\d+\.", entry) for entry in entries)
+        for part in found.parts_of(projection):
+            hit = matches(f"{found.name}.{part}")
+            if not hit and numbered:
+                each = [any(_matches(entries, one) for one in called) for called in found.of_each(part)]
+                if any(each) and not all(each) and isinstance(entries, str) and option == "target_modules":
+                    self.in_part.append(found)  # a pattern may be meant for layers of that number
+                elif any(each) and not all(each):
+                    raise ValueError(
+                        f"`{option}` names {sum(each)} of the {found.experts} experts of {found.name!r} ({part}). The "
+                        "experts of a layer are quantized together or not at all: name all of them, for instance "
+                        f"{found.name.rpartition('.')[2]!r}."
+                    )
+                hit = all(each)
+            reached.append(hit)
+        return bool(reached) and how(reached)
+
+    def _in_layers(self, entries: Any, key: str, *more: str) -> bool:
+        """Whether a module is in `layers_to_transform`, where names are not whole."""
+        if isinstance(entries, str) or any(entry in (key, *more) for entry in entries):
+            return True
+        plan = copy.copy(self.config)
+        plan.exclude_modules, plan.target_modules = None, {key.rpartition(".")[2]}
+        return check_target_module_exists(plan, key) is True
+
+    def add(self, found: _Found, meant: set[str]) -> None:
+        """Take note of the layers of one module that are meant, but not by their own names."""
+        if meant and len(meant) < len(found.projections):
+            self.in_part.append(found)
+        elif self.config.target_modules != ALL_LINEAR:
+            self.more |= {f"{found.name}.{projection}" for projection in meant}
+
+    def finish(self, model: nn.Module, adopted: set[str]) -> None:
         """Write it into the configuration.
+
+        Args:
+            adopted: names of the modules that become layers.
 
         Raises:
             ValueError: `target_parameters` names something else than experts.
@@ -193,14 +280,37 @@ class _Wanted:
                 f"`target_parameters` names {unknown[0]!r}, which is no projection of experts in this model (such as "
                 "'experts.gate_up_proj'). Linear layers are named in `target_modules`."
             )
+        for option, found in (("target_modules", self.in_part), ("exclude_modules", self.excluded_in_part)):
+            if found:
+                names, whole = (
+                    list(dict.fromkeys(one.name for one in found)),
+                    {p for of in (found[0].parts or {}).values() for p in of},
+                )
+                warnings.warn(
+                    f"`{option}` names a part of the experts of {_listed(names)} only, so all of them stay as they "
+                    f"are: they are quantized together. Name all of it ({', '.join(sorted(whole))}), or none.",
+                    stacklevel=2,
+                )
         if self.parameters:
             config.target_parameters = None  # PEFT would wrap them
-        if not self.more or config.target_modules == ALL_LINEAR:
+        if config.target_modules == ALL_LINEAR or not (self.more or self.by_part):
             return
-        if isinstance(config.target_modules, str):
-            config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, sorted(self.more))])
+        inside = tuple(f"{name}." for name in adopted)
+        modules = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+        if not isinstance(config.target_modules, str):
+            spent = {e for e in self.by_part if not any(_matches({e}, name) for name in modules)}
+            spent |= {e for e in config.target_modules or () if any(_matches({e}, name) for name in adopted)}
+            left = (set(config.target_modules or ()) - spent) | self.more
+            config.target_modules = left or config.target_modules  # where nothing is left, PEFT says so
+        elif any(_matches(config.target_modules, name) for name in adopted):
+            others = {n for n in modules if n not in adopted and _matches(config.target_modules, n)}
+            config.target_modules = others | self.more
         else:
-            config.target_modules = {*(config.target_modules or ()), *self.more}
+            config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, sorted(self.more))])
+
+
+def _listed(names: list[str]) -> str:
+    return f"{names[0]!r}" if len(names) == 1 else f"{len(names)} layers, e.g. {names[0]!r},"
 
 
 def _matches(entries: Any, key: str) -> bool:

@@ -19,6 +19,7 @@ from .fingerprint import codes_checksum, float_checksum
 from .frozen import FrozenWeight
 from .layer import MergingLayer
 from .plain import check_not_offloaded, check_plain
+from .targets import inside_experts
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,6 +110,12 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
     Args:
         loading: the weights are about to be loaded, all or a block at a time, and to be tied where the model says so.
     """
+    if single := sorted(inside_experts(model) & targets.keys()):
+        raise ValueError(
+            f"`target_modules` names {len(single)} layers of single experts of a quantized model, e.g. {single[0]!r}, "
+            "but the experts of a layer are trained together. Name all parts of them, or leave them out with "
+            r"`exclude_modules=r'.*\.experts\..*'`."
+        )
     owners = _owners(model)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) if loading else {}
     for name, module in targets.items():

@@ -54,16 +54,74 @@ def converted(**options: Any) -> set[str]:
         ({"target_modules": ["q_proj"], "target_parameters": PARAMETERS}, BOTH),
         ({"target_modules": r".*q_proj", "target_parameters": PARAMETERS}, BOTH),
         ({"target_parameters": PARAMETERS}, BOTH),
+        ({"target_modules": ["q_proj"], "target_parameters": PARAMETERS, "layers_to_transform": [0]}, ONE),
+        ({"target_modules": ["q_proj"], "target_parameters": PARAMETERS, "exclude_modules": ["experts"]}, set()),
+        ({"target_modules": ["q_proj", "experts"]}, BOTH),
+        ({"target_modules": ["layers.0.mlp.experts"]}, ONE),
+        ({"target_modules": r".*experts.*"}, BOTH),
+        ({"target_modules": r".*\.(q_proj|gate_proj|up_proj|down_proj)"}, BOTH),
+        ({"target_modules": r".*\.experts\.\d+\..*|.*q_proj"}, BOTH),
+        ({"exclude_modules": r".*\.experts\.\d+\..*"}, set()),
     ],
 )
 def test_experts_are_chosen(options: dict, expected: set[str]):
     assert converted(**options) == expected
 
 
+@pytest.mark.filterwarnings("error:.*no module of this model is called so")
+@pytest.mark.parametrize("targets", [["q_proj", *FILES], ["experts.gate_up_proj", "experts.down_proj"]])
+def test_names_of_experts_are_known(targets: list[str]):
+    assert converted(target_modules=targets) == BOTH
+
+
 @pytest.mark.filterwarnings("ignore:Most of the model")
-def test_a_part_of_the_experts_is_not_enough():
-    with pytest.warns(UserWarning, match=r"a part of the experts of 'model.layers.0.mlp.experts'.*gate_proj, up_proj"):
-        assert not converted(target_modules=["q_proj", "down_proj"])
+@pytest.mark.filterwarnings("error:.*no module of this model is called so")
+@pytest.mark.parametrize(
+    ("option", "options"),
+    [
+        ("target_modules", {"target_modules": ["q_proj", "down_proj"]}),
+        ("target_modules", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+        ("exclude_modules", {"exclude_modules": ["down_proj"]}),
+    ],
+)
+def test_a_part_of_the_experts_is_not_enough(option: str, options: dict):
+    said = rf"`{option}` names a part of the experts of 2 layers, e.g. '{FIRST}'.*gate_proj, up_proj"
+    with pytest.warns(UserWarning, match=said):
+        assert not converted(**options)
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
+def test_single_experts_are_refused(option: str):
+    with pytest.raises(ValueError, match=rf"`{option}` names 1 of the 5 experts of '{FIRST}' \(up_proj\)"):
+        converted(**{option: ["q_proj", "experts.3.up_proj"]})
+
+
+def test_names_in_files_of_another_name():
+    """Files of Mixtral call the module otherwise."""
+    model = ARCHITECTURES["Mixtral"].build()
+    config = LRQATConfig(r=1, group_size=8, range_method="minmax", exclude_modules=r".*block_sparse_moe\.experts\..*")
+    with pytest.warns(UserWarning, match="Most of the model stays float"):
+        get_peft_model(model, config)
+    assert not any(isinstance(module, Experts) for module in model.modules())
+
+
+def test_single_experts_of_a_merged_model_are_refused():
+    model = on_experts(copy.deepcopy(MODEL)).merge_and_unload()
+    before = logits(model, IDS)
+    with (
+        pytest.warns(UserWarning, match="`target_modules` names a part of the experts"),
+        pytest.raises(ValueError, match=r"names 10 layers of single experts.*trained together"),
+    ):
+        get_peft_model(model, LRQATConfig(r=1, target_modules=r".*\.(q|down)_proj"))
+    assert torch.equal(logits(model, IDS), before)
+
+
+@pytest.mark.filterwarnings("ignore:Most of the model")
+def test_parts_that_other_layers_are_called_too_and_that_stay_float():
+    """Nothing may be said of "gate_proj", which the shared experts are called, but of the experts."""
+    model = ARCHITECTURES["DeepSeek-V3"].build()
+    with pytest.warns(UserWarning, match=r"The experts of 'model.layers.1.mlp.experts' stay as they are"):
+        get_peft_model(model, LowBitSRConfig(group_size=8, target_modules=FILES))
 
 
 def test_what_the_model_says_afterwards(caplog: pytest.LogCaptureFixture):
