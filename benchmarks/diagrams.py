@@ -86,33 +86,33 @@ class Drawing:
 
 def how_it_works() -> str:
     """One weight on its way: base and adapter, rounded, to the integer of the file."""
-    draw = Drawing(960, 420, "LR-QAT: the adapter is added before the rounding, and the integers are what is saved")
-    draw.box(10, 20, 200, 100, "frozen", "*base", "frozen, 1 byte a weight", "or packed, bits / 8", "2.41 steps")
-    draw.box(10, 160, 200, 100, "trained", "*adapter  c · B A", "trained, rank 32", "in grid steps", "+ 0.22 steps")
-    draw.sign(270, 140, "+")
-    draw.arrow((210, 70), (270, 70), (270, 126))
-    draw.arrow((210, 210), (270, 210), (270, 154))
-    draw.box(320, 90, 150, 100, "step", "*round, clip", "in every forward", "2.63 → 3")
-    draw.arrow((286, 140), (318, 140))
-    draw.box(520, 90, 170, 100, "kept", "*integers", "-8 ... 7 at 4 bits", "3")
-    draw.arrow((470, 140), (518, 140))
-    draw.box(520, 230, 170, 100, "trained", "*scales", "trained; rounded to", "what the file stores", "0.021")
-    draw.box(780, 90, 170, 100, "step", "*weight", "for one layer at a time", "3 × 0.021 = 0.063")
-    draw.arrow((690, 140), (778, 140))
-    draw.arrow((690, 280), (734, 280), (734, 154))
-    draw.sign(734, 140, "×")
-    draw.box(780, 20, 170, 40, "step", "y = x Wᵀ + bias")
-    draw.arrow((865, 90), (865, 62))
-    draw.box(300, 230, 170, 100, "kept", "*the file", "these integers, these", "scales: nothing is", "rounded again")
-    draw.arrow((605, 190), (605, 210), (385, 210), (385, 228))
-    draw.arrow((520, 280), (472, 280))
+    draw = Drawing(830, 430, "LR-QAT: the adapter is added before the rounding, and the integers are what is saved")
+    draw.box(10, 20, 180, 100, "frozen", "*base", "frozen, 1 byte a weight", "or packed, bits / 8", "2.41 steps")
+    draw.box(10, 160, 180, 100, "trained", "*adapter  c · B A", "trained, rank 32", "in grid steps", "+ 0.22 steps")
+    draw.sign(230, 140, "+")
+    draw.arrow((190, 70), (230, 70), (230, 126))
+    draw.arrow((190, 210), (230, 210), (230, 154))
+    draw.box(270, 90, 130, 100, "step", "*round, clip", "in every forward", "2.63 → 3")
+    draw.arrow((246, 140), (268, 140))
+    draw.box(435, 90, 150, 100, "kept", "*integers", "-8 ... 7 at 4 bits", "3")
+    draw.arrow((400, 140), (433, 140))
+    draw.box(435, 230, 150, 100, "trained", "*scales", "trained; rounded to", "what the file stores", "0.021")
+    draw.box(650, 90, 170, 100, "step", "*weight", "for one layer at a time", "3 × 0.021 = 0.063")
+    draw.arrow((585, 140), (648, 140))
+    draw.arrow((585, 280), (615, 280), (615, 154))
+    draw.sign(615, 140, "×")
+    draw.box(650, 20, 170, 40, "step", "y = x Wᵀ + bias")
+    draw.arrow((735, 90), (735, 62))
+    draw.box(240, 230, 160, 100, "kept", "*the file", "these integers, these", "scales: nothing is", "rounded again")
+    draw.arrow((510, 190), (510, 210), (320, 210), (320, 228))
+    draw.arrow((435, 280), (402, 280))
     draw.box(
-        10, 350, 680, 60, "question",
-        "backward: rounding passes the gradient straight through to B and A, and to the scales;",
-        "a weight that is clipped gives none to B and A",
+        10, 355, 575, 65, "question",
+        "backward: rounding passes the gradient straight through to B and A,",
+        "and to the scales; a weight that is clipped gives none to B and A",
     )  # fmt: skip
     for number, (kind, words) in enumerate((("frozen", "frozen"), ("trained", "trained"), ("kept", "saved"))):
-        draw.box(780, 290 + 42 * number, 170, 34, kind, words)
+        draw.box(650, 302 + 42 * number, 170, 34, kind, words)
     return draw.svg()
 
 
@@ -165,7 +165,7 @@ def choose() -> str:
              f"8 bits: perplexity {known['sr']:.2f}, full fine-tuning in float {known['full']:.2f}"),
         ),
         (
-            ("Is the model quantized?", "(GPTQ, AWQ, compressed-tensors)"),
+            ("Is the model quantized?", "(GPTQ, AWQ,", "compressed-tensors)"),
             ("*LR-QAT on the grid that it has", "`load_quantized(name), LRQATConfig()`",
              "the first step is the loaded model, bit for bit"),
         ),
@@ -187,24 +187,21 @@ def choose() -> str:
         (
             ("Must a chat model stay", "what it is?"),
             ("*LR-QAT with the float model as teacher", "`callbacks=[Distillation(name)]`",
-             f"the float model's next token: {known['agree']['LR-QAT, KL']} of places, "
-             f"without {known['agree']['LR-QAT']}"),
+             f"same next token as in float: {known['agree']['LR-QAT, KL']}, without {known['agree']['LR-QAT']}"),
         ),
     ]  # fmt: skip
     height, gap = 84, 26
-    draw = Drawing(900, (len(steps) + 1) * (height + gap), "Which method to choose")
-    for number, (question, leaf) in enumerate(steps):
+    draw = Drawing(780, (len(steps) + 1) * (height + gap), "Which method to choose")
+    last = (("None of these",), ("*LR-QAT as it comes", "`LRQATConfig(bits=4, group_size=64)`",
+                                 f"recovers {known['plain'][4]} at 4 bits, {known['plain'][3]} at 3"))  # fmt: skip
+    for number, (question, leaf) in enumerate([*steps, last]):
         y = 10 + number * (height + gap)
-        draw.box(10, y, 290, height, "question", *question)
-        draw.box(400, y, 490, height, "kept", *leaf)
-        draw.arrow((300, y + height // 2), (398, y + height // 2))
-        draw.sign(346, y + height // 2, "yes", 44)
-        draw.arrow((155, y + height), (155, y + height + gap - 2))
-    y = 10 + len(steps) * (height + gap)
-    draw.box(10, y, 290, height, "question", "None of these")
-    draw.arrow((300, y + height // 2), (398, y + height // 2))
-    draw.box(400, y, 490, height, "kept", "*LR-QAT as it comes", "`LRQATConfig(bits=4, group_size=64)`",
-             f"recovers {known['plain'][4]} at 4 bits, {known['plain'][3]} at 3")  # fmt: skip
+        draw.box(10, y, 250, height, "question", *question)
+        draw.box(340, y, 430, height, "kept", *leaf)
+        draw.arrow((260, y + height // 2), (338, y + height // 2))
+        if number < len(steps):
+            draw.sign(296, y + height // 2, "yes", 44)
+            draw.arrow((135, y + height), (135, y + height + gap - 2))
     return draw.svg()
 
 

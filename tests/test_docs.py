@@ -98,7 +98,8 @@ def test_a_pages_python_runs(page: str, folders: Path, tmp_path: Path, monkeypat
         if "import preprocess_" in block:
             given["model"] = _float_model(folders)
         # as README says of machines without a GPU
-        exec(compile(re.sub(r'Config\("(adapter[\w-]*)"', r'Config("\1", use_cpu=True', block), page, "exec"), given)
+        block = re.sub(r'Config\((\s*)"(adapter[\w-]*)"', r'Config(\1"\2", use_cpu=True', block)
+        exec(compile(block, page, "exec"), given)
     if page == "docs/guides/best-accuracy.md":
         assert PeftConfig.from_pretrained("adapter").base_model_name_or_path == "base"
     assert pushed == re.findall(r'push_to_hub\("(.*?)"\)', "".join(snippets(page)))
