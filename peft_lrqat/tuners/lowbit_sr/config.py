@@ -51,8 +51,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             8. Default: `None`, that of the grid; with rounded inputs it becomes 8 where a scale serves a channel or the
             tensor, and the grid has 5 bits or more or `act_scale` is "static".
         range_method (str | None): Where the first scales come from. "absmean": the mean magnitude lies on the highest
-            level (DQT, BitNet). "minmax": every weight is covered. "lp": the least sum of |rounding error| **
-            `range_p`. Default: `"minmax"` at 8 bits; "absmean" for ternary; "lp" between.
+            level (DQT, BitNet). "minmax": every weight is covered. "lp": the least sum of rounding errors to the power
+            of `range_p`. Default: `"minmax"` at 8 bits; "absmean" for ternary; "lp" between.
         range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
         headroom (float): A factor on the first scales, 1 or more, that leaves weights room to grow and makes the grid
             as much coarser. From scratch 4 bits may take 1.5, and 8 bits without `grow_scales` 2 to 4. For fine-tuning

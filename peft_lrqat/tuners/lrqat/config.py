@@ -79,8 +79,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         downcast (str | None): How the frozen base is kept, in grid steps. "fx8": 8-bit fixed point, 1 byte a weight.
             "int": the rounded codes, `bits` / 8 bytes. "bf16", "fp16": 2 bytes. "fp32": 4 bytes. Default: `"fx8"`;
             "int" at 8 bits and on a quantized base.
-        range_method (str): Where the first scales come from. "lp": the scale with the least sum of |rounding error| **
-            `range_p`. "minmax": the one that covers every weight. Default: `"lp"`.
+        range_method (str): Where the first scales come from. "lp": the scale with the least sum of rounding errors to
+            the power of `range_p`. "minmax": the one that covers every weight. Default: `"lp"`.
         range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
         learn_scales (bool | str): Whether scales are trained, as relative changes. True: each by itself. False: none.
             "channel": all groups of an output channel by one factor, which makes the backward cheaper (from 4 bits on,
