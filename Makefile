@@ -53,6 +53,7 @@ style: $(STAMP) ## Format, and repair what the linter can
 pages: $(STAMP) ## Write anew what pages take from code and from benchmarks/results
 	$(BIN)/python -m tests.pages
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/diagrams.py
 
 docs: $(STAMP) ## Build the documentation into site/ (ARGS="serve": show it on http://127.0.0.1:8000 while you write)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict --quiet)
