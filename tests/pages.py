@@ -83,8 +83,8 @@ def _default(option: Any) -> str:
 
 
 def _text(help: str) -> str:
-    """A help text as a paragraph, without what is markup to a table."""
-    return re.sub(r"[ \n]+", " ", inspect.cleandoc(help)).replace("|", "\\|").strip()
+    """A help text as a paragraph, in which nothing is markup."""
+    return re.sub(r"([|[*<])", r"\\\1", re.sub(r"[ \n]+", " ", inspect.cleandoc(help))).strip()
 
 
 if __name__ == "__main__":
