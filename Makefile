@@ -56,7 +56,7 @@ pages: $(STAMP) ## Write anew what pages take from code and from benchmarks/resu
 	$(BIN)/python benchmarks/diagrams.py
 
 docs: $(STAMP) ## Build the documentation into site/ (ARGS="serve": show it on http://127.0.0.1:8000 while you write)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict --quiet)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict)
 
 venv: $(STAMP) ## Only make .venv
 
