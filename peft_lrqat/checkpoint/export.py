@@ -113,8 +113,8 @@ def export(
             (llama.cpp's name of the pre-tokenizer, None), `vocabulary` (False leaves the tokenizer out).
 
     Returns:
-        A `Report`: where and what was written, how many layers and bytes, and the loss (None: every value is as
-        trained).
+        Report: where and what was written, how many layers and bytes, and the loss, which is None where every value is
+            as trained.
 
     Raises:
         ValueError: the model cannot be written exactly in this format (see `can_export`), or an option is wrong.

@@ -61,9 +61,9 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
         **kwargs (Any): as for `from_pretrained` (`dtype`, `device_map`, `revision`, `trust_remote_code` ...).
 
     Returns:
-        The model. Its quantized layers are `QuantizedLinear`s (with rounded inputs: `Int8Linear` or `BitNetLinear`).
-        `save_pretrained` writes compressed-tensors (or BitNet's format). With `output_loading_info=True`: the model and
-        transformers' dictionary.
+        The model. Its quantized layers are `QuantizedLinear`s, or `Int8Linear` and `BitNetLinear` where inputs are
+        rounded. `save_pretrained` writes compressed-tensors (or BitNet's format). With `output_loading_info=True`, a
+        pair of the model and transformers' dictionary.
 
     Raises:
         ValueError: the checkpoint is not quantized, or in a way that has no exact counterpart, or it is incomplete or
