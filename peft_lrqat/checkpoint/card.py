@@ -16,6 +16,7 @@ from ..files import write_atomically
 from ..formats.usage import how_to_load
 from ..modules.kv_cache import rounding_of
 from ..modules.packed import MERGED
+from .serving import Serving, serving
 
 
 def attach_card(model: nn.Module, text: str) -> None:
@@ -56,8 +57,8 @@ def merged_card(
         rows: more rows of the table: name -> Markdown.
         datasets: repositories of the Hub that the model was trained on.
     """
-    record, cache = config.record(), rounding_of(model)
-    quantized = [m for m in model.modules() if isinstance(m, MERGED)]
+    record = config.record()
+    quantized: list[Any] = [m for m in model.modules() if isinstance(m, MERGED)]
     weights = sum(m.in_features * m.out_features for m in quantized)
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
     described = getattr(model.config, "quantization_config", None) or {}
@@ -74,7 +75,7 @@ def merged_card(
         total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         scale_dtype=record.scale_dtype,
         recipe=record.recipe,
-        usage=how_to_load() if cache is None else f"{how_to_load()}\n\n{cache.serving()}",
+        usage=usage(how_to_load(), merged_serving(model, config.export_format)),
         rows=rows or {},
         datasets=datasets,
         pipeline="text-generation" if type(model).__name__.endswith("ForCausalLM") else None,
@@ -94,6 +95,31 @@ def base_name(origin: str) -> tuple[str, bool]:
 def table(rows: Mapping[str, str]) -> str:
     """A Markdown table of two columns without headings."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def merged_serving(model: nn.Module, format: str | None) -> Serving:
+    """How to serve what `save_pretrained` writes of a merged model.
+
+    Args:
+        format: of what is written.
+    """
+    quantized: list[Any] = [m for m in model.modules() if isinstance(m, MERGED)]
+    infos = [m.info for m in quantized]
+    layers = [(info.grid, info.container_bits, info.activations) for info in infos if info.kind == "linear"]
+    return serving(format, layers, rounding_of(model))
+
+
+def usage(in_python: str, served: Serving, in_vllm: bool = True) -> str:
+    """A card's section on loading, in Markdown.
+
+    Args:
+        in_python: its first part.
+        in_vllm: whether vLLM serves the format.
+    """
+    parts = [in_python]
+    if in_vllm and served.options is not None:
+        parts.append(f"```bash\n{' '.join(filter(None, ('vllm serve path/or/repo', served.options)))}\n```")
+    return "\n\n".join([*parts, *served.notes])
 
 
 def card_text(

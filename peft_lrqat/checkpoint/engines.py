@@ -15,6 +15,8 @@ from ..formats.compressed_tensors import multiplies_int8
 from ..formats.source import LayerInfo
 from ..ops.kv_cache import CacheRounding
 
+_VLLM_STEPS = "its largest activation has 127 steps, not the 127.5 of training (`act_rule='vllm'` trains 127)"
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -127,33 +129,52 @@ def _compressed_tensors(infos: Collection[LayerInfo], bits: int, file_group: int
     dense = bits in (3, 5, 6, 7)
     needs = "compressed-tensors 0.18 or later, which packs these widths densely" if dense else ""
     rounded = [info for info in infos if info.activations is not None]
-    if any(info.activations.rule != compressed_tensors.NAME for info in rounded if info.activations):
+    plain = [info for info in infos if info.activations is None]
+    if not all(map(_rounds_as_transformers, rounded)):
         needs = "it rounds activations otherwise than they were trained (`act_rule='vllm'`)" + (needs and f"; {needs}")
-    found = [Engine("transformers + compressed-tensors", not problem, problem or needs)]
-    if rounded:
-        return found + _with_rounded_inputs(rounded)
+    verdicts = [_with_rounded_inputs(rounded)] if rounded else []
+    verdicts += [_with_float_inputs(plain, file_group)] if plain or not rounded else []
+    vllm = [_both(*pair) for pair in zip(*verdicts, strict=True)]
+    return [Engine("transformers + compressed-tensors", not problem, problem or needs), *vllm]
+
+
+def _rounds_as_transformers(info: LayerInfo) -> bool:
+    return info.activations is not None and info.activations.rule == compressed_tensors.NAME
+
+
+def _both(one: Engine, *others: Engine) -> Engine:
+    """The verdict on a checkpoint that has layers of several kinds: what stands in the way of any, or what to know."""
+    found = [one, *others]
+    loads = all(each.loads for each in found)
+    reasons = dict.fromkeys(each.why for each in found if each.why and each.loads == loads)
+    return Engine(one.name, loads, "; ".join(reasons), run=all(each.run for each in found))
+
+
+def _with_float_inputs(infos: list[LayerInfo], file_group: int) -> list[Engine]:
+    widths = sorted({info.container_bits for info in infos})
     odd = [info for info in infos if info.kind == "linear" and (info.in_features % 32 or info.out_features % 32)]
     why = ""
-    if bits != 4:
-        why = f"no kernel for {bits}-bit weights with float activations; write them with container_bits=4"
-        why = why if bits < 4 else f"no kernel for {bits}-bit weights with float activations"
+    if wrong := [bits for bits in widths if bits != 4]:
+        why = f"no kernel for {wrong[0]}-bit weights with float activations"
+        why += "; write them with container_bits=4" if wrong[0] < 4 else ""
     elif odd:
         why = f"a layer is {odd[0].out_features} x {odd[0].in_features}; both must divide by 32"
     elif file_group > 0 and file_group % 2:
         why = f"groups of {file_group}; an even number is needed"
-    found.append(Engine("vLLM on a CPU", not why, why))
-    gpu = bits in (4, 8)
-    why = "" if gpu else f"{bits}-bit weights need an optional kernel package, or container_bits=4"
-    return [*found, Engine("vLLM on a GPU", gpu, why, run=False)]
+    others = [bits for bits in widths if bits not in (4, 8)]
+    gpu = f"{others[0]}-bit weights need an optional kernel package, or container_bits=4" if others else ""
+    return [Engine("vLLM on a CPU", not why, why), Engine("vLLM on a GPU", not gpu, gpu, run=False)]
 
 
 def _with_rounded_inputs(rounded: list[LayerInfo]) -> list[Engine]:
+    fixed = any(info.activations.static for info in rounded if info.activations)
+    steps = _VLLM_STEPS if any(map(_rounds_as_transformers, rounded)) and not fixed else ""
     if all(multiplies_int8(info.grid, info.container_bits, info.activations) for info in rounded):
-        fixed = any(info.activations.static for info in rounded if info.activations)
-        largest = "of layers that it fuses (q, k and v) it takes the largest fixed scale" if fixed else ""
-        return [Engine("vLLM on a CPU", True, largest), Engine("vLLM on a GPU", True, largest, run=False)]
+        why = "of layers that it fuses (q, k and v) it takes the largest fixed scale" if fixed else steps
+        return [Engine("vLLM on a CPU", True, why), Engine("vLLM on a GPU", True, why, run=False)]
     why = "it leaves the activations of packed weights float; write them with container_bits=8, per channel"
     gpu = "with the package humming-kernels, and --linear-backend humming: other kernels leave activations float"
+    gpu = "; ".join(filter(None, (gpu, steps)))
     return [Engine("vLLM on a CPU", False, why), Engine("vLLM on a GPU", True, gpu, run=False)]
 
 

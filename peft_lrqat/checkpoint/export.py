@@ -18,13 +18,14 @@ from ..formats.shards import parse_size
 from ..formats.source import Source
 from ..formats.writer import Settings, Writer, Written, make_options
 from . import compare
-from .card import card_text
+from .card import card_text, usage
 from .code import copy_code
 from .findings import Check, Report
 from .folder import FolderSource
 from .hub import repository
 from .open import open_source
 from .places import check_apart, fetched_apart
+from .serving import Serving, stored_serving
 from .verify_gguf import differences, float_differences, gguf_file
 
 _TOKENIZER_FILES = (
@@ -149,9 +150,17 @@ def export(
             check_written(source, folder, progress)
         if chosen.tokenizer_files:
             save_tokenizer(settings.tokenizer, folder)
-        report = _report(chosen, source, written, folder, out, check)
-        write_atomically(folder / "README.md", _card(chosen, source, report))
+        served = _serving(source, folder)
+        report = _report(chosen, source, written, folder, out, check, served.notes)
+        write_atomically(folder / "README.md", _card(chosen, source, report, served))
     return report
+
+
+def _serving(source: Source, folder: Path) -> Serving:
+    """How to serve what was written."""
+    if gguf_file(folder) is not None:
+        return Serving()  # its writer's notes say it
+    return stored_serving(FolderSource(folder, source.config))
 
 
 def _settings(
@@ -230,7 +239,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     copy_code(Path(tokenizer), folder)
 
 
-def _report(chosen: Writer, source: Source, written: Written, folder: Path, out: Path, check: Check) -> Report:
+def _report(
+    chosen: Writer, source: Source, written: Written, folder: Path, out: Path, check: Check, notes: tuple[str, ...]
+) -> Report:
     infos = source.grids()
     packed = [info for name, info in infos.items() if name not in written.dense]
     return Report(
@@ -244,12 +255,12 @@ def _report(chosen: Writer, source: Source, written: Written, folder: Path, out:
         sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         tuple(written.dense),
         written.loss,
-        tuple(written.notes),
+        (*written.notes, *notes),
         tuple(dict.fromkeys(p.reason for p in check.problems if p.layer is None)),
     )
 
 
-def _card(chosen: Writer, source: Source, report: Report) -> str:
+def _card(chosen: Writer, source: Source, report: Report, served: Serving) -> str:
     infos = list(source.grids().values())
     bits = infos[0].grid.bits
     lost = [*([str(report.loss)] if report.loss else []), *report.inexact]
@@ -266,6 +277,6 @@ def _card(chosen: Writer, source: Source, report: Report) -> str:
         total_bytes=report.total_bytes,
         scale_dtype=source.scale_dtype,
         recipe=source.recipe,
-        usage=chosen.usage,
+        usage=usage(chosen.usage, served, chosen.in_vllm),
         **exact,
     )

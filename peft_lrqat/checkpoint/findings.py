@@ -179,6 +179,7 @@ class Verification:
             None if something is missing, or it was not to be loaded.
         missing: packages that were not found.
         skipped: why the engine was not compared although it is installed, or nothing. Not a comparison that passed.
+        notes: what engines that are not run here do otherwise, and how to start them.
     """
 
     checkpoint: str = ""
@@ -186,6 +187,7 @@ class Verification:
     engine: str | None = None
     missing: list[str] = field(default_factory=list)
     skipped: str = ""
+    notes: tuple[str, ...] = ()
     findings: list[Finding] = field(default_factory=list)
 
     def __bool__(self) -> bool:

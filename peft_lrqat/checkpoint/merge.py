@@ -9,6 +9,7 @@ from typing import Any
 from ..files import new_folder
 from ..formats.shards import parse_size
 from ..formats.source import LayerInfo
+from .card import merged_serving
 from .export import check_written, save_tokenizer, tokenizer_of
 from .findings import Report
 from .folder import FolderSource
@@ -82,4 +83,5 @@ def _report(model: Any, layers: dict[str, LayerInfo], folder: Path, out: Path) -
         layer_bytes,
         size,
         tuple(name for name in layers if name not in packed) if packed else (),
+        notes=merged_serving(model, format).notes,
     )

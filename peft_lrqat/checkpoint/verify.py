@@ -26,6 +26,7 @@ from .hub import called, fetched
 from .load import load_quantized
 from .model_source import ModelSource
 from .open import open_source
+from .serving import stored_serving
 from .verify_gguf import gguf_file, verify_file
 
 #: Format -> packages that transformers needs to load it.
@@ -72,6 +73,7 @@ def verify(
     found = Verification(
         f"{called(folder) or folder} ({checkpoint.format})", "the integers and scales of its own files"
     )
+    found.notes = stored_serving(checkpoint).notes
     if against is not None:
         progress("integers and scales")
         source = open_source(against, trust_remote_code)

@@ -153,3 +153,5 @@ def verification(found: Verification) -> None:
     for finding in found.findings:
         mark = "[green]equal    [/]" if finding.equal else "[red]NOT EQUAL[/]"
         _print(f"{mark} {finding.what}: {escape(one_line(finding.detail))}")
+    for note in found.notes:
+        _print(f"note: {note}", markup=False)

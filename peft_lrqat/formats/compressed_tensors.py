@@ -469,6 +469,7 @@ class CompressedTensorsWriter(SafetensorsWriter):
 
     name = NAME
     usage = how_to_load('"compressed-tensors>=0.18"')
+    in_vllm = True
 
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         packed, found = self.packed(source), no_linear(source, "compressed-tensors")

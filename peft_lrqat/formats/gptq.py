@@ -202,6 +202,7 @@ class GPTQWriter(SafetensorsWriter):
 
     name = NAME
     usage = how_to_load("gptqmodel", "from gptqmodel import GPTQModel\nmodel = GPTQModel.load")
+    in_vllm = True
 
     @dataclass(frozen=True)
     class Options:

@@ -72,8 +72,6 @@ class SafetensorsWriter(Writer):
         self.finish(shards, folder, source, plan)
         shards.close()
         written.loss = loss if loss.layers else None
-        if source.cache is not None and (source.cache.rule == "vllm" or self.name == "compressed-tensors"):
-            written.notes.append(source.cache.serving())
         return written
 
     def finish(self, shards: ShardWriter, folder: Path, source: Source, plan: Plan) -> None:

@@ -99,6 +99,7 @@ class TorchAOWriter(SafetensorsWriter):
     name = NAME
     needs = {"torchao": "torchao"}  # noqa: RUF012  # a ClassVar, annotated in the base
     usage = how_to_load("torchao")
+    in_vllm = True
 
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
         packed = self.packed(source)

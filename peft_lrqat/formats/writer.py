@@ -110,12 +110,14 @@ class Writer(ABC):
         Options: a dataclass of the format's own options; its fields' metadata have "help".
         tokenizer_files: whether `export` puts the tokenizer's files beside the checkpoint; if not, the writer saves it.
         usage: Markdown for the model card: how to load the result.
+        in_vllm: whether vLLM serves the format.
     """
 
     name: ClassVar[str]
     needs: ClassVar[dict[str, str]] = {}
     tokenizer_files: ClassVar[bool] = True
     usage: ClassVar[str] = ""
+    in_vllm: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options:

@@ -60,18 +60,6 @@ class CacheRounding:
         """Say it in a few words, for messages."""
         return f"{self.bits} bits per token and head, by the rule of {self.rule}"
 
-    def serving(self) -> str:
-        """Say in a sentence what engines do with a checkpoint that was trained so."""
-        if self.rule == "transformers":
-            return (
-                "transformers rounds the KV cache as it was trained; vLLM refuses the checkpoint, because it knows no "
-                "KV cache of integers in config.json."
-            )
-        return (
-            f"Start vLLM with --kv-cache-dtype int{self.bits}_per_token_head, which rounds the KV cache as it was "
-            "trained; transformers alone keeps it in floats, and peft_lrqat.load_quantized rounds it."
-        )
-
     def entry(self) -> dict[str, Any]:
         """Return what config.json says about it."""
         return {"bits": self.bits, "rule": self.rule, "group_size": self.group_size}

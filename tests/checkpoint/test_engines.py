@@ -16,8 +16,12 @@ from peft_lrqat.ops.activations import Activations
 INT8 = Activations("compressed-tensors")
 
 
+def linear(bits: int, group: int, act: Activations | None = None, size: int = 64) -> LayerInfo:
+    return LayerInfo(size, size, Grid(bits, group), "linear", False, torch.bfloat16, bits, act)
+
+
 def verdicts(format: str, bits: int, group: int, act: Activations | None = None, size: int = 64) -> dict[str, bool]:
-    info = LayerInfo(size, size, Grid(bits, group), "linear", False, torch.bfloat16, bits, act)
+    info = linear(bits, group, act, size)
     return {engine.name: engine.loads for engine in engines(format, [info], bits, group or -1)}
 
 
@@ -75,4 +79,14 @@ def test_int8_activations_and_odd_layers():
         found = verdicts("compressed-tensors", bits, group, how)
         assert found == {"transformers + compressed-tensors": True, "vLLM on a CPU": False, "vLLM on a GPU": True}
     assert not verdicts("compressed-tensors", 4, -1, size=40)["vLLM on a CPU"]
+    steps = [e.why for e in engines("compressed-tensors", [linear(8, -1, INT8)], 8, -1) if "vLLM" in e.name]
+    assert all("not the 127.5 of training" in why for why in steps)
+
+
+def test_layers_with_float_activations_beside_others_count_too():
+    """8-bit weights with float activations have no kernel in vLLM's CPU build, whatever stands beside them."""
+    found = engines("compressed-tensors", [linear(8, -1, Activations("vllm")), linear(8, -1)], 8, -1)
+    cpu = next(engine for engine in found if engine.name == "vLLM on a CPU")
+    assert (cpu.loads, cpu.why) == (False, "no kernel for 8-bit weights with float activations")
+    assert next(engine for engine in found if engine.name == "vLLM on a GPU").loads
     assert verdicts("a format of somebody else", 4, 32) == {}

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_inc
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...checkpoint.card import attach_card, merged_card
+from ...checkpoint.card import attach_card, merged_card, merged_serving
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
@@ -37,7 +37,7 @@ from .preflight import (
 from .progress import conversion_bar
 from .runs import Run, facts_of, remember_run
 from .scale_range import warn_of_lost_scales
-from .summary import report
+from .summary import report, say_how_to_serve
 from .targets import inside_experts, left_out, routers, tell_left_out, warn_of_unknown_names
 from .undo import Undo
 
@@ -440,6 +440,7 @@ class QuantizingModel(LoraModel):
             if any(isinstance(module, MERGED) for module in model.modules()):
                 describe(model, config.record())
             attach_card(model, merged_card(model, config, *facts_of(self.runs, merged)))
+            say_how_to_serve(config, merged_serving(model, config.export_format))
         return model
 
 

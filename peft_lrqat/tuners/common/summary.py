@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ...checkpoint.serving import Serving, serving
 from ...modules.experts import Experts
 from ...modules.kv_cache import rounding_of
 from ...modules.packed import MERGED
@@ -122,14 +123,28 @@ def report(model: nn.Module, config: Any) -> None:
     summary = summarize(model, config.grid.describe())
     loaded = config._adapter_shapes is not None
     _LOGGER.log(logging.DEBUG if loaded else logging.INFO, "%s: %s", config.method, summary)
-    if (cache := rounding_of(model)) is not None and not loaded:
-        _LOGGER.info("%s: the KV cache has %s. %s", config.method, cache.describe(), cache.serving())
+    if not loaded:
+        layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MergingLayer)]
+        stored = [(config.stored_grid, config.stored_bits, config.activations_of(layer.name)) for layer in layers]
+        cache = rounding_of(model)
+        rounded = "" if cache is None else f"the KV cache has {cache.describe()}."
+        say_how_to_serve(config, serving(config.export_format, stored, cache), rounded)
     if summary.mostly_float and not loaded:
         warnings.warn(
             f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "
             "layers and, with LRQATConfig, the experts of mixtures. Other weights (of convolutions) stay float.",
             stacklevel=2,
         )
+
+
+def say_how_to_serve(config: Any, served: Serving, before: str = "") -> None:
+    """Say what engines do with rounded activations and a rounded KV cache, where there are any.
+
+    Args:
+        before: a sentence, or nothing.
+    """
+    if served.notes:
+        _LOGGER.info("%s: %s", config.method, " ".join(filter(None, (before, *served.notes))))
 
 
 def _stored_bytes(parameter: Any) -> int:
