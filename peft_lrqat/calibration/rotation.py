@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from ..chunks import row_chunks
 from ..modules.packed import MERGED
 from ..tuners.common.frozen import FrozenWeight
+from .modes import in_eval
 from .residual_stream import Change, Unit, changes_of, tied, units
 
 logger = logging.getLogger("peft_lrqat")
@@ -171,7 +172,7 @@ def _outputs(
     outputs: dict[int, torch.Tensor] = {}
     inside = {id(module) for unit in found for module in unit.module.modules()}
     with contextlib.ExitStack() as everything:
-        for context in (_plain_arithmetic(ids.device.type), _plain_kernels(model), _in_eval(model)):
+        for context in (_plain_arithmetic(ids.device.type), _plain_kernels(model), in_eval(model)):
             everything.enter_context(context)
         others = [module for module in model.modules() if id(module) not in inside]
         everything.enter_context(_stand_ins([(m, key, None) for m in others for key in m._parameters], device))
@@ -297,14 +298,3 @@ def _plain_kernels(model: Any) -> Iterator[None]:
     finally:
         for kind, name in special.items():
             getattr(model, f"set_{kind}_implementation")(name)
-
-
-@contextlib.contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..tuners.common.layer import MergingLayer
+from .modes import in_eval
 
 
 @torch.no_grad()
@@ -42,18 +43,16 @@ def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Map
             "The model has no single active, unmerged adapter with fixed scales of activations. Make one with "
             "`act_scale='static'`, or leave the calibration out."
         )
-    mode = model.training
-    model.eval()
     try:
         for layer in layers.values():
             layer._observed = torch.zeros((), device=layer.frozen.device)
-        for batch in batches:
-            here = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-            device = next(iter(layers.values())).frozen.device
-            model(**{name: value.to(device) if hasattr(value, "to") else value for name, value in here.items()})
+        with in_eval(model):
+            for batch in batches:
+                here = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+                device = next(iter(layers.values())).frozen.device
+                model(**{name: value.to(device) if hasattr(value, "to") else value for name, value in here.items()})
         largest = {name: layer._observed for name, layer in layers.items()}
     finally:
-        model.train(mode)
         for layer in layers.values():
             layer._observed = None
     for name, value in largest.items():

@@ -70,6 +70,9 @@ class ModelSource(Source):
             if getattr(base.config, "quantization_config", None) is not None:
                 hint = " It was loaded from a quantized checkpoint; give that checkpoint's folder instead."
             raise ValueError(f"The model ({type(base).__name__}) has no layer of this package's merged kinds.{hint}")
+        for module in self._quantized.values():
+            if _is_adapted(module):
+                module.check_input_scale()
         self._options = adapter
         self._describe(base, adapter)
         self._files = module_names(base, self._quantized)

@@ -31,6 +31,9 @@ _WRITES = re.compile(r"\b\w*past\w*\.update\(")
 # By what compressed-tensors (0.18 to 0.20) knows the layers whose cache it rounds; see `_known_to_transformers`.
 _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 
+# What attention with one vector for all heads has: DeepSeek V2 and V3 and those built after them; DeepSeek V4.
+_LATENT = ("kv_lora_rank", "kv_b_proj", "compressor")
+
 _WITHOUT = "Leave `kv_bits` out."
 
 
@@ -190,10 +193,10 @@ def _parameter_of(forward: Any) -> tuple[str, int] | None:
 def _check_layer(name: str, layer: Any, bits: int, rule: str) -> None:
     """Raise ValueError if the cache of an attention layer cannot be rounded so."""
     kind = type(layer).__name__
-    if hasattr(layer, "kv_lora_rank") or hasattr(layer, "kv_b_proj"):
+    if any(hasattr(layer, part) for part in _LATENT):
         raise ValueError(
-            f"`kv_bits` is {bits}, but {name!r} ({kind}) is multi-head latent attention: engines keep one latent "
-            f"vector of a token for all heads, in formats of their own. {_WITHOUT}"
+            f"`kv_bits` is {bits}, but {name!r} ({kind}) is multi-head latent attention, or compresses its cache: "
+            f"engines keep one vector of a token for all heads, in formats of their own. {_WITHOUT}"
         )
     if "CrossAttention" in kind or getattr(layer, "is_causal", True) is False:
         raise ValueError(

@@ -90,10 +90,21 @@ def test_what_no_engine_takes_is_refused(kind, options: dict, match: str):
 def test_what_has_no_fixed_scales_is_not_calibrated():
     with pytest.raises(ValueError, match="no single active, unmerged adapter with fixed scales"):
         calibrate_activations(adapted(tiny(), act_bits=8), [tokens()])
-    model = adapted(tiny(num_hidden_layers=1), **STATIC)
+    model = adapted(tiny(num_hidden_layers=1), **STATIC).train()
+    model.base_model.model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
     with pytest.raises(ValueError, match=r"largest input of layer '.*' on the calibration text is 0\.0"):
         calibrate_activations(model, [])
     assert all(scale.isnan() for scale in scales(model))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_what_is_not_calibrated_cannot_be_exported(tmp_path: Path):
+    model = adapted(tiny(num_hidden_layers=1), **STATIC)
+    with pytest.raises(ValueError, match=r"is not set\. Call `calibrate_activations"):
+        can_export(model)
+    calibrate_activations(model, [tokens()])
+    assert can_export(model)
 
 
 def test_a_damaged_scale_is_refused(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import EncoderDecoderCache, QuantizedCache
 
 from peft_lrqat.modules.kv_cache import (
@@ -124,6 +124,17 @@ def test_every_way_to_generate(llama: nn.Module):
     assert torch.equal(generated(IDS[:1], prompt_lookup_num_tokens=3), generated(IDS[:1]))
 
 
+def test_continuous_batching(llama: nn.Module):
+    """Its attention writes to pages of its own; keys and values reach it rounded."""
+    model, plain = copy.deepcopy(llama), tiny()
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    found = model.generate_batch(IDS.tolist(), config, continuous_batching_config=pages, progress_bar=False)
+    tokens = [one.generated_tokens for one in found.values()]
+    expected, floats = (m.generate(IDS, generation_config=config)[:, IDS.shape[1] :].tolist() for m in (llama, plain))
+    assert tokens == expected != floats
+
+
 def test_the_implementation_of_attention_does_not_matter(llama: nn.Module):
     model = copy.deepcopy(llama)
     expected = logits(model, IDS)
@@ -212,9 +223,16 @@ def test_heads_of_several_sizes_share_the_largest_group():
                          num_experts_per_tok=1),
             "multi-head latent attention",
         ),
+        (
+            lambda: made("DeepseekV4", q_lora_rank=8, o_lora_rank=8, o_groups=2, n_routed_experts=2,
+                         num_experts_per_tok=1, moe_intermediate_size=16, layer_types=["sliding_attention"] * 4,
+                         mlp_layer_types=["moe"] * 4, qk_rope_head_dim=4),
+            "compresses its cache",
+        ),
         (lambda: tiny("gpt2"), "transformers would not round the cache of 'transformer.h.0.attn'"),
     ],
-    ids=["no attention", "an encoder", "cross-attention", "latent attention", "unknown to compressed-tensors"],
+    ids=["no attention", "an encoder", "cross-attention", "latent attention", "a compressed cache",
+         "unknown to compressed-tensors"],
 )  # fmt: skip
 def test_models_that_are_refused(model, message: str):
     with pytest.raises(ValueError, match=message):

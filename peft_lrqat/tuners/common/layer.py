@@ -210,6 +210,11 @@ class MergingLayer(LoraLayer):
             self._calibrated.add(present[0])
         return static_scale(log2, self.frozen.scale_dtype)
 
+    def check_input_scale(self) -> None:
+        """Raise ValueError if the fixed scale of inputs, of the adapters that would be merged, is not set yet."""
+        if not self.merged:
+            self._input_scale(self._adapters_at_work())
+
     # -- what merging makes of the layer
 
     def options_for(self, adapters: list[str], options: Any = None) -> Any:
