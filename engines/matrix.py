@@ -52,6 +52,9 @@ RUNS = (
     Run(SPEC, "compressed-tensors", "vllm", "vllm", "float16"),
     Run("w4-channel-a8", "compressed-tensors", "transformers", dtype="bfloat16"),
     Run("w4-channel-a8", "compressed-tensors", "vllm", "vllm", "bfloat16"),
+    # activations beside packed weights: vLLM's CPU build loads them, and leaves them float
+    Run("w4-g64-a8", "compressed-tensors", "transformers", dtype="bfloat16"),
+    Run("w4-g64-a8", "compressed-tensors", "vllm", "vllm", "bfloat16"),
     Run(SPEC, "gptq", "gptqmodel", "gptq", "float16", answers=2),
     Run(SPEC, "gptq", "transformers", "gptq", "float16", answers=2),
     Run(SPEC, "gptq", "vllm", "vllm", "float16"),

@@ -42,6 +42,7 @@ EXPORTED = (
     Spec("w4-g64-signed", 4, 64, signed_scales=True),
     Spec("w4-channel-a8-signed", 4, -1, container_bits=8, act_bits=8, signed_scales=True),
     Spec("w4-channel-a8", 4, -1, container_bits=8, act_bits=8),
+    Spec("w4-g64-a8", 4, 64, act_bits=8),
     Spec("w2-g64", 2, 64, container_bits=2),
     Spec("ternary", 1.58, 0, container_bits=2, act_bits=8),
 )
