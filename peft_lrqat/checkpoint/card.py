@@ -47,13 +47,18 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
 
 
 def merged_card(
-    model: nn.Module, config: Any, rows: Mapping[str, str] | None = None, datasets: Sequence[str] = ()
+    model: nn.Module,
+    config: Any,
+    served: Serving,
+    rows: Mapping[str, str] | None = None,
+    datasets: Sequence[str] = (),
 ) -> str:
     """The card of a merged model.
 
     Args:
         config: of the adapter that was merged: `record()`, `method`, `bits`, `stored_bits`, `export_format` and
             `base_model_name_or_path` are read.
+        served: how to serve it.
         rows: more rows of the table: name -> Markdown.
         datasets: repositories of the Hub that the model was trained on.
     """
@@ -75,7 +80,7 @@ def merged_card(
         total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         scale_dtype=record.scale_dtype,
         recipe=record.recipe,
-        usage=usage(how_to_load(), merged_serving(model, config.export_format)),
+        usage=usage(how_to_load(), served),
         rows=rows or {},
         datasets=datasets,
         pipeline="text-generation" if type(model).__name__.endswith("ForCausalLM") else None,
@@ -97,16 +102,17 @@ def table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def merged_serving(model: nn.Module, format: str | None) -> Serving:
+def merged_serving(model: nn.Module, format: str | None, problem: str) -> Serving:
     """How to serve what `save_pretrained` writes of a merged model.
 
     Args:
         format: of what is written.
+        problem: what keeps transformers from computing as was trained, or nothing.
     """
     quantized: list[Any] = [m for m in model.modules() if isinstance(m, MERGED)]
     infos = [m.info for m in quantized]
     layers = [(info.grid, info.container_bits, info.activations) for info in infos if info.kind == "linear"]
-    return serving(format, layers, rounding_of(model))
+    return serving(format, layers, rounding_of(model), problem)
 
 
 def usage(in_python: str, served: Serving, in_vllm: bool = True) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from ..files import new_folder
 from ..formats.shards import parse_size
 from ..formats.source import LayerInfo
-from .card import merged_serving
 from .export import check_written, save_tokenizer, tokenizer_of
 from .findings import Report
 from .folder import FolderSource
@@ -17,6 +16,7 @@ from .hub import fetched
 from .model_source import ModelSource
 from .open import open_adapter
 from .places import check_apart, fetched_apart
+from .serving import Serving, stored_serving
 
 
 def merge(
@@ -64,11 +64,12 @@ def _report(model: Any, layers: dict[str, LayerInfo], folder: Path, out: Path) -
     """
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if getattr(model.config, "quantization_config", None) is None:
-        packed, format, container = {}, "safetensors", "floats"
+        packed, format, container, served = {}, "safetensors", "floats", Serving()
         layer_bytes = sum(info.weights * info.dtype.itemsize for info in layers.values())
     else:
         check_written(ModelSource(model), folder)
         checkpoint = FolderSource(folder, model.config)
+        served = stored_serving(checkpoint)
         packed, format, layer_bytes = checkpoint.grids(), checkpoint.format, checkpoint.layer_bytes()
         widths = sorted({info.container_bits for info in packed.values()})
         container = f"{' and '.join(map(str, widths))} bits"
@@ -83,5 +84,5 @@ def _report(model: Any, layers: dict[str, LayerInfo], folder: Path, out: Path) -
         layer_bytes,
         size,
         tuple(name for name in layers if name not in packed) if packed else (),
-        notes=merged_serving(model, format).notes,
+        notes=served.notes,
     )

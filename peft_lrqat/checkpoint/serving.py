@@ -27,10 +27,8 @@ _TRANSFORMERS_STEPS = (
     "transformers alone rounds activations otherwise than vLLM, by whose rule this was trained; "
     "peft_lrqat.load_quantized rounds them as trained."
 )
-_CACHE_REFUSED = (
-    "transformers rounds the KV cache as it was trained; vLLM refuses the checkpoint, because it knows no KV cache of "
-    "integers in config.json."
-)
+_CACHE_KEPT = "transformers rounds the KV cache as it was trained"
+_CACHE_REFUSED = "vLLM refuses the checkpoint, because it knows no KV cache of integers in config.json."
 
 
 class Serving(NamedTuple):
@@ -45,17 +43,20 @@ class Serving(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def serving(format: str | None, layers: Iterable[Stored], cache: CacheRounding | None) -> Serving:
+def serving(format: str | None, layers: Iterable[Stored], cache: CacheRounding | None, problem: str = "") -> Serving:
     """What to know about serving a checkpoint.
 
     Args:
         format: of the checkpoint; None is compressed-tensors.
         layers: how its linear layers are stored.
         cache: how the model rounds its KV cache, or None.
+        problem: what keeps transformers from computing as was trained, or nothing.
     """
     options, notes = [], []
     if format in (None, compressed_tensors.NAME):
         rounded = [stored for stored in layers if stored[2] is not None]
+        if problem and (rounded or (cache is not None and cache.rule == "transformers")):
+            notes.append(f"Plain transformers: {problem}. peft_lrqat.load_quantized computes as was trained.")
         rules = {activations.rule for _, _, activations in rounded if activations and not activations.static}
         if not all(multiplies_int8(*stored) for stored in rounded):
             options.append("--linear-backend humming")
@@ -63,7 +64,7 @@ def serving(format: str | None, layers: Iterable[Stored], cache: CacheRounding |
         if rules:
             notes.append(_VLLM_STEPS if rules == {compressed_tensors.NAME} else _TRANSFORMERS_STEPS)
         if cache is not None and cache.rule == "transformers":
-            return Serving(None, (*notes, _CACHE_REFUSED))
+            return Serving(None, (*notes, _CACHE_REFUSED if problem else f"{_CACHE_KEPT}; {_CACHE_REFUSED}"))
     if cache is not None and cache.rule == "vllm":
         options.append(f"--kv-cache-dtype int{cache.bits}_per_token_head")
         notes.append(
@@ -77,4 +78,4 @@ def stored_serving(checkpoint: FolderSource) -> Serving:
     """What to know about serving a checkpoint in a folder."""
     infos = [info for info in checkpoint.grids().values() if info.kind == "linear"]
     layers = [(info.grid, info.container_bits, info.activations) for info in infos]
-    return serving(checkpoint.format, layers, checkpoint.cache)
+    return serving(checkpoint.format, layers, checkpoint.cache, checkpoint.problem())

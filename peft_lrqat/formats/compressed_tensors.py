@@ -384,8 +384,9 @@ def scheme_of(label: str, group: dict[str, Any], fallback: str | None, packing: 
             raise ValueError(
                 f"{label} of the checkpoint quantizes activations as well as weights, as {inputs} (and outputs as "
                 f"{group.get('output_activations')}). Of those, 8 or 4 bits, symmetric and dynamic, per token or "
-                "group, and 8 bits, symmetric, with one fixed scale, beside symmetric weights can be read. Start from a "
-                "weight-only checkpoint or from the float model; `act_bits`, of either configuration, trains with activations on such a grid."
+                "group, and 8 bits, symmetric, with one fixed scale, beside symmetric weights can be read. Start from "
+                "a weight-only checkpoint or from the float model; `act_bits`, of either "
+                "configuration, trains with activations on such a grid."
             )
     return Scheme(NAME, weights.get("num_bits", 8), group_size, symmetric, packing, activations)
 

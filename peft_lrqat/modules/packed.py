@@ -318,13 +318,16 @@ def merged_layer(
     return packed
 
 
-def describe(model: Any, record: Record | None = None) -> None:
+def describe(model: Any, record: Record | None = None) -> str:
     """Set `config.quantization_config` to what `save_pretrained` writes of a model with layers of `merged_layer`.
 
     Where transformers cannot load it, it warns.
 
     Args:
         record: how they were trained, for config.json's own entry; None: that stays as it is.
+
+    Returns:
+        Why transformers cannot load it, or computes otherwise than was trained; "" if there is nothing.
 
     Raises:
         ValueError: BitNet's layers stand beside layers of another format, which no `quantization_config` describes.
@@ -344,14 +347,18 @@ def describe(model: Any, record: Record | None = None) -> None:
         if len(kinds) > 1:
             raise ValueError("BitNet's layers stand beside layers of another format. One checkpoint holds one format.")
         model.config.quantization_config = bitnet.quantization_config(floats)
-        return
+        return ""
     schemes = {name: (layer.grid, layer.info.container_bits, layer.info.activations) for name, layer in stored.items()}
     needs = loading(skeleton_of(model), quantized)
     model.config.quantization_config = compressed_tensors.quantization_config(floats, schemes, needs, cache)
-    if problem := compressed_tensors.loading_problem(schemes.values(), needs, cache):
+    problem = compressed_tensors.loading_problem(schemes.values(), needs, cache)
+    if problem:
+        floats_there = not compressed_tensors.loading_problem([(g, b, None) for g, b, _ in schemes.values()], needs)
+        does = "loads" if floats_there else "will not load"
         warnings.warn(
-            f"transformers will not load what `save_pretrained` writes of this model: {problem}. What works: "
-            "`peft_lrqat.load_quantized`"
+            f"transformers {does} what `save_pretrained` writes of this model{', but' if floats_there else ':'} "
+            f"{problem}. What works: `peft_lrqat.load_quantized`"
             + ("; and transformers with what `export(..., format='torchao')` writes." if needs.cuts else "."),
             stacklevel=4,
         )
+    return problem

@@ -6,14 +6,16 @@ import logging
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 
-from peft_lrqat import export
+from peft_lrqat import LRQATConfig, export
 from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.checkpoint.serving import serving
 from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.grid import Grid
 from peft_lrqat.ops.activations import Activations
 from peft_lrqat.ops.kv_cache import CacheRounding
+from tests.architectures import ARCHITECTURES
 from tests.models import adapted, tiny
 
 TRANSFORMERS, VLLM = Activations("compressed-tensors"), Activations("vllm")
@@ -70,6 +72,21 @@ def test_a_user_is_told_on_every_road(tmp_path: Path, caplog: pytest.LogCaptureF
         assert warning in card
         assert any(warning in note for note in verify(folder, engine=False).notes)
         assert {one.name: one.loads for one in inspect(folder).engines}["vLLM on a CPU"] is False
+
+
+def test_models_that_transformers_decompresses(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """It loads them, and computes with float activations: that is said before training, and wherever one looks."""
+    lost = "decompresses the model while loading, and then rounds no activations"
+    with caplog.at_level(logging.INFO, logger="peft_lrqat"):
+        model = get_peft_model(ARCHITECTURES["T5"].build(), LRQATConfig(group_size=-1, act_bits=8))
+        assert lost in caplog.text
+    with pytest.warns(
+        UserWarning, match=f"transformers loads what `save_pretrained` writes of this model, but .*{lost}"
+    ):
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert lost in (tmp_path / "README.md").read_text()
+    assert any(lost in note for note in verify(tmp_path, engine=False).notes)
 
 
 def test_a_card_names_no_engine_that_refuses(tmp_path: Path):

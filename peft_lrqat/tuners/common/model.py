@@ -437,10 +437,11 @@ class QuantizingModel(LoraModel):
                     "grid, but are saved as dense floats.",
                     stacklevel=2,
                 )
-            if any(isinstance(module, MERGED) for module in model.modules()):
-                describe(model, config.record())
-            attach_card(model, merged_card(model, config, *facts_of(self.runs, merged)))
-            say_how_to_serve(config, merged_serving(model, config.export_format))
+            packed = any(isinstance(module, MERGED) for module in model.modules())
+            problem = describe(model, config.record()) if packed else ""
+            served = merged_serving(model, config.export_format, problem)
+            attach_card(model, merged_card(model, config, served, *facts_of(self.runs, merged)))
+            say_how_to_serve(config, served)
         return model
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...checkpoint.serving import Serving, serving
+from ...formats import compressed_tensors
+from ...modules.architecture import loading, skeleton_of
 from ...modules.experts import Experts
 from ...modules.kv_cache import rounding_of
 from ...modules.packed import MERGED
@@ -124,17 +126,24 @@ def report(model: nn.Module, config: Any) -> None:
     loaded = config._adapter_shapes is not None
     _LOGGER.log(logging.DEBUG if loaded else logging.INFO, "%s: %s", config.method, summary)
     if not loaded:
-        layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MergingLayer)]
-        stored = [(config.stored_grid, config.stored_bits, config.activations_of(layer.name)) for layer in layers]
-        cache = rounding_of(model)
-        rounded = "" if cache is None else f"the KV cache has {cache.describe()}."
-        say_how_to_serve(config, serving(config.export_format, stored, cache), rounded)
+        _report_serving(model, config)
     if summary.mostly_float and not loaded:
         warnings.warn(
             f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "
             "layers and, with LRQATConfig, the experts of mixtures. Other weights (of convolutions) stay float.",
             stacklevel=2,
         )
+
+
+def _report_serving(model: nn.Module, config: Any) -> None:
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MergingLayer)]
+    stored = [(config.stored_grid, config.stored_bits, config.activations_of(layer.name)) for layer in layers]
+    cache, problem = rounding_of(model), ""
+    if serving(config.export_format, stored, cache).notes:
+        needs = loading(skeleton_of(model), [layer.name for layer in layers])
+        problem = compressed_tensors.loading_problem(stored, needs, cache)
+    served = serving(config.export_format, stored, cache, problem)
+    say_how_to_serve(config, served, "" if cache is None else f"the KV cache has {cache.describe()}.")
 
 
 def say_how_to_serve(config: Any, served: Serving, before: str = "") -> None:
