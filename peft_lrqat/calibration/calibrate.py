@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..modules.packed import MERGED
+from ..tuners.common.experts import check_without_experts
 from ..tuners.common.frozen import FrozenWeight
 from ..tuners.common.plain import is_offloaded
 from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
@@ -216,11 +217,13 @@ def decoder_blocks(
         loading: the weights are not there yet, and are not judged. An offloaded model is treated alike.
 
     Raises:
-        ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them cannot
-            be quantized; or the model is offloaded, and the rest of it is on several devices.
+        ValueError: the model is quantized already, `config` means the experts of a mixture, the targeted layers are not
+            all in one list, or one of them cannot be quantized; or the model is offloaded, and the rest of it is on
+            several devices.
     """
     if any(isinstance(module, (*MERGED, FrozenWeight)) for module in model.modules()):
         raise ValueError(f"`model` is quantized already; {method} starts from the float model.")
+    check_without_experts(model, config, method)
     kind = LRQATModel if isinstance(config, LRQATConfig) else LowBitSRModel
     offloaded = is_offloaded(model)
     targets = kind.find_targets(model, config, loading=loading or offloaded)
