@@ -28,8 +28,9 @@ from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
-from ..modules.architecture import expose_experts, joins_experts, loaded_modules
+from ..modules.architecture import expose_experts, joining, joins_experts, loaded_modules
 from ..modules.carry import carry_hooks
+from ..modules.experts import is_stacked
 from ..modules.kv_cache import round_cache
 from ..modules.packed import describe, merged_layer
 from .code import class_of
@@ -197,6 +198,7 @@ class _Reader(HfQuantizer):
         in_files = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
         exposed = expose_experts(model, in_files)
         self._exposed = bool(exposed)
+        self._float_experts = [name for name, module in model.named_modules() if is_stacked(module)]
         called = loaded_modules(model, in_files)
         self._file_names = {inside: name for name, inside in called.items()}
         stored = {inside: in_files[name] for name, inside in called.items()}
@@ -230,8 +232,13 @@ class _Reader(HfQuantizer):
             setattr(modules[parent], last, _Stored(modules[name], tensors))
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
-        """transformers' conversions while it loads, without those that join experts, which are layers here."""
-        kept = [one for one in weight_conversions if not (self._exposed and joins_experts(one))]
+        """transformers' conversions while it loads, without those that join experts, which are layers here: these go on
+        for the modules whose experts are floats in the file."""
+        kept = list(weight_conversions)
+        if self._exposed:
+            kept = [one for one in kept if not joins_experts(one)]
+            joins = [one for one in weight_conversions if joins_experts(one)]
+            kept += [joining(one, name) for name in self._float_experts for one in joins]
         return super().update_weight_conversions(kept, *args)
 
     def _scheme(self, name: str) -> Scheme:

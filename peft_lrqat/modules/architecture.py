@@ -158,6 +158,20 @@ def joins_experts(conversion: Any) -> bool:
     return isinstance(conversion, WeightConverter) and any("experts" in source for source in sources)
 
 
+def joining(conversion: Any, name: str) -> WeightConverter:
+    """One of those conversions, for the experts of one module only.
+
+    Args:
+        name: of the module, in the model.
+    """
+
+    def within(pattern: str) -> str:
+        return name + pattern[pattern.index("experts") + len("experts") :]
+
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    return WeightConverter(list(map(within, sources)), list(map(within, targets)), list(conversion.operations))
+
+
 def loaded_modules(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Name of each quantized module of a file -> what transformers calls it in the model: itself, if it is unknown."""
     names = list(stored)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import LRQATConfig, can_export, export, load_quantized
 from peft_lrqat.grid import Grid
+from tests.architectures import ARCHITECTURES
 from tests.mixtures import EXPERTS, FIRST, mixture, on_experts
 from tests.models import logits, tokens
 
@@ -66,6 +67,28 @@ def test_a_checkpoint_whose_experts_alone_are_quantized(folder: Path):
     assert torch.equal(logits(model, IDS), logits(plain, IDS))
     layer: Any = model.base_model.model.get_submodule(f"{FIRST}.down_proj")
     assert layer.frozen.grid == Grid(4, 32)
+
+
+@pytest.mark.parametrize("name", ["Qwen 3 MoE", "Mixtral"])
+def test_experts_of_some_layers_are_quantized(name: str, tmp_path: Path):
+    """transformers cannot load that, which merging says; `load_quantized`, which it names, does."""
+    config = ARCHITECTURES[name].config()
+    config.num_hidden_layers = 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    adapted = on_experts(model, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "layers.0.mlp.experts"])
+    expected = logits(adapted, IDS)
+    with pytest.warns(UserWarning, match=r"experts of all layers.*load_quantized"):
+        merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load_quantized(tmp_path / "merged").eval()
+    assert torch.equal(logits(loaded, IDS), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [load_file(tmp_path / where / "model.safetensors") for where in ("merged", "again")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    assert torch.equal(logits(get_peft_model(loaded, LRQATConfig(r=1)).eval(), IDS), expected)
 
 
 def test_floats_that_transformers_made_of_integers_are_no_start(merged: PreTrainedModel, tmp_path: Path):
