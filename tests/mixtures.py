@@ -57,7 +57,15 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 32, "norm_topk_prob": True}),
     "olmoe": ("Olmoe", {"num_key_value_heads": 4}),
-}
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+            "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32, "v_head_dim": 32, "n_shared_experts": 2,
+        },
+    ),
+}  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
 
 
@@ -68,9 +76,9 @@ def of_family(family: str, dtype: torch.dtype = torch.float32, **overrides: Any)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.dim() == 1 and "rotary" not in name:
+                tensor.add_(torch.randn_like(tensor) * 0.2)
     return model
 
 

@@ -71,9 +71,9 @@ def _other_shape(stored: StoredTensor, place: Place, wanted: tuple[int, ...], so
 
 def float_differences(file: GGUFFile, source: Source) -> dict[str, str]:
     """The same for every other tensor; embeddings that were rounded are compared with the source's, rounded too."""
-    found = {}
-    for name, weight in source.floats(source.grids()):
-        for place, piece in tensors.float_pieces(name, weight, source.config):
+    found, grids = {}, source.grids()
+    for name, weight in source.floats(grids):
+        for place, piece in tensors.float_pieces(name, weight, source.config, grids):
             if reason := _float_difference(file, place, piece, source):
                 found[name] = reason
     return found

@@ -6,12 +6,13 @@ or, where it only matters for long texts, noted.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import mixtures
+from . import latent, mixtures
 from .mixtures import Mixture
 
 
@@ -28,6 +29,7 @@ class Architecture:
         window_every: n if every n-th layer attends to everything and the others to `sliding_window` tokens; 0: none do.
         scaled_by_size: the number of layers of the size for which llama.cpp scales attention by hidden_size / heads
             rather than by head_dim; None where it does not depend on the size.
+        latent: whether its keys and values come from a latent, see `latent.py`.
         mixture: how it runs experts; None: it has none.
     """
 
@@ -37,6 +39,7 @@ class Architecture:
     norm_offset: float = 0.0
     window_every: int = 0
     scaled_by_size: int | None = None
+    latent: bool = False
     mixture: Mixture | None = None
 
 
@@ -56,6 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture("qwen2moe", mixture=Mixture(normalized=False, head=True, square=True)),
     "qwen3_moe": Architecture("qwen3moe", mixture=Mixture(normalized=True)),
     "olmoe": Architecture("olmoe", mixture=Mixture(width="", normalized=False, head=True, square=True, grouped=False)),
+    "deepseek_v3": Architecture("deepseek2", latent=True, mixture=Mixture("n_routed_experts")),
 }
 
 # GGUFWriter's method -> attributes of the configuration, of which the first that exists counts
@@ -65,7 +69,6 @@ _PLAIN = {
     "add_embedding_length": ("hidden_size",),
     "add_feed_forward_length": ("intermediate_size",),
     "add_head_count": ("num_attention_heads",),
-    "add_head_count_kv": ("num_key_value_heads", "num_attention_heads"),
     "add_layer_norm_rms_eps": ("rms_norm_eps",),
     "add_vocab_size": ("vocab_size",),
     "add_attn_logit_softcapping": ("attn_logit_softcapping",),
@@ -110,12 +113,20 @@ def unsupported(config: Any) -> str | None:
             return f"rotary embeddings are scaled by {rope['rope_type']!r}; linear, yarn and llama3 can be written"
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             return "`partial_rotary_factor` is not 1, which llama.cpp has no place for in this architecture"
+    if arch.latent and (reason := latent.unsupported(config)):
+        return reason
     return None if arch.mixture is None else mixtures.unsupported(config, arch.mixture, arch.name)
 
 
-def notes(config: Any) -> list[str]:
-    """Where llama.cpp differs from transformers in what few models meet."""
+def notes(config: Any, grids: Collection[str]) -> list[str]:
+    """Where llama.cpp differs from transformers in what few models meet.
+
+    Args:
+        grids: names of the modules that are on a grid.
+    """
     window = getattr(config, "sliding_window", None)
+    if ARCHITECTURES[config.model_type].latent:
+        return latent.notes(config, grids)
     if not ARCHITECTURES[config.model_type].window_every and window and window < config.max_position_embeddings:
         return [
             f"llama.cpp does not apply the sliding window of {window} tokens in this architecture: beyond that many "
@@ -138,8 +149,12 @@ def _ropes(config: Any) -> dict[str, dict[str, Any]]:
     return ropes if "full_attention" in ropes else {"full_attention": ropes}
 
 
-def write_hyperparameters(writer: Any, config: Any) -> None:
-    """Put the architecture's numbers into a `gguf.GGUFWriter`."""
+def write_hyperparameters(writer: Any, config: Any, grids: Collection[str]) -> None:
+    """Put the architecture's numbers into a `gguf.GGUFWriter`.
+
+    Args:
+        grids: names of the modules that are on a grid.
+    """
     import gguf
 
     arch = ARCHITECTURES[config.model_type]
@@ -147,8 +162,12 @@ def write_hyperparameters(writer: Any, config: Any) -> None:
         value = next((v for name in names if (v := getattr(config, name, None)) is not None), None)
         if value is not None:
             getattr(writer, method)(value)
-    for method in ("add_key_length", "add_value_length", "add_rope_dimension_count"):
-        getattr(writer, method)(head_dim(config))
+    if arch.latent:
+        latent.write_hyperparameters(writer, config, latent.splits(grids))
+    else:
+        writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        for method in ("add_key_length", "add_value_length", "add_rope_dimension_count"):
+            getattr(writer, method)(head_dim(config))
     if arch.window_every:
         writer.add_sliding_window(config.sliding_window)
     if arch.mixture is not None:

@@ -69,3 +69,19 @@ def write_hyperparameters(writer: Any, config: Any, mixture: Mixture) -> None:
     shared = getattr(config, "shared_expert_intermediate_size", None)
     if shared is not None:
         writer.add_expert_shared_feed_forward_length(shared)
+    if mixture.normalized is None:
+        _write_routing(writer, config)
+
+
+def _write_routing(writer: Any, config: Any) -> None:
+    """What only the architectures that ask the file for it know: DeepSeek's."""
+    import gguf
+
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    if config.topk_group < config.n_group:  # else every group is looked at, which llama.cpp has no number for
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from ...grid import GridTensor
-from . import architectures, choice
+from . import architectures, choice, latent
 
 _OUTER = ("token_embd.weight", "output.weight")  # what `embedding_type` is about
 _GATE = ".ffn_gate_inp_shexp.weight"  # how much of the shared expert is taken
 #: What chooses among experts, float32 in every file: nothing is rounded where a little decides.
 ROUTERS = (".ffn_gate_inp.weight", _GATE)
+_BIAS = ".gate.e_score_correction_bias"  # a parameter of its own in transformers, a module's bias for `gguf`
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+\.weight)")
 
 
@@ -34,13 +36,11 @@ class Place:
 
 def places(config: Any) -> Callable[[str], Place]:
     """A function from names in the state dict to places in the file; raises ValueError for tensors without one."""
-    import gguf
-
     arch = architectures.ARCHITECTURES[config.model_type].name
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    table = _names(arch, config.num_hidden_layers)
 
     def place(name: str) -> Place:
+        name = name.replace(_BIAS, ".gate.e_score_correction.bias")
         one = _EXPERT.fullmatch(name)
         found = table.get_name(f"{one[1]}.{one[3]}" if one else name, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -48,6 +48,15 @@ def places(config: Any) -> Callable[[str], Place]:
         return Place(found, int(one[2]) if one else None)
 
     return place
+
+
+@cache
+def _names(arch: str, layers: int) -> Any:
+    """llama.cpp's names of an architecture's tensors; made once, because that takes long for many layers."""
+    import gguf
+
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    return gguf.get_tensor_name_map(number, layers)
 
 
 def matrices(names: Iterable[str], config: Any) -> dict[str, list[str]]:
@@ -86,21 +95,33 @@ def in_file_order(tensor: GridTensor, config: Any, name: str) -> GridTensor:
     return tensor if order is None else choice.rows_of(tensor, order)
 
 
-def float_pieces(name: str, weight: torch.Tensor, config: Any) -> Iterator[tuple[Place, torch.Tensor]]:
-    """A tensor that is on no grid, as the file has it: where, and with which rows and numbers.
+def float_pieces(
+    name: str, weight: torch.Tensor, config: Any, grids: Collection[str]
+) -> Iterator[tuple[Place, torch.Tensor]]:
+    """A tensor that is on no grid, as the file has it: where, and with which rows and numbers; in two where llama.cpp
+    wants it so.
 
     Args:
         name: in the state dict.
+        grids: names of the modules that are on a grid.
     """
+    parts: Iterable[tuple[str, torch.Tensor]] = [(name, weight)]
+    if architectures.ARCHITECTURES[config.model_type].latent and latent.splits(grids):
+        parts = latent.pieces(name, weight, config)
+    place = places(config)
+    for part, values in parts:
+        yield place(part), _in_file_order(part, values, place(part), config)
+
+
+def _in_file_order(name: str, weight: torch.Tensor, place: Place, config: Any) -> torch.Tensor:
     module = name.rpartition(".")[0]
     order = architectures.row_order(config, module)
     if order is not None:
         weight = weight.cpu()[order]
-    place = places(config)(name)
     weight = weight.reshape(file_shape(place.tensor, *weight.shape))
     if weight.dim() == 1 and module.endswith("norm"):
         weight = weight.float() + architectures.ARCHITECTURES[config.model_type].norm_offset
-    yield place, weight
+    return weight
 
 
 def float_type(place: Place, weight: torch.Tensor, type: str, embedding_type: str) -> str:

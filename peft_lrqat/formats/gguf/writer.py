@@ -106,8 +106,9 @@ llama-server -m path/to/file.gguf
         config = source.config
         writer = gguf.GGUFWriter(None, architectures.ARCHITECTURES[config.model_type].name)
         _write_general(writer, source)
-        architectures.write_hyperparameters(writer, config)
-        written = Written(notes=architectures.notes(config))
+        grids = source.grids()
+        architectures.write_hyperparameters(writer, config, grids)
+        written = Written(notes=architectures.notes(config, grids))
         if source.act_bits:
             written.notes.append(
                 f"The model was trained with rounded activations ({' and '.join(map(str, source.act_bits))} bits). "
@@ -122,8 +123,8 @@ llama-server -m path/to/file.gguf
         with Spool(writer, folder) as spool:
             types = _write_layers(spool, source, settings, written, progress)
             _write_floats(spool, source, options, written)
-            grids = Counter(info.grid for info in source.grids().values())
-            writer.add_array(GRID_KEY, grid_metadata(grids.most_common(1)[0][0]))
+            kinds = Counter(info.grid for info in grids.values())
+            writer.add_array(GRID_KEY, grid_metadata(kinds.most_common(1)[0][0]))
             most = types.most_common(1)[0][0]
             writer.add_file_type(_FILE_TYPES[most])
             spool.write(folder / f"{_name(source)}-{most.upper()}.gguf")
@@ -288,8 +289,9 @@ def _write_floats(spool: Spool, source: Source, options: Options, written: Writt
     config = source.config
     experts: dict[str, dict[int, floats.StoredFloats]] = {}  # of tensors that are not whole yet
     count = architectures.experts(config)
-    for name, weight in source.floats(source.grids()):
-        for place, piece in tensors.float_pieces(name, weight, config):
+    grids = source.grids()
+    for name, weight in source.floats(grids):
+        for place, piece in tensors.float_pieces(name, weight, config, grids):
             stored = floats.store(piece, tensors.float_type(place, piece, options.type, options.embedding_type))
             if place.expert is None:
                 spool.add(place.tensor, stored.type, tuple(piece.shape), [stored.data])

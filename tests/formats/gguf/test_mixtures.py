@@ -16,6 +16,7 @@ from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.checkpoint.open import open_source
 from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.checkpoint.verify_gguf import differences, float_differences
+from peft_lrqat.formats.gguf.architectures import experts
 from peft_lrqat.formats.gguf.reader import GGUFFile
 from tests.ggml import Llama, dequantize
 from tests.mixtures import EXPERTS, FAMILIES, of_family, on_experts
@@ -50,7 +51,7 @@ def test_llama_cpp_computes_what_transformers_does(family: str, tmp_path: Path):
     assert near(in_llama_cpp(path), wanted)
     file, source = GGUFFile(path), open_source(merged)
     assert file.tensors["blk.1.ffn_up_exps.weight"].type == "q4_0"
-    assert file.tensors["blk.1.ffn_up_exps.weight"].shape[0] == EXPERTS
+    assert file.tensors["blk.1.ffn_up_exps.weight"].shape[0] == experts(source.config)
     assert file.tensors["blk.1.ffn_gate_inp.weight"].type == "f32"
     name = "up_proj" if family != "mixtral" else "w3"
     layer = next(layer for layer in source.grids() if "layers.1." in layer and layer.endswith(f".experts.3.{name}"))
@@ -93,8 +94,8 @@ def test_experts_that_stay_float(family: str, tmp_path: Path):
     model = low_bit(of_family(family, torch.bfloat16), bits=4, group_size=32)
     path = written(model, tmp_path / "out")
     file, source = GGUFFile(path), open_source(model)
-    assert file.tensors["blk.0.ffn_gate_exps.weight"].type == "bf16"
-    assert file.tensors["blk.0.attn_q.weight"].type == "q4_0"
+    assert file.tensors["blk.1.ffn_gate_exps.weight"].type == "bf16"
+    assert file.tensors["blk.0.attn_output.weight"].type == "q4_0"
     assert float_differences(file, source) == {}
     wanted = logits(model.merge_and_unload().float(), IDS)[0]
     assert near(in_llama_cpp(path), wanted)
