@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_lrqat import LowBitAdamW, LowBitSRConfig, LRQATConfig, create_lrqat_optimizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from smollm2 import load_smollm2
-from specs import SPECS, Spec
+from specs import MIXTURES, SPECS, Spec
 
 STEPS, LENGTH = 6, 128
 
@@ -41,9 +41,36 @@ def held_out(tokenizer: PreTrainedTokenizerBase, length: int = 480) -> list[int]
     return tokenizer(text[start : start + 8 * length])["input_ids"][:length]
 
 
+@torch.no_grad()
+def with_experts(dense: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A Mixtral that computes nearly what a Llama does: each expert is the Llama's MLP and a little noise (sparse
+    upcycling, arXiv 2212.05055, with a random router)."""
+    shared = dense.config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+            "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    config = MixtralConfig(**{name: shared[name] for name in kept}, num_local_experts=count, num_experts_per_tok=2)
+    state = {}
+    for name, weight in dense.state_dict().items():
+        before, found, part = name.partition(".mlp.")
+        if not found:
+            state[name] = weight
+            continue
+        new = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[part]
+        for e in range(count):
+            noise = torch.randn_like(weight) * weight.float().std().to(weight.dtype) * 0.02
+            state[f"{before}.block_sparse_moe.experts.{e}.{new}.weight"] = weight + noise
+    for i in range(config.num_hidden_layers):
+        router = torch.randn(count, config.hidden_size, dtype=dense.dtype) * 0.02
+        state[f"model.layers.{i}.block_sparse_moe.gate.weight"] = router
+    return MixtralForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dense.dtype)
+
+
 def make(spec: Spec, folder: Path) -> None:
     torch.manual_seed(0)
     base, tokenizer = load_smollm2(torch.bfloat16)
+    if spec.experts:
+        base = with_experts(base, spec.experts)
     common: dict[str, Any] = {
         "bits": spec.bits,
         "group_size": spec.group_size,
@@ -77,6 +104,6 @@ def make(spec: Spec, folder: Path) -> None:
 
 if __name__ == "__main__":
     names = sys.argv[2:]
-    for spec in SPECS:
-        if not names or spec.name in names:
+    for spec in (*SPECS, *MIXTURES):
+        if spec.name in names or not (names or spec.experts):
             make(spec, Path(sys.argv[1]) / spec.name)

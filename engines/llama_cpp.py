@@ -1,7 +1,7 @@
 """Merged SmolLM2 checkpoints, exported to GGUF, beside transformers: perplexity, greedy tokens, a chat.
 
-    python engines/llama_cpp.py            all that run.py trained; writes benchmarks/results/llama_cpp.json
-    python engines/llama_cpp.py w4-g64     only these; writes nothing
+    python engines/llama_cpp.py            all that run.py trained, and mixtures that are trained here
+    python engines/llama_cpp.py w4-g64     only these, and only their rows of benchmarks/results/llama_cpp.json
 
 Run by the project's Python. llama.cpp comes with `xllamacpp`. transformers computes in
 float32 with the exact weights of the grid; llama.cpp has the same weights, rounds activations to 8 bits in blocks of 32
@@ -30,12 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
+from checkpoints import make
 from corpus import python_documentation
 from perplexity import perplexity, windows
-from specs import CHATS, COMPLETIONS, NEW_TOKENS
+from specs import CHATS, COMPLETIONS, MIXTURES, NEW_TOKENS
 
 from peft_lrqat import export
 from peft_lrqat.checkpoint.open import open_source
+from peft_lrqat.checkpoint.verify_gguf import file_weights
 from tests.ggml import Llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,7 @@ RUNS: list[tuple[str, dict[str, str]]] = [
     ("w3-g64-in-4", {}),
     ("w4-g64-asym", {}),
     ("w2-g64-asym-in-4", {}),
+    *((spec.name, {}) for spec in MIXTURES),
 ]
 
 
@@ -62,18 +65,30 @@ def main() -> int:
     commit = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
+    head = {"commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     rows = []
     for name, options in RUNS:
-        if (not names or name in names) and (arguments.folder / name).is_dir():
-            rows.append(compare(arguments.folder / name, options))
+        if names and name not in names:
+            continue
+        spec = next((spec for spec in MIXTURES if spec.name == name), None)
+        if spec is not None and not (arguments.folder / name / "tokenizer.json").exists():
+            make(spec, arguments.folder / name)
+        if (arguments.folder / name).is_dir():
+            rows.append(compare(arguments.folder / name, options) | head)
             print(json.dumps(rows[-1]), flush=True)
     print("\n" + table(rows))
-    if not names:
-        record = {"command": "python engines/llama_cpp.py", "commit": commit, "rows": rows}
-        RESULTS.write_text(json.dumps(record | {"date": time.strftime("%Y-%m-%d", time.gmtime())}, indent=1) + "\n")
+    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    by_run = {_run(row): row for row in (*kept, *rows)}
+    ordered = [by_run[run] for name, options in RUNS if (run := (name, json.dumps(options))) in by_run]
+    record = {"command": "python engines/llama_cpp.py", "rows": ordered}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     failed = [row for row in rows if not row["ok"]]
     print(f"\n{len(rows) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed or not rows else 0
+
+
+def _run(row: dict[str, Any]) -> tuple[str, str]:
+    return row["checkpoint"], json.dumps(row["options"])
 
 
 def compare(folder: Path, options: dict[str, str]) -> dict[str, Any]:
@@ -122,8 +137,13 @@ def compare(folder: Path, options: dict[str, str]) -> dict[str, Any]:
 def exact_model(folder: Path) -> nn.Module:
     """The checkpoint in float32, with the grid's own weights."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    source = open_source(folder)
+    source, modules = open_source(folder), dict(model.named_modules())
+    joined = dict(file_weights(model)) if source.loading.packed_experts else {}
     for name, info in source.grids().items():
+        if name not in modules:  # an expert, which transformers has joined with others
+            if not torch.equal(joined[name], source.layer(name).dequantize(torch.float32)):
+                raise SystemExit(f"transformers has other weights than {folder.name} for {name!r}")
+            continue
         layer = nn.Linear(info.in_features, info.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(source.layer(name).dequantize(torch.float32), requires_grad=False)
         model.set_submodule(name, layer)

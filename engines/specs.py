@@ -18,6 +18,7 @@ class Spec:
     dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
     act_bits: int | None = None
     signed_scales: bool = False
+    experts: int = 0  # of every layer, two of which a token takes; 0: the dense model
 
     @property
     def grid(self) -> str:
@@ -46,6 +47,9 @@ EXPORTED = (
     Spec("w2-g64", 2, 64, container_bits=2),
     Spec("ternary", 1.58, 0, container_bits=2, act_bits=8),
 )
+
+# For llama_cpp.py only: Mixtrals whose experts start as the dense model's MLP.
+MIXTURES = (Spec("moe-w4-g64", 4, 64, experts=4),)
 
 NEW_TOKENS = 32
 

@@ -87,7 +87,16 @@ def _with_experts(engine: Engine) -> Engine:
         return engine
     if "transformers" in engine.name:
         return Engine(engine.name, False, "it joins the experts of a file into one tensor, and has no integers there")
+    if engine.name == "vLLM on a CPU" and engine.loads:
+        return replace(engine, loads=False, why=_AMX)
     return replace(engine, run=False)  # of mixtures
+
+
+# Refused when it was run; on which CPUs it is not, was read in vLLM 0.32's source.
+_AMX = (
+    "its kernel for experts wants a CPU with AMX and a symmetric grid of 4 bits (in compressed-tensors, in groups of "
+    "another size than 32), and rounds activations to 8 bits"
+)
 
 
 def _in_vllm(config: Any, architecture: str) -> bool:

@@ -229,7 +229,7 @@ def test_scales_are_rounded_only_if_allowed_and_the_loss_is_measured(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: tiny("opt"), "supported are gemma, gemma2"),
+        (lambda: tiny("opt"), "supported are deepseek_v3, gemma"),
         (lambda: tiny("gemma2", query_pre_attn_scalar=5), "query_pre_attn_scalar"),
         (lambda: tiny("llama", hidden_act="relu"), "relu"),
         (lambda: tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
