@@ -49,7 +49,7 @@ def with_experts(dense: PreTrainedModel, count: int) -> PreTrainedModel:
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
             "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-    config = MixtralConfig(**{name: shared[name] for name in kept}, num_local_experts=count, num_experts_per_tok=2)
+    config = MixtralConfig(**{name: shared[name] for name in kept}, num_local_experts=count, num_experts_per_tok=1)
     state = {}
     for name, weight in dense.state_dict().items():
         before, found, part = name.partition(".mlp.")
@@ -79,6 +79,8 @@ def make(spec: Spec, folder: Path) -> None:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
+    if spec.experts:
+        common["range_method"] = "minmax"  # the search would take most of the time
     optimizer: torch.optim.Optimizer
     if spec.bits == 1.58:
         model = get_peft_model(base, LowBitSRConfig(**common))
@@ -89,7 +91,7 @@ def make(spec: Spec, folder: Path) -> None:
         optimizer = create_lrqat_optimizer(model, lr=4e-3)
     model.train()
     losses = []
-    for ids in batches(tokenizer):
+    for ids in batches(tokenizer)[: 2 if spec.experts else STEPS]:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -99,7 +101,7 @@ def make(spec: Spec, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"{spec.name}: loss {losses[0]:.2f} to {losses[-1]:.2f} in {STEPS} steps", flush=True)
+    print(f"{spec.name}: loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps", flush=True)
 
 
 if __name__ == "__main__":

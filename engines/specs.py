@@ -18,7 +18,7 @@ class Spec:
     dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
     act_bits: int | None = None
     signed_scales: bool = False
-    experts: int = 0  # of every layer, two of which a token takes; 0: the dense model
+    experts: int = 0  # of every layer, of which a token takes one; 0: the dense model
 
     @property
     def grid(self) -> str:
@@ -49,7 +49,7 @@ EXPORTED = (
 )
 
 # For llama_cpp.py only: Mixtrals whose experts start as the dense model's MLP.
-MIXTURES = (Spec("moe-w4-g64", 4, 64, experts=4),)
+MIXTURES = (Spec("moe-w4-g64", 4, 64, experts=2),)
 
 NEW_TOKENS = 32
 

@@ -18,6 +18,7 @@ _GATE = ".ffn_gate_inp_shexp.weight"  # how much of the shared expert is taken
 #: What chooses among experts, float32 in every file: nothing is rounded where a little decides.
 ROUTERS = (".ffn_gate_inp.weight", _GATE)
 _BIAS = ".gate.e_score_correction_bias"  # a parameter of its own in transformers, a module's bias for `gguf`
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+\.weight)")
 
 
@@ -99,12 +100,15 @@ def float_pieces(
     name: str, weight: torch.Tensor, config: Any, grids: Collection[str]
 ) -> Iterator[tuple[Place, torch.Tensor]]:
     """A tensor that is on no grid, as the file has it: where, and with which rows and numbers; in two where llama.cpp
-    wants it so.
+    wants it so, and nowhere if it is of a layer that the model does not run: those that predict more tokens.
 
     Args:
         name: in the state dict.
         grids: names of the modules that are on a grid.
     """
+    layer = _LAYER.match(name)
+    if layer and int(layer[1]) >= config.num_hidden_layers:
+        return
     parts: Iterable[tuple[str, torch.Tensor]] = [(name, weight)]
     if architectures.ARCHITECTURES[config.model_type].latent and latent.splits(grids):
         parts = latent.pieces(name, weight, config)

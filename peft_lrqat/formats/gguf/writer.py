@@ -289,9 +289,11 @@ def _write_floats(spool: Spool, source: Source, options: Options, written: Writt
     config = source.config
     experts: dict[str, dict[int, floats.StoredFloats]] = {}  # of tensors that are not whole yet
     count = architectures.experts(config)
-    grids = source.grids()
+    grids, left_out = source.grids(), []
     for name, weight in source.floats(grids):
-        for place, piece in tensors.float_pieces(name, weight, config, grids):
+        pieces = list(tensors.float_pieces(name, weight, config, grids))
+        left_out += [] if pieces else [name]
+        for place, piece in pieces:
             stored = floats.store(piece, tensors.float_type(place, piece, options.type, options.embedding_type))
             if place.expert is None:
                 spool.add(place.tensor, stored.type, tuple(piece.shape), [stored.data])
@@ -310,6 +312,11 @@ def _write_floats(spool: Spool, source: Source, options: Options, written: Writt
     if experts:
         name, found = next(iter(experts.items()))
         raise ValueError(f"The source has {len(found)} of {count} experts of {name!r}; GGUF holds all in one tensor.")
+    if left_out:
+        written.notes.append(
+            f"{len(left_out)} tensors are left out, e.g. {left_out[0]}: they belong to layers after the "
+            f"{config.num_hidden_layers} of the model (multi-token prediction), which are not run."
+        )
     divisors = architectures.rope_divisors(config)
     if divisors is not None:
         spool.add("rope_freqs.weight", "f32", tuple(divisors.shape), [divisors.view(torch.uint8)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_lrqat import can_export, export
 from peft_lrqat.checkpoint.verify import verify
@@ -52,6 +53,17 @@ def test_queries_without_a_latent(tmp_path: Path):
     assert any("normalizes latents with `rms_norm_eps` (1e-05)" in note for note in report.notes)
     with Llama(next((tmp_path / "out").glob("*.gguf"))) as llama:
         assert torch.isfinite(llama.logits(IDS[0].tolist())).all()
+
+
+def test_layers_that_predict_more_tokens_are_left_out(tmp_path: Path):
+    model = on_experts(of_family("deepseek_v3"), group_size=32, target_modules=["o_proj"]).merge_and_unload()
+    model.save_pretrained(tmp_path / "merged")
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    state["model.layers.2.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(state, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    report = export(tmp_path / "merged", tmp_path / "out", format="gguf", vocabulary=False, progress=False)
+    assert any("1 tensors are left out, e.g. model.layers.2.eh_proj.weight" in note for note in report.notes)
+    assert verify(tmp_path / "out", tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
