@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow engines grids sync quality style pages docs venv clean
+.PHONY: help demo test slow engines grids sync notebook quality style pages docs venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ grids: $(STAMP) ## Many grids, token by token: vLLM and llama.cpp beside transfo
 
 sync: $(STAMP) ## Weights sent as TRL sends them, in a real vLLM: the tokens of the merged checkpoint's engine
 	$(PYTHON) engines/sync.py $(ARGS)
+
+notebook: $(STAMP) ## Run the notebook again and keep what it shows (installs Jupyter into .venv, on the first call)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[notebook]'
+	$(BIN)/jupyter nbconvert --execute --inplace examples/*.ipynb
 
 quality: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff check .

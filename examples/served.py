@@ -2,7 +2,8 @@
 
     python examples/served.py CHECKPOINT JOB.json
 
-JOB.json: {"windows": token ids to compute the perplexity of, "prompt": text to continue, "device", "dtype", "threads"}.
+JOB.json: {"windows": token ids to compute the perplexity of, "prompt": text to continue, or a list of texts, "device",
+"dtype", "threads"}.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ def main(checkpoint: str, job_file: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, job["dtype"])).to(job["device"])
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     value = perplexity(model, torch.tensor(job["windows"]))
-    inputs = tokenizer(job["prompt"], return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(json.dumps({"perplexity": value, "text": text}))
+    prompts = [job["prompt"]] if isinstance(job["prompt"], str) else job["prompt"]
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(json.dumps({"perplexity": value, "text": texts[0] if isinstance(job["prompt"], str) else texts}))
 
 
 if __name__ == "__main__":

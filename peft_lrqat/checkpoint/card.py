@@ -173,8 +173,8 @@ def card_text(
         "base model": f"[{base}](https://huggingface.co/{base})" if on_hub else base,
         "grid": grid,
         "container": container,
-        "quantized layers": f"{layers} linear layers, {weights / 1e6:.1f} M weights",
-        "size": f"{size}{total_bytes / 1e6:.1f} MB in all",
+        "quantized layers": f"{layers} linear layers, {_count(weights)} weights",
+        "size": f"{size}{_size(total_bytes)} in all",
         "scales": scales,
         "recipe": recipe or "unknown",
         **rows,
@@ -193,3 +193,11 @@ def card_text(
 
 Made with [peft-lrqat](https://pypi.org/project/peft-lrqat/).
 """
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e6:.1f} M" if weights >= 1e6 else f"{weights:,}"
+
+
+def _size(total: int) -> str:
+    return f"{total / 1e6:.1f} MB" if total >= 1e6 else f"{total:,} bytes"
