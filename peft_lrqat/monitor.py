@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,13 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .tuners.common.layer import MergingLayer
-from .tuners.common.trainers import log_before_trackers
+from .tuners.common.trainers import log_before_trackers, resumed_from
 
 logger = logging.get_logger(__name__)
+
+#: What a checkpoint keeps of the samples: about four bytes for each weight that is looked at.
+_FILE = "quantization_monitor.safetensors"
 
 
 class Shares(NamedTuple):
@@ -38,9 +45,16 @@ class Shares(NamedTuple):
             "scale_change": "mean relative change of the scales",
         }
 
+    def logged(self) -> dict[str, float]:
+        """What a log gets."""
+        return {f"qat_{name}": round(value, 6) for name, value in self._asdict().items()}
+
 
 class _Watched:
-    """A sample of one layer's integers, and what has become of it."""
+    """A sample of one layer's integers and scales, and what has become of it."""
+
+    #: What a checkpoint keeps, so that training that is resumed goes on counting.
+    kept = ("start", "last", "way", "turned", "start_edge", "start_scale")
 
     def __init__(self, layer: MergingLayer, rows: int) -> None:
         self.layer = layer
@@ -52,9 +66,18 @@ class _Watched:
         self.way = torch.zeros_like(self.start)  # the sign of each integer's last change
         self.turned = torch.zeros_like(self.start, dtype=torch.bool)
         self.start_edge = self._edge(*found)
+        self.start_scale = self._scales()
 
     def _codes(self) -> tuple[torch.Tensor, int, int] | None:
         return self.layer.sample_codes(self.rows, self.layer._adapters_at_work())
+
+    def _scales(self) -> torch.Tensor:
+        """As many rows of scales as of integers, of this process's share; empty where there are none."""
+        found = self.layer._trained_scales(self.layer._adapters_at_work())
+        if found is None:
+            return torch.empty(0, device=self.rows.device)
+        scales = found[1].detach()
+        return scales[torch.linspace(0, len(scales) - 1, min(len(self.rows), len(scales))).round().long()].clone()
 
     @staticmethod
     def _edge(codes: torch.Tensor, low: int, high: int) -> torch.Tensor:
@@ -82,11 +105,19 @@ class _Watched:
         return torch.stack(shares)
 
     def _scale_change(self) -> torch.Tensor:
-        scales = self.layer._trained_scales(self.layer._adapters_at_work())
-        if scales is None:
+        if not self.start_scale.numel():
             return torch.zeros((), device=self.start.device)
-        start, now = scales
-        return (now / start - 1).abs().mean()
+        return (self._scales() / self.start_scale - 1).abs().mean()
+
+    def fits(self, found: dict[str, torch.Tensor]) -> bool:
+        """Whether what a checkpoint keeps is of these rows."""
+        return all(name in found and found[name].shape == getattr(self, name).shape for name in self.kept)
+
+    def take(self, found: dict[str, torch.Tensor]) -> None:
+        """Go on from what a checkpoint keeps."""
+        for name in self.kept:
+            value = getattr(self, name)
+            setattr(self, name, found[name].to(value.device, value.dtype))
 
 
 class QuantizationCallback(TrainerCallback):
@@ -99,11 +130,12 @@ class QuantizationCallback(TrainerCallback):
         qat_changed_last    share that has changed since the last log
         qat_reversed        share that has changed in one direction and then in the other, at least once
         qat_edge            share at the smallest or largest integer of the grid, where they can go no further
-        qat_scale_change    mean of |s / s0 - 1| over all scales
+        qat_scale_change    mean of |s / s0 - 1| over the scales of as many rows
 
     At the end, process 0 prints a table by kind of layer, with advice where a figure is off, and writes the curves as
-    `quantization.png` into the Trainer's `output_dir` if matplotlib is installed. With FSDP2 every process gathers a
-    layer's integers to look at them.
+    `quantization.png` into the Trainer's `output_dir` if matplotlib is installed. With a teacher (`Distillation`), its
+    `kl` is in both. Checkpoints keep the samples, so training that is resumed goes on counting. With FSDP2 every
+    process gathers a layer's integers to look at them.
 
     Args:
         rows (int): how many rows of each layer, evenly spaced; 1 or more.
@@ -151,38 +183,77 @@ class QuantizationCallback(TrainerCallback):
                 "LowBitSRConfig, or leave the callback out."
             )
         self._curves, self._took, self._since = {}, 0.0, time.perf_counter()
+        if state.global_step:
+            self._resume(state)
         log_before_trackers(self)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not self._watched or logs is None or "loss" not in logs or self._too_soon():
             return
         began = time.perf_counter()
-        looked = [watched.look() for watched in self._watched.values()]  # each layer counts alike
-        shares = Shares(*torch.stack([one.to(looked[0].device) for one in looked]).mean(0).tolist())
+        shares = _mean([watched.look() for watched in self._watched.values()])
         self._since = time.perf_counter()
         self._took = self._since - began
         self._curves[state.global_step] = shares
-        found = {f"qat_{name}": round(value, 6) for name, value in shares._asdict().items()}
-        logs.update(found)
+        logs.update(shares.logged())
         if state.log_history and "loss" in state.log_history[-1]:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(shares.logged())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self._watched and state.is_world_process_zero and folder.is_dir():
+            tensors = {
+                f"{name}:{part}": getattr(watched, part).cpu().contiguous()
+                for name, watched in self._watched.items()
+                for part in watched.kept
+            }
+            curves = json.dumps({step: shares._asdict() for step, shares in self._curves.items()})
+            save_file(tensors, folder / _FILE, metadata={"curves": curves})
+
+    def _resume(self, state: Any) -> None:
+        """Go on counting from the checkpoint that training is resumed from."""
+        path = Path(resumed_from() or "") / _FILE
+        found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118  it is no dictionary
+                    name, _, part = key.rpartition(":")
+                    found[name][part] = file.get_tensor(key)
+                curves = json.loads((file.metadata() or {}).get("curves", "{}"))
+        if found.keys() != self._watched.keys() or not all(w.fits(found[name]) for name, w in self._watched.items()):
+            logger.warning(
+                f"`QuantizationCallback` counts from step {state.global_step} on: the checkpoint from which training "
+                f"is resumed holds no samples of {self.rows} rows of these layers."
+            )
+            return
+        for name, watched in self._watched.items():
+            watched.take(found[name])
+        self._curves = {int(step): Shares(**shares) for step, shares in curves.items()}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._watched:
             return
         kinds: dict[str, list[torch.Tensor]] = defaultdict(list)
         for name, watched in self._watched.items():
-            kinds[name.rpartition(".")[2]].append(watched.look().cpu())
-        found = {kind: Shares(*torch.stack(those).mean(0).tolist()) for kind, those in kinds.items()}
-        total = Shares(*torch.cat([torch.stack(those) for those in kinds.values()]).mean(0).tolist())
+            kinds[name.rpartition(".")[2]].append(watched.look())
+        found = {kind: _mean(those) for kind, those in kinds.items()}
+        total = _mean([one for those in kinds.values() for one in those])
         started = float(torch.stack([watched.start_edge.cpu() for watched in self._watched.values()]).mean())
-        if state.is_world_process_zero:
-            last = next(reversed(self._curves.values()), total)
-            advised = advice(total._replace(changed_last=last.changed_last), started)
-            print("", table({**found, "all": total}), *advised, sep="\n")  # the empty line ends the progress bar's
-            if self.plot and self._curves:
-                _plot(self._curves, Path(args.output_dir) / "quantization.png")
         self._watched = {}
+        last = next(reversed(self._curves.values()), total)
+        total = total._replace(changed_last=last.changed_last)  # of the time since then, there may be nothing
+        if state.log_history:
+            state.log_history[-1].update(total.logged())
+        if not state.is_world_process_zero:
+            return
+        advised = advice(total, started)
+        divergence = {entry["step"]: entry["kl"] for entry in state.log_history if "kl" in entry}
+        if divergence:
+            first, *_, end = [*divergence.values(), *divergence.values()]
+            advised.insert(0, f"KL to the teacher, a token: {first:.3g} at the first log, {end:.3g} at the last.")
+        print("", table({**found, "all": total}), *advised, sep="\n")  # the empty line ends the progress bar's
+        if self.plot:
+            _plot({**self._curves, state.global_step: total}, divergence, Path(args.output_dir) / "quantization.png")
 
     def _too_soon(self) -> bool:
         if self.time_share is None:
@@ -194,6 +265,11 @@ class QuantizationCallback(TrainerCallback):
             torch.distributed.all_reduce(votes)
             soon = votes.item() > 0
         return soon
+
+
+def _mean(looked: list[torch.Tensor]) -> Shares:
+    """Of several layers, each of which counts alike."""
+    return Shares(*torch.stack([one.to(looked[0].device) for one in looked]).mean(0).tolist())
 
 
 def _layers(model: Any) -> Iterator[tuple[str, MergingLayer]]:
@@ -243,20 +319,25 @@ def advice(shares: Shares, started: float) -> list[str]:
     return found
 
 
-def _plot(curves: dict[int, Shares], path: Path) -> None:
+def _plot(curves: dict[int, Shares], divergence: dict[int, float], path: Path) -> None:
+    """The shares over the steps, and below them the KL to a teacher, if there was one."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         logger.info("No picture of the integers is written: matplotlib is not installed (pip install matplotlib).")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 6 if divergence else 4), layout="constrained")
+    axes, *below = figure.subplots(2 if divergence else 1, sharex=True, squeeze=False)[:, 0]
     for name, words in Shares.words().items():
-        axes.plot(list(curves), [100 * getattr(shares, name) for shares in curves.values()], label=words)
-    axes.set_xlabel("step")
+        axes.plot(list(curves), [100 * getattr(shares, name) for shares in curves.values()], label=words, marker=".")
     axes.set_ylabel("%")
     axes.set_yscale("symlog", linthresh=0.01)
     axes.grid(linewidth=0.4)
     axes.legend(fontsize=8)
+    for lower in below:
+        lower.plot(list(divergence), list(divergence.values()), color="black", marker=".")
+        lower.set_ylabel("KL to the teacher")
+        lower.grid(linewidth=0.4)
+    (below or [axes])[-1].set_xlabel("step")
     figure.savefig(path, dpi=150)

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from PIL import Image
 from transformers import Trainer, TrainerCallback
 
-from peft_lrqat import QuantizationCallback
+from peft_lrqat import Distillation, LRQATConfig, QuantizationCallback, monitor
 from peft_lrqat.monitor import Shares, advice
+from tests.mixtures import mixture
 from tests.models import adapted, low_bit, tiny
 from tests.trainer import arguments, ids_dataset
 
@@ -86,3 +88,103 @@ def test_refusals(tmp_path):
         QuantizationCallback(rows=0)
     with pytest.raises(ValueError, match="`time_share` is 2"):
         QuantizationCallback(time_share=2)
+
+
+def test_resumed_training_goes_on_counting(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    watch = QuantizationCallback(time_share=None, plot=False)
+    whole = trained(adapted(tiny()), tmp_path, watch, steps=4, **options)
+    args = arguments(tmp_path, max_steps=4, logging_steps=1, learning_rate=5e-2)
+    again = QuantizationCallback(time_share=None, plot=False)
+    run = Trainer(adapted(tiny()), args, None, ids_dataset(), callbacks=[again])
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [{name: entry[name] for name in NAMES} for entry in resumed] == [
+        {name: entry[name] for name in NAMES} for entry in whole
+    ]
+    assert list(again._curves) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_without_samples_is_said(tmp_path, caplog):
+    trained(adapted(tiny()), tmp_path, steps=2, save_strategy="steps", save_steps=1)
+    args = arguments(tmp_path, max_steps=2, logging_steps=1)
+    run = Trainer(
+        adapted(tiny()), args, None, ids_dataset(), callbacks=[QuantizationCallback(time_share=None, plot=False)]
+    )
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "counts from step 1 on" in caplog.text
+    assert all(name in run.state.log_history[1] for name in NAMES)
+
+
+def test_looking_takes_its_share_of_the_time(tmp_path, monkeypatch):
+    """A clock on which a step takes 1 s and a look 0.025 s: every third log is looked at, with a share of 1 %."""
+    clock = [0.0]
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock[0] += 1
+
+    class Slow(monitor._Watched):
+        def look(self):
+            clock[0] += 0.025 / 14  # of so many layers
+            return super().look()
+
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(monitor, "_Watched", Slow)
+    logged = trained(adapted(tiny()), tmp_path, Steps(), QuantizationCallback(plot=False), steps=9)
+    assert [entry["step"] for entry in logged if "qat_changed" in entry] == [1, 4, 7]
+
+
+def test_only_some_rows_are_computed(tmp_path, monkeypatch):
+    """What a look costs: of each layer the integers of eight rows, and the scales of as many."""
+    rows = []
+    for layer in {type(layer) for layer in adapted(tiny()).modules() if hasattr(layer, "sample_codes")}:
+        look = layer.sample_codes
+        monkeypatch.setattr(
+            layer, "sample_codes", lambda self, r, a, look=look: rows.append(len(r)) or look(self, r, a)
+        )
+    trained(adapted(tiny()), tmp_path, QuantizationCallback(time_share=None, plot=False), steps=1)
+    assert max(rows) == 8
+
+
+@pytest.mark.parametrize("method", MAKE)
+def test_it_goes_with_accumulated_gradients_and_is_silent_in_evaluation(method, tmp_path):
+    watch = QuantizationCallback(time_share=None, plot=False)
+    model = MAKE[method](tiny())
+    args = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
+    run = Trainer(model, args, None, ids_dataset(), ids_dataset(), callbacks=[watch])
+    assert "qat_changed" not in run.evaluate()
+    run.train()
+    for entry in run.state.log_history:
+        assert ("qat_changed" in entry) == ("loss" in entry or "train_runtime" in entry)
+    assert not any(name in run.evaluate() for name in NAMES)
+
+
+def test_of_several_adapters_the_trained_one_is_watched(tmp_path):
+    model = adapted(tiny())
+    trained(model, tmp_path, steps=1)
+    model.add_adapter("other", LRQATConfig(r=2, group_size=-1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    watch = QuantizationCallback(time_share=None, plot=False)
+    logged = trained(model, tmp_path, watch, steps=1)
+    assert logged[0]["qat_changed"] > 0
+    run = Trainer(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), None, ids_dataset(), callbacks=[watch])
+    run.train()
+    assert run.state.log_history[0]["qat_changed"] == 0  # what the other adapter has moved is no change
+
+
+def test_experts_are_watched(tmp_path, capsys):
+    logged = trained(adapted(mixture()), tmp_path, QuantizationCallback(time_share=None, plot=False), steps=1)
+    assert logged[0]["qat_changed"] > 0
+    assert "gate_up_proj" in capsys.readouterr().out
+
+
+def test_the_teachers_kl_is_in_the_summary_and_the_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    watch = QuantizationCallback(time_share=None)
+    logged = trained(adapted(tiny()), tmp_path, Distillation(tiny()), watch, steps=2)
+    said = capsys.readouterr().out
+    assert (
+        f"KL to the teacher, a token: {logged[0]['kl']:.3g} at the first log, {logged[1]['kl']:.3g} at the last" in said
+    )
+    assert Image.open(tmp_path / "quantization.png").height == 900  # two plots

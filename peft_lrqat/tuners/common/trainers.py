@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
@@ -30,16 +31,23 @@ def log_before_trackers(callback: TrainerCallback) -> None:
 
 
 def calling_trainer() -> Any:
-    """The Trainer, of transformers or a subclass, that calls the caller, directly or through others; None: none does.
-
-    Only frames of transformers' own Trainer are looked into: looking at a user's function would keep its variables.
-    """
+    """The Trainer, of transformers or a subclass, that calls the caller, directly or not; None: none does."""
     module: Any = sys.modules.get("transformers.trainer")
-    frame = sys._getframe(1) if module is not None else None
+    return next((one for name, one in _of_trainers() if name == "self" and isinstance(one, module.Trainer)), None)
+
+
+def resumed_from() -> str | None:
+    """The checkpoint from which the Trainer that calls the caller has resumed; None: from none."""
+    return next((one for name, one in _of_trainers() if name == "resume_from_checkpoint" and one), None)
+
+
+def _of_trainers() -> Iterator[tuple[str, Any]]:
+    """The variables of the methods of transformers' Trainer that are running, from the innermost on.
+
+    Only its own frames are looked into: looking at a user's function would keep that function's variables.
+    """
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "transformers.trainer":
-            found = frame.f_locals.get("self")
-            if isinstance(found, module.Trainer):
-                return found
+            yield from frame.f_locals.items()
         frame = frame.f_back
-    return None
