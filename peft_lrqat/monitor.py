@@ -203,7 +203,9 @@ class QuantizationCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._watched and state.is_world_process_zero and folder.is_dir():
             tensors = {
-                f"{name}:{part}": getattr(watched, part).cpu().contiguous()
+                f"{name}:{part}": getattr(watched, part)
+                .cpu()
+                .clone()  # before the first log, the start is the last look
                 for name, watched in self._watched.items()
                 for part in watched.kept
             }

@@ -31,7 +31,7 @@ class _Codes(TrainerCallback):
 
 
 def trained(model, folder, *callbacks, steps=3, **options):
-    args = arguments(folder, max_steps=steps, logging_steps=1, **{"learning_rate": 5e-2, **options})
+    args = arguments(folder, max_steps=steps, **{"learning_rate": 5e-2, **options})
     run = Trainer(model, args, None, ids_dataset(), callbacks=list(callbacks))
     run.train()
     return [entry for entry in run.state.log_history if "loss" in entry]
@@ -103,6 +103,16 @@ def test_resumed_training_goes_on_counting(tmp_path):
         {name: entry[name] for name in NAMES} for entry in whole
     ]
     assert list(again._curves) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_before_the_first_log_holds_the_start(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
+    watch = QuantizationCallback(time_share=None, plot=False)
+    (whole,) = trained(adapted(tiny()), tmp_path, watch, steps=2, **options)
+    args = arguments(tmp_path, max_steps=2, learning_rate=5e-2, logging_steps=2)
+    run = Trainer(adapted(tiny()), args, None, ids_dataset(), callbacks=[watch])
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert run.state.log_history[0]["qat_changed"] == whole["qat_changed"]
 
 
 def test_a_checkpoint_without_samples_is_said(tmp_path, caplog):
