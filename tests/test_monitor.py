@@ -198,3 +198,17 @@ def test_the_teachers_kl_is_in_the_summary_and_the_picture(tmp_path, capsys):
         f"KL to the teacher, a token: {logged[0]['kl']:.3g} at the first log, {logged[1]['kl']:.3g} at the last" in said
     )
     assert Image.open(tmp_path / "quantization.png").height == 900  # two plots
+
+
+def test_scales_that_grow_with_their_weights_have_changed(tmp_path):
+    class Grows(TrainerCallback):
+        """As 8-bit scales of low-bit SR do when their weights fill the grid, though nobody trains them."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for layer in model.modules():
+                if hasattr(layer, "sample_codes"):
+                    layer.lowbitsr_weight["default"].weight.scale.mul_(1.5)
+
+    watch = QuantizationCallback(time_share=None, plot=False)
+    (entry,) = trained(low_bit(tiny(), bits=8), tmp_path, Grows(), watch, steps=1, learning_rate=1e-9)
+    assert entry["qat_scale_change"] == pytest.approx(0.5, abs=1e-5)
