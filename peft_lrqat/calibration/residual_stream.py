@@ -18,6 +18,7 @@ With Q the rotation of the stream (R1), g a norm's gain and R the rotation of a 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -242,7 +243,7 @@ def norm_gain(norm: Any, where: str) -> tuple[torch.Tensor, int]:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1:
         raise _refusal(f"{where} ({type(norm).__name__}) has no `weight` of one gain a channel")
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device) + 0.5
-    y = norm(x).double()
+    y = copy.deepcopy(norm).float()(x).double()  # torch's LayerNorm takes inputs of its own dtype only
     normalized = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
     for offset in (0, 1):
         gain = weight.detach().double() + offset

@@ -112,3 +112,10 @@ def test_values_that_are_clipped_or_mixed_are_refused():
     mixed = build("DiffLlama", _DECODER)
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.lambda_q1' does with the values.*`values=False`"):
         preprocess_rotation(mixed, residual=False, progressbar=False)
+
+
+def test_a_layer_norm_is_refused_in_every_dtype():
+    """torch's takes inputs of its own dtype only."""
+    model = build("Starcoder2", _DECODER).bfloat16()
+    with pytest.raises(ValueError, match=r"model.norm \(LayerNorm\) is no RMSNorm"):
+        preprocess_rotation(model, progressbar=False)
