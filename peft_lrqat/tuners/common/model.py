@@ -233,6 +233,7 @@ class QuantizingModel(LoraModel):
         targets = finder._targets(model, config, None)
         check_layers(model, targets, config, loading=True)
         finder._check_targets(targets, config)
+        rounding_for(model, config)
         return targets
 
     def _name_modules(self, model: nn.Module, config: Any) -> None:

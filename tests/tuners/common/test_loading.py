@@ -20,6 +20,7 @@ from peft_lrqat import LowBitAdamW, LRQATConfig, preprocess_gptq
 from peft_lrqat.tuners.common import loading, parallel
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests import lowbit_sr, lrqat
+from tests.architectures import ARCHITECTURES
 from tests.models import logits, tiny, tokens, train
 from tests.trainer import arguments, losses
 
@@ -241,6 +242,12 @@ def test_loftq_needs_the_float_weights(base_folder: Path) -> None:
         lrqat.config(init_lora_weights="loftq").for_loading()
     with pytest.raises(ValueError, match="'loftq'` needs the float weight"):
         get_peft_model(load(base_folder, lrqat.config()), lrqat.config(init_lora_weights="loftq"))
+
+
+def test_a_cache_that_transformers_would_not_round_is_refused(method: ModuleType, tmp_path: Path) -> None:
+    ARCHITECTURES["GPT-NeoX"].build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"would not round the cache of 'gpt_neox\.layers\.0\.attention'"):
+        load(tmp_path, method.config(target_modules="all-linear", kv_bits=8))
 
 
 def test_another_method_is_refused(method: ModuleType, base_folder: Path) -> None:
