@@ -15,6 +15,7 @@ from torch import nn
 
 from ..formats import bitnet, compressed_tensors
 from ..formats.source import Source
+from ..modules.architecture import expose_experts, joined_weights
 from ..modules.kv_cache import round_cache
 from ..modules.packed import merged_layer
 from . import compare
@@ -152,14 +153,18 @@ def _without_bias(module: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _layers(model: Any, source: Source) -> Finding:
-    """Each layer's own answer to the unit vectors is its weight."""
+    """Each layer's own answer to the unit vectors is its weight; experts that transformers joins give theirs."""
     what, different, largest = "the engine's weights", [], 0.0
     names = [name for name, info in source.grids().items() if info.kind == "linear"]
+    joined = joined_weights(model)
     for name in names:
-        module: Any = model.get_submodule(source.modules.get(name, name))
-        weight = source.layer(name)
-        with _without_bias(module):
-            answer = module(torch.eye(weight.codes.shape[1], dtype=model.dtype))
+        weight, inside = source.layer(name), source.modules.get(name, name)
+        if inside in joined:
+            answer = joined[inside]().t()
+        else:
+            module: Any = model.get_submodule(inside)
+            with _without_bias(module):
+                answer = module(torch.eye(weight.codes.shape[1], dtype=model.dtype))
         expected = weight.dequantize(model.dtype).t()
         largest = max(largest, float((answer.float() - expected.float()).abs().max() / weight.scale.abs().max()))
         if not torch.equal(answer, expected):
@@ -210,6 +215,7 @@ def _reference(source: Source, dtype: torch.dtype) -> nn.Module:
     assert isinstance(source, ModelSource)
     kind: Any = type(source.model)
     model = kind._from_config(source.config, dtype=dtype).eval()
+    expose_experts(model, source.grids())
     packed = [name for name, info in source.grids().items() if info.kind == "linear"]
     for name in packed:
         inside, info = source.modules.get(name, name), source.grids()[name]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,6 +130,26 @@ def expert_parts(model: nn.Module, name: str, files: set[str] | None = None) -> 
         if len(pieces) != experts or len(names) != 1:
             return None
         found[projection] = names.pop()
+    return found
+
+
+def joined_weights(model: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name of each single expert's layer, as merged models have it -> its weight (out, in), of experts that are joined
+    in a model."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    stacked = [(name, module) for name, module in model.named_modules() if is_stacked(module)]
+    # a model that was loaded from a quantized file knows the way from that file, and none back
+    skeleton = skeleton_of(model) if stacked else None
+    for name, module in stacked:
+        if skeleton is None or (parts := expert_parts(skeleton, name)) is None:
+            continue
+        for projection, names in parts.items():
+            stack = module.get_parameter(projection).detach()
+            rows = stack.shape[1] // len(names)
+            for expert in range(stack.shape[0]):
+                for place, part in enumerate(names):
+                    where = (expert, slice(place * rows, (place + 1) * rows))
+                    found[f"{name}.{expert}.{part}"] = partial(stack.__getitem__, where)
     return found
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import LRQATConfig, can_export, export, load_quantized
+from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.grid import Grid
 from tests.architectures import ARCHITECTURES
 from tests.mixtures import EXPERTS, FIRST, mixture, on_experts
@@ -67,6 +68,21 @@ def test_a_checkpoint_whose_experts_alone_are_quantized(folder: Path):
     assert torch.equal(logits(model, IDS), logits(plain, IDS))
     layer: Any = model.base_model.model.get_submodule(f"{FIRST}.down_proj")
     assert layer.frozen.grid == Grid(4, 32)
+
+
+def test_a_folder_is_verified(merged: PreTrainedModel, tmp_path: Path):
+    """transformers has joined the experts, and each is looked at."""
+    merged.save_pretrained(tmp_path)
+    found = verify(tmp_path)
+    assert [finding.what for finding in found.findings] == ["logits", "the engine's weights"]
+    assert all(finding.equal for finding in found.findings)
+    state = load_file(tmp_path / "model.safetensors")
+    state[f"{FIRST}.3.up_proj.weight_packed"][0, 0] ^= 1
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    changed = {finding.what: finding for finding in verify(tmp_path, merged).findings}
+    assert not changed["codes, scales, zero points"].equal
+    total = 2 * (4 + 3 * EXPERTS)
+    assert changed["the engine's weights"].detail.startswith(f"{total - 1} of {total} layers equal")
 
 
 @pytest.mark.parametrize("name", ["Qwen 3 MoE", "Mixtral"])
