@@ -57,7 +57,7 @@ def remember_run(tuner: Any) -> None:
         _repository(trainer.train_dataset),
     )
     tuner.runs.append(run)
-    _keep_cards_complete(trainer)
+    _keep_cards_complete(trainer, tuner)
 
 
 def facts_of(runs: Iterable[Run], adapters: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -144,29 +144,23 @@ def _repository(dataset: Any) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _keep_cards_complete(trainer: Any) -> None:
+def _keep_cards_complete(trainer: Any, tuner: Any) -> None:
     """Have the model cards that a Trainer writes say how to load the adapter: they replace the one that PEFT wrote."""
     if "create_model_card" in vars(trainer):
         return
-    reference = weakref.ref(trainer)  # a Trainer that is let go of frees its memory at once
+    # a Trainer that is let go of frees its memory at once; and its model may be a module around PEFT's
+    references = weakref.ref(trainer), weakref.ref(tuner)
 
     @functools.wraps(type(trainer).create_model_card)
     def create_model_card(*args: Any, **kwargs: Any) -> None:
-        own = reference()
-        assert own is not None
-        type(own).create_model_card(own, *args, **kwargs)
-        _complete_card(own)
+        trainer, tuner = (reference() for reference in references)
+        assert trainer is not None
+        type(trainer).create_model_card(trainer, *args, **kwargs)
+        folder = Path(trainer.args.output_dir)
+        if tuner is None or not trainer.is_world_process_zero() or not (folder / "README.md").exists():
+            return
+        for name, config in tuner.peft_config.items():
+            facts = config.facts(*facts_of(tuner.runs, [name]))
+            write_adapter_card(folder if name == "default" else folder / name, facts, name, trainer.hub_model_id)
 
     trainer.create_model_card = create_model_card
-
-
-def _complete_card(trainer: Any) -> None:
-    folder = Path(trainer.args.output_dir)
-    if not trainer.is_world_process_zero() or not (folder / "README.md").exists():
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    tuner = model.base_model
-    for name, config in model.peft_config.items():
-        where = folder if name == "default" else folder / name
-        rows = facts_of(tuner.runs, [name])
-        write_adapter_card(where, config.facts(*rows), name, trainer.hub_model_id)

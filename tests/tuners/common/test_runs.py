@@ -178,3 +178,21 @@ def test_a_trainer_that_is_let_go_of_is_freed_and_models_can_be_copied(tmp_path)
     assert gone() is None
     copy.deepcopy(model).save_pretrained(tmp_path / "copy")
     assert row(tmp_path / "copy", "training").startswith("Trainer, 1 steps")
+
+
+def test_a_model_around_the_adapters_is_trained(tmp_path):
+    class Around(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.pretrained_model, self.config = model, model.config
+
+        def forward(self, input_ids, labels=None):
+            return self.pretrained_model(input_ids=input_ids, labels=labels)
+
+    model = adapted(tiny())
+    trainer = run(Around(model), tmp_path, 1)
+    trainer.train()
+    trainer.create_model_card(model_name="around")
+    assert row(tmp_path, "training").startswith("Trainer, 1 steps")
+    model.save_pretrained(tmp_path / "adapter")
+    assert row(tmp_path / "adapter", "training").startswith("Trainer, 1 steps")
