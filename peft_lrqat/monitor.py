@@ -335,6 +335,7 @@ def _plot(curves: dict[int, Shares], divergence: dict[int, float], path: Path) -
         axes.plot(list(curves), [100 * getattr(shares, name) for shares in curves.values()], label=words, marker=".")
     axes.set_ylabel("%")
     axes.set_yscale("symlog", linthresh=0.01)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(linewidth=0.4)
     axes.legend(fontsize=8)
     for lower in below:
