@@ -76,6 +76,12 @@ def find_rounding(model: nn.Module, bits: int, rule: str) -> CacheRounding:
     for name, layer in layers.items():
         _check_layer(name, layer, bits, rule)
     sizes = {size for layer in layers.values() for size in _head_sizes(layer, config)}
+    if rule == "transformers" and not _has_one_head_dim(config):
+        raise ValueError(
+            f"`kv_bits` is {bits} with `kv_rule='transformers'`, but the layers of {type(model).__name__} differ in "
+            f"`head_dim` ({', '.join(map(str, sorted(sizes)))}), and compressed-tensors, which asks for one, fails to "
+            "load such a checkpoint (seen with 0.20). Use `kv_rule='vllm'`, or leave `kv_bits` out."
+        )
     if rule == "vllm" and bits == 4 and any(size % 2 for size in sizes):
         raise ValueError(f"`kv_bits` is 4 with heads of {sorted(sizes)} numbers; vLLM packs two to a byte. Use 8 bits.")
     return CacheRounding(bits, rule, math.gcd(*sizes) if rule == "transformers" else None)
@@ -216,6 +222,16 @@ def _known_to_transformers(layer: Any) -> bool:
     name, _ = _parameter(layer) or ("", 0)
     named = "attention" in type(layer).__name__.lower() and any(hasattr(layer, part) for part in _PROJECTIONS)
     return named and name in ("past_key_values", "past_key_value")
+
+
+def _has_one_head_dim(config: Any) -> bool:
+    """Whether one may ask a model's configuration for `head_dim`; of Gemma 4, whose layers differ, transformers refuses
+    to say it."""
+    try:
+        hasattr(config.get_text_config(decoder=True) if config is not None else None, "head_dim")
+    except Exception:  # of a class that only newer versions of transformers have
+        return False
+    return True
 
 
 def _head_sizes(layer: Any, config: Any) -> list[int]:

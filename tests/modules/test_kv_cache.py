@@ -203,12 +203,19 @@ def test_a_layer_that_keeps_its_keys_to_itself_is_found_out(llama: nn.Module, mo
         layer(torch.randn(1, 3, 32))
 
 
-def test_heads_of_several_sizes_share_the_largest_group():
+def test_layers_that_differ_in_the_size_of_heads():
+    """compressed-tensors asks such a configuration for one `head_dim`, and fails while loading."""
     shapes = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 12, "sliding_window": 4}
     model = made("Gemma4Text", **shapes, **kinds)
-    assert find_rounding(model, 8, "transformers").group_size == 4
+    with pytest.raises(ValueError, match=r"differ in `head_dim` \(8, 12\).*Use `kv_rule='vllm'`"):
+        find_rounding(model, 8, "transformers")
     assert find_rounding(model, 8, "vllm").group_size is None
+
+
+def test_keys_and_values_of_other_sizes_share_the_largest_group():
+    model = made("MiMoV2Flash", v_head_dim=12, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    assert find_rounding(model, 8, "transformers").group_size == 4
 
 
 @pytest.mark.parametrize(
