@@ -68,7 +68,7 @@ def with_experts(dense: PreTrainedModel, count: int) -> PreTrainedModel:
 
 def make(spec: Spec, folder: Path) -> None:
     torch.manual_seed(0)
-    base, tokenizer = load_smollm2(torch.bfloat16)
+    base, tokenizer = load_smollm2(torch.float32 if spec.experts else torch.bfloat16)  # many CPUs are slow in bf16
     if spec.experts:
         base = with_experts(base, spec.experts)
     common: dict[str, Any] = {

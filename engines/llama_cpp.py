@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -37,7 +38,6 @@ from specs import CHATS, COMPLETIONS, MIXTURES, NEW_TOKENS
 
 from peft_lrqat import export
 from peft_lrqat.checkpoint.open import open_source
-from peft_lrqat.checkpoint.verify_gguf import file_weights
 from tests.ggml import Llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,19 +135,13 @@ def compare(folder: Path, options: dict[str, str]) -> dict[str, Any]:
 
 
 def exact_model(folder: Path) -> nn.Module:
-    """The checkpoint in float32, with the grid's own weights."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    source, modules = open_source(folder), dict(model.named_modules())
-    joined = dict(file_weights(model)) if source.loading.packed_experts else {}
-    for name, info in source.grids().items():
-        if name not in modules:  # an expert, which transformers has joined with others
-            if not torch.equal(joined[name], source.layer(name).dequantize(torch.float32)):
-                raise SystemExit(f"transformers has other weights than {folder.name} for {name!r}")
-            continue
-        layer = nn.Linear(info.in_features, info.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(source.layer(name).dequantize(torch.float32), requires_grad=False)
-        model.set_submodule(name, layer)
-    return model
+    """The checkpoint in float32, with the grid's own weights. (transformers would round them to the scales' dtype.)"""
+    source = open_source(folder)
+    state = {name: tensor.float() for name, tensor in source.floats(source.grids())}
+    for name in source.grids():
+        state[f"{name}.weight"] = source.layer(name).dequantize(torch.float32)
+    kind = getattr(transformers, source.config.architectures[0])
+    return kind.from_pretrained(None, config=source.config, state_dict=state, dtype=torch.float32).eval()
 
 
 def chat(tokenizer: Any, text: str) -> tuple[str, list[int]]:

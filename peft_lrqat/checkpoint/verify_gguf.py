@@ -144,7 +144,7 @@ def _loaded_by_transformers(path: Path, source: Source) -> Any:
 
 def _transformers_reads(model: Any, source: Source) -> Finding:
     names, different = list(source.grids()), []
-    weights = dict(file_weights(model))
+    weights = dict(_weights(model))
     for name in names:
         if not torch.equal(weights[name], source.layer(name).dequantize(torch.float32).cpu()):
             different.append(name)
@@ -154,7 +154,7 @@ def _transformers_reads(model: Any, source: Source) -> Finding:
     )
 
 
-def file_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Name of a module in files -> its weight, those of experts one by one."""
     skeleton = skeleton_of(model)  # which goes back to such names; a model that came from GGUF does not
     for name, weight in revert_weight_conversion(skeleton, model.state_dict()).items():
