@@ -52,7 +52,11 @@ def adopt_experts(model: nn.Module, config: Any) -> dict[str, Adopted]:
     for name, module in _candidates(model):
         found = _Found.of(model, name, module)
         meant = wanted.meant(found)
-        if wanted.excludes(found, bool(meant)):
+        standing = isinstance(module, Experts) and bool(module.stacks)  # layers already, with another adapter
+        if wanted.excludes(found, bool(meant) and not standing):
+            continue
+        if standing:
+            wanted.add(found, meant, standing=True)
             continue
         if problem := _problem(model, name, module, found.parts, config):
             if wanted.names(found):
@@ -64,7 +68,7 @@ def adopt_experts(model: nn.Module, config: Any) -> dict[str, Adopted]:
         wanted.add(found, meant)
         after = joined_experts(module) if isinstance(module, Experts) else Experts(module, found.parts)
         adopted[name] = Adopted(module, after)
-    wanted.finish(model, set(adopted))
+    wanted.finish(model)
     for name, (_, after) in adopted.items():
         _put(model, name, after)
     for problem, names in refused.items():
@@ -125,7 +129,7 @@ def settle_experts(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Experts that are not adapted: as transformers holds them, or as merging leaves them."""
+    """Experts: as transformers holds them, as merging leaves them, or with adapters."""
     quantized = any(isinstance(m, MERGED) or hasattr(m, "quantization_scheme") for m in model.modules())
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -133,10 +137,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside += (name + ".",)
         if not name or name.startswith(inside):
             continue
-        if isinstance(module, Experts):
-            if not module.stacks:
-                yield name, module
-        elif is_stacked(module) and not quantized:  # what a quantized model has left float stays so
+        if isinstance(module, Experts) or (is_stacked(module) and not quantized):  # what it has left float stays so
             yield name, module
 
 
@@ -195,6 +196,7 @@ class _Wanted:
         self.met: set[str] = set()  # of `parameters`
         self.more: set[str] = set()  # names of layers
         self.by_part: set[str] = set()  # names of `target_modules` that mean parts of these
+        self.layers: set[str] = set()  # names of experts that are, or become, layers
         self.in_part: list[_Found] = []  # what is named in part
         self.excluded_in_part: list[_Found] = []
 
@@ -287,18 +289,20 @@ class _Wanted:
         plan.exclude_modules, plan.target_modules = None, {key.rpartition(".")[2]}
         return check_target_module_exists(plan, key) is True
 
-    def add(self, found: _Found, meant: set[str]) -> None:
-        """Take note of the layers of one module that are meant, but not by their own names."""
-        if meant and len(meant) < len(found.projections):
+    def add(self, found: _Found, meant: set[str], standing: bool = False) -> None:
+        """Take note of the layers of one module that are meant, but not by their own names.
+
+        Args:
+            standing: they are layers with adapters, and one more adapter may be for some.
+        """
+        self.layers.add(found.name)
+        if not standing and meant and len(meant) < len(found.projections):
             self.in_part.append(found)
         elif self.config.target_modules != ALL_LINEAR:
             self.more |= {f"{found.name}.{projection}" for projection in meant}
 
-    def finish(self, model: nn.Module, adopted: set[str]) -> None:
+    def finish(self, model: nn.Module) -> None:
         """Write it into the configuration.
-
-        Args:
-            adopted: names of the modules that become layers.
 
         Raises:
             ValueError: `target_parameters` names something else than experts.
@@ -324,15 +328,15 @@ class _Wanted:
             config.target_parameters = None  # PEFT would wrap them
         if config.target_modules == ALL_LINEAR or not (self.more or self.by_part):
             return
-        inside = tuple(f"{name}." for name in adopted)
+        inside = tuple(f"{name}." for name in self.layers)
         modules = [name for name, _ in model.named_modules() if not name.startswith(inside)]
         if not isinstance(config.target_modules, str):
             spent = {e for e in self.by_part if not any(_matches({e}, name) for name in modules)}
-            spent |= {e for e in config.target_modules or () if any(_matches({e}, name) for name in adopted)}
+            spent |= {e for e in config.target_modules or () if any(_matches({e}, name) for name in self.layers)}
             left = (set(config.target_modules or ()) - spent) | self.more
             config.target_modules = left or config.target_modules  # where nothing is left, PEFT says so
-        elif any(_matches(config.target_modules, name) for name in adopted):
-            others = {n for n in modules if n not in adopted and _matches(config.target_modules, n)}
+        elif any(_matches(config.target_modules, name) for name in self.layers):
+            others = {n for n in modules if n not in self.layers and _matches(config.target_modules, n)}
             config.target_modules = others | self.more
         else:
             config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, sorted(self.more))])

@@ -194,13 +194,33 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(after[name] is parameter for name, parameter in before.items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["experts"]},
+        {"target_modules": r".*experts.*"},
+        {"target_modules": r".*\.experts\.\d+\..*"},
+        {"target_modules": [], "target_parameters": PARAMETERS},
+    ],
+    ids=["module", "pattern", "files", "parameters"],
+)
+def test_names_of_experts_that_have_an_adapter(options: dict):
+    model = on_experts(copy.deepcopy(MODEL))
+    model.add_adapter("second", LRQATConfig(r=1, group_size=8, range_method="minmax", **options))
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, MergingLayer)}
+    assert {name for name, layer in layers.items() if "second" in layer.lora_A} == BOTH
+    with pytest.raises(ValueError, match=r"`target_modules` names 1 of the 5 experts"):
+        model.add_adapter("third", LRQATConfig(r=1, group_size=8, target_modules=["experts.0.up_proj"]))
+
+
 def test_a_second_adapter_may_have_other_targets():
     model = on_experts(copy.deepcopy(MODEL))
     with_experts = logits(model, IDS)
     model.add_adapter("attention", LRQATConfig(r=1, group_size=8, range_method="minmax", target_modules=["q_proj"]))
     model.add_adapter("mixture", LRQATConfig(r=1, group_size=8, range_method="minmax", target_modules=FILES))
-    layer: nn.Module = model.base_model.model.get_submodule(f"{FIRST}.down_proj")
-    assert set(layer.lora_A) == {"default", "mixture"}
+    for projection in ("gate_up_proj", "down_proj"):
+        layer: nn.Module = model.base_model.model.get_submodule(f"{FIRST}.{projection}")
+        assert set(layer.lora_A) == {"default", "mixture"}
     assert torch.equal(logits(model, IDS), with_experts)
     model.set_adapter("attention")
     assert torch.equal(logits(copy.deepcopy(model).merge_and_unload(), IDS), logits(model, IDS))
