@@ -34,6 +34,9 @@ _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 # What attention with one vector for all heads has: DeepSeek V2 and V3 and those built after them; DeepSeek V4.
 _LATENT = ("kv_lora_rank", "kv_b_proj", "compressor")
 
+# What compressed-tensors calls its own numbers in attention layers.
+_SCALES = ("k_scale", "v_scale")
+
 _WITHOUT = "Leave `kv_bits` out."
 
 
@@ -214,6 +217,12 @@ def _check_layer(name: str, layer: Any, bits: int, rule: str) -> None:
             f"`kv_bits` is {bits} with `kv_rule='transformers'`, but transformers would not round the cache of "
             f"{name!r} ({kind}): compressed-tensors knows attention by its `past_key_values` and its k_proj, v_proj or "
             "qkv_proj. Use `kv_rule='vllm'`, or leave `kv_bits` out."
+        )
+    if rule == "transformers" and any(hasattr(layer, part) for part in _SCALES):
+        raise ValueError(
+            f"`kv_bits` is {bits} with `kv_rule='transformers'`, but {name!r} ({kind}) has a `k_scale` or `v_scale` of "
+            "its own, which compressed-tensors (0.20) takes away from attention whose cache it rounds, so that the "
+            "checkpoint could not be run. Use `kv_rule='vllm'`, or leave `kv_bits` out."
         )
 
 

@@ -215,6 +215,10 @@ def test_layers_that_differ_in_the_size_of_heads():
 
 def test_keys_and_values_of_other_sizes_share_the_largest_group():
     model = made("MiMoV2Flash", v_head_dim=12, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    with pytest.raises(ValueError, match="has a `k_scale` or `v_scale` of its own"):
+        find_rounding(model, 8, "transformers")
+    for layer in attention_layers(model).values():
+        del layer.v_scale
     assert find_rounding(model, 8, "transformers").group_size == 4
 
 
