@@ -95,6 +95,7 @@ def test_experts_that_stay_float(family: str, tmp_path: Path):
     path = written(model, tmp_path / "out")
     file, source = GGUFFile(path), open_source(model)
     assert file.tensors["blk.1.ffn_gate_exps.weight"].type == "bf16"
+    assert file.tensors["blk.1.ffn_gate_inp.weight"].type == "f32"
     assert file.tensors["blk.0.attn_output.weight"].type == "q4_0"
     assert float_differences(file, source) == {}
     wanted = logits(model.merge_and_unload().float(), IDS)[0]
