@@ -1,5 +1,5 @@
 # The project's commands. Python 3.11 or later and make are all that a machine needs: `.venv` is made on the first call,
-# and again when pyproject.toml or constraints.txt change.
+# brought up to date when pyproject.toml or constraints.txt change, and made anew for another PYTHON.
 
 PYTHON ?= python3
 # where torch comes from; empty: where pip looks anyway. https://download.pytorch.org/whl/cpu has small CPU builds for
@@ -15,9 +15,17 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv$(subst constraints,,$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# a Python, or that which an environment was made with; the stamp has it, so that another one is noticed
+WHICH := import sys; print(sys.implementation.cache_tag, sys.base_prefix)
+WANTED := $(shell $(PYTHON) -c '$(WHICH)' 2>/dev/null)
+ifneq ($(WANTED),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+# environments of `make package`, and of the scripts in engines/
+PACKAGING := .venv-package/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow engines grids sync notebook quality style pages docs venv clean
+.PHONY: help demo test slow engines grids sync notebook quality style pages docs package venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,16 +70,29 @@ pages: $(STAMP) ## Write anew what pages take from code and from benchmarks/resu
 docs: $(STAMP) ## Build the documentation into site/ (ARGS="serve": show it on http://127.0.0.1:8000 while you write)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict)
 
+package: .venv-package/.installed ## Build wheel and sdist into dist/, and check what they say and hold
+	rm -rf build dist
+	$(PACKAGING) build --no-isolation
+	$(PACKAGING) twine check --strict dist/*
+	$(PACKAGING) check_manifest --no-build-isolation
+
 venv: $(STAMP) ## Only make .venv
 
-clean: ## Remove .venv and the tools' caches
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean: ## Remove all environments, builds and caches
+	rm -rf .venv .venv-* site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv-package/.installed: Makefile
+	$(PYTHON) -m venv --clear .venv-package
+	$(PACKAGING) pip install -q 'setuptools>=77' build==1.6.1 twine==7.0.0 check-manifest==0.51
+	@touch $@
 
 # torch first and alone: then nothing that follows can ask for another build of it. What it needs comes with the rest: an
 # index of torch builds need not hold the versions that the constraints name
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; say which: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@[ "$$($(BIN)/python -c '$(WHICH)' 2>/dev/null)" = "$(WANTED)" ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
-	@touch $@
+	@echo '$(WANTED)' > $@

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .installing import how_to_install
 from .tuners.common.layer import MergingLayer
 from .tuners.common.trainers import log_before_trackers, resumed_from
 
@@ -326,7 +327,7 @@ def _plot(curves: dict[int, Shares], divergence: dict[int, float], path: Path) -
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.info("No picture of the integers is written: matplotlib is not installed (pip install matplotlib).")
+        logger.info("No picture of the integers is written: it needs matplotlib, %s.", how_to_install("matplotlib"))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(7, 6 if divergence else 4), layout="constrained")

@@ -32,6 +32,7 @@ FLOORS = (
         "rounding",
         "chunks",
         "files",
+        "installing",
         "read_only",
         "registration",
         "_version",

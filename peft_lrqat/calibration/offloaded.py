@@ -80,7 +80,8 @@ def _device(device_map: Any) -> str | int:
     if isinstance(device_map, Mapping) and len(device_map) == 1:
         (device_map,) = device_map.values()
     if device_map == "auto":
-        kind = torch.accelerator.current_accelerator()
+        # a CUDA build of torch names "cuda" on a machine without one, too
+        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return "cpu" if kind is None else f"{kind.type}:{torch.accelerator.current_device_index()}"
     try:
         torch.device(device_map)

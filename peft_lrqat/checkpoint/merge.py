@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import is_progress_bar_enabled
+
 from ..files import new_folder
 from ..formats.shards import parse_size
 from ..formats.source import LayerInfo
@@ -49,7 +51,7 @@ def merge(
         peft_model, its_tokenizer = open_adapter(place, trust_remote_code)
         found = tokenizer_of(tokenizer or its_tokenizer, trust_remote_code)
         layers = ModelSource(peft_model).grids()
-        model = peft_model.merge_and_unload()
+        model = peft_model.merge_and_unload(progressbar=is_progress_bar_enabled())
         model.save_pretrained(folder, max_shard_size=size)
         save_tokenizer(found, folder)
         report = _report(model, layers, folder, out)

@@ -24,6 +24,7 @@ from ..checkpoint.hub import fetched
 from ..checkpoint.inspect import inspect as inspect_folder
 from ..checkpoint.merge import merge as merge_adapter
 from ..checkpoint.verify import verify as verify_folder
+from ..installing import how_to_install
 from . import show
 from .flags import flags
 
@@ -154,8 +155,10 @@ def verify(checkpoint: str, against: str | None, engine: bool, as_json: bool, tr
     else:
         show.verification(found)
     if not found.findings:
-        why = found.skipped or f"loading this format needs {' and '.join(found.missing)}. Install it"
-        raise ValueError(f"nothing was compared: {why}, or name --against to compare the files.")
+        why = found.skipped
+        if found.missing:
+            why = f"loading this format needs {' and '.join(found.missing)}: {how_to_install(*found.missing)}"
+        raise ValueError(f"nothing was compared: {why}. Or name --against to compare the files.")
     return 0 if found else NOT_EQUAL
 
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from ..checkpoint.inspect import Inspection
 from ..checkpoint.verify import Verification
+from ..installing import how_to_install
 from .flags import flags
 
 _BAR = 40  # characters
@@ -127,7 +128,7 @@ def plot(found: Inspection, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from missing
+        raise ImportError(f"--plot needs matplotlib: {how_to_install('matplotlib')}.") from missing
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     shares = [100 * count / found.weights for count in found.histogram.values()]
@@ -147,7 +148,7 @@ def verification(found: Verification) -> None:
     ):
         _print(f"{name}: {printable(value)}", markup=False)
     if found.missing:
-        _print(f"not installed: {', '.join(found.missing)}", markup=False)
+        _print(f"not installed: {', '.join(found.missing)}: {how_to_install(*found.missing)}", markup=False)
     if found.skipped:
         _print(f"not compared: {one_line(found.skipped)}", markup=False)
     for finding in found.findings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from ..installing import how_to_install
 from .writer import Writer
 
 #: Format -> "module:class", relative to this package.
@@ -32,10 +33,7 @@ def writer_of(format: str) -> Writer:
         raise ValueError(f"`format` is {format!r}; the formats are {', '.join(FORMATS)}.")
     module, _, name = FORMATS[format].partition(":")
     found: type[Writer] = getattr(importlib.import_module(module, __package__), name)
-    for package, extra in found.needs.items():
+    for package in found.needs:
         if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f"`format={format!r}` needs the package {package!r}: pip install {package}, or peft-lrqat with its "
-                f"extra {extra!r}."
-            )
+            raise ImportError(f"`format={format!r}` needs the package {package!r}: {how_to_install(package)}.")
     return found()

@@ -97,7 +97,7 @@ class TorchAOWriter(SafetensorsWriter):
     """Writes the format."""
 
     name = NAME
-    needs = {"torchao": "torchao"}  # noqa: RUF012  # a ClassVar, annotated in the base
+    needs = ("torchao",)
     usage = how_to_load("torchao")
     in_vllm = True
 

@@ -106,7 +106,7 @@ class Writer(ABC):
 
     Attributes:
         name: as in `FORMATS`.
-        needs: import name -> extra of this package that installs it.
+        needs: import names of packages that may be missing.
         Options: a dataclass of the format's own options; its fields' metadata have "help".
         tokenizer_files: whether `export` puts the tokenizer's files beside the checkpoint; if not, the writer saves it.
         usage: Markdown for the model card: how to load the result.
@@ -114,7 +114,7 @@ class Writer(ABC):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[dict[str, str]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
     tokenizer_files: ClassVar[bool] = True
     usage: ClassVar[str] = ""
     in_vllm: ClassVar[bool] = False

@@ -131,3 +131,9 @@ def test_a_damaged_weight_is_found_when_its_block_comes_in(tmp_path: Path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.* holds NaN"):
         gptq(tmp_path)
+
+
+def test_a_cuda_build_of_torch_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert offloaded._device("auto") == "cpu"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -66,7 +66,7 @@ class GGUFWriter(Writer):
     """llama.cpp's format."""
 
     name = "gguf"
-    needs: ClassVar[dict[str, str]] = {"gguf": "gguf"}
+    needs = ("gguf",)
     tokenizer_files = False
     Options = Options
     usage = """```bash

@@ -17,6 +17,7 @@ from ...modules.experts import Experts
 from ...modules.kv_cache import rounding_of
 from ...modules.packed import MERGED
 from .layer import MergingLayer
+from .progress import speaks
 
 
 class _Console(logging.Handler):
@@ -118,16 +119,18 @@ def summarize(model: nn.Module, grid: str) -> Summary:
 
 
 def report(model: nn.Module, config: Any) -> None:
-    """Say what became of a model (logger "peft_lrqat", level INFO), and warn where most of it stayed float.
+    """Say what became of a model (logger "peft_lrqat", level INFO), or warn of it where most of it stayed float.
 
-    For an adapter that is loaded the level is DEBUG, and there is no warning.
+    For an adapter that is loaded, and in all but the first process of a machine, the level is DEBUG, and there is no
+    warning.
     """
     summary = summarize(model, config.grid.describe())
-    loaded = config._adapter_shapes is not None
-    _LOGGER.log(logging.DEBUG if loaded else logging.INFO, "%s: %s", config.method, summary)
-    if not loaded:
+    said = config._adapter_shapes is None and speaks()
+    warned = said and summary.mostly_float
+    _LOGGER.log(logging.INFO if said and not warned else logging.DEBUG, "%s: %s", config.method, summary)
+    if said:
         _report_serving(model, config)
-    if summary.mostly_float and not loaded:
+    if warned:
         warnings.warn(
             f"Most of the model stays float. {config.method}: {summary} `target_modules='all-linear'` takes all linear "
             "layers and, with LRQATConfig, the experts of mixtures. Other weights (of convolutions) stay float.",

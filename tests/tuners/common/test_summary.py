@@ -52,9 +52,22 @@ def test_a_further_adapter_converts_nothing(method: ModuleType, caplog: pytest.L
     assert summarize(merged, "").layers == 8
 
 
-def test_a_model_that_stays_float(method: ModuleType, tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"Most of the model stays float.*14 %.*gate_proj \(3072\).*'all-linear'"):
+def test_the_first_process_of_a_machine_speaks(method: ModuleType, caplog, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with caplog.at_level(logging.INFO, "peft_lrqat"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Most of the model")
+        method.adapt(tiny(), **method.GRID)
+        get_peft_model(tiny(), method.config(target_modules=method.ATTENTION))
+    assert not caplog.records
+
+
+def test_a_model_that_stays_float(method: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with (
+        caplog.at_level(logging.INFO, "peft_lrqat"),
+        pytest.warns(UserWarning, match=r"Most of the model stays float.*14 %.*gate_proj \(3072\).*'all-linear'"),
+    ):
         model = get_peft_model(tiny(), method.config(target_modules=method.ATTENTION))
+    assert not caplog.records  # the warning has it all
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Most of the model")
