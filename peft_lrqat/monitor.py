@@ -243,8 +243,8 @@ class QuantizationCallback(TrainerCallback):
         total = _mean([one for those in kinds.values() for one in those])
         started = float(torch.stack([watched.start_edge.cpu() for watched in self._watched.values()]).mean())
         self._watched = {}
-        last = next(reversed(self._curves.values()), total)
-        total = total._replace(changed_last=last.changed_last)  # of the time since then, there may be nothing
+        if state.global_step in self._curves:  # the last log looked at this very step: nothing has changed since then
+            total = total._replace(changed_last=self._curves[state.global_step].changed_last)
         if state.log_history:
             state.log_history[-1].update(total.logged())
         if not state.is_world_process_zero:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
@@ -18,9 +19,15 @@ from ..modules.kv_cache import rounding_of
 from ..modules.packed import MERGED
 from .serving import Serving, serving
 
+#: The end of every card that this module writes begins so.
+_SIGNATURE = "Made with [peft-lrqat]("
+
 
 def attach_card(model: nn.Module, text: str) -> None:
-    """Make `save_pretrained` write a README.md beside the checkpoint, if none exists, and `push_to_hub` push it."""
+    """Make `save_pretrained` write a README.md beside the checkpoint, and `push_to_hub` push it.
+
+    A README.md that is there is replaced if it is a card of this package, which another model may have left.
+    """
     if not hasattr(model, "save_pretrained"):
         return
     object.__setattr__(model, "save_pretrained", partial(_save_with_card, model, text))
@@ -30,9 +37,13 @@ def attach_card(model: nn.Module, text: str) -> None:
 def _save_with_card(model: Any, text: str, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     path = Path(save_directory) / "README.md"
-    if kwargs.get("is_main_process", True) and not path.exists() and path.parent.is_dir():
+    if kwargs.get("is_main_process", True) and path.parent.is_dir() and not _of_somebody(path):
         write_atomically(path, text)
     return result
+
+
+def _of_somebody(card: Path) -> bool:
+    return card.exists() and _SIGNATURE not in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +73,7 @@ def merged_card(
         rows: more rows of the table: name -> Markdown.
         datasets: repositories of the Hub that the model was trained on.
     """
-    record = config.record()
+    record, causal = config.record(), type(model).__name__.endswith("ForCausalLM")
     quantized: list[Any] = [m for m in model.modules() if isinstance(m, MERGED)]
     weights = sum(m.in_features * m.out_features for m in quantized)
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
@@ -80,11 +91,20 @@ def merged_card(
         total_bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         scale_dtype=record.scale_dtype,
         recipe=record.recipe,
-        usage=usage(how_to_load(), served),
+        usage=usage(_how_to_load(model, described), served, in_vllm=causal),
         rows=rows or {},
         datasets=datasets,
-        pipeline="text-generation" if type(model).__name__.endswith("ForCausalLM") else None,
+        pipeline="text-generation" if causal else None,
     )
+
+
+def _how_to_load(model: nn.Module, described: Mapping[str, Any]) -> str:
+    """By the Auto class of causal language models, or by the model's own class, so that no head is lost."""
+    install = '"compressed-tensors>=0.18"' if described.get("quant_method") == "compressed-tensors" else ""
+    name = type(model).__name__
+    if name.endswith("ForCausalLM") or not hasattr(transformers, name):
+        return how_to_load(install)
+    return how_to_load(install, f"from transformers import {name}\nmodel = {name}.from_pretrained")
 
 
 def base_name(origin: str) -> tuple[str, bool]:
@@ -191,7 +211,7 @@ def card_text(
 
 {usage}
 
-Made with [peft-lrqat](https://pypi.org/project/peft-lrqat/).
+{_SIGNATURE}https://pypi.org/project/peft-lrqat/).
 """
 
 

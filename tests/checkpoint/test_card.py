@@ -1,6 +1,7 @@
 """push_to_hub of a merged model: everything but the connection is transformers' own code."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import transformers.utils.hub as hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from transformers import LlamaForSequenceClassification
 
 from tests.models import adapted, tiny
 
@@ -45,3 +47,25 @@ def test_a_card_that_the_repository_has_is_kept(uploads, monkeypatch):
     monkeypatch.setattr(ModelCard, "load", lambda *args, **kwargs: own)
     adapted(tiny("llama"), bits=4, group_size=16).merge_and_unload().push_to_hub("me/model-w4")
     assert "# My own words" in uploads["README.md"].decode()
+
+
+def test_a_card_of_a_model_that_was_there_is_replaced_and_a_users_is_not(tmp_path: Path):
+    card = tmp_path / "README.md"
+    adapted(tiny("llama"), bits=4, group_size=16).merge_and_unload().save_pretrained(tmp_path)
+    adapted(tiny("llama"), bits=3, group_size=8).merge_and_unload().save_pretrained(tmp_path)
+    assert "3 bits, symmetric, groups of 8" in card.read_text()
+    card.write_text("My own words")
+    adapted(tiny("llama"), bits=4, group_size=16).merge_and_unload().save_pretrained(tmp_path)
+    assert card.read_text() == "My own words"
+
+
+def test_a_classifier_is_loaded_by_its_own_class(tmp_path: Path):
+    model = LlamaForSequenceClassification(tiny("llama").config)
+    adapted(model, bits=4, group_size=16, task_type="SEQ_CLS").merge_and_unload().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    found: dict = {}
+    exec(snippet.replace("path/or/repo", str(tmp_path)), found)
+    assert isinstance(found["model"], LlamaForSequenceClassification)
+    assert "compressed-tensors>=0.18" in snippet
+    assert "vllm" not in card
