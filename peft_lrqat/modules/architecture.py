@@ -238,7 +238,7 @@ def expose_experts(model: Any, stored: Container[str]) -> list[str]:
 
 def skeleton_of(model: Any) -> Any:
     """The model that `model.config` describes, without weights; None if it cannot be made so, or there is none."""
-    config = copy.deepcopy(getattr(model, "config", None))
+    config: Any = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
