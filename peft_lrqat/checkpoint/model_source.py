@@ -28,6 +28,10 @@ from . import hub
 from .code import class_of
 
 
+class AnotherBase(ValueError):
+    """An adapter is put on other weights than those that it was trained on, or on these in another dtype."""
+
+
 class ModelSource(Source):
     """A merged model, or a PeftModel of this package's methods. The model is not changed.
 
@@ -288,7 +292,7 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
             base = load_quantized(place, model_class=loader._target_class, trust_remote_code=trusted)
             model = loader._target_peft_class.from_pretrained(base, str(folder))
         else:
-            model = loader.from_pretrained(str(folder), dtype="auto", trust_remote_code=trusted)
+            model = _on_its_base(loader, folder, trusted)
     except OSError as error:
         raise ValueError(
             f"The base model {config.base_model_name_or_path!r} of the adapter in {str(folder)!r} cannot be loaded "
@@ -296,6 +300,18 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
             "and export that model."
         ) from error
     return model, _tokenizer_place(folder, config)
+
+
+def _on_its_base(loader: Any, folder: Path, trusted: bool) -> Any:
+    """The adapter's model in the dtype of the base's file, or else in the one in which its weights were trained on."""
+    first: AnotherBase | None = None
+    for dtype in ("auto", torch.bfloat16, torch.float16):
+        try:
+            return loader.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trusted)
+        except AnotherBase as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _tokenizer_place(folder: Path, config: Any) -> str | None:

@@ -56,3 +56,15 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="lost"):
         merge(tmp_path / "adapter", tmp_path / "base", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_finds_its_base_in_the_dtype_that_it_was_trained_in(tmp_path: Path):
+    tiny().save_pretrained(tmp_path / "base")  # float32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    trained = adapted(model)
+    trained.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert served.dtype is torch.bfloat16
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(served(ids).logits, trained.merge_and_unload()(ids).logits)

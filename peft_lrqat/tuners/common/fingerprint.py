@@ -18,6 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...checkpoint.model_source import AnotherBase
 from ...chunks import row_chunks
 from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
@@ -125,7 +126,7 @@ def _holds_integers(module: Any) -> bool:
 
 
 def check_fingerprint(found: str, required: str | None) -> None:
-    """Raise ValueError if an adapter was made for a base with another fingerprint (None: for any)."""
+    """Raise AnotherBase if an adapter was made for a base with another fingerprint (None: for any)."""
     if required is None or required == found:
         return
     both = [text.startswith(QUANTIZED_BASE) for text in (found, required)]
@@ -136,9 +137,10 @@ def check_fingerprint(found: str, required: str | None) -> None:
     how = (
         "Load it on the quantized model that it was trained on, with `peft_lrqat.load_quantized(...)`"
         if wanted == "integers"
-        else "Load it on the float model, in the dtype, that it was trained on (rotated alike, `preprocess_rotation`)"
+        else "Load it on the float model, in the dtype, that it was trained on (e.g. `dtype=torch.bfloat16`; "
+        "rotated alike, `preprocess_rotation`)"
     )
-    raise ValueError(
+    raise AnotherBase(
         f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "
         f"targeted modules of this model have {here} with {found}. On other weights it means something else, so it "
         f"was not loaded. {how} (see `base_model_name_or_path` in its adapter_config.json); for a new adapter, make a "
