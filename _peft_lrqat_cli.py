@@ -22,7 +22,7 @@ _EXIT_CODES = """\b
 Exit codes:
   0    done; what was compared is equal
   1    not equal (verify), not possible (export --check), not enabled (autoload status)
-  2    the input cannot be used: one line on stderr says why, and what to do
+  2    the input cannot be used: stderr says why, and what to do
   3    an error of peft-lrqat, with its traceback
   130  interrupted
 """

@@ -170,7 +170,7 @@ def _settings(
     made = make_options(chosen, options)
     whole = isinstance(container_bits, int) and not isinstance(container_bits, bool) and 2 <= container_bits <= 8
     if container_bits is not None and not whole:
-        raise ValueError(f"`container_bits` is {container_bits!r}; it must be an integer from 2 to 8, or None.")
+        raise ValueError(f"`container_bits` is {container_bits!r}; it must be 2 to 8, or left out.")
     return chosen, Settings(container_bits, allow_inexact, options=made)
 
 

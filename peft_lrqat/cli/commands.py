@@ -129,6 +129,8 @@ def merge(
 
 def inspect(source: str, as_json: bool, plot: Path | None, trust_remote_code: bool) -> int:
     """Show what a checkpoint or an adapter holds."""
+    if plot is not None and not plot.parent.is_dir():
+        raise ValueError(f"--plot {plot}: there is no folder {str(plot.parent)!r}. Make it first, or name another.")
     with _quietly(bars=True):
         place = fetched(source)
     with _quietly(bars=False):

@@ -131,6 +131,11 @@ class TestInspect:
         assert [share[0] for share in shares] == [str(code) for code in range(-4, 4)]
         assert sum(float(share[-1].rstrip("%")) for share in shares) == pytest.approx(100, abs=0.05)
 
+    def test_a_picture_without_a_folder_is_refused_before_anything_is_read(self, tmp_path):
+        said = run("inspect", "nowhere", "--plot", tmp_path / "missing" / "codes.svg", code=2)
+        assert "missing" in said
+        assert "Make it first" in said
+
     def test_json_and_plot(self, merged, tmp_path, monkeypatch):
         offline_cache(tmp_path / "cache", monkeypatch).put("me/model", merged)
         found = json.loads(run("inspect", "me/model", "--json", "--plot", tmp_path / "codes.svg"))
