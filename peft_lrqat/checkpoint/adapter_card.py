@@ -57,6 +57,7 @@ class AdapterFacts:
         task: PEFT's `task_type`, None if it has none.
         quantized_base: whether the base was quantized before, so that `load_quantized` loads it.
         recipe: how it is trained, in Markdown.
+        dtype: in which the base was trained on, None if unknown.
         rows: more rows of the table: name -> Markdown.
         datasets: repositories of the Hub that it was trained on.
     """
@@ -69,6 +70,7 @@ class AdapterFacts:
     task: str | None
     quantized_base: bool
     recipe: str
+    dtype: str | None = None
     rows: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
 
@@ -159,18 +161,18 @@ def _further(facts: AdapterFacts, inside: str, repo: str | None) -> str:
 
 def _loading(facts: AdapterFacts, inside: str | None, repo: str | None) -> str:
     base, where = f'"{base_name(facts.base)[0]}"', f'"{repo or "path/or/repo"}"'
-    kind = _CLASSES.get(facts.task or "", "")
+    kind, options = _CLASSES.get(facts.task or "", ""), "" if facts.dtype is None else f', dtype="{facts.dtype}"'
     first = "import peft_lrqat  # pip install peft-lrqat"
     if not facts.quantized_base and not inside:
         auto = f"AutoPeftModel{kind}"
-        return f"{first}\nfrom peft import {auto}\n\nmodel = {auto}.from_pretrained({where})"
+        return f"{first}\nfrom peft import {auto}\n\nmodel = {auto}.from_pretrained({where}{options})"
     # AutoPeftModel would look for the base's files in the adapter's folder, too, and read no packed base
     lines = [first, "from peft import PeftModel"]
     if facts.quantized_base:
-        lines += ["", f"base = peft_lrqat.load_quantized({base})"]
+        lines += ["", f"base = peft_lrqat.load_quantized({base}{options})"]
     else:
         auto = "AutoModel" if facts.task == "FEATURE_EXTRACTION" else f"AutoModel{kind or 'ForCausalLM'}"
-        lines += [f"from transformers import {auto}", "", f"base = {auto}.from_pretrained({base})"]
+        lines += [f"from transformers import {auto}", "", f"base = {auto}.from_pretrained({base}{options})"]
     folder = f', subfolder="{inside}"' if inside else ""
     return "\n".join([*lines, f"model = PeftModel.from_pretrained(base, {where}{folder})"])
 

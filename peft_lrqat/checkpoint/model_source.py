@@ -289,10 +289,11 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
                 own = {"_target_class": class_of(described, trusted) or loader._target_class}
                 loader = type(loader.__name__, (loader,), own)
         if config.wants_quantized_base:
-            base = load_quantized(place, model_class=loader._target_class, trust_remote_code=trusted)
+            dtype = config.base_dtype or "auto"
+            base = load_quantized(place, model_class=loader._target_class, dtype=dtype, trust_remote_code=trusted)
             model = loader._target_peft_class.from_pretrained(base, str(folder))
         else:
-            model = _on_its_base(loader, folder, trusted)
+            model = _on_its_base(loader, folder, config.base_dtype, trusted)
     except OSError as error:
         raise ValueError(
             f"The base model {config.base_model_name_or_path!r} of the adapter in {str(folder)!r} cannot be loaded "
@@ -302,12 +303,16 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
     return model, _tokenizer_place(folder, config)
 
 
-def _on_its_base(loader: Any, folder: Path, trusted: bool) -> Any:
-    """The adapter's model in the dtype of the base's file, or else in the one in which its weights were trained on."""
+def _on_its_base(loader: Any, folder: Path, dtype: str | None, trusted: bool) -> Any:
+    """The adapter's model in the dtype of its base, or else in that of the base's file.
+
+    Args:
+        dtype: in which the base was trained on; None: it was not noted, and each is tried.
+    """
     first: AnotherBase | None = None
-    for dtype in ("auto", torch.bfloat16, torch.float16):
+    for tried in (dtype, "auto") if dtype is not None else ("auto", "bfloat16", "float16"):
         try:
-            return loader.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trusted)
+            return loader.from_pretrained(str(folder), dtype=tried, trust_remote_code=trusted)
         except AnotherBase as error:
             first = first or error
     assert first is not None

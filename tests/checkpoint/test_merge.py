@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat.checkpoint import merge as merging
 from peft_lrqat.checkpoint.merge import merge
-from tests.models import adapted, tiny, tokens, train
+from peft_lrqat.checkpoint.verify import verify
+from tests.models import adapted, logits, tiny, tokens, train
 
 
 def trained(folder: Path, family: str, **options):
@@ -58,13 +60,21 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_adapter_finds_its_base_in_the_dtype_that_it_was_trained_in(tmp_path: Path):
-    tiny().save_pretrained(tmp_path / "base")  # float32
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    trained = adapted(model)
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize(("file", "used"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_an_adapter_finds_its_base_in_the_dtype_that_it_was_trained_in(file, used, noted, tmp_path):
+    tiny(dtype=getattr(torch, file)).save_pretrained(tmp_path / "base")
+    trained = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=used))
     trained.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    assert said.pop("base_dtype") == used
+    if not noted:  # as in files of before it was
+        config.write_text(json.dumps(said))
     merge(tmp_path / "adapter", tmp_path / "merged")
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    assert served.dtype is torch.bfloat16
-    ids = torch.arange(3, 11)[None]
-    assert torch.equal(served(ids).logits, trained.merge_and_unload()(ids).logits)
+    # without a note, the values of the layers on the grid decide, and fp32 holds all of bf16
+    assert served.dtype is getattr(torch, used if noted or file == "float32" else file)
+    if served.dtype is getattr(torch, used):
+        assert verify(tmp_path / "merged", trained, engine=False)
+        assert torch.equal(logits(served, tokens()), logits(trained.merge_and_unload(), tokens()))

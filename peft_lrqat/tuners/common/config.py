@@ -53,6 +53,7 @@ class GridConfig(PeftConfigMixin):
     range_method: Any
     range_p: float
     base_model_name_or_path: str | None
+    base_dtype: str | None
     base_fingerprint: str | None
     base_checksum: str | None
     modules_to_save: list[str] | None
@@ -133,6 +134,7 @@ class GridConfig(PeftConfigMixin):
     def require_base(self) -> None:
         """Note which base a loaded adapter asks for: conversion writes that of its own model to the fields."""
         self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
+        self._required_dtype = self.base_dtype
 
     def require_any_base(self) -> None:
         """Forget which base a loaded adapter asks for."""
@@ -387,6 +389,7 @@ class GridConfig(PeftConfigMixin):
             base=self.base_model_name_or_path or "",
             task=None if self.task_type is None else TaskType(self.task_type).value,
             quantized_base=self.wants_quantized_base,
+            dtype=self.base_dtype,
             recipe=self.recipe(),
             rows=rows or {},
             datasets=tuple(datasets),

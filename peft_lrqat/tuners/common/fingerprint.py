@@ -11,6 +11,7 @@ fingerprint only while the float weights exist.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -125,8 +126,23 @@ def _holds_integers(module: Any) -> bool:
     return isinstance(module, QuantizedLinear) if frozen is None else frozen.quantized_before
 
 
-def check_fingerprint(found: str, required: str | None) -> None:
-    """Raise AnotherBase if an adapter was made for a base with another fingerprint (None: for any)."""
+def dtype_of(targets: dict[str, nn.Module]) -> str:
+    """The dtype of most of the targeted modules; architectures keep some in fp32, whatever the others are in."""
+    found = Counter(_dtype(module) for module in targets.values())
+    return str(found.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _dtype(module: Any) -> torch.dtype:
+    layer = module.frozen if isinstance(module, BaseTunerLayer) else module  # type: ignore[attr-defined]  # ours has it
+    return getattr(layer, "compute_dtype", None) or layer.weight.dtype
+
+
+def check_fingerprint(found: str, required: str | None, dtype: str | None = None) -> None:
+    """Raise AnotherBase if an adapter was made for a base with another fingerprint (None: for any).
+
+    Args:
+        dtype: that of the base on which it was trained, if that is known.
+    """
     if required is None or required == found:
         return
     both = [text.startswith(QUANTIZED_BASE) for text in (found, required)]
@@ -137,8 +153,8 @@ def check_fingerprint(found: str, required: str | None) -> None:
     how = (
         "Load it on the quantized model that it was trained on, with `peft_lrqat.load_quantized(...)`"
         if wanted == "integers"
-        else "Load it on the float model, in the dtype, that it was trained on (e.g. `dtype=torch.bfloat16`; "
-        "rotated alike, `preprocess_rotation`)"
+        else "Load it on the float model, in the dtype, that it was trained on "
+        f"({'' if dtype else 'e.g. '}`dtype=torch.{dtype or 'bfloat16'}`; rotated alike, `preprocess_rotation`)"
     )
     raise AnotherBase(
         f"This adapter was trained on another base model: its {wanted} had the fingerprint {required}, but the "

@@ -19,7 +19,7 @@ from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
 from .experts import adopt_experts, release_experts, settle_experts
 from .extras import check_extras, check_reference, task_heads
-from .fingerprint import as_tensor, check_checksum, check_fingerprint, fingerprint, in_order, version_of
+from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
 from .frozen import FrozenWeight, packed_state_dict
 from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
@@ -139,7 +139,8 @@ class QuantizingModel(LoraModel):
             self._check_shared(config, _adapters_of(module))
         checksums = self._check(model, targets, config)
         config.base_fingerprint = fingerprint(targets, checksums)
-        check_fingerprint(config.base_fingerprint, config._required_fingerprint)
+        config.base_dtype = dtype_of(targets)
+        check_fingerprint(config.base_fingerprint, config._required_fingerprint, config._required_dtype)
         check_adapter_file(targets, config)
         check_extras(model, targets, config)
         check_reference(adapter_name, config, self.peft_config)

@@ -192,5 +192,6 @@ SHARED: dict[str, Rule] = {
     "inference_mode": FLAG,
     "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(TEXT)),
+    "base_dtype": one_of(None, "float32", "bfloat16", "float16"),
     **dict.fromkeys(("base_fingerprint", "base_checksum"), optional(TEXT)),
 }

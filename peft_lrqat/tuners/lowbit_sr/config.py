@@ -108,6 +108,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         task_type (TaskType | str | None): PEFT's, such as "CAUSAL_LM". It chooses the class of the PEFT model.
             "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head in float. Default: `None`.
         inference_mode (bool): Whether an adapter is loaded frozen. Default: `False`.
+        base_dtype (str | None): Set by the conversion: the dtype in which the base is used ("float32", "bfloat16"
+            or "float16"). It is saved with the adapter, so that its base is opened alike, whatever the dtype of the
+            base's file is. Default: `None`.
         base_fingerprint (str | None): Set by the conversion: a checksum of the float weights that the adapter was made
             for. It is saved with the adapter, which is loaded on these weights only. Default: `None`.
         base_checksum (str | None): Set by the conversion: a checksum of the integers that the base was converted to. It
@@ -187,6 +190,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     container_bits: int | None = None
     export_format: Literal["compressed-tensors", "bitnet"] | None = None
     seed: int = 0
+    base_dtype: str | None = None
     base_fingerprint: str | None = None
     base_checksum: str | None = None
 
