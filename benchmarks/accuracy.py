@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py tokens --model MODEL --text text/ --out bench/tokens.npz
     python benchmarks/accuracy.py heal --model MODEL --tokens bench/tokens.npz --out bench/healed
     python benchmarks/accuracy.py run --model bench/healed --tokens bench/tokens.npz --jobs jobs.txt --out acc.json
-    python benchmarks/accuracy.py table acc.json ...      # and: summary; plot acc.json ... --out X.svg
+    python benchmarks/accuracy.py table acc.json ...      # and: summary; activations; plot acc.json ... --out X.svg
 
 The float model is first trained on the training text ("healed": all weights of the linear layers), so that a row
 shows what quantization costs, and not what the text gives. Every row starts from it and sees the same batches (same
@@ -356,7 +356,7 @@ def _claim(path: Path) -> bool:
 
 
 def main() -> None:
-    from accuracy_report import plot, summary, table
+    from accuracy_report import activations, plot, summary, table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -392,7 +392,7 @@ def main() -> None:
     worker.set_defaults(do=work)
     worker.add_argument("--folder", required=True)
     worker.add_argument("--starts", required=True)
-    for name, function in (("table", table), ("summary", summary), ("plot", plot)):
+    for name, function in (("table", table), ("summary", summary), ("plot", plot), ("activations", activations)):
         shown = commands.add_parser(name)
         shown.set_defaults(do=function)
         shown.add_argument("files", nargs="+")

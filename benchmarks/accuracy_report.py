@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from accuracy_methods import DEFAULTS, LEARNING_RATES
 
 _HIDDEN = {"method", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters", "start_windows"}
-_OPTIONS = {("signed", True): "signed scales", ("downcast", "int"): "packed base"}
+_OPTIONS = {("signed", "True"): "signed scales", ("downcast", "int"): "packed base"}
 _METHODS = {
     "round": "rounded to nearest",
     "lsq": "full QAT (LSQ)",
@@ -64,8 +64,8 @@ def label_of(job: dict[str, Any]) -> str:
     for key, value in job.items():
         default = LEARNING_RATES.get(job["method"]) if key == "lr" else DEFAULTS.get(key)
         if key not in _HIDDEN | {"start", "kl"} and value != default:
-            shown = f"{value:g}" if isinstance(value, float) else value
-            words.append(_OPTIONS.get((key, value)) or f"{key} {shown}")
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(_OPTIONS.get((key, shown)) or f"{key} {shown}")
     return ", ".join([name, *words])
 
 
@@ -111,6 +111,11 @@ def table(args: argparse.Namespace) -> None:
 def summary(args: argparse.Namespace) -> None:
     """Print (or write) what `best_rows` makes."""
     _give(best_rows(args.files, args.text), args.out)
+
+
+def activations(args: argparse.Namespace) -> None:
+    """Print (or write) what `activation_rows` makes."""
+    _give(activation_rows(args.files, args.text), args.out)
 
 
 def _give(text: str, out: str | None) -> None:
@@ -197,6 +202,67 @@ def best_rows(files: list[str], text: str = "report", name: str = "") -> str:
                 cell = "" if row is None else f"{row.mean(text, 'ppl'):.2f} ({100 * share:.0f} %)"
                 cells.append(f"**{cell}**" if share == top[grid] else cell)
             lines.append(f"| {method} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines).strip() + "\n"
+
+
+class Setting(NamedTuple):
+    """How a row rounds activations and the KV cache; in the order of a table."""
+
+    bits: float  # of the weights
+    act_bits: int = 16
+    kv_bits: int = 16
+    words: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cache = "" if self.kv_bits == 16 else f"KV{self.kv_bits}"
+        return ", ".join((f"W{self.bits:g}A{self.act_bits}{cache}", *self.words))
+
+
+def setting_of(job: dict[str, Any]) -> Setting:
+    words = [f"`{key}` A{value or 16}" for key, value in (job.get("act_bits_pattern") or {}).items()]
+    words += [f"vLLM's {part}" for part, key in (("A", "act_rule"), ("KV", "kv_rule")) if job.get(key) == "vllm"]
+    words += ["fixed scales"] if job.get("act_scale") == "static" else []
+    return Setting(job["bits"], job.get("act_bits") or 16, job.get("kv_bits") or 16, tuple(words))
+
+
+def stage_of(job: dict[str, Any]) -> str:
+    """What was done to the weights of a row."""
+    stage = "trained" if job["steps"] else _STAGES[job["start"]]
+    return f"{stage}, rotated" if job["rotate"] else stage
+
+
+_STAGES = {None: "rounded to nearest", "blockwise": "block-wise", "gptq": "GPTQ", "": "trained"}
+
+
+def activation_rows(files: list[str], text: str = "report") -> str:
+    """Markdown: a table a model and grid, settings of activations by what was done to the weights.
+
+    A cell is the perplexity of that setting's best row on `tune`. In brackets is how much more that is than with float
+    activations, not rotated.
+    """
+    rows, floats = read(files)
+    lines: list[str] = []
+    for model, grid in sorted({(row.model, row.grid) for row in rows}, key=lambda key: (key[0], order_of(key[1]))):
+        best: dict[tuple[Setting, str], Row] = {}
+        for row in sorted(rows, key=lambda row: -row.mean("tune", "ppl")):
+            if (row.model, row.grid) == (model, grid):
+                job = row.runs[0]["job"]
+                best[setting_of(job), stage_of(job)] = row
+        stages = [s for stage in _STAGES.values() for s in (stage, f"{stage}, rotated") if any(s == b for _, b in best)]
+        about = f" (float: {floats[model][text]['ppl']:.2f})" if model in floats else ""
+        lines += [
+            f"\n| {model}, {grid_name(grid)}{about} | " + " | ".join(stages) + " |",
+            "|---|" + "---:|" * len(stages),
+        ]
+        order = sorted({setting for setting, _ in best}, key=lambda s: (s.bits, -s.act_bits, -s.kv_bits, s.words))
+        for setting in order:
+            cells = []
+            for stage in stages:
+                row, plain = best.get((setting, stage)), best.get((Setting(grid[0]), stage.removesuffix(", rotated")))
+                cells.append("" if row is None else f"{row.mean(text, 'ppl'):.2f}")
+                if row and plain and row is not plain:
+                    cells[-1] += f" ({100 * (row.mean(text, 'ppl') / plain.mean(text, 'ppl') - 1):+.1f} %)"
+            lines.append(f"| {setting} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines).strip() + "\n"
 
 

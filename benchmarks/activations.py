@@ -1,11 +1,12 @@
 """What rounding activations, and the KV cache, costs: a training step of LR-QAT, the kernel alone, int8 products.
 
-    python benchmarks/activations.py --out benchmarks/results/activations.json     # a GPU, about a minute
+    python benchmarks/activations.py --out benchmarks/results/activations.json     # a GPU, about two minutes
     python benchmarks/activations.py --smoke --out /tmp/activations.json           # a CPU, tiny: does it run
 
 Some blocks of Llama 2 7B with random weights, 4-bit LR-QAT of rank 32 on every linear layer but the head, bf16, block
-checkpointing, AdamW, 4 x 1024 random tokens. Steps of the ways alternate, so that a clock that changes hits all of them
-alike; medians of `--steps`. The kernel is compared with its reference on the device first, number by number.
+checkpointing, fused AdamW, 4 x 1024 random tokens. Steps of the ways alternate, so that a clock that changes hits all
+of them alike; medians of `--steps`, beside those with float activations and a float cache. Operations are timed alone
+as well, and the kernel is compared with its reference on the device first, number by number.
 """
 
 from __future__ import annotations
@@ -15,27 +16,38 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from common import LLAMA, provenance, write_json
-from gpu import adapted
+from gpu import adapted, optimizer_for
 
+from peft_lrqat import calibrate_activations
 from peft_lrqat.ops.dispatch import kernels_for
+from peft_lrqat.ops.kv_cache import CACHE_BITS, CACHE_RULES, CacheRounding, round_states
 from peft_lrqat.ops.reference_inputs import ACTIVATION_RULES, rounded_inputs
 
+FLOAT = "W4A16"
 #: Name -> LRQATConfig options.
 WAYS: dict[str, dict[str, Any]] = {
-    "float activations": {},
-    "8 bits per token": {"act_bits": 8},
-    "4 bits per token": {"act_bits": 4},
-    "8 bits, groups of 128": {"act_bits": 8, "act_group_size": 128},
-    "8 bits per token, vLLM's rule": {"act_bits": 8, "act_rule": "vllm"},
-    "8-bit KV cache": {"kv_bits": 8},
-    "8-bit KV cache, vLLM's rule": {"kv_bits": 8, "kv_rule": "vllm"},
-    "4-bit KV cache, vLLM's rule": {"kv_bits": 4, "kv_rule": "vllm"},
+    FLOAT: {},
+    "W4A8": {"act_bits": 8},
+    "W4A8KV8": {"act_bits": 8, "kv_bits": 8},
+    "W4A8KV4": {"act_bits": 8, "kv_bits": 4},
+    "W4A4KV4": {"act_bits": 4, "kv_bits": 4},
+    "W4A8, vLLM's rule": {"act_bits": 8, "act_rule": "vllm"},
+    "W4A8KV8, vLLM's rules": {"act_bits": 8, "act_rule": "vllm", "kv_bits": 8, "kv_rule": "vllm"},
+    "W4A8KV4, vLLM's rules": {"act_bits": 8, "act_rule": "vllm", "kv_bits": 4, "kv_rule": "vllm"},
+    "W4A4KV4, vLLM's rules": {"act_bits": 4, "act_rule": "vllm", "kv_bits": 4, "kv_rule": "vllm"},
+    "W4A8, groups of 128": {"act_bits": 8, "act_group_size": 128},
+    "W4A8, fixed scales": {"act_bits": 8, "act_scale": "static"},
+    "W4A16KV8": {"kv_bits": 8},
+    "W4A16KV4": {"kv_bits": 4},
+    "W4A16KV8, vLLM's rule": {"kv_bits": 8, "kv_rule": "vllm"},
+    "W4A16KV4, vLLM's rule": {"kv_bits": 4, "kv_rule": "vllm"},
 }
 #: Input widths of a block's layers, and how many layers have it.
 WIDTHS = {LLAMA["7B"]["hidden_size"]: 6, LLAMA["7B"]["intermediate_size"]: 1}
@@ -52,8 +64,19 @@ def timed(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def steps(args: argparse.Namespace, device: str) -> dict[str, float]:
-    """Median seconds of a training step, by way."""
+def median_us(run: Callable[[], Any], device: str, times: int = 5) -> float:
+    """Microseconds of one of ten calls in a row, after ten to warm up: the median of `times` such rows."""
+
+    def ten() -> None:
+        for _ in range(10):
+            run()
+
+    ten()
+    return statistics.median(timed(ten, device) for _ in range(times)) * 1e5
+
+
+def steps(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """A training step, by way: its median and shortest time in ms, and the median beside that of `FLOAT`."""
     size = "tiny" if args.smoke else "7B"
     batch, length = (2, 16) if args.smoke else (4, 1024)
     rows = torch.randint(0, 32000, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
@@ -64,8 +87,9 @@ def steps(args: argparse.Namespace, device: str) -> dict[str, float]:
     for name, options in WAYS.items():
         small = {"act_group_size": 32} if args.smoke and "act_group_size" in options else {}
         model, _ = adapted("lrqat", {"group_size": -1, "downcast": "int", **options, **small}, setting, device)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        runs[name] = step_of(model, rows, torch.optim.AdamW(trained, lr=1e-4))
+        if options.get("act_scale") == "static":
+            calibrate_activations(model, [rows])
+        runs[name] = step_of(model, rows, optimizer_for(model, "lrqat", {}, lean=False))
     for run in runs.values():
         for _ in range(1 if args.smoke else 3):
             run()
@@ -75,7 +99,16 @@ def steps(args: argparse.Namespace, device: str) -> dict[str, float]:
             seconds[name].append(timed(run, device))
     del runs
     gc.collect()
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return [
+        {
+            "way": name,
+            "step_ms": medians[name] * 1e3,
+            "least_ms": min(taken) * 1e3,
+            "more_percent": 100 * (medians[name] / medians[FLOAT] - 1),
+        }
+        for name, taken in seconds.items()
+    ]
 
 
 def step_of(model: torch.nn.Module, rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -102,19 +135,24 @@ def rounding(device: str, tokens: int, widths: list[int]) -> list[dict[str, Any]
                 results = [way(x, rule, bits, group_size) for way in ways.values()]
                 row["equal"] = all(torch.equal(result, results[0]) for result in results)
                 for name, way in ways.items():
-
-                    def ten(way: Any = way, how: tuple = (rule, bits, group_size), x: torch.Tensor = x) -> None:
-                        for _ in range(10):
-                            way(x, *how)
-
-                    ten()
-                    row[f"{name}_us"] = statistics.median(timed(ten, device) for _ in range(3)) * 1e5
+                    row[f"{name}_us"] = median_us(partial(way, x, rule, bits, group_size), device)
                 found.append(row)
     return found
 
 
+def caches(device: str, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Microseconds of rounding the keys (or the values) of a layer, (batch, heads, tokens, head size)."""
+    states = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    found = []
+    for rule in CACHE_RULES:
+        for bits in CACHE_BITS:
+            rounding = CacheRounding(bits, rule, shape[-1] if rule == "transformers" else None)
+            found.append({"rule": rule, "bits": bits, "us": median_us(partial(round_states, states, rounding), device)})
+    return found
+
+
 def products(device: str, tokens: int, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Microseconds of y = x W^T in bf16, and of int8 codes with a product of scales after it."""
+    """Microseconds of y = x W^T in bf16, and of int8 codes times scales; rounding x is in neither."""
     found = []
     for out_features, in_features in shapes:
         x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
@@ -123,18 +161,11 @@ def products(device: str, tokens: int, shapes: list[tuple[int, int]]) -> list[di
         inputs = torch.randint(-128, 128, (tokens, in_features), device=device, dtype=torch.int8)
         of_tokens, of_rows = torch.rand(tokens, 1, device=device), torch.rand(1, out_features, device=device)
 
-        def bf16(x: Any = x, weight: Any = weight) -> None:
-            for _ in range(10):
-                torch.nn.functional.linear(x, weight)
+        def int8(inputs: Any = inputs, codes: Any = codes, a: Any = of_tokens, b: Any = of_rows) -> torch.Tensor:
+            return (torch._int_mm(inputs, codes.t()) * a * b).to(torch.bfloat16)
 
-        def int8(inputs: Any = inputs, codes: Any = codes, a: Any = of_tokens, b: Any = of_rows) -> None:
-            for _ in range(10):
-                (torch._int_mm(inputs, codes.t()) * a * b).to(torch.bfloat16)
-
-        bf16(), int8()
-        row = {"out": out_features, "in": in_features}
-        row |= {name: timed(run, device) * 1e5 for name, run in (("bf16_us", bf16), ("int8_us", int8))}
-        found.append(row)
+        bf16_us = median_us(partial(torch.nn.functional.linear, x, weight), device)
+        found.append({"out": out_features, "in": in_features, "bf16_us": bf16_us, "int8_us": median_us(int8, device)})
     return found
 
 
@@ -152,20 +183,13 @@ def main() -> None:
     shapes = [(128, 128)] if args.smoke else [(4096, 4096), (11008, 4096), (4096, 11008)]
     result: dict[str, Any] = {
         "rounding": rounding(device, tokens, widths),
+        "caches": caches(device, (2, 2, 16, 32) if args.smoke else (4, 32, 1024, 128)),
         "products": products(device, tokens, shapes),
+        "runs": steps(args, device),
     }
-    for row in result["rounding"]:
-        print(
-            "  ".join(
-                f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    for row in result["products"]:
-        print("  ".join(f"{key} {value:.0f}" for key, value in row.items()))
-    result["step_s"] = steps(args, device)
-    plain = result["step_s"]["float activations"]
-    for name, taken in result["step_s"].items():
-        print(f"{name:32} {taken * 1e3:9.2f} ms a step  {100 * (taken / plain - 1):+6.1f} %")
+    for row in [row for rows in result.values() for row in rows]:
+        shown = (f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print("  ".join(shown))
     result |= {"layers": args.layers, "steps": args.steps, **provenance()}
     write_json(Path(args.out), result)
 

@@ -21,6 +21,7 @@ its cell empty.
 
 What accuracy.py measured has tables of its own, of accuracy_*.json: `<!-- accuracy: all -->` has every row, and
 `<!-- accuracy: best SmolLM2 -->` the best of each method, for models whose name begins so (none: for all).
+`<!-- accuracy: activations X.json -->` has one file's rows by how they round activations and the KV cache.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-_ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best|activations)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -100,10 +101,12 @@ def table(spec: str) -> str:
 
 def accuracy(spec: str) -> str:
     """The tables that a comment about accuracy.py's results describes."""
-    from accuracy_report import all_rows, best_rows
+    from accuracy_report import activation_rows, all_rows, best_rows
 
     files = [str(path) for path in sorted(ROOT.glob("benchmarks/results/accuracy_*.json"))]
     kind, _, name = spec.partition(" ")
+    if kind == "activations":
+        return activation_rows([str(ROOT / "benchmarks" / "results" / name)])
     return all_rows(files) if kind == "all" else best_rows(files, name=name)
 
 
