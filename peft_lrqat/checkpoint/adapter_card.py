@@ -57,7 +57,8 @@ class AdapterFacts:
         task: PEFT's `task_type`, None if it has none.
         quantized_base: whether the base was quantized before, so that `load_quantized` loads it.
         recipe: how it is trained, in Markdown.
-        dtype: in which the base was trained on, None if unknown.
+        dtype: in which the base was used, None if unknown.
+        classes: how many a trained head tells apart, None if there is none.
         rows: more rows of the table: name -> Markdown.
         datasets: repositories of the Hub that it was trained on.
     """
@@ -71,6 +72,7 @@ class AdapterFacts:
     quantized_base: bool
     recipe: str
     dtype: str | None = None
+    classes: int | None = None
     rows: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
 
@@ -162,6 +164,7 @@ def _further(facts: AdapterFacts, inside: str, repo: str | None) -> str:
 def _loading(facts: AdapterFacts, inside: str | None, repo: str | None) -> str:
     base, where = f'"{base_name(facts.base)[0]}"', f'"{repo or "path/or/repo"}"'
     kind, options = _CLASSES.get(facts.task or "", ""), "" if facts.dtype is None else f', dtype="{facts.dtype}"'
+    options += "" if facts.classes is None else f", num_labels={facts.classes}"
     first = "import peft_lrqat  # pip install peft-lrqat"
     if not facts.quantized_base and not inside:
         auto = f"AutoPeftModel{kind}"

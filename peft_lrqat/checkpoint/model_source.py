@@ -282,18 +282,28 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
     loader = by_task.get(names.get(str(getattr(config.task_type, "value", config.task_type)), ""), auto.AutoPeftModel)
     place, trusted = config.base_model_name_or_path or "", trust_remote_code
     try:
+        described = None
         if loader._target_class is not None:
             described = AutoConfig.from_pretrained(place, revision=config.revision, trust_remote_code=trusted)
             if (described.architectures or [""])[0].endswith("ForConditionalGeneration"):
                 # the task's Auto class may know another model of that configuration, or none
                 own = {"_target_class": class_of(described, trusted) or loader._target_class}
                 loader = type(loader.__name__, (loader,), own)
+        classes = _classes(folder, config, loader._target_class, described, trusted)
         if config.wants_quantized_base:
-            dtype = config.base_dtype or "auto"
-            base = load_quantized(place, model_class=loader._target_class, dtype=dtype, trust_remote_code=trusted)
+            if classes is not None and described is not None:
+                described.num_labels = classes
+            base = load_quantized(
+                place,
+                model_class=loader._target_class,
+                config=described,
+                dtype=config.base_dtype or "auto",
+                trust_remote_code=trusted,
+            )
             model = loader._target_peft_class.from_pretrained(base, str(folder))
         else:
-            model = _on_its_base(loader, folder, config.base_dtype, trusted)
+            options = {} if classes is None else {"num_labels": classes}
+            model = _on_its_base(loader, folder, config.base_dtype, trust_remote_code=trusted, **options)
     except OSError as error:
         raise ValueError(
             f"The base model {config.base_model_name_or_path!r} of the adapter in {str(folder)!r} cannot be loaded "
@@ -303,16 +313,41 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
     return model, _tokenizer_place(folder, config)
 
 
-def _on_its_base(loader: Any, folder: Path, dtype: str | None, trusted: bool) -> Any:
+def _classes(folder: Path, config: Any, model_class: Any, described: Any, trusted: bool) -> int | None:
+    """How many classes the head of an adapter tells apart; None: it has no such head.
+
+    Adapters of before it was noted (`base_head`) have as many rows as classes in the head's last tensor: in the one
+    whose rows a model makes as many as it is told classes.
+
+    Args:
+        model_class: of the base.
+        described: its configuration, None if unknown.
+    """
+    if config.base_head is not None:
+        return len(config.base_head["labels"])
+    shapes: dict[str, tuple] | None = type(config).from_pretrained(str(folder))._adapter_shapes
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or shapes is None or described is None:
+        return None
+    probe = copy.deepcopy(described)
+    probe.num_labels = told = 7919  # a size that no other tensor has
+    with torch.device("meta"):
+        model = model_class.from_config(probe, trust_remote_code=trusted)
+    heads = tuple(f".{name}" for name, tensor in model.named_parameters() if tensor.shape[0] == told)
+    rows = {shape[0] for name, shape in shapes.items() if name.endswith(heads)}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def _on_its_base(loader: Any, folder: Path, dtype: str | None, **options: Any) -> Any:
     """The adapter's model in the dtype of its base, or else in that of the base's file.
 
     Args:
-        dtype: in which the base was trained on; None: it was not noted, and each is tried.
+        dtype: in which the base was used; None: it was not noted, and each is tried.
+        **options: of `from_pretrained`.
     """
     first: AnotherBase | None = None
     for tried in (dtype, "auto") if dtype is not None else ("auto", "bfloat16", "float16"):
         try:
-            return loader.from_pretrained(str(folder), dtype=tried, trust_remote_code=trusted)
+            return loader.from_pretrained(str(folder), dtype=tried, **options)
         except AnotherBase as error:
             first = first or error
     assert first is not None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from peft_lrqat import LRQATConfig, load_quantized
 from peft_lrqat.checkpoint.adapter_card import AdapterFacts, adapter_card
@@ -57,6 +58,17 @@ def test_the_card_begins_with_what_loads_the_adapter(method, base, tmp_path):
     assert "More Information Needed" not in found.content
     assert str(base.parent) not in found.content
     assert "tiny-base: a 4-bit" in found.text
+
+
+def test_the_card_of_a_classifier_names_its_number_of_classes(base, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=4, dtype="bfloat16")
+    model = adapted(model, task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path)
+    found = card(tmp_path)
+    assert found.data.pipeline_tag == "text-classification"
+    again = loaded(found.text, **{"path/or/repo": str(tmp_path)})
+    assert again.dtype is torch.bfloat16
+    assert torch.equal(logits(again, tokens(batch=1)), logits(model, tokens(batch=1)))
 
 
 def test_an_adapter_of_the_hub_names_its_base(tmp_path):

@@ -54,6 +54,7 @@ class GridConfig(PeftConfigMixin):
     range_p: float
     base_model_name_or_path: str | None
     base_dtype: str | None
+    base_head: dict[str, Any] | None
     base_fingerprint: str | None
     base_checksum: str | None
     modules_to_save: list[str] | None
@@ -390,6 +391,7 @@ class GridConfig(PeftConfigMixin):
             task=None if self.task_type is None else TaskType(self.task_type).value,
             quantized_base=self.wants_quantized_base,
             dtype=self.base_dtype,
+            classes=len(self.base_head["labels"]) if self.base_head else None,
             recipe=self.recipe(),
             rows=rows or {},
             datasets=tuple(datasets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from peft import TaskType
@@ -42,6 +43,47 @@ def task_heads(model: Any, task: str | None, every: bool) -> list[str]:
             if child is not backbone and not isinstance(child, _CONTAINERS) and any(True for _ in child.parameters())
         ]
     return list(dict.fromkeys(heads))
+
+
+def head_of(model: Any, config: Any) -> dict[str, Any] | None:
+    """What an adapter's file says of the classes that its head tells apart (`base_head`); None: it has no such head."""
+    own = getattr(model, "config", None)
+    names = getattr(own, "id2label", None)
+    if not config.modules_to_save or config.task_type == TaskType.QUESTION_ANS or not names:
+        return None
+    labels = [names.get(i, _label(i)) for i in range(len(names))]
+    if config.task_type not in _HEADS and labels == [_label(i) for i in range(2)]:  # what every configuration has
+        return None
+    return {"labels": labels, "problem_type": getattr(own, "problem_type", None)}
+
+
+def adopt_labels(model: Any, config: Any) -> None:
+    """Give a model the names of classes that an adapter brings along, where it has none of its own.
+
+    A model with another number of them is warned of: PEFT will say of the head's tensors that they do not fit.
+    """
+    own, head = getattr(model, "config", None), config.base_head
+    names = getattr(own, "id2label", None)
+    if head is None or not names:
+        return
+    labels = head["labels"]
+    if len(labels) != len(names):
+        warnings.warn(
+            f"The head of this adapter tells {len(labels)} classes apart, and that of the model {len(names)}. Load the "
+            f"base with `num_labels={len(labels)}`.",
+            stacklevel=2,
+        )
+        return
+    if all(name == _label(i) for i, name in names.items()):
+        own.id2label = dict(enumerate(labels))
+        own.label2id = {name: i for i, name in enumerate(labels)}
+    if getattr(own, "problem_type", None) is None:
+        own.problem_type = head.get("problem_type")
+
+
+def _label(index: int) -> str:
+    """transformers' name of a class that nobody has named."""
+    return f"LABEL_{index}"
 
 
 def check_extras(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:

@@ -18,7 +18,7 @@ from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_sha
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
 from .experts import adopt_experts, release_experts, settle_experts
-from .extras import check_extras, check_reference, task_heads
+from .extras import adopt_labels, check_extras, check_reference, head_of, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
 from .frozen import FrozenWeight, packed_state_dict
 from .layer import MergingLayer, merging
@@ -144,6 +144,7 @@ class QuantizingModel(LoraModel):
         check_adapter_file(targets, config)
         check_extras(model, targets, config)
         check_reference(adapter_name, config, self.peft_config)
+        adopt_labels(model, config)
         converts = not all(isinstance(module, MergingLayer) for module in targets.values())
         undo.keep([m for m in targets.values() if not isinstance(m, FrozenWeight)], config.bytes_per_weight)
         if adopted and not undo.keeps:
@@ -348,6 +349,7 @@ class QuantizingModel(LoraModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         warn_of_lost_scales(model, adapter_name)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
+        config.base_head = head_of(model, config)
         config._saved_as = (adapter_name, *facts_of(runs, [adapter_name]))
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):

@@ -193,5 +193,11 @@ SHARED: dict[str, Rule] = {
     "auto_mapping": optional(Rule("it must be a dictionary", lambda value: isinstance(value, dict))),
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(TEXT)),
     "base_dtype": one_of(None, "float32", "bfloat16", "float16"),
+    "base_head": optional(
+        Rule(
+            "it must be a dictionary with the list of names `labels`",
+            lambda value: isinstance(value, dict) and _are_names(value.get("labels")) and bool(value["labels"]),
+        )
+    ),
     **dict.fromkeys(("base_fingerprint", "base_checksum"), optional(TEXT)),
 }

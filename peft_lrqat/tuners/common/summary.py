@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...checkpoint.serving import Serving, serving
@@ -80,6 +81,7 @@ def summarize(model: nn.Module, grid: str) -> Summary:
         grid: how the grid is described.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(head, "original_module", head)  # in PEFT's wrapper
     layers = experts = weights = total = tables = before = after = scales = lossless = 0
     matrices: Counter[str] = Counter()
     seen: set[int] = set()
@@ -88,6 +90,8 @@ def summarize(model: nn.Module, grid: str) -> Summary:
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
+        if isinstance(module, AuxiliaryTrainingWrapper):  # what an adapter trains beside its layers
+            inside += (f"{name}.modules_to_save", f"{name}.token_adapter.trainable_tokens_delta")
         if isinstance(module, Experts):
             experts += module.num_experts
             of_experts += (name + ".",)
@@ -110,7 +114,8 @@ def summarize(model: nn.Module, grid: str) -> Summary:
                 if isinstance(module, nn.Embedding) or module is head:
                     tables += parameter.numel()
                 elif parameter.ndim > 1:
-                    matrices[name.rpartition(".")[2] if key == "weight" else key] += parameter.numel()
+                    called = name.removesuffix(".original_module").rpartition(".")[2]
+                    matrices[called if key == "weight" else key] += parameter.numel()
             continue
         inside += (name + ".",)
         layers += not name.startswith(of_experts)

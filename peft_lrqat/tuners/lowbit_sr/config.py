@@ -111,6 +111,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         base_dtype (str | None): Set by the conversion: the dtype in which the base is used ("float32", "bfloat16"
             or "float16"). It is saved with the adapter, so that its base is opened alike, whatever the dtype of the
             base's file is. Default: `None`.
+        base_head (dict[str, Any] | None): Set when an adapter is saved with the head of a classifier: the names of the
+            classes (`labels`, a list) and the `problem_type` of the model's configuration. The base is opened with so
+            many classes, and gets their names. Default: `None`.
         base_fingerprint (str | None): Set by the conversion: a checksum of the float weights that the adapter was made
             for. It is saved with the adapter, which is loaded on these weights only. Default: `None`.
         base_checksum (str | None): Set by the conversion: a checksum of the integers that the base was converted to. It
@@ -191,6 +194,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     export_format: Literal["compressed-tensors", "bitnet"] | None = None
     seed: int = 0
     base_dtype: str | None = None
+    base_head: dict[str, Any] | None = None
     base_fingerprint: str | None = None
     base_checksum: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from tests.models import tokens
+from peft_lrqat import LRQATConfig, load_quantized
+from peft_lrqat.checkpoint.model_source import load_adapter
+from tests.models import adapted, tiny, tokens
 
 _IDS = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BERT = {**_IDS, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -73,3 +77,58 @@ def test_a_tasks_head_is_trained_in_float(method: ModuleType, family: str, task:
     merged = model.merge_and_unload()
     assert torch.equal(outputs(merged), outputs(again))
     assert not any(type(merged.get_submodule(head)).__name__ == "QuantizedLinear" for head in heads)
+
+
+NAMES = ["cold", "mild", "warm", "hot"]
+
+
+def classifier(folder: Path, loader: Any = AutoModelForSequenceClassification, **options: Any) -> Any:
+    """A classifier with four named classes, over the backbone in `folder`."""
+    return loader.from_pretrained(folder, num_labels=4, id2label=dict(enumerate(NAMES)), **options)
+
+
+@pytest.mark.parametrize(("family", "task", "packed"), [
+    ("Llama", "SEQ_CLS", False),
+    ("Roberta", "SEQ_CLS", False),
+    ("Bert", "TOKEN_CLS", False),
+    ("Llama", "SEQ_CLS", True),
+])  # fmt: skip
+def test_a_classifier_is_opened_with_its_classes(family: str, task: str, packed: bool, tmp_path: Path):
+    """Where the base's file knows of none: also an adapter of before they were noted."""
+    config = getattr(transformers, family + "Config")(**CONFIGS.get(family, _BERT))
+    base = transformers.AutoModel.from_config(config)
+    if packed:
+        base = get_peft_model(base, LRQATConfig(group_size=-1, range_method="minmax")).merge_and_unload()
+    base.save_pretrained(tmp_path / "base")
+    kind = getattr(transformers, f"AutoModelFor{CLASSES[task]}")
+    if packed:
+        base = load_quantized(tmp_path / "base", model_class=kind, config=classifier(tmp_path / "base", AutoConfig))
+    else:
+        base = classifier(tmp_path / "base", kind)
+    model = get_peft_model(base, LRQATConfig(group_size=-1, range_method="minmax", task_type=task))
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(tmp_path / "adapter")[0]
+    assert torch.equal(outputs(again), outputs(model))
+    assert again.config.id2label == dict(enumerate(NAMES))
+    assert again.config.label2id == {name: i for i, name in enumerate(NAMES)}
+    assert again.config.problem_type == "multi_label_classification"
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_head": None}))
+    older = load_adapter(tmp_path / "adapter")[0]
+    assert torch.equal(outputs(older), outputs(model))
+
+
+def test_a_model_with_another_number_of_classes_is_warned_of(tmp_path: Path):
+    model = get_peft_model(make("Llama", "SEQ_CLS", 0), LRQATConfig(group_size=-1, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    other = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**CONFIGS["Llama"]))
+    other.model.load_state_dict(make("Llama", "SEQ_CLS", 0).model.state_dict())
+    with pytest.warns(UserWarning, match="tells 3 classes apart.*`num_labels=3`"), pytest.raises(RuntimeError):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("save", [None, ["lm_head"]])
+def test_models_without_classes_have_none(save: list[str] | None, tmp_path: Path):
+    adapted(tiny(), modules_to_save=save).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_head"] is None

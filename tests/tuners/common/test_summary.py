@@ -11,9 +11,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 from peft_lrqat.tuners.common.summary import summarize
-from tests.models import tiny
+from tests.models import adapted, tiny
 
 # of tiny(): 2 layers; q and o 32 x 32, k and v 16 x 32, three of 48 x 32; embeddings and output 96 x 32; norms
 LINEAR = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
@@ -39,6 +40,20 @@ def test_the_default_is_said_and_counted(method: ModuleType, caplog: pytest.LogC
     scales = 4 * LINEAR // 8
     # 1 byte (fx8), or 4 bits for the base and for the adapter, which has scales of its own
     assert found.bytes_after == (LINEAR + scales if method.NAME == "LR-QAT" else 2 * (LINEAR // 2 + scales))
+
+
+@pytest.mark.parametrize("options", [
+    {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 4]},
+])  # fmt: skip
+def test_what_an_adapter_trains_in_float_counts_once(options: dict):
+    found = summarize(adapted(tiny(), **options).base_model.model, "")
+    assert (found.weights, found.total, found.tables, found.matrices) == (LINEAR, TOTAL, 2 * 96 * 32, {})
+
+
+def test_a_head_is_called_by_its_name():
+    model = LlamaForSequenceClassification(tiny().config)
+    found = summarize(adapted(model, task_type="SEQ_CLS").base_model.model, "")
+    assert found.matrices == {"score": 2 * 32}
 
 
 def test_a_further_adapter_converts_nothing(method: ModuleType, caplog: pytest.LogCaptureFixture):
