@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "hellaswag": False,
     "seed": 0,
 }
-LEARNING_RATES = {"float": 5e-5, "lsq": 1e-4, "lora": 1e-3, "lrqat": 1e-3, "scales": 1e-3, "lowbit": 1e-3}
+LEARNING_RATES = {"float": 5e-5, "lsq": 1e-4, "lora": 1e-3, "lrqat": 1e-3, "scales": 1e-3, "lowbit": 1e-4}
 METHODS = (*LEARNING_RATES, "round", "hqq", "autoround", "llmcompressor")
 _CONFIGS = {"lrqat": LRQATConfig, "scales": LRQATConfig, "lowbit": LowBitSRConfig}
 
@@ -273,7 +273,9 @@ def start_key(job: dict[str, Any]) -> str | None:
     parts = {k: v for k, v in sorted(job.items()) if k.startswith("start_")}
     parts |= {k: job[k] for k in ("bits", "group", "symmetric", "signed", "p")}
     parts |= {k: job[k] for k in ("rotate", "rotate_seed") if job["rotate"]}
-    parts["integers"] = job["method"] == "scales" or job.get("downcast") == "int"
+    parts["integers"] = job["method"] in ("scales", "lowbit") or job.get("downcast") == "int"
+    if job["method"] == "lowbit" and job["bits"] not in (2, 3, 4):  # where LR-QAT's scales start elsewhere
+        parts["ranges"] = "lowbit"
     return "-".join([job["start"], *(f"{k}={v}" for k, v in parts.items())])
 
 

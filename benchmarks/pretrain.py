@@ -4,6 +4,7 @@
     python benchmarks/pretrain.py tokens --model DIR --text text/ --out tokens/
     python benchmarks/pretrain.py run --tokens tokens/ --out pretrain.json --seeds 0 1 -- float bitnet ours-8
     python benchmarks/pretrain.py run --tokens tokens/ --out 1B.json --shape 1B --batch 8 --steps 30 float bitnet ours-8
+    python benchmarks/pretrain.py run --tokens tokens/ --out all.json --per-gpu 5 --limit 500 -- float bitnet ours-8
     python benchmarks/pretrain.py table pretrain.json
     python benchmarks/pretrain.py plot pretrain.json --out pretrain.png
 
@@ -11,8 +12,10 @@ The training text is cut into windows, and each is seen once, in an order that t
 a second pass are refused, unless `--passes` allows it. Held out are documents that the training text has not, and
 WikiText-2 ("other").
 
-Methods run one after the other in one process, each with every seed; the JSON is written anew after each run. A method
-is one of PRESETS, with options after a colon:
+Each run (a method with a seed) is a process of its own, on all GPUs, `--per-gpu` of them at a time on each; those that
+share a GPU have no step times. All methods run with the first seed, then with the next. The JSON is written anew
+whenever a run has evaluated; after `--limit` seconds what runs is dropped, with its curve kept. The same call again
+takes what is finished in `--out` as it is, and starts the rest. A method is one of PRESETS, with options after a colon:
 
     lr, float_lr    peak learning rates of the linear layers' weights, and of everything else
     floor           share of the peak at which the cosine of `lr` ends; 0 without it
@@ -32,9 +35,14 @@ import argparse
 import ast
 import json
 import math
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,26 +263,26 @@ def projected_loss(model: nn.Module, windows: torch.Tensor, size: int) -> float:
     return loss
 
 
-def run_one(options: dict[str, Any], seed: int, data: dict, args: argparse.Namespace) -> dict[str, Any]:
+def run_one(
+    options: dict[str, Any], seed: int, data: dict, args: argparse.Namespace, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train and measure one method; `report` gets what is known after each evaluation but the last."""
     device = data["train"].device
     cuda = device.type == "cuda"
-    torch._dynamo.reset()  # or the kernels of many methods count as recompilations of one
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model, optimizer, rates = prepare(float_model(args, options["init"], seed), options, device)
     model.train()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     fused = bool(options.get("fused_backward"))  # then weights change in backward, which no graph has and no clipping
     step = Step(model, trained, (args.batch, args.length), graph=cuda and not args.no_graph and not fused)
     warm, every = max(1, round(args.steps * args.warmup)), max(1, args.steps // args.evaluations)
-    curve: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+    curve: list[tuple[int, float, float | None]] = []
     losses: list[torch.Tensor] = []
     weights = coded(model)
     weight, at_first = weights[len(weights) // 2] if weights else None, saturated(weights)
     few = data["held-out"][: max(1, args.eval_tokens // args.length)]
     started = evaluating = 0.0
     untimed = min(5, args.steps - 1)  # they compile kernels and capture the graph
+    described = {**{key: value for key, value in options.items() if key != "act_bits" or value}, "seed": seed}
     for number, rows in enumerate(batches(data["train"], args.steps, args.batch, seed), start=1):
         part = number / warm
         if number > warm:
@@ -292,62 +300,137 @@ def run_one(options: dict[str, Any], seed: int, data: dict, args: argparse.Names
         before = weight.codes() if look and weight is not None and not fused else None
         optimizer.step()
         if look:
-            flipped = None if before is None else (weight.codes() != before).float().mean()  # type: ignore[union-attr]
+            flipped = None if before is None else (weight.codes() != before).float().mean().item()  # type: ignore[union-attr]
             if cuda:
                 torch.cuda.synchronize()
             paused = time.perf_counter()
-            curve.append((number, held_out_loss(model, few, args.batch), flipped))
-            if cuda:
-                torch.cuda.synchronize()
+            curve.append((number, held_out_loss(model, few, args.batch).item(), flipped))
+            if number < args.steps:
+                report({**described, "curve": curve, "unfinished": number})
             evaluating += time.perf_counter() - paused
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started - evaluating
     result = {
-        **{key: value for key, value in options.items() if key != "act_bits" or value},
-        "seed": seed,
-        "curve": [[n, loss.item(), None if flip is None else flip.item()] for n, loss, flip in curve],
+        **described,
+        "curve": curve,
         "loss": held_out_loss(model, data["held-out"], args.batch).item(),
         "train_loss": torch.stack(losses)[-max(1, args.steps // 50) :].mean().item(),
         "other_loss": held_out_loss(model, data["other"], args.batch).item() if "other" in data else None,
         "saturated": [at_first, saturated(weights)] if weights else None,
-        "seconds_per_step": seconds / (args.steps - untimed),
+        "seconds_per_step": seconds / (args.steps - untimed) if args.per_gpu == 1 else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "linear_weights": sum(p.numel() for p in optimizer.param_groups[0]["params"]),
     }
     if options.get("bits") == 8 and "forward_bits" not in options:
         result["projected_loss"] = projected_loss(model, data["held-out"], args.batch)
-    print(
-        f"{options['method']}, seed {seed}: loss {result['loss']:.4f}, {1e3 * result['seconds_per_step']:.1f} ms a "
-        "step",
-        flush=True,
-    )
     return result
 
 
-def run(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    methods = [parse_method(text, args.act_bits) for text in args.methods]
+def read_windows(args: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
+    """The texts of `read_tokens` as windows, int32 (n, length)."""
     data: dict[str, torch.Tensor] = {}
     for name, tokens in read_tokens(Path(args.tokens)).items():
         tokens = tokens if name == "train" else tokens[: args.held_out_tokens]
         whole = torch.from_numpy(tokens[: len(tokens) // args.length * args.length].astype(np.int32))
         data[name] = whole.view(-1, args.length).to(device)
-    one_pass = len(data["train"]) // args.batch
+    return data
+
+
+def work(args: argparse.Namespace) -> None:
+    """One run, in a process of its own: reads the plan, writes `run-NNNN.json` beside it."""
+    plan = Path(args.plan)
+    read = json.loads(plan.read_text())
+    method, seed = read["jobs"][args.number]
+    args = argparse.Namespace(**read["args"], number=args.number)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def report(result: dict[str, Any]) -> None:
+        write_json(plan.parent / f"run-{args.number:04}.json", result)
+
+    report(run_one(parse_method(method, args.act_bits), seed, read_windows(args, device), args, report))
+
+
+#: What does not change a result.
+_HOW = ("methods", "tokens", "out", "seeds", "per_gpu", "limit")
+
+
+def run(args: argparse.Namespace) -> None:
+    for text in args.methods:
+        parse_method(text, args.act_bits)  # an early error
+    windows = len(read_tokens(Path(args.tokens))["train"]) // args.length
+    one_pass = windows // args.batch
     args.steps = args.steps or one_pass * args.passes
-    if args.steps * args.batch > args.passes * len(data["train"]):
+    if args.steps * args.batch > args.passes * windows:
         raise SystemExit(
-            f"`--steps` is {args.steps} batches of {args.batch} windows, but the text has {len(data['train'])} windows "
-            f"of {args.length} tokens: {one_pass} steps a pass. Ask for at most {one_pass * args.passes} steps, or "
-            "allow more with `--passes`."
+            f"`--steps` is {args.steps} batches of {args.batch} windows, but the text has {windows} windows of "
+            f"{args.length} tokens: {one_pass} steps a pass. Ask for at most {one_pass * args.passes} steps, or allow "
+            "more with `--passes`."
         )
-    kept = {key: value for key, value in vars(args).items() if key not in ("methods", "tokens", "out")}
-    report: dict[str, Any] = {**provenance(), **kept, "tokens_seen": args.steps * args.batch * args.length}
-    runs: list[dict[str, Any]] = []
-    for options in methods:
-        for seed in args.seeds:
-            runs.append(run_one(options, seed, data, args))
-            write_json(Path(args.out), {**report, "runs": runs})
+    settings = {key: value for key, value in vars(args).items() if key not in _HOW}
+    report = {**provenance(), **settings, "per_gpu": args.per_gpu}
+    report["tokens_seen"] = args.steps * args.batch * args.length
+    finished = finished_runs(Path(args.out), settings)
+    have = {(one["method"], one["seed"]) for one in finished}
+    jobs = [(text, seed) for seed in args.seeds for text in args.methods if (text, seed) not in have]
+    print(f"{len(jobs)} runs of {args.steps} steps; {len(finished)} are there", flush=True)
+    gpus: list[int | None] = list(range(torch.cuda.device_count())) or [None]
+    end = time.monotonic() + args.limit
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a `timeout` around it: the workers go as well
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "plan.json", {"jobs": jobs, "args": vars(args)})
+        waiting, running, seen = list(range(len(jobs))), {}, {}  # type: ignore[var-annotated]
+        free = [gpu for _ in range(args.per_gpu) for gpu in gpus]
+        try:
+            while (waiting or running) and time.monotonic() < end:
+                while waiting and free:
+                    gpu, number = free.pop(0), waiting.pop(0)
+                    chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": _name_of(gpu)}
+                    command = [sys.executable, __file__, "work", f"{folder}/plan.json", str(number)]
+                    running[number] = subprocess.Popen(command, env={**os.environ, **chosen}), gpu
+                time.sleep(0.2)
+                for number, (process, gpu) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[number]
+                        free.append(gpu)
+                        print(
+                            f"{time.monotonic() - end + args.limit:.0f} s: {_said(jobs[number], process)}", flush=True
+                        )
+                found = {path: path.stat().st_mtime_ns for path in sorted(Path(folder).glob("run-*.json"))}
+                if found != seen:
+                    seen = found
+                    runs = [json.loads(path.read_text()) for path in seen]
+                    write_json(Path(args.out), {**report, "runs": [*finished, *runs]})
+        finally:
+            for process, _ in running.values():
+                process.kill()
+                process.wait()
+    for text, seed in [jobs[number] for number in (*running, *waiting)]:
+        print(f"not finished: {text}, seed {seed}", flush=True)
+
+
+def _name_of(gpu: int) -> str:
+    """A GPU's name for a process: where this one sees some only, its number counts those."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[gpu] if visible else str(gpu)
+
+
+def _said(job: tuple[str, int], process: subprocess.Popen) -> str:
+    return f"{job[0]}, seed {job[1]}: " + ("done" if process.returncode == 0 else f"FAILED ({process.returncode})")
+
+
+def finished_runs(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs in `out` that ended; SystemExit if they have other settings."""
+    if not out.exists():
+        return []
+    report = json.loads(out.read_text())
+    other = [key for key in settings if key in report and report[key] != settings[key]]
+    if other:
+        raise SystemExit(
+            f"{out} has runs with " + ", ".join(f"{key} {report[key]}" for key in other) + "; asked for are "
+            f"{', '.join(f'{settings[key]}' for key in other)}. Name another file with `--out`, or delete this one."
+        )
+    return [one for one in report["runs"] if "unfinished" not in one]
 
 
 # -- results
@@ -365,6 +448,8 @@ def table(args: argparse.Namespace) -> None:
     initialization.
     """
     _, runs = read(args.runs)
+    cut_off = [one for one in runs if "unfinished" in one]
+    runs = [one for one in runs if "unfinished" not in one]
     rows: dict[str, list[dict[str, Any]]] = {}
     for one in runs:
         rows.setdefault(one["method"], []).append(one)
@@ -391,6 +476,7 @@ def table(args: argparse.Namespace) -> None:
         spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(row) > 1 else ""
         ends = [one["saturated"] for one in row if one.get("saturated")]
         at_ends = " -> ".join(f"{statistics.mean(end[i] for end in ends):.3f}" for i in (0, 1)) if ends else ""
+        seconds = mean(row, "seconds_per_step")
         flips = [flip for one in row for _, _, flip in one["curve"] if flip is not None]
         cells = (
             method,
@@ -404,9 +490,12 @@ def table(args: argparse.Namespace) -> None:
             at_ends,
             f"{100 * max(flips):.2g} %" if flips else "",
             shown(mean(row, "peak_gib"), ".2f"),
-            shown(1e3 * (mean(row, "seconds_per_step") or 0), ".1f"),
+            shown(seconds and 1e3 * seconds, ".1f"),
         )
         print(f"| {' | '.join(cells)} |")
+    for one in cut_off:
+        step, loss, _ = one["curve"][-1]
+        print(f"\n(cut off: {one['method']}, seed {one['seed']}, at step {step} with a held-out loss of {loss:.4f})")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -470,6 +559,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--held-out-tokens", type=int, help="of each text that is held out; without it: all")
     add("--no-graph", action="store_true", help="on a GPU: run every step eagerly")
     add("--seeds", type=int, nargs="+", default=[0])
+    add("--per-gpu", type=int, default=1, help="runs at a time on each GPU (without one: on the CPU)")
+    add("--limit", type=float, default=1e9, help="seconds, after which what is running is dropped")
+    worker = commands.add_parser("work")
+    worker.set_defaults(do=work)
+    worker.add_argument("plan")
+    worker.add_argument("number", type=int)
     shown = commands.add_parser("table")
     shown.set_defaults(do=table)
     drawn = commands.add_parser("plot")
