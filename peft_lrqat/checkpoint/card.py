@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -14,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..files import write_atomically
+from ..formats.record import DATASET, Record
 from ..formats.usage import how_to_load
 from ..modules.kv_cache import rounding_of
 from ..modules.packed import MERGED
@@ -60,20 +60,18 @@ def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *ar
 def merged_card(
     model: nn.Module,
     config: Any,
+    record: Record,
     served: Serving,
-    rows: Mapping[str, str] | None = None,
-    datasets: Sequence[str] = (),
 ) -> str:
     """The card of a merged model.
 
     Args:
-        config: of the adapter that was merged: `record()`, `method`, `bits`, `stored_bits`, `export_format` and
+        config: of the adapter that was merged: `method`, `bits`, `stored_bits`, `export_format` and
             `base_model_name_or_path` are read.
+        record: how it was trained.
         served: how to serve it.
-        rows: more rows of the table: name -> Markdown.
-        datasets: repositories of the Hub that the model was trained on.
     """
-    record, causal = config.record(), type(model).__name__.endswith("ForCausalLM")
+    causal = type(model).__name__.endswith("ForCausalLM")
     quantized: list[Any] = [m for m in model.modules() if isinstance(m, MERGED)]
     weights = sum(m.in_features * m.out_features for m in quantized)
     packed = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
@@ -92,8 +90,7 @@ def merged_card(
         scale_dtype=record.scale_dtype,
         recipe=record.recipe,
         usage=usage(_how_to_load(model, described), served, in_vllm=causal),
-        rows=rows or {},
-        datasets=datasets,
+        trainings=record.trainings,
         pipeline="text-generation" if causal else None,
     )
 
@@ -120,6 +117,21 @@ def base_name(origin: str) -> tuple[str, bool]:
 def table(rows: Mapping[str, str]) -> str:
     """A Markdown table of two columns without headings."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def training_rows(trainings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
+    """What a card says of trainings: rows of its table (name -> Markdown), and repositories of data sets on the Hub.
+
+    Args:
+        trainings: the name of a row -> Markdown; "dataset" is no row, but such a repository.
+    """
+    rows = {
+        f"{name} {number}" if len(trainings) > 1 else name: said
+        for number, training in enumerate(trainings, 1)
+        for name, said in training.items()
+        if name != DATASET
+    }
+    return rows, list(dict.fromkeys(training[DATASET] for training in trainings if training.get(DATASET)))
 
 
 def merged_serving(model: nn.Module, format: str | None, problem: str) -> Serving:
@@ -163,8 +175,7 @@ def card_text(
     recipe: str | None,
     usage: str,
     exact: str = "The integers in this checkpoint are the ones that were trained: nothing was rounded afterwards.",
-    rows: Mapping[str, str] = MappingProxyType({}),
-    datasets: Sequence[str] = (),
+    trainings: Sequence[Mapping[str, str]] = (),
     pipeline: str | None = None,
 ) -> str:
     """README.md of a checkpoint on a grid.
@@ -174,17 +185,17 @@ def card_text(
         packed_bytes: of the quantized layers.
         usage: Markdown: how to load it.
         exact: what happened to the trained values.
-        rows: more rows of the table: name -> Markdown.
-        datasets: repositories of the Hub that the model was trained on.
+        trainings: what Trainers have done (`Record`).
         pipeline: the Hub's word for what it does, if that is certain.
     """
     base, on_hub = base_name(origin)
+    rows, datasets = training_rows(trainings)
     data = ModelCardData(
         library_name="transformers",
         tags=tags,
         base_model=base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
-        datasets=list(datasets) or None,
+        datasets=datasets or None,
         pipeline_tag=pipeline,
     )
     size = f"{packed_bytes * 8 / weights:.2f} bits a quantized weight with scales; " if weights else ""

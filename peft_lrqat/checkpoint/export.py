@@ -266,7 +266,7 @@ def _card(chosen: Writer, source: Source, report: Report, served: Serving) -> st
     lost = [*([str(report.loss)] if report.loss else []), *report.inexact]
     exact: dict[str, Any] = {"exact": f"This file is *not* exact: {'; '.join(lost)}."} if lost else {}
     return card_text(
-        origin=source.origin,
+        origin=source.base or source.origin,
         title=f"{bits} bits, {chosen.name}",
         tags=[chosen.name, "qat", f"{bits}-bit"],
         grid=report.grid,
@@ -277,6 +277,7 @@ def _card(chosen: Writer, source: Source, report: Report, served: Serving) -> st
         total_bytes=report.total_bytes,
         scale_dtype=source.scale_dtype,
         recipe=source.recipe,
+        trainings=source.trainings,
         usage=usage(chosen.usage, served, chosen.in_vllm),
         **exact,
     )

@@ -77,6 +77,7 @@ class FolderSource(Source):
         if record is not None:
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
             self.fixed_point_bits = record.fixed_point_bits
+            self.base, self.trainings = record.base, record.trainings
         self.cache = reading.cache_rounding(quantization, record)
         self.trust_remote_code = trust_remote_code
         self.config = read_config(folder, described, trust_remote_code) if config is None else copy.deepcopy(config)

@@ -78,7 +78,7 @@ class ModelSource(Source):
             if _is_adapted(module):
                 module.check_input_scale()
         self._options = adapter
-        self._describe(base, adapter)
+        self._describe(base, tuner)
         self._files = module_names(base, self._quantized)
         if joined := [name for name, file in self._files.items() if file is None]:
             raise ValueError(
@@ -92,7 +92,7 @@ class ModelSource(Source):
         self.tied = self._aliases()
         self._untie(base)
 
-    def _describe(self, base: Any, adapter: Any) -> None:
+    def _describe(self, base: Any, tuner: Any) -> None:
         self.config = copy.deepcopy(base.config)
         record = Record.of(self.config)
         for known in ("quantization_config", KEY):
@@ -103,10 +103,12 @@ class ModelSource(Source):
         if base.can_generate():
             self.generation_config = copy.deepcopy(getattr(base, "generation_config", None))
         self.origin = getattr(base, "name_or_path", "") or type(base).__name__
-        if adapter is not None:
-            self.origin = adapter.base_model_name_or_path or self.origin
-            record = adapter.record()
+        if tuner is not None:
+            adapters = tuner.active_adapters or list(tuner.peft_config)
+            self.origin = tuner.peft_config[adapters[0]].base_model_name_or_path or self.origin
+            record = tuner.record(adapters)
         if record is not None:
+            self.base, self.trainings = record.base, record.trainings
             self.recipe, self.scale_dtype = record.recipe, record.scale_dtype
             self.fixed_point_bits = record.fixed_point_bits
         self.cache = rounding_of(base)

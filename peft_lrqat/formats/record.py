@@ -6,7 +6,7 @@ A container may be wider than its grid (3-bit codes in 4-bit words), so the grid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..ops.kv_cache import CacheRounding
 
 #: The key in config.json.
 KEY = "peft_lrqat"
+#: The entry of a training that is no row of a model card, but a repository of the Hub.
+DATASET = "dataset"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Record:
         fixed_point_bits: bits of a narrower grid, if the 8-bit codes are fixed-point numbers in its steps, from which
             LR-QAT starts (`preprocess_blockwise`). None: they are plain codes.
         cache: how keys and values are rounded, None: they are not.
+        base: what the base model is called: a repository of the Hub, or the last part of a path. None if unknown.
+        trainings: what Trainers have done, in order: the name of a row of the model card -> Markdown, and `DATASET`.
     """
 
     grid: Grid
@@ -37,6 +41,8 @@ class Record:
     others: Mapping[str, Grid] = field(default_factory=dict)
     fixed_point_bits: int | None = None
     cache: CacheRounding | None = None
+    base: str | None = None
+    trainings: Sequence[Mapping[str, str]] = ()
 
     def grid_of(self, layer: str) -> Grid:
         """What a layer lies on."""
@@ -53,6 +59,10 @@ class Record:
             found["fixed_point_bits"] = self.fixed_point_bits
         if self.cache is not None:
             found["kv_cache"] = self.cache.entry()
+        if self.base is not None:
+            found["base"] = self.base
+        if self.trainings:
+            found["trainings"] = [dict(training) for training in self.trainings]
         if self.others:
             alike: dict[Grid, list[str]] = {}
             for name, grid in self.others.items():
@@ -89,7 +99,21 @@ class Record:
                 f"config.json's {KEY!r} has `kv_cache` {entry['kv_cache']!r}, which describes no rounding of a KV "
                 f"cache ({error}). Delete it, if the cache shall be float."
             ) from error
-        return cls(grid, entry.get("scale_dtype"), entry.get("recipe"), others, fixed_point_bits, cache)
+        trainings = entry.get("trainings") or []
+        if not isinstance(trainings, list) or not all(isinstance(training, dict) for training in trainings):
+            raise ValueError(
+                f"config.json's {KEY!r} has `trainings` {trainings!r}, which must be a list of dictionaries. Delete it."
+            )
+        return cls(
+            grid,
+            entry.get("scale_dtype"),
+            entry.get("recipe"),
+            others,
+            fixed_point_bits,
+            cache,
+            entry.get("base"),
+            tuple(trainings),
+        )
 
     @classmethod
     def of(cls, config: Any) -> Record | None:

@@ -82,7 +82,13 @@ class SafetensorsWriter(Writer):
         most = Counter(grids.values()).most_common(1)[0][0]
         grids |= {source.modules[name]: grid for name, grid in grids.items() if name in source.modules}
         record = Record(
-            most, source.scale_dtype, source.recipe, fixed_point_bits=source.fixed_point_bits, cache=source.cache
+            most,
+            source.scale_dtype,
+            source.recipe,
+            fixed_point_bits=source.fixed_point_bits,
+            cache=source.cache,
+            base=source.base,
+            trainings=source.trainings,
         )
         record.with_layers(grids).put_into(config)
         source.save_code(folder, config)

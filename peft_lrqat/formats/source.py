@@ -7,7 +7,7 @@ of a model or a folder is `checkpoint/open.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,8 @@ class Source(ABC):
         generation_config: a `GenerationConfig`, or None.
         origin: a few words for messages and model cards: a path, or a base model's name.
         recipe: how it was trained, in Markdown, or None if unknown.
+        base: what the base model is called (`Record`), or None if unknown.
+        trainings: what Trainers have done, as `Record` has it.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.
         fixed_point_bits: of the grid that LR-QAT is to take for 8-bit codes with a fraction (`Record`), or None.
         cache: how keys and values are rounded, None: they are not.
@@ -96,6 +98,8 @@ class Source(ABC):
     generation_config: Any = None
     origin: str = ""
     recipe: str | None = None
+    base: str | None = None
+    trainings: Sequence[Mapping[str, str]] = ()
     scale_dtype: str | None = None
     fixed_point_bits: int | None = None
     cache: CacheRounding | None = None

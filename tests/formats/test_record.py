@@ -33,6 +33,14 @@ def test_what_8_bit_codes_are_fixed_point_numbers_of():
         Record.read({**record.entry(), "fixed_point_bits": 8})
 
 
+def test_what_was_trained_and_from_what():
+    record = Record(Grid(4, 32), base="someone/tiny", trainings=({"training": "2 steps"}, {"training": "3 steps"}))
+    assert Record.read(json.loads(json.dumps(record.entry()))) == record
+    assert not {"base", "trainings"} & Record(Grid(4, 32)).entry().keys()
+    with pytest.raises(ValueError, match=r"`trainings` 'x', which must be a list of dictionaries"):
+        Record.read({**record.entry(), "trainings": "x"})
+
+
 @pytest.mark.parametrize("entry", [{"bits": 4}, {"bits": 4, "group_size": 32, "symmetric": True, "others": [{}]}, "x"])
 def test_an_entry_that_describes_no_grid(entry):
     with pytest.raises(ValueError, match=r"describes no grid\. Delete the entry"):

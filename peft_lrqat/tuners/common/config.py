@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ...checkpoint.adapter_card import AdapterFacts, write_adapter_card
+from ...checkpoint.card import base_name, training_rows
 from ...formats import bitnet, compressed_tensors
 from ...formats.record import Record
 from ...grid import Grid
@@ -57,6 +58,7 @@ class GridConfig(PeftConfigMixin):
     base_head: dict[str, Any] | None
     base_fingerprint: str | None
     base_checksum: str | None
+    trainings: list[dict[str, str]] | None
     modules_to_save: list[str] | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
@@ -133,9 +135,9 @@ class GridConfig(PeftConfigMixin):
         return str(self.base_fingerprint).startswith(QUANTIZED_BASE)
 
     def require_base(self) -> None:
-        """Note which base a loaded adapter asks for: conversion writes that of its own model to the fields."""
+        """Note what a loaded adapter says of its base and its past: the fields become those of the model at hand."""
         self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
-        self._required_dtype = self.base_dtype
+        self._required_dtype, self._noted_trainings = self.base_dtype, self.trainings or ()
 
     def require_any_base(self) -> None:
         """Forget which base a loaded adapter asks for."""
@@ -187,7 +189,8 @@ class GridConfig(PeftConfigMixin):
 
     def record(self) -> Record:
         """What a merged checkpoint's config.json says about the training."""
-        return Record(self.stored_grid, self.scale_dtype, self.recipe())
+        base = base_name(self.base_model_name_or_path)[0] if self.base_model_name_or_path else None
+        return Record(self.stored_grid, self.scale_dtype, self.recipe(), base=base)
 
     def recipe(self) -> str:
         """What a merged checkpoint's model card says about the training."""
@@ -372,16 +375,11 @@ class GridConfig(PeftConfigMixin):
             json.dump(
                 {**saved, **{name: getattr(self, name) for name in saved if name.endswith("_pattern")}}, file, indent=2
             )
-        adapter, rows, datasets = self._saved_as
-        write_adapter_card(save_directory, self.facts(rows, datasets), adapter)
+        write_adapter_card(save_directory, self.facts(), self._saved_as)
 
-    def facts(self, rows: Mapping[str, str] | None = None, datasets: Sequence[str] = ()) -> AdapterFacts:
-        """What an adapter's model card says.
-
-        Args:
-            rows: what is known of its training: name -> Markdown.
-            datasets: repositories of the Hub that it was trained on.
-        """
+    def facts(self) -> AdapterFacts:
+        """What an adapter's model card says."""
+        rows, datasets = training_rows(self.trainings or ())
         return AdapterFacts(
             method=self.method,
             peft_type=PeftType(self.peft_type).value,
@@ -393,15 +391,18 @@ class GridConfig(PeftConfigMixin):
             dtype=self.base_dtype,
             classes=len(self.base_head["labels"]) if self.base_head else None,
             recipe=self.recipe(),
-            rows=rows or {},
+            rows=rows,
             datasets=tuple(datasets),
         )
 
     # The adapter's file, and what it holds (name -> shape), if this config was loaded from a folder; not saved.
     _adapter_path = cast("str | None", None)  # without annotations: they are no fields
     _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)
-    # The adapter's name and what is known of its training, noted when its tensors are collected for saving.
-    _saved_as = cast("tuple[str, Mapping[str, str], Sequence[str]]", ("default", {}, ()))
+    # The adapter's name, noted when its tensors are collected for saving.
+    _saved_as = cast("str", "default")
+    # `trainings` of the file, and of the adapter whose tensors were loaded into this one.
+    _noted_trainings = cast("Sequence[dict[str, str]]", ())
+    _earlier_trainings = cast("Sequence[dict[str, str]]", ())
 
 
 def current_key(key: str) -> str:

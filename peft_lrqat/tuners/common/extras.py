@@ -47,7 +47,7 @@ def task_heads(model: Any, task: str | None, every: bool) -> list[str]:
 
 def head_of(model: Any, config: Any) -> dict[str, Any] | None:
     """What an adapter's file says of the classes that its head tells apart (`base_head`); None: it has no such head."""
-    own = getattr(model, "config", None)
+    own: Any = getattr(model, "config", None)
     names = getattr(own, "id2label", None)
     if not config.modules_to_save or config.task_type == TaskType.QUESTION_ANS or not names:
         return None
@@ -62,8 +62,8 @@ def adopt_labels(model: Any, config: Any) -> None:
 
     A model with another number of them is warned of: PEFT will say of the head's tensors that they do not fit.
     """
-    own, head = getattr(model, "config", None), config.base_head
-    names = getattr(own, "id2label", None)
+    own: Any = getattr(model, "config", None)
+    head, names = config.base_head, getattr(own, "id2label", None)
     if head is None or not names:
         return
     labels = head["labels"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraModel
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.card import attach_card, merged_card, merged_serving
+from ...formats.record import Record
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
@@ -35,7 +37,7 @@ from .preflight import (
     check_writable,
 )
 from .progress import conversion_bar
-from .runs import Run, facts_of, remember_run
+from .runs import Run, note_trainings, remember_run, trainings_of
 from .scale_range import warn_of_lost_scales
 from .summary import report, say_how_to_serve
 from .targets import inside_experts, left_out, routers, tell_left_out, warn_of_unknown_names
@@ -350,7 +352,8 @@ class QuantizingModel(LoraModel):
         warn_of_lost_scales(model, adapter_name)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)
-        config._saved_as = (adapter_name, *facts_of(runs, [adapter_name]))
+        config._saved_as = adapter_name
+        note_trainings(config, runs, adapter_name)
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
@@ -374,6 +377,7 @@ class QuantizingModel(LoraModel):
                 check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
         check_state_dict(model, config, adapter_name, cls.prefix, remapped)
         cls._check_loaded(model, config, adapter_name, remapped)
+        config._earlier_trainings = config._noted_trainings
         if saved:
             check_same_base(model, config, adapter_name, saved, cls.prefix + _CHECKSUM)
         return remapped
@@ -411,6 +415,12 @@ class QuantizingModel(LoraModel):
                     layer.unmerge()
             raise
 
+    def record(self, adapters: list[str]) -> Record:
+        """What a checkpoint says of the training of these adapters, which are merged."""
+        earlier = [training for name in adapters for training in self.peft_config[name]._earlier_trainings]
+        made = self.peft_config[adapters[0]].record()
+        return replace(made, trainings=(*earlier, *trainings_of(self.runs, adapters)))
+
     def _merge_options(self, adapter_names: list[str] | None) -> Any:
         """The configuration of the first adapter that is merged (None: of the active ones)."""
         if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
@@ -425,7 +435,7 @@ class QuantizingModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         config = self._merge_options(adapter_names)
-        merged = list(adapter_names or self.active_adapters)
+        record = self.record(list(adapter_names or self.active_adapters) or list(self.peft_config))
         with merging(config):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         settle_experts(model)
@@ -442,9 +452,9 @@ class QuantizingModel(LoraModel):
                     stacklevel=2,
                 )
             packed = any(isinstance(module, MERGED) for module in model.modules())
-            problem = describe(model, config.record()) if packed else ""
+            problem = describe(model, record) if packed else ""
             served = merged_serving(model, config.export_format, problem)
-            attach_card(model, merged_card(model, config, served, *facts_of(self.runs, merged)))
+            attach_card(model, merged_card(model, config, record, served))
             say_how_to_serve(config, served)
         return model
 

@@ -200,4 +200,13 @@ SHARED: dict[str, Rule] = {
         )
     ),
     **dict.fromkeys(("base_fingerprint", "base_checksum"), optional(TEXT)),
+    "trainings": optional(
+        Rule(
+            "it must be a list of dictionaries of texts",
+            lambda value: (
+                isinstance(value, list)
+                and all(isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values()) for entry in value)
+            ),
+        )
+    ),
 }

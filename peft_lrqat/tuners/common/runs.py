@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.adapter_card import write_adapter_card
+from ...formats.record import DATASET
 from .trainers import calling_trainer
 
 
@@ -60,25 +61,29 @@ def remember_run(tuner: Any) -> None:
     _keep_cards_complete(trainer, tuner)
 
 
-def facts_of(runs: Iterable[Run], adapters: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What a card says of the trainings of these adapters.
-
-    Returns:
-        Rows of its table (name -> Markdown), and the data sets.
-    """
+def trainings_of(runs: Iterable[Run], adapters: Sequence[str]) -> list[dict[str, str]]:
+    """What is said of each training of these adapters, as `formats.record.Record` has it."""
     own = [run for run in runs if set(run.adapters) & set(adapters)]
-    trained = [run for run in own if run.state.global_step]
-    rows: dict[str, str] = {}
-    for number, run in enumerate(trained, 1):
-        suffix = f" {number}" if len(trained) > 1 else ""
+    found = []
+    for run in own:
+        if not run.state.global_step:
+            continue
         before = own[own.index(run) - 1] if own.index(run) else None
-        rows[f"training{suffix}"] = _training(run)
         start = _evaluations(before.state.log_history)[-1:] if before and not before.state.global_step else []
+        said = {"training": _training(run)}
         if measured := _evaluation(run, start):
-            rows[f"evaluation{suffix}"] = measured
+            said["evaluation"] = measured
         if moved := [entry for entry in run.state.log_history if "qat_changed" in entry]:
-            rows[f"integers{suffix}"] = f"{100 * moved[-1]['qat_changed']:.3g} % changed after step {moved[-1]['step']}"
-    return rows, list(dict.fromkeys(run.dataset for run in trained if run.dataset))
+            said["integers"] = f"{100 * moved[-1]['qat_changed']:.3g} % changed after step {moved[-1]['step']}"
+        if run.dataset:
+            said[DATASET] = run.dataset
+        found.append(said)
+    return found
+
+
+def note_trainings(config: Any, runs: Iterable[Run], adapter: str) -> None:
+    """Write to a configuration what was done to its adapter: before it was loaded, and since."""
+    config.trainings = [*config._earlier_trainings, *trainings_of(runs, [adapter])] or None
 
 
 def _training(run: Run) -> str:
@@ -160,7 +165,8 @@ def _keep_cards_complete(trainer: Any, tuner: Any) -> None:
         if tuner is None or not trainer.is_world_process_zero() or not (folder / "README.md").exists():
             return
         for name, config in tuner.peft_config.items():
-            facts = config.facts(*facts_of(tuner.runs, [name]))
-            write_adapter_card(folder if name == "default" else folder / name, facts, name, trainer.hub_model_id)
+            note_trainings(config, tuner.runs, name)
+            place = folder if name == "default" else folder / name
+            write_adapter_card(place, config.facts(), name, trainer.hub_model_id)
 
     trainer.create_model_card = create_model_card

@@ -150,6 +150,8 @@ class LRQATConfig(GridConfig, LoraConfig):
             for. It is saved with the adapter, which is loaded on these weights only. Default: `None`.
         base_checksum (str | None): Set by the conversion: a checksum of the integers that the base was converted to. It
             is saved with the adapter, which is loaded over these integers only. Default: `None`.
+        trainings (list[dict[str, str]] | None): Set when an adapter is saved: what Trainers have done to it, as model
+            cards say it. The cards of what the adapter is merged into later have it from here. Default: `None`.
 
     PEFT sets `peft_type`, `auto_mapping`, `peft_version`, `base_model_name_or_path` and `revision`. `fan_in_fan_out`,
     `megatron_core` and `qalora_group_size` change nothing: a layer says by itself how its weight lies.
@@ -235,6 +237,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     base_head: dict[str, Any] | None = None
     base_fingerprint: str | None = None
     base_checksum: str | None = None
+    trainings: list[dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
         # what `_set_strength` makes of a `lora_alpha` that was left open, and of which `alpha_pattern`

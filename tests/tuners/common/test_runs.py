@@ -11,10 +11,12 @@ import torch
 import transformers.trainer
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_lrqat import LRQATConfig, QuantizationCallback
+from peft_lrqat import LRQATConfig, QuantizationCallback, export
+from peft_lrqat.checkpoint.merge import merge
 from tests.models import adapted, tiny, tokens, train
 from tests.trainer import arguments, counting_text, ids_dataset, word_tokenizer
 
@@ -65,7 +67,7 @@ def test_a_pushed_adapter_says_how_to_load_it_and_what_the_trainer_logged(kind, 
     trainer.push_to_hub()
     (text,) = pushed
     card = ModelCard(text)
-    assert 'from_pretrained("me/poems")' in text
+    assert 'from_pretrained("me/poems", dtype="float32")' in text
     assert text.index("import peft_lrqat") < text.index("## ")
     assert not any(
         empty in text for empty in ("More information needed", "Quick start", "None](", "](https://huggingface.co/)")
@@ -196,3 +198,31 @@ def test_a_model_around_the_adapters_is_trained(tmp_path):
     assert row(tmp_path, "training").startswith("Trainer, 1 steps")
     model.save_pretrained(tmp_path / "adapter")
     assert row(tmp_path / "adapter", "training").startswith("Trainer, 1 steps")
+
+
+def test_what_was_trained_is_said_of_all_that_is_made_of_it_later(tmp_path):
+    """Nothing but the adapter's file, and then the merged model's, knows of the training."""
+    tiny(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    model = tiny(num_hidden_layers=1)
+    model.name_or_path = str(tmp_path / "base")
+    model = adapted(model)
+    run(model, tmp_path / "run", eval_on_start=True, eval_strategy="steps", eval_steps=2).train()
+    model.save_pretrained(tmp_path / "adapter")
+    said = {name: row(tmp_path / "adapter", name) for name in ("training", "evaluation")}
+    assert all(said.values())
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    export(tmp_path / "adapter", tmp_path / "exported")
+    export(tmp_path / "merged", tmp_path / "again")
+    for made in ("merged", "exported", "again"):
+        assert {name: row(tmp_path / made, name) for name in said} == said
+        assert row(tmp_path / made, "base model") == "base"
+
+    loaded = PeftModel.from_pretrained(tiny(num_hidden_layers=1), tmp_path / "adapter", is_trainable=True)
+    run(loaded, tmp_path / "run", 3).train()
+    loaded.save_pretrained(tmp_path / "further")
+    assert row(tmp_path / "further", "training 1") == said["training"]
+    assert row(tmp_path / "further", "training 2").startswith("Trainer, 3 steps")
+    # an adapter that has the other's configuration, and not its values
+    fresh = get_peft_model(tiny(num_hidden_layers=1), PeftConfig.from_pretrained(tmp_path / "adapter"))
+    fresh.save_pretrained(tmp_path / "fresh")
+    assert not row(tmp_path / "fresh", "training")
