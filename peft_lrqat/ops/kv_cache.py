@@ -170,5 +170,6 @@ def _hadamard(x: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _signs(size: int, device: torch.device) -> Tensor:
     """Return the signs of vLLM's rotation, fp32 (size,): drawn with its own seed."""
-    generator = torch.Generator().manual_seed(0x9E3779B9)
-    return (2.0 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1.0).to(device)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        generator = torch.Generator().manual_seed(0x9E3779B9)
+        return (2.0 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1.0).to(device)

@@ -5,6 +5,9 @@
 as compressed-tensors computes it, in x's dtype. Inside of the grid the gradient passes straight through, and a's is
 round(x / a) - x / a; outside, x has none, and a's is the end of the grid. A checkpoint stores a as it stores scales, so
 the parameter is log2 of it: one learning rate then suits it and the relative change of the weights' scales.
+
+torch.compile gets operations, which it does not take apart: its own code keeps x / a in fp32 where x is in bf16, which
+makes other numbers of many inputs than the checkpoint does.
 """
 
 from __future__ import annotations
@@ -18,11 +21,19 @@ from torch import Tensor
 from ..grid import snap_scale
 
 
+def _scale(log2: Tensor, scale_dtype: str) -> Tensor:
+    # in fp64: whatever device computes it, the fp32 number that is snapped is the same
+    return snap_scale(log2.double().exp2().float(), scale_dtype)
+
+
+_scale_op = torch.library.custom_op("peft_lrqat::static_scale", _scale, mutates_args=())
+_scale_op.register_fake(lambda log2, scale_dtype: torch.empty_like(log2, dtype=torch.float32))
+
+
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log2: Tensor, scale_dtype: str) -> Tensor:
-        # in fp64: whatever device computes it, the fp32 number that is snapped is the same
-        scale = snap_scale(log2.double().exp2().float(), scale_dtype)
+        scale = (_scale_op if torch.compiler.is_compiling() else _scale)(log2, scale_dtype)
         ctx.save_for_backward(scale)
         ctx.dtype = log2.dtype
         return scale
@@ -33,28 +44,66 @@ class _Scale(torch.autograd.Function):
         return (grad * scale * math.log(2)).to(ctx.dtype), None
 
 
+def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    step = scale.to(x.dtype)
+    return (x / step).round().clamp(*_ends(bits)) * step
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, scale: Tensor, bits: int, need_x: bool, need_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the scale; empty where one is not needed."""
+    low, high = _ends(bits)
+    levels = x / scale.to(x.dtype)
+    rounded = levels.round()
+    inside = (rounded >= low) & (rounded <= high)
+    dx = dy * inside if need_x else x.new_empty(0)
+    if not need_scale:
+        return dx, scale.new_empty(0, dtype=torch.float32)
+    slope = torch.where(inside, rounded - levels, rounded.clamp(low, high))
+    return dx, (dy.float() * slope.float()).sum().view(scale.shape)
+
+
+@torch.library.custom_op("peft_lrqat::round_static", mutates_args=())
+def _rounded_op(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return _rounded(x, scale, bits).contiguous()
+
+
+@_rounded_op.register_fake
+def _(x, scale, bits):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("peft_lrqat::round_static_backward", mutates_args=())
+def _gradients_op(
+    dy: Tensor, x: Tensor, scale: Tensor, bits: int, need_x: bool, need_scale: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dscale = _gradients(dy, x, scale, bits, need_x, need_scale)
+    return dx.contiguous(), dscale
+
+
+@_gradients_op.register_fake
+def _(dy, x, scale, bits, need_x, need_scale):
+    return (
+        torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        scale.new_empty(scale.shape if need_scale else 0, dtype=torch.float32),
+    )
+
+
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
         ctx.bits = bits
         ctx.save_for_backward(x, scale)
-        step = scale.to(x.dtype)
-        return (x / step).round().clamp(*_ends(bits)) * step
+        return (_rounded_op if torch.compiler.is_compiling() else _rounded)(x, scale, bits)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale = ctx.saved_tensors
-        low, high = _ends(ctx.bits)
-        levels = x / scale.to(x.dtype)
-        rounded = levels.round()
-        inside = (rounded >= low) & (rounded <= high)
-        dx = dscale = None
-        if ctx.needs_input_grad[0]:
-            dx = dy * inside
-        if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, rounded - levels, rounded.clamp(low, high))
-            dscale = (dy.float() * slope.float()).sum().view(scale.shape)
-        return dx, dscale, None
+        need_x, need_scale = ctx.needs_input_grad[:2]
+        run = _gradients_op if torch.compiler.is_compiling() else _gradients
+        dx, dscale = run(dy, x, scale, ctx.bits, need_x, need_scale)
+        return dx if need_x else None, dscale if need_scale else None, None
 
 
 def _ends(bits: int) -> tuple[float, float]:

@@ -99,6 +99,17 @@ def test_what_has_no_fixed_scales_is_not_calibrated():
     assert [module.training for module in model.modules()] == modes
 
 
+def test_compiled_scales_that_are_not_set_are_refused():
+    """Inside a graph nothing would look at them: the loss would be NaN."""
+    model = adapted(tiny(num_hidden_layers=1), **STATIC)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    compiled, x = torch.compile(layer, backend="eager"), torch.randn(1, 3, layer.in_features)
+    with pytest.raises(ValueError, match=r"is not set\. Call `calibrate_activations"):
+        compiled(x)
+    calibrate_activations(model, [tokens()])
+    assert torch.equal(compiled(x), layer(x))
+
+
 def test_what_is_not_calibrated_cannot_be_exported(tmp_path: Path):
     model = adapted(tiny(num_hidden_layers=1), **STATIC)
     with pytest.raises(ValueError, match=r"is not set\. Call `calibrate_activations"):

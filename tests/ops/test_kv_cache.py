@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import nn
 
-from peft_lrqat.ops.kv_cache import CacheRounding, describe_cache, round_states
+from peft_lrqat.ops.kv_cache import CacheRounding, _signs, describe_cache, round_states
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDINGS = [
@@ -110,6 +110,14 @@ def test_gradients_pass_and_compiled_it_is_the_same(rounding: CacheRounding):
 
 def test_the_operation_is_registered_well():
     torch.library.opcheck(torch.ops.peft_lrqat.round_states.default, (states().requires_grad_(), 4))
+
+
+def test_a_default_device_is_not_asked():
+    x, rounding = states(), CacheRounding(4, "vllm")
+    expected = round_states(x, rounding)
+    _signs.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(round_states(x, rounding), expected)
 
 
 def test_nothing_and_what_cannot_be():

@@ -6,6 +6,8 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from peft_lrqat.ops.static_inputs import round_static, static_scale
 
@@ -38,3 +40,33 @@ def test_the_scale_is_one_that_a_checkpoint_stores():
     assert torch.equal(scale.bfloat16().float(), scale)
     torch.testing.assert_close(scale, log2.exp2(), rtol=2**-8, atol=0)
     assert torch.autograd.grad(scale.sum(), log2)[0].tolist() == pytest.approx((scale * math.log(2)).tolist())
+
+
+def test_compiled_it_is_the_same():
+    """What torch.compile sees of it are operations: its own code would compute in fp32 where the dtype is bf16."""
+    x, log2 = torch.randn(8, 45).bfloat16().requires_grad_(), torch.tensor([-5.03], requires_grad=True)
+    weight, found, seen = torch.randn(8, 45).bfloat16(), [], set()
+
+    def rounded(x: torch.Tensor, log2: torch.Tensor) -> torch.Tensor:
+        return round_static(x, static_scale(log2, "auto"), 8)
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    for run in (rounded, torch.compile(rounded, backend=aot_autograd(fw_compiler=look), fullgraph=True)):
+        y = run(x, log2)
+        found.append([y, *torch.autograd.grad(y, [x, log2], weight)])
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(compiled, eager)
+    assert {f"peft_lrqat.{name}.default" for name in ("static_scale", "round_static", "round_static_backward")} <= seen
+    assert not {"aten.div.Tensor", "aten.round.default"} & seen
+
+
+def test_the_operations_are_registered_well():
+    x, scale = torch.randn(3, 8).requires_grad_(), torch.tensor([0.25])
+    ops = torch.ops.peft_lrqat
+    torch.library.opcheck(ops.static_scale.default, (torch.tensor([-5.03]), "auto"))
+    torch.library.opcheck(ops.round_static.default, (x.detach(), scale, 8))
+    for need_scale in (True, False):
+        torch.library.opcheck(ops.round_static_backward.default, (x.detach(), x.detach(), scale, 8, True, need_scale))

@@ -200,15 +200,19 @@ class MergingLayer(LoraLayer):
                 f"to work with {' and '.join(map(repr, present)) or 'none'}. Activate one adapter; for a reference "
                 "model without adapter (DPO), load one of its own, or use act_scale='dynamic'."
             )
-        log2 = whole(self.act_scales[present[0]].weight)
-        if not torch.compiler.is_compiling() and present[0] not in self._calibrated:
-            if bool(log2.isnan().any()):
-                raise ValueError(
-                    f"The fixed scale of the input of layer {self.name!r} is not set. Call "
-                    "`calibrate_activations(model, batches)` before training, or load a trained adapter."
-                )
-            self._calibrated.add(present[0])
-        return static_scale(log2, self.frozen.scale_dtype)
+        if not self._is_calibrated(present[0]):
+            raise ValueError(
+                f"The fixed scale of the input of layer {self.name!r} is not set. Call "
+                "`calibrate_activations(model, batches)` before training, or load a trained adapter."
+            )
+        return static_scale(whole(self.act_scales[present[0]].weight), self.frozen.scale_dtype)
+
+    @torch.compiler.assume_constant_result  # torch.compile asks once, while it compiles
+    def _is_calibrated(self, adapter: str) -> bool:
+        """Whether the fixed scale of an adapter is set, which it then remains."""
+        if adapter not in self._calibrated and not bool(whole(self.act_scales[adapter].weight).isnan().any()):
+            self._calibrated.add(adapter)
+        return adapter in self._calibrated
 
     def check_input_scale(self) -> None:
         """Raise ValueError if the fixed scale of inputs, of the adapters that would be merged, is not set yet."""
