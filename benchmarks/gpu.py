@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LR-QAT fx8, eager": ("eager", {"group_size": -1}),
     "LR-QAT fx8": ("lrqat", {"group_size": -1}),
     "LR-QAT int4": ("lrqat", {"group_size": -1, "downcast": "int"}),
+    "LR-QAT int4, offload_base": ("lrqat", {"group_size": -1, "downcast": "int", "offload_base": True}),
     "LR-QAT fx8, groups of 128": ("lrqat", {"group_size": 128}),
     "LR-QAT int4, groups of 128": ("lrqat", {"group_size": 128, "downcast": "int"}),
     "LR-QAT fx8, groups of 128, by channel": ("lrqat", {"group_size": 128, "learn_scales": "channel"}),

@@ -1,18 +1,21 @@
 """Memory and step time of a mixture of experts on one GPU: LR-QAT on packed experts beside PEFT's LoRA on float ones.
 
     python benchmarks/moe.py --out benchmarks/results/moe.json     # the shapes of Qwen3-30B-A3B
+    python benchmarks/moe.py --offload --out moe.json              # with the base in the CPU's memory, too
     python benchmarks/moe.py --smoke --out moe.json                # tiny ones, on a CPU too
 
 Random weights, adapters in fp32 on all experts and on attention, AdamW (fused), block checkpointing, autocast to bf16,
 random tokens. One method after the other in one process, each on an empty GPU; per batch shape `--warm` steps, then
 `--steps` timed ones (host clock around a synchronised step, median); the peak is that of the timed steps, optimizer
-included, as torch counts allocated bytes. Both methods name the experts in `target_parameters`.
+included, as torch counts allocated bytes. Both methods name the experts in `target_parameters`. `--limit` gives torch
+so much of the GPU and no more, as a smaller card would.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -58,9 +61,13 @@ METHODS: dict[str, bool | str | None] = {
     "LR-QAT int4, groups of 128": True,
     "LoRA bf16": None,
 }
+#: what `--offload` means: the values of `offload_base`
+PLACES = {"no": [False], "yes": [True], "both": [False, True]}
 
 
-def adapted(learn_scales: bool | str | None, rank: int, args: argparse.Namespace, device: str) -> nn.Module:
+def adapted(
+    learn_scales: bool | str | None, rank: int, offload: bool, args: argparse.Namespace, device: str
+) -> nn.Module:
     """The model to train. LR-QAT's layers are made of float weights that share their memory, so that those of one layer
     exist."""
     from peft import LoraConfig, get_peft_model
@@ -77,20 +84,25 @@ def adapted(learn_scales: bool | str | None, rank: int, args: argparse.Namespace
     if learn_scales is None:
         config: LoraConfig = LoraConfig(**common, target_parameters=EXPERTS)
     else:
-        grid = {"bits": BITS, "group_size": GROUP, "downcast": "int", "range_method": "minmax"}
-        config = LRQATConfig(**common, target_parameters=EXPERTS, **grid, learn_scales=learn_scales)
+        grid: dict[str, Any] = {"bits": BITS, "group_size": GROUP, "downcast": "int", "range_method": "minmax"}
+        config = LRQATConfig(
+            **common, target_parameters=EXPERTS, **grid, learn_scales=learn_scales, offload_base=offload
+        )
     return get_peft_model(model, config).train()
 
 
-def measure(name: str, rank: int, args: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure(name: str, rank: int, offload: bool, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Static memory, and peak and seconds a step for every batch shape."""
     assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
     started = time.perf_counter()
-    model = adapted(METHODS[name], rank, args, device)
+    model = adapted(METHODS[name], rank, offload, args, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     row: dict[str, Any] = {
         "method": name,
         "rank": rank,
+        "offload_base": offload,
+        "lean": args.lean,
+        "limit_gib": args.limit,
         "layers": model.config.num_hidden_layers,
         "set_up_s": time.perf_counter() - started,
         "static_gib": held(device),
@@ -150,6 +162,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many blocks")
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--offload", nargs="?", const="both", default="no", choices=PLACES, help="offload_base")
+    parser.add_argument("--limit", type=float, help="GiB of the GPU that torch may use")
     parser.add_argument("--lean", action="store_true", help="optim=adamw_bnb_8bit")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
@@ -157,18 +171,25 @@ def main() -> None:
     if args.smoke:
         args.batches, args.ranks, args.warm, args.steps = ["1x16"], [2], 0, 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.limit and device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(
+            args.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
     result: dict[str, Any] = {"command": vars(args), **provenance(), "runs": []}
     for rank in args.ranks:
-        for name in args.only:
+        for name, offload in itertools.product(args.only, PLACES[args.offload]):
+            if offload and METHODS[name] is None:
+                continue
             try:
-                row = measure(name, rank, args, device)
+                row = measure(name, rank, offload, args, device)
             except torch.OutOfMemoryError as error:
-                row = {"method": name, "rank": rank, "error": str(error)[:200], "steps": {}}
+                row = {"method": name, "rank": rank, "offload_base": offload, "error": str(error)[:200], "steps": {}}
             result["runs"].append(row)
             write_json(Path(args.out), result)
             shown = "  ".join(f"{s}: {v['seconds']:.3f} s {v['peak_gib']:.2f} GiB" for s, v in row["steps"].items())
             static, set_up = row.get("static_gib", 0.0), row.get("set_up_s", 0.0)
-            print(f"{name:42} r={rank:<3} static {static:6.2f}  {shown}  set up {set_up:.0f} s", flush=True)
+            name += ", offloaded" if offload else ""
+            print(f"{name:53} r={rank:<3} static {static:6.2f}  {shown}  set up {set_up:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

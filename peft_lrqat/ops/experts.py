@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import reference_experts
 from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
+from .staging import staged
 from .stored_base import BaseFormat
 
 _NAMESPACE = "peft_lrqat"
@@ -44,9 +45,12 @@ def _weights_impl(
     dtype: torch.dtype,
 ) -> Tensor:
     fmt = BaseFormat(bits, in_features, downcast)
-    stack = (base, scale0, shift, zero_point, A, B)
-    implementation = kernels_for(base) or reference_experts
-    with no_autocast(base):
+    with (
+        staged(base, scale0, zero_point, A if experts is None else experts) as (base, scale0, zero_point),
+        no_autocast(base),
+    ):
+        stack = (base, scale0, shift, zero_point, A, B)
+        implementation = kernels_for(base) or reference_experts
         return implementation.expert_weights(*stack, experts, num_experts, c, fmt, scale_dtype, dtype)
 
 
@@ -68,16 +72,16 @@ def _weights_backward_impl(
     need_AB: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fmt = BaseFormat(bits, grad.shape[-1], downcast)
-    stack, needs = (base, scale0, shift, zero_point, A, B), (need_shift, need_AB)
-    implementation = kernels_for(base) or reference_experts
-    with no_autocast(base):
+    needs, implementation = (need_shift, need_AB), kernels_for(grad) or reference_experts
+    with staged(base, scale0, zero_point, grad) as (base, scale0, zero_point), no_autocast(grad):
+        stack = (base, scale0, shift, zero_point, A, B)
         grads = implementation.expert_weights_backward(grad, *stack, experts, num_experts, c, fmt, scale_dtype, *needs)
-    return _filled(grads, scale0)
+    return _filled(grads, grad)
 
 
-def _filled(grads: Any, scale0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _filled(grads: Any, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the weight's side: an op cannot return None, so what was not asked for is empty."""
-    dshift, dA, dB = (scale0.new_empty(0) if g is None else g for g in grads[1:])
+    dshift, dA, dB = (near.new_empty(0, dtype=torch.float32) if g is None else g for g in grads[1:])
     return dshift, dA, dB
 
 
@@ -90,7 +94,7 @@ _weights_backward_op = torch.library.custom_op(
 @_weights_op.register_fake
 def _(base, scale0, shift, zero_point, A, B, experts, num_experts, c, bits, downcast, scale_dtype, in_features, dtype):
     listed = num_experts if experts is None else experts.shape[0]
-    return scale0.new_empty((listed, base.shape[0] // num_experts, in_features), dtype=dtype)
+    return (scale0 if A is None else A).new_empty((listed, base.shape[0] // num_experts, in_features), dtype=dtype)
 
 
 @_weights_backward_op.register_fake
@@ -98,15 +102,15 @@ def _(
     grad, base, scale0, shift, zero_point, A, B, experts, num_experts, c, bits, downcast, scale_dtype, need_shift,
     need_AB,
 ):  # fmt: skip
-    return _fake_gradients(scale0, shift, A, B, need_shift, need_AB)
+    return _fake_gradients(grad, shift, A, B, need_shift, need_AB)
 
 
 def _fake_gradients(
-    scale0: Tensor, shift: Tensor | None, A: Tensor | None, B: Tensor | None, need_shift: bool, need_AB: bool
+    near: Tensor, shift: Tensor | None, A: Tensor | None, B: Tensor | None, need_shift: bool, need_AB: bool
 ) -> tuple[Tensor, ...]:
     needed = ((need_shift, shift), (need_AB, A), (need_AB, B))
     return tuple(
-        scale0.new_empty(tensor.shape if need and tensor is not None else 0, dtype=torch.float32)
+        near.new_empty(tensor.shape if need and tensor is not None else 0, dtype=torch.float32)
         for need, tensor in needed
     )
 
@@ -163,7 +167,7 @@ def _linear_impl(
 ) -> Tensor:
     fmt = BaseFormat(bits, x.shape[1], downcast)
     implementation = kernels_for(x) or reference_experts
-    with no_autocast(x):
+    with staged(base, scale0, zero_point, x) as (base, scale0, zero_point), no_autocast(x):
         return implementation.expert_linear(x, ends, base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype)
 
 
@@ -187,11 +191,11 @@ def _linear_backward_impl(
     need_AB: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fmt = BaseFormat(bits, x.shape[1], downcast)
-    stack, needs = (base, scale0, shift, zero_point, A, B), (need_x, need_shift, need_AB)
-    implementation = kernels_for(x) or reference_experts
-    with no_autocast(x):
+    needs, implementation = (need_x, need_shift, need_AB), kernels_for(x) or reference_experts
+    with staged(base, scale0, zero_point, x) as (base, scale0, zero_point), no_autocast(x):
+        stack = (base, scale0, shift, zero_point, A, B)
         grads = implementation.expert_linear_backward(dy, x, y, ends, *stack, c, fmt, scale_dtype, *needs)
-    return x.new_empty(0) if grads.x is None else grads.x, *_filled(grads, scale0)
+    return x.new_empty(0) if grads.x is None else grads.x, *_filled(grads, x)
 
 
 _linear_op = torch.library.custom_op(f"{_NAMESPACE}::expert_linear", _linear_impl, mutates_args=())
@@ -210,7 +214,7 @@ def _(
     dy, x, y, ends, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype, need_x, need_shift, need_AB
 ):  # fmt: skip
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
-    return dx, *_fake_gradients(scale0, shift, A, B, need_shift, need_AB)
+    return dx, *_fake_gradients(dy, shift, A, B, need_shift, need_AB)
 
 
 def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

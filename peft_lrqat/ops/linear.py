@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
+from .staging import staged, versions
 from .stored_base import BaseFormat
 
 _NAMESPACE = "peft_lrqat"
@@ -78,7 +79,7 @@ def _linear_impl(
 ) -> Tensor:
     constants = (c, bits, downcast, scale_dtype, x.shape[-1], x.dtype)
     with no_autocast(x, x.dtype):
-        weight = linear_weight(base, scale0, shift, zero_point, A, B, *constants)
+        weight = linear_weight(base, scale0, shift, zero_point, A, B, *constants, near=x)
         return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -95,13 +96,18 @@ def linear_weight(
     scale_dtype: str,
     in_features: int,
     dtype: torch.dtype,
+    near: Tensor | None = None,
 ) -> Tensor:
     """Build the W^ that `quantized_linear` multiplies an input of this dtype with: (out, in), without gradient.
 
     See there for the other arguments.
+
+    Args:
+        near: see `staging.staged`.
     """
-    implementation, fmt = kernels_for(base) or reference, BaseFormat(bits, in_features, downcast)
-    with no_autocast(base):
+    fmt = BaseFormat(bits, in_features, downcast)
+    with staged(base, scale0, zero_point, near) as (base, scale0, zero_point), no_autocast(base):
+        implementation = kernels_for(base) or reference
         return implementation.linear_weight(base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype, dtype)
 
 
@@ -126,14 +132,14 @@ def _linear_backward_impl(
     fmt = BaseFormat(bits, x.shape[-1], downcast)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     flat_y = None if y is None else y.reshape(-1, y.shape[-1])
-    weight = (base, scale0, shift, zero_point, A, B)
     needs = (need_x, need_shift, need_AB)
     implementation = kernels_for(dy) or reference
-    with no_autocast(dy):
+    with staged(base, scale0, zero_point, dy) as (base, scale0, zero_point), no_autocast(dy):
+        weight = (base, scale0, shift, zero_point, A, B)
         grads = implementation.linear_backward(flat_dy, flat_x, flat_y, *weight, c, fmt, scale_dtype, *needs)
     dx = x.new_empty(0) if grads.x is None else grads.x.view(x.shape)
     # an op cannot return None, so what was not asked for is empty
-    dshift, dA, dB = (scale0.new_empty(0) if g is None else g for g in grads[1:])
+    dshift, dA, dB = (dy.new_empty(0, dtype=torch.float32) if g is None else g for g in grads[1:])
     return dx, dshift, dA, dB
 
 
@@ -150,12 +156,12 @@ def _(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_d
 
 @_linear_backward_op.register_fake
 def _(dy, x, y, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype, need_x, need_shift, need_AB):
-    nothing = scale0.new_empty(0)
+    nothing = dy.new_empty(0, dtype=torch.float32)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
         shift.new_empty(shift.shape, dtype=torch.float32) if need_shift else nothing,
-        A.new_empty(A.shape, dtype=torch.float32) if need_AB and A is not None else scale0.new_empty(0),
-        B.new_empty(B.shape, dtype=torch.float32) if need_AB and B is not None else scale0.new_empty(0),
+        A.new_empty(A.shape, dtype=torch.float32) if need_AB and A is not None else nothing,
+        B.new_empty(B.shape, dtype=torch.float32) if need_AB and B is not None else nothing,
     )
 
 
@@ -208,12 +214,6 @@ def _op_backward(ctx: Any, dy: Tensor) -> tuple:
 _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
-    """Tell how often each tensor was changed in place; None for inference tensors (several adapters add up to one under
-    `torch.inference_mode`), which do not count."""
-    return [None if t is None or t.is_inference() else t._version for t in tensors]
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
@@ -224,7 +224,7 @@ class _Linear(torch.autograd.Function):
         # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
         # (parameters, and views of them) is not its business; anything else is saved as it should be.
         own = all(t is None or t.is_leaf for t in weight)
-        ctx.weight, ctx.versions = (weight, _versions(weight)) if own else (None, None)
+        ctx.weight, ctx.versions = (weight, versions(weight)) if own else (None, None)
         ctx.save_for_backward(x, y, *(() if own else weight))
         return output
 
@@ -241,7 +241,7 @@ class _Linear(torch.autograd.Function):
                 "but the gradient of scales that are trained by row needs the output. Train one scale a group "
                 "(`group_size=128`, `learn_scales=True`), or with `learn_scales=False`."
             ) from error
-        if ctx.weight is not None and ctx.versions != _versions(ctx.weight):
+        if ctx.weight is not None and ctx.versions != versions(ctx.weight):
             raise RuntimeError(
                 "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
                 "merge). Run forward again."

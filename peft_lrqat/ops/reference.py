@@ -184,7 +184,8 @@ _SPARSE_LIMIT = 0.02
 def keeps_output(scale0: Tensor, shift: Tensor | None, bits: int) -> bool:
     """Tell whether the backward goes without G, and then wants Y: where one scale, or one shift of scales, serves a
     row, on a CPU."""
-    return (scale0.shape[1] == 1 or by_channel(scale0, shift)) and scale0.device.type == "cpu"
+    device = (scale0 if shift is None else shift).device  # of scales that may be staged, the shift tells where
+    return (scale0.shape[1] == 1 or by_channel(scale0, shift)) and device.type == "cpu"
 
 
 class Gradients(NamedTuple):

@@ -72,6 +72,7 @@ class GridConfig(PeftConfigMixin):
     kv_rule: str = CACHE_RULES[0]
     act_scale: str = "dynamic"
     headroom: float = 1.0
+    offload_base: bool = False
 
     @property
     def grid(self) -> Grid:

@@ -20,6 +20,7 @@ from ...ops import quantized_linear, round_activations
 from ...ops.activations import Activations
 from ...ops.inputs import linear_input
 from ...ops.linear import linear_weight
+from ...ops.staging import Schedule, Stored, in_memory
 from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
@@ -89,6 +90,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
         container_bits: how wide the codes of that layer were stored, if it was quantized.
         activations: how that layer rounded its input; None: not at all.
+        offloaded: whether base, scales and zero points lie in the CPU's memory, and are copied to `device` to be used.
+        schedule, block: the order of such layers in the model, and where in it this one is (`ops/staging.py`).
     """
 
     base: nn.Parameter
@@ -101,11 +104,19 @@ class FrozenWeight(nn.Module, KeepsWeight):
     lossless: tuple[int, int] | None = None
     experts: int = 1  # of how many experts of a mixture it is a projection (`lrqat/experts.py`)
     loading: bool = False  # while transformers loads the model, which asks for weights without reading them
+    offloaded: bool = False
+    _device: torch.device | None = None  # of a layer whose tensors are offloaded
+    schedule: Schedule
+    block: int = 0
+    _name: str = ""
+
+    #: The parameters that are stored in integers.
+    STORED = ("base", "scale0_bits", "zero_point")
 
     #: The attributes that describe the base.
     description = frozenset(
         {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "activations", "fmt"}
-        | {"source_checksum", "lossless", "loading", "experts"}
+        | {"source_checksum", "lossless", "loading", "experts", "offloaded", "_device", "schedule", "block", "_name"}
     )
 
     def __init__(
@@ -146,19 +157,27 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """
         grid, downcast, scale_dtype = config.grid, config.kept_as, config.scale_dtype
         if isinstance(layer, FrozenWeight):
-            return layer._again()
-        if isinstance(layer, QuantizedLinear):
-            return cls.of_codes(
+            frozen = layer._again()
+        elif isinstance(layer, QuantizedLinear):
+            frozen = cls.of_codes(
                 layer, grid, downcast, scale_dtype, fixed_point=fixed_point, source_checksum=source_checksum
             )
+        else:
+            frozen = cls._of_layer(layer, config, source_checksum)
+        if config.offload_base and not isinstance(layer, nn.Embedding):  # which looks up rows
+            frozen.offload()
+        return frozen
+
+    @classmethod
+    def _of_layer(cls, layer: Any, config: Any, source_checksum: int | None) -> FrozenWeight:
         method, p, signed, headroom = config.ranges
         return cls.of_floats(
             layer,
-            grid,
-            downcast,
+            config.grid,
+            config.kept_as,
             method,
             p,
-            scale_dtype,
+            config.scale_dtype,
             signed_scales=signed,
             headroom=headroom,
             transposed=isinstance(layer, Conv1D),
@@ -246,6 +265,9 @@ class FrozenWeight(nn.Module, KeepsWeight):
         again._hold(self.base.data, self.scale0_bits.data, None, self.bias)
         again.register_parameter("zero_point", self.zero_point)
         again.source_checksum, again.lossless = self.source_checksum, self.lossless
+        again._device = self._device
+        if self.offloaded:
+            again.offload()
         return again
 
     @property
@@ -260,6 +282,36 @@ class FrozenWeight(nn.Module, KeepsWeight):
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
         self.register_parameter("bias", bias)
+
+    def offload(self, schedule: Schedule | None = None, block: int = 0, name: str = "") -> None:
+        """Have base, scales and zero points in the CPU's memory from now on; where the layer computes stays the same.
+
+        Args:
+            schedule, block, name: the order of such layers, and the layer's place and name in it. None: an order of its
+                own.
+        """
+        self.offloaded, self._device = True, self.device
+        self.schedule, self.block, self._name = schedule or Schedule(), block, name
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring offloaded tensors to where they can be copied from."""
+        for name in self.STORED:
+            parameter = self._parameters[name]
+            if parameter is not None and (there := in_memory(parameter.data, self.device)) is not parameter.data:
+                self._parameters[name] = PackedParameter(there)
+        self.stored()
+
+    def stored(self) -> Stored:
+        """What operations take: base, s0 and zero point. They may be staged (`ops/staging.py`)."""
+        tensors = (whole(self.base), whole(self.scale0_bits).view(torch.float32), whole(self.zero_point))
+        if self.offloaded and not torch.compiler.is_compiling():
+            self.schedule.hold(self.block, self._name, tensors, self.device)
+        return tensors
+
+    def here(self, tensor: Any) -> Any:
+        """All of one of the layer's tensors, on its device."""
+        return whole(tensor) if tensor is None else whole(tensor).to(self.device)
 
     @torch.no_grad()
     def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -287,11 +339,15 @@ class FrozenWeight(nn.Module, KeepsWeight):
     @property
     def scale0(self) -> torch.Tensor:
         """s0: fp32 (rows, groups), weight units per grid step."""
-        return whole(self.scale0_bits).view(torch.float32)
+        return self.here(self.scale0_bits).view(torch.float32)
 
     @property
     def device(self) -> torch.device:
-        return self.base.device
+        """Where the layer computes."""
+        return self.base.device if self._device is None else self._device
+
+    def slot(self) -> Slot | None:
+        return None if self.offloaded else super().slot()  # there is no room for weights
 
     @property
     def weight(self) -> torch.Tensor:
@@ -323,7 +379,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         constants = (c, bits, downcast, kept, self.in_features, dtype or self.compute_dtype)
-        return linear_weight(whole(self.base), self.scale0, shift, whole(self.zero_point), A, B, *constants)
+        base, scale0, zero_point = self.stored()
+        return linear_weight(base, scale0, shift, zero_point, A, B, *constants)
 
     def float_layer(self) -> nn.Module:
         """The base at step 0 as the kind of float layer that it was made from."""
@@ -339,7 +396,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
     @torch.no_grad()
     def quantized_layer(self) -> nn.Module:
         """The layer that `of_codes` took (with its fraction rounded away, if the base is kept as integers)."""
-        base, scale, zero_point, bits = whole(self.base), self.scale0, whole(self.zero_point), self.container_bits
+        base, scale, zero_point = self.here(self.base), self.scale0, self.here(self.zero_point)
+        bits = self.container_bits
         if self.fixed_point and self.downcast == "fx8":
             weight = to_eight_bits(base.detach(), scale, zero_point, self.grid)
         else:
@@ -354,7 +412,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for index, tensor in enumerate((self.base, self.scale0_bits, self.zero_point)):
             if tensor is not None:
-                stored = whole(tensor.detach()).contiguous()
+                stored = self.here(tensor.detach()).contiguous()
                 stored = stored.view(torch.uint8).reshape(stored.shape[0], -1)
                 total += position_weighted_sum(stored, 40503 * (index + 1), version)
         return total
@@ -363,8 +421,20 @@ class FrozenWeight(nn.Module, KeepsWeight):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
         # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
-        return super()._apply(fn, recurse)
+        moved = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
+        self.compute_dtype = moved.dtype
+        if not self.offloaded:
+            return super()._apply(fn, recurse)
+        stays = {name: self._parameters.pop(name) for name in self.STORED}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            others = dict(self._parameters)
+            self._parameters.clear()
+            self._parameters.update({**stays, **others})
+        self._device = moved.device
+        self._settle()
+        return self
 
     def product(
         self,
@@ -377,7 +447,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
     ) -> torch.Tensor:
         """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
-        return quantized_linear(x, self.base, self.scale0, shift, self.zero_point, A, B, bias, c, bits, downcast, kept)
+        base, scale0, zero_point = self.stored()
+        return quantized_linear(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, kept)
 
     def kept_weight(
         self,
@@ -441,9 +512,10 @@ class FrozenWeight(nn.Module, KeepsWeight):
         weight = weight.to(self.device, self.compute_dtype)
         base, scale, zero_point = self._convert(weight)
         self.source_checksum = float_checksum(weight)
-        self.base.data.copy_(base)
-        self.scale0_bits.data.copy_(scale.view(torch.int32))
-        if zero_point is not None and self.zero_point is not None:
-            self.zero_point.data.copy_(zero_point)
+        with torch.no_grad():  # not through `.data`, which hides it from who has a copy
+            self.base.copy_(base)
+            self.scale0_bits.copy_(scale.view(torch.int32))
+            if zero_point is not None and self.zero_point is not None:
+                self.zero_point.copy_(zero_point)
         if self.bias is not None and prefix + "bias" in state_dict:
             self.bias.data.copy_(state_dict[prefix + "bias"])

@@ -26,6 +26,7 @@ from .frozen import FrozenWeight, packed_state_dict
 from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
+from .offload import arrange, check_offload_announced, check_offload_sharded, offloaded_parameters
 from .parallel import check_announced, check_loaded, check_sharded
 from .preflight import (
     check_activations,
@@ -124,6 +125,8 @@ class QuantizingModel(LoraModel):
         check_loaded(model)
         if not config.inference_mode:
             check_announced(trains_integers=self.trains_integers)
+            if config.offload_base:
+                check_offload_announced()
         experts = adopt_experts(model, config)
         kept = bool(experts) and release_experts(model, experts, self._targets(model, config, state_dict))
         del experts  # with the parameters that transformers has them in
@@ -164,6 +167,7 @@ class QuantizingModel(LoraModel):
                 "report it, with your configuration."
             )
         self._check_converted(targets, config)
+        arrange(model, config.offload_base)
         if cache is not None:
             round_cache(model, cache)
         use_lean_loss(model)
@@ -312,7 +316,7 @@ class QuantizingModel(LoraModel):
         if packed:  # PEFT asks the first of `qweight` and `weight` for its device, and `weight` would be built for that
             child.qweight = child.weight_packed
         if isinstance(child, FrozenWeight):
-            child.qweight = child.base.data
+            child.qweight = child.scale0_bits.new_empty(0, device=child.device)
         super()._replace_module(parent, child_name, new_module, child)
         if packed or isinstance(child, FrozenWeight):
             del child.qweight
@@ -332,10 +336,16 @@ class QuantizingModel(LoraModel):
         """
         if mode:
             check_sharded(self, self.prefix)
+            check_offload_sharded(self)
         elif self.training:
             warn_of_lost_scales(self)
         remember_run(self)
         return super().train(mode)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP shall leave where it is: of the PeftModel around this, which it asks."""
+        return [f"base_model.{name}" for name in offloaded_parameters(self)]
 
     # -- state dicts
 

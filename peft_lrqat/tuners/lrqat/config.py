@@ -135,6 +135,9 @@ class LRQATConfig(GridConfig, LoraConfig):
         kv_rule (str): Whose arithmetic rounds the cache. "transformers": that of the `kv_cache_scheme` in the merged
             checkpoint, which vLLM refuses. "vllm": that of vLLM with `--kv-cache-dtype int8_per_token_head` (or
             `int4_per_token_head`). Default: `"transformers"`.
+        offload_base (bool): Keep the base of the converted layers in the CPU's memory, from which it is copied to the
+            GPU for each use, a block of the model ahead. The GPU then holds two blocks of it. It changes no number, and
+            is not saved. Default: `False`.
         runtime_config (LoraRuntimeConfig): With `ephemeral_gpu_offload=True`, layers of a model in the CPU's memory are
             converted on the accelerator. It is not saved.
         task_type (TaskType | str | None): PEFT's, such as "CAUSAL_LM". It chooses the class of the PEFT model.
@@ -206,7 +209,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         "signed_scales": optional(FLAG),
         "scale_dtype": optional(SHARED["scale_dtype"]),
         "learn_scales": one_of(True, False, BY_CHANNEL),
-        **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying"), FLAG),
+        **dict.fromkeys(("use_rslora", "fan_in_fan_out", "ensure_weight_tying", "offload_base"), FLAG),
     }
 
     target_modules: list[str] | str | None = ALL_LINEAR
@@ -232,6 +235,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     kv_bits: int | None = None
     kv_rule: Literal["transformers", "vllm"] = "transformers"
     act_scale: Literal["dynamic", "static"] = "dynamic"
+    offload_base: bool = False
 
     base_dtype: str | None = None
     base_head: dict[str, Any] | None = None
@@ -262,6 +266,10 @@ class LRQATConfig(GridConfig, LoraConfig):
         super().__post_init__()
         vars(self).update(own)
         self.peft_type = ensure_peft_type("LRQAT")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are saved: those that say how this process runs are not."""
+        return {name: value for name, value in super().to_dict().items() if name != "offload_base"}
 
     @property
     def grid(self) -> Grid:

@@ -19,7 +19,7 @@ from ...modules.experts import Built, ExpertStack, Grouped
 from ...ops.experts import expert_linear, expert_weights
 from ...ops.reference import adapter_units, codes
 from ...ops.reference_experts import Stack
-from ..common.frozen import FrozenWeight, whole
+from ..common.frozen import FrozenWeight
 from .config import LRQATConfig
 from .layer import LRQATLinear
 
@@ -50,7 +50,8 @@ class FrozenExperts(FrozenWeight):
         """W^ of some experts (None: of all), (n, out, in), differentiable: see `ops.experts.expert_weights`."""
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         constants = (c, bits, downcast, kept, self.in_features, dtype)
-        stack = (whole(self.base), self.scale0, shift, whole(self.zero_point), A, B)
+        base, scale0, zero_point = self.stored()
+        stack = (base, scale0, shift, zero_point, A, B)
         return expert_weights(*stack, experts, self.experts, *constants)
 
     def grouped(
@@ -62,7 +63,8 @@ class FrozenExperts(FrozenWeight):
         c: float = 1.0,
     ) -> Grouped:
         """The product with W^ of all experts, which exists for a part of them at a time: see `ops.expert_linear`."""
-        stack = (whole(self.base), self.scale0, shift, whole(self.zero_point), A, B)
+        base, scale0, zero_point = self.stored()
+        stack = (base, scale0, shift, zero_point, A, B)
         constants = (c, self.fmt.bits, self.downcast, self.scale_dtype)
         return Grouped(lambda x, ends: expert_linear(x, ends, *stack, *constants), dtype, self.device)
 
@@ -171,7 +173,7 @@ class LRQATExpertLinear(LRQATLinear):
         frozen, (shift, A, B, c) = self.frozen, self._operands(adapters)
         if shift is None and B is None:
             return None
-        stack = Stack(whole(frozen.base), frozen.scale0, shift, None, A, B)
+        stack = Stack(frozen.here(frozen.base), frozen.scale0, shift, None, A, B)
         out, fmt = frozen.out_features // self.experts, frozen.fmt
         some = torch.empty(len(rows), frozen.in_features, dtype=torch.int8, device=rows.device)
         for e in torch.unique(rows // out).tolist():
@@ -185,7 +187,7 @@ class LRQATExpertLinear(LRQATLinear):
         self, shift: torch.Tensor | None, A: torch.Tensor | None, B: torch.Tensor | None, c: float
     ) -> torch.Tensor:
         frozen, parts = self.frozen, []
-        stack = Stack(whole(frozen.base), frozen.scale0, shift, None, A, B)
+        stack = Stack(frozen.here(frozen.base), frozen.scale0, shift, None, A, B)
         for e in range(self.experts):
             one = stack.expert(e, self.experts)
             parts.append(codes(one.base, one.A, one.B, frozen.fmt, c, adapter_units(one.scale0, one.shift)))

@@ -252,7 +252,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         shifts = [share(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
         if not shifts:
             return None
-        start = share(self.frozen.scale0_bits).view(torch.float32)
+        start = share(self.frozen.scale0_bits).to(self.frozen.device).view(torch.float32)
         return start, start * (1 + torch.stack([shift.float() for shift in shifts]).sum(0))
 
     def _scale(self, shift: torch.Tensor | None) -> torch.Tensor:
@@ -334,7 +334,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         scale = self._scale(shift)
         self._check_scale(adapters, safe_merge, scale, A, B)
         levels = self._levels(shift, A, B, c)
-        return GridTensor(levels, scale, whole(frozen.zero_point), frozen.grid, self._input_scale(adapters))
+        return GridTensor(levels, scale, frozen.here(frozen.zero_point), frozen.grid, self._input_scale(adapters))
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
@@ -343,7 +343,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             return None
         units = self._units(shift)
         some = codes(
-            whole(frozen.base)[rows],
+            frozen.here(frozen.base)[rows],
             A,
             None if B is None else B[rows],
             frozen.fmt,
@@ -356,7 +356,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self, shift: torch.Tensor | None, A: torch.Tensor | None, B: torch.Tensor | None, c: float
     ) -> torch.Tensor:
         """The codes, int8 (out, in)."""
-        return codes(whole(self.frozen.base), A, B, self.frozen.fmt, c, self._units(shift))
+        return codes(self.frozen.here(self.frozen.base), A, B, self.frozen.fmt, c, self._units(shift))
 
     def _float_layer(self) -> nn.Module:
         return self.frozen.quantized_layer() if self.frozen.quantized_before else self._as_it_was()

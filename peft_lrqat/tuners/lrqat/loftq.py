@@ -36,8 +36,8 @@ def residual_factors(
     scale, grid = frozen.scale0, frozen.grid
     levels = grouped(weight.float().contiguous(), scale) / scale.unsqueeze(-1)
     if frozen.zero_point is not None:
-        levels += frozen.zero_point.unsqueeze(-1)
-    lost = levels.view_as(weight).clamp_(grid.qmin, grid.qmax).sub_(decode_base(frozen.base, frozen.fmt))
+        levels += frozen.here(frozen.zero_point).unsqueeze(-1)
+    lost = levels.view_as(weight).clamp_(grid.qmin, grid.qmax).sub_(decode_base(frozen.here(frozen.base), frozen.fmt))
     if units is not None:
         grouped(lost, units).div_(units.unsqueeze(-1))
     U, S, Vh = torch.linalg.svd(lost, full_matrices=False)

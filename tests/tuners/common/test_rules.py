@@ -66,6 +66,7 @@ LRQAT: dict[str, list[Any]] = {
     "symmetric": ["False", 1, 0],
     "downcast": ["int8", 8, True],
     "fan_in_fan_out": ["no"],
+    "offload_base": ["cpu", 1, None],
     "loftq_config": ["a", 3],
     "runtime_config": [{"ephemeral_gpu_offload": True}],
 }
