@@ -156,12 +156,10 @@ def _(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, scale_d
 
 @_linear_backward_op.register_fake
 def _(dy, x, y, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_dtype, need_x, need_shift, need_AB):
-    nothing = dy.new_empty(0, dtype=torch.float32)
+    needed = ((need_shift, shift), (need_AB, A), (need_AB, B))
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        shift.new_empty(shift.shape, dtype=torch.float32) if need_shift else nothing,
-        A.new_empty(A.shape, dtype=torch.float32) if need_AB and A is not None else nothing,
-        B.new_empty(B.shape, dtype=torch.float32) if need_AB and B is not None else nothing,
+        *(dy.new_empty(t.shape if need and t is not None else 0, dtype=torch.float32) for need, t in needed),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -25,17 +26,17 @@ from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, tiny, tokens, train
 
 IDS = tokens(2, 6)
+WEIGHTS = "model.safetensors"
 MODELS: dict[str, Any] = {
-    "mixture": lambda **options: on_experts(mixture(num_hidden_layers=4), **options),
-    "mixture, eager": lambda **options: on_experts(mixture(how="eager", num_hidden_layers=4), **options),
+    "mixture": lambda **options: on_experts(mixture(num_hidden_layers=3), **options),
+    "mixture, eager": lambda **options: on_experts(mixture(how="eager", num_hidden_layers=3), **options),
     "mixture, one change a row": lambda **options: on_experts(
-        mixture(torch.bfloat16, num_hidden_layers=4), learn_scales="channel", downcast="int", **options
+        mixture(torch.bfloat16, num_hidden_layers=3), learn_scales="channel", downcast="int", **options
     ),
     "linear layers": lambda **options: adapted(
-        tiny("qwen2", num_hidden_layers=4), init_lora_weights=False, symmetric=False, bits=3, **options
+        tiny("qwen2", num_hidden_layers=3), init_lora_weights=False, symmetric=False, bits=3, **options
     ),
 }
-CHECKPOINTING = {"none": None, "not reentrant": False, "reentrant": True}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,17 @@ def fills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("reentrant", CHECKPOINTING.values(), ids=CHECKPOINTING)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [
+        ("mixture", False),
+        ("mixture, eager", None),
+        ("mixture, one change a row", True),
+        ("linear layers", None),
+        ("linear layers", False),
+        ("linear layers", True),
+    ],
+)
 def test_no_number_changes_and_each_block_is_copied_once_each_way(
     name: str, reentrant: bool | None, made: dict, fills: list[int]
 ):
@@ -95,7 +105,7 @@ def test_no_number_changes_and_each_block_is_copied_once_each_way(
     assert same(step(there, reentrant), step(here, reentrant))
     fills.clear()
     step(there, reentrant)
-    assert fills == [2, 3, 1, 0]
+    assert fills == [2, 0]
 
 
 @pytest.mark.parametrize("name", ["mixture", "linear layers"])
@@ -128,16 +138,16 @@ def test_training_merging_and_files_are_the_same(name: str, made: dict, tmp_path
     export(there, tmp_path / "exported", progress=False)
     there.merge_and_unload().save_pretrained(tmp_path / "merged")
     here.merge_and_unload().save_pretrained(tmp_path / "expected")
-    for folder in ("merged", "exported"):
-        mine, other = (AutoModelForCausalLM.from_pretrained(tmp_path / f).state_dict() for f in (folder, "expected"))
-        assert mine.keys() == other.keys()
-        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    merged, exported, wanted = (load_file(tmp_path / f / WEIGHTS) for f in ("merged", "exported", "expected"))
+    for found in (merged, exported):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_a_saved_adapter_is_loaded_offloaded(made: dict, tmp_path: Path):
     here = made["linear layers"][0]
     here.save_pretrained(tmp_path)
-    float_model = tiny("qwen2", num_hidden_layers=4)
+    float_model = tiny("qwen2", num_hidden_layers=3)
     loaded = PeftModel.from_pretrained(float_model, tmp_path, offload_base=True)
     assert all(base.offloaded for base in bases(loaded))
     assert torch.equal(logits(loaded, IDS), logits(here, IDS))
@@ -152,7 +162,7 @@ def test_several_adapters(made: dict, fills: list[int]):
     assert same(step(there), step(here))
     fills.clear()
     step(there)
-    assert fills == [2, 3, 1, 0]
+    assert fills == [2, 0]
 
 
 def test_a_second_adapter_offloads_a_base_in_place(made: dict):
@@ -181,12 +191,12 @@ def test_copies_of_a_model_are_right(made: dict, fills: list[int]):
     assert torch.equal(logits(changed, IDS), expected)
     fills.clear()
     logits(changed, IDS)
-    assert len(fills) == 4  # no block twice
+    assert len(fills) == 3  # no block twice
 
 
 def test_float_weights_that_are_loaded_reach_the_layers(made: dict):
     there = copy.deepcopy(made["linear layers"][1])
-    other = tiny("qwen2", num_hidden_layers=4, seed=3)
+    other = tiny("qwen2", num_hidden_layers=3, seed=3)
     expected = adapted(copy.deepcopy(other), symmetric=False, bits=3)
     logits(there, IDS)
     renamed = {key.replace("_proj.", "_proj.base_layer."): value for key, value in other.state_dict().items()}
@@ -217,7 +227,7 @@ def test_layers_are_blocks_as_they_are_computed_again(made: dict):
 
 
 def test_quantized_while_it_is_loaded(tmp_path: Path):
-    tiny("qwen2", num_hidden_layers=4).save_pretrained(tmp_path)
+    tiny("qwen2", num_hidden_layers=3).save_pretrained(tmp_path)
     options = {"group_size": -1, "offload_base": True, "task_type": "CAUSAL_LM"}
     config = LRQATConfig(**options)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config.for_loading())
@@ -226,9 +236,10 @@ def test_quantized_while_it_is_loaded(tmp_path: Path):
     assert torch.equal(logits(loaded, IDS), logits(expected, IDS))
     model = get_peft_model(loaded, config)
     assert torch.equal(logits(model, IDS), logits(expected, IDS))
-    assert {base.block for base in bases(model)} == {0, 1, 2, 3}
+    assert {base.block for base in bases(model)} == {0, 1, 2}
 
 
+@pytest.mark.slow  # torch.compile
 def test_compiled(made: dict):
     """One layer; in a graph there is nothing to be seen of where its base lies."""
     x, found = torch.randn(3, 32), []
