@@ -81,10 +81,19 @@ def floats(checkpoint: Source, source: Source) -> Finding:
                 return Finding(what, False, f"{name} is not in the source")
             expected[following[0]] = following[1]
         other = expected.pop(name)
-        if other.dtype != tensor.dtype or not torch.equal(tensor, other.cpu()):
+        other = other.cpu()
+        if other.dtype != tensor.dtype:
+            said = f"{name} is {_name(tensor.dtype)}, and {_name(other.dtype)} in the source"
+            same = tensor.shape == other.shape and torch.equal(tensor.double(), other.double())
+            return Finding(what, False, f"{said}, with {'equal' if same else 'other'} values")
+        if not torch.equal(tensor, other):
             return Finding(what, False, f"{name} differs")
         count += 1
     left_over = [*expected, *(name for name, _ in wanted)]
     if left_over:
         return Finding(what, False, f"missing: {', '.join(left_over[:3])}")
     return Finding(what, True, f"{count} tensors: all equal")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -349,7 +350,10 @@ def _on_its_base(loader: Any, folder: Path, dtype: str | None, **options: Any) -
     first: AnotherBase | None = None
     for tried in (dtype, "auto") if dtype is not None else ("auto", "bfloat16", "float16"):
         try:
-            return loader.from_pretrained(str(folder), dtype=tried, **options)
+            with warnings.catch_warnings():
+                # of a folder without a tokenizer, for which PEFT asks the Hub
+                warnings.filterwarnings("ignore", "Unable to fetch remote file")
+                return loader.from_pretrained(str(folder), dtype=tried, **options)
         except AnotherBase as error:
             first = first or error
     assert first is not None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 from transformers.utils import logging
 
 from .. import autoload as autoloading
@@ -189,21 +189,28 @@ def _quietly(bars: bool) -> Iterator[None]:
     """Let other packages say nothing, and warnings of this one be lines.
 
     Args:
-        bars: whether progress bars, of transformers and of the Hub, are shown. They are on terminals only.
+        bars: whether progress bars, of whatever package, are shown. They are on terminals only.
     """
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    hub = not are_progress_bars_disabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    if not (bars and sys.stderr.isatty()):
-        logging.disable_progress_bar()
-        disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.nullcontext() if bars and sys.stderr.isatty() else _no_bars():
             warnings.showwarning = show.warning  # type: ignore[assignment]  # it takes what is passed on, and more
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
-        if hub:
-            enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Show no progress bar. compressed-tensors has no switch for its own; but everybody's are tqdm's."""
+    own: Any = tqdm.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = init
+    try:
+        yield
+    finally:
+        tqdm.__init__ = own

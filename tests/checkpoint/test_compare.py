@@ -48,6 +48,10 @@ def test_other_tensors():
     assert compare.floats(open_source(model), open_source(other)).equal
     other.model.norm.weight.data[0] += 1
     assert compare.floats(open_source(model), open_source(other)).detail == "model.norm.weight differs"
+    other.model.norm.weight.data[0] -= 1
+    other.model.norm.float()
+    said = compare.floats(open_source(model), open_source(other)).detail
+    assert said == "model.norm.weight is bfloat16, and float32 in the source, with equal values"
     other.model.norm = None
     assert "missing: model.norm.weight" in compare.floats(open_source(other), open_source(model)).detail
     assert "model.norm.weight is not in the source" in compare.floats(open_source(model), open_source(other)).detail

@@ -58,6 +58,7 @@ class TestExport:
         assert said.count("equal ") >= 4
         assert f"checkpoint: {tmp_path}/out (compressed-tensors)\ncompared with: {tmp_path}/adapter\n" in said
         assert "loaded with: transformers" in said
+        assert "%|" not in said  # bars, of compressed-tensors too
         assert "NOT" not in said
         assert "compared with: the integers and scales of its own files\n" in run("verify", tmp_path / "out")
         # the folder of an adapter is no checkpoint, but can be looked at
