@@ -93,6 +93,9 @@ def adapted(
 
 def measure(name: str, rank: int, offload: bool, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Static memory, and peak and seconds a step for every batch shape."""
+    gc.collect()  # what a run that found no room has left
+    if device == "cuda":
+        torch.cuda.empty_cache()
     assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
     started = time.perf_counter()
     model = adapted(METHODS[name], rank, offload, args, device)
@@ -141,10 +144,6 @@ def measure(name: str, rank: int, offload: bool, args: argparse.Namespace, devic
         from gpu import profile
 
         profile(model, rows, torch.autocast(device, dtype=torch.bfloat16))
-    del model, optimizer, trained, loss
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return row
 
 
