@@ -194,8 +194,9 @@ class TestOffload:
 
     @staticmethod
     def step(model: PeftModel, ids: torch.Tensor, lag: Any = None) -> list[torch.Tensor]:
-        """Logits and gradients; `lag` is called before each layer."""
-        handles = [module.register_forward_pre_hook(lambda *_: lag()) for module in model.modules()] if lag else []
+        """Logits and gradients; `lag` is called before attention and experts."""
+        blocks = [m for name, m in model.named_modules() if name.endswith(("self_attn", "mlp"))] if lag else []
+        handles = [block.register_forward_pre_hook(lambda *_: lag()) for block in blocks]
         model.train()
         out = model(input_ids=ids, labels=ids)
         out.loss.backward()
@@ -225,9 +226,11 @@ class TestOffload:
 
             def slow(self, pairs, after):
                 with torch.cuda.stream(self._side):
-                    torch.cuda._sleep(2_000_000)
+                    for moment in after:
+                        self._side.wait_event(moment)
                     for there, _ in pairs:
                         there.fill_(77)  # what is read too early is wrong
+                    torch.cuda._sleep(2_000_000)
                 return copy(self, pairs, after)
 
             monkeypatch.setattr(staging.BesideStream, "copy", slow)
@@ -260,7 +263,7 @@ class TestOffload:
         (buffers,) = next(m for m in model.modules() if isinstance(m, FrozenWeight)).schedule._buffers.values()
         assert 2 * max(sizes) <= sum(b.memory.nbytes for b in (buffers._last, buffers._other)) < 2.1 * max(sizes)
 
-    def test_it_moves_merges_and_generates(self, tmp_path):
+    def test_it_moves_merges_and_generates(self):
         here, there = self.pair("mixture")
         ids = tokens(2, 24).cuda()
         expected = logits(here, ids)
@@ -272,11 +275,15 @@ class TestOffload:
         logits(there, ids.cpu())
         there.cuda()
         assert torch.equal(logits(there, ids), expected)
-        check_merged(there, ids, tmp_path)
+        mine, others = (model.merge_and_unload().state_dict() for model in (there, here))
+        assert mine.keys() == others.keys()
+        assert all(torch.equal(mine[name], others[name]) for name in mine)
 
     def test_a_cuda_graph_is_refused(self):
         _, there = self.pair("linear layers")
-        ids = tokens(2, 24).cuda()
-        logits(there, ids)
-        with pytest.raises(RuntimeError, match="offload_base"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            logits(there, ids)
+        layer = there.base_model.model.model.layers[0].self_attn.q_proj
+        x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer(x)
+            with pytest.raises(RuntimeError, match="offload_base"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                layer(x)

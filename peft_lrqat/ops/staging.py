@@ -103,6 +103,7 @@ class Schedule:
         buffers = self._buffers.get(held.device)
         if buffers is None:
             buffers = self._buffers.setdefault(held.device, _Buffers(held.device))
+        buffers.copies.refuse_capture()
         with buffers.lock:
             buffer = buffers.find(held) or buffers.fill(held.block, self._on(held.block, held.device), self._largest)
             buffers.wait_for(buffer)
@@ -180,11 +181,12 @@ class _Buffers:
 
     Attributes:
         lock: held while one of them is used, or filled.
+        copies: how they are filled.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.RLock()
-        self._device, self._copies = device, copies_to(device)
+        self.copies = copies_to(device)
         self._last, self._other = _Buffer(), _Buffer()  # used last, and before that
 
     def has(self, block: int) -> bool:
@@ -207,8 +209,8 @@ class _Buffers:
             if buffer.memory is None or buffer.memory.numel() < size:
                 buffer.tensors.clear()
                 buffer.memory = None
-                buffer.memory = self._copies.memory(largest())
-                after.append(self._copies.now())
+                buffer.memory = self.copies.memory(largest())
+                after.append(self.copies.now())
             starts = itertools.accumulate((held.size for held in layers), initial=0)
             memory = buffer.memory
             buffer.tensors = {held: held.views_of(memory, start) for held, start in zip(layers, starts, strict=False)}
@@ -220,18 +222,18 @@ class _Buffers:
                 if there is not None and here is not None
             ]
             buffer.block, buffer.read = block, {}
-            buffer.copied = self._copies.copy(pairs, after)
+            buffer.copied = self.copies.copy(pairs, after)
         return buffer
 
     def wait_for(self, buffer: _Buffer) -> None:
         """Have what is asked of the device from now on wait for a buffer; it is the one used last then."""
         if buffer is not self._last:
             self._last, self._other = buffer, self._last
-        self._copies.wait_for(buffer.copied)
+        self.copies.wait_for(buffer.copied)
 
     def used(self, buffer: _Buffer) -> None:
         """Note that what was asked of the device until now reads a buffer."""
-        buffer.read[self._copies.stream()] = self._copies.now()
+        buffer.read[self.copies.stream()] = self.copies.now()
 
 
 class AtOnce:
@@ -245,6 +247,9 @@ class AtOnce:
             there.copy_(here)
 
     def wait_for(self, copied: Any) -> None:
+        pass
+
+    def refuse_capture(self) -> None:
         pass
 
     def stream(self) -> Any:
@@ -277,13 +282,14 @@ class BesideStream:
             return self._side.record_event()
 
     def wait_for(self, copied: Any) -> None:
-        stream = self.stream()
+        self.stream().wait_event(copied)
+
+    def refuse_capture(self) -> None:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "A CUDA graph is captured of a model with `offload_base=True`, whose copies from the CPU's memory a "
                 "graph would repeat out of turn. Leave one of the two out."
             )
-        stream.wait_event(copied)
 
     def stream(self) -> Any:
         """The stream that computes."""
