@@ -38,8 +38,10 @@ RUNS: list[tuple[float | None, dict[str, Any]]] = [
     (4, {"learn_scales": True, "headroom": 1.5}),
     (3, {}),
     (3, {"headroom": 1.5}),
+    (3, {"learn_scales": True}),
     (1.58, {}),
     (1.58, {"headroom": 1.5}),
+    (1.58, {"learn_scales": True}),
 ]
 
 

@@ -55,7 +55,7 @@ from training import Step, loss_of, targets
 _OURS = {"error_feedback": True, "state": "8bit", "betas": (0.9, 0.98)}
 _PUBLISHED = {  # DQT: one scale per tensor that clips at the mean magnitude, fp32 AdamW state, 8-bit activations
     "range_method": "absmean", "group_size": 0, "act_bits": 8, "state": "fp32", "betas": (0.9, 0.999),
-    "weight_decay": 0.01, "lr": 5e-4, "float_lr": 5e-4,
+    "error_feedback": False, "weight_decay": 0.01, "lr": 5e-4, "float_lr": 5e-4,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "float": {"kind": "float", "lr": 1e-3},
@@ -112,12 +112,21 @@ def make_tokens(args: argparse.Namespace) -> None:
     for name in ("train", "held-out"):
         with open(text / f"{name}.jsonl", encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line in file]
+        if name == "train" and args.train_tokens:
+            texts = some_of(texts, args.train_tokens)
         tokens = np.concatenate([ids(texts[start : start + 64]) for start in range(0, len(texts), 64)])
         parts = [tokens[start : start + PART] for start in range(0, len(tokens), PART)]
         for number, part in enumerate(parts):
             np.savez_compressed(out / (f"{name}-{number}.npz" if name == "train" else f"{name}.npz"), tokens=part)
         print(f"{name}: {len(texts):,} documents, {len(tokens):,} tokens, {len(parts)} files", flush=True)
     np.savez_compressed(out / "other.npz", tokens=ids([(text / "wikitext2.txt").read_text(encoding="utf-8")]))
+
+
+def some_of(texts: list[str], tokens: int) -> list[str]:
+    """Documents in a random order, always the same, with about so many tokens: four characters each."""
+    order = np.random.default_rng(0).permutation(len(texts))
+    lengths = np.cumsum([len(texts[number]) for number in order])
+    return [texts[number] for number in order[: int(np.searchsorted(lengths, 4 * tokens)) + 1]]
 
 
 def read_tokens(folder: Path) -> dict[str, np.ndarray]:
@@ -536,6 +545,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens.add_argument("--model", required=True, help="whose tokenizer")
     tokens.add_argument("--text", required=True, help="what text.py --set pretrain wrote")
     tokens.add_argument("--out", required=True)
+    tokens.add_argument("--train-tokens", type=int, help="about so many of the text, where a run needs no more")
     one = commands.add_parser("run")
     one.set_defaults(do=run)
     one.add_argument("methods", nargs="+", help=", ".join(PRESETS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..chunks import row_chunks
 from . import reference_step
 from .dispatch import kernels_for, on_device_of
 from .reference_step import FACTORS, Rule, update_factors
@@ -34,8 +33,7 @@ def step_codes(
             if rule.error_feedback:
                 operands |= {f"{name}_before": state[name].clone() for name in FACTORS}
                 operands["exp_avg_sq_mean_before"] = state["exp_avg_sq_rows"].mean()
-            chunks = row_chunks(packed.shape[0], rule.columns, packed.device)
-            operands["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2, chunks)
+            operands["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2)
         # the kernel writes in place, to where tensors without gaps have their elements
         kernels = kernels_for(packed) if packed.is_contiguous() and scale.is_contiguous() else None
         implementation = kernels or reference_step

@@ -39,7 +39,7 @@ The factored state (Adafactor, arXiv 1804.04235) keeps row and column means of v
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -274,24 +274,20 @@ def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: to
 
 
 @torch.no_grad()
-def update_factors(
-    state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float, chunks: Iterable[slice]
-) -> torch.Tensor:
+def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float) -> torch.Tensor:
     """Take the row and column means of g^2 into the factored second moment.
+
+    A norm reads the gradient once and makes no squares of its size.
 
     Args:
         grad: (out, in), any float dtype.
-        chunks: slices over the rows of `grad`.
 
     Returns:
         The mean over its rows: fp32 scalar.
     """
-    columns = torch.zeros_like(state["exp_avg_sq_columns"])
-    for rows in chunks:
-        square = grad[rows].float().square().add_(1e-30)
-        state["exp_avg_sq_rows"][rows].mul_(beta2).add_(square.mean(dim=1, keepdim=True), alpha=1 - beta2)
-        columns += square.sum(dim=0, keepdim=True)
-    state["exp_avg_sq_columns"].mul_(beta2).add_(columns, alpha=(1 - beta2) / grad.shape[0])
+    for name, dim in (("exp_avg_sq_rows", 1), ("exp_avg_sq_columns", 0)):
+        norm = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32)
+        state[name].mul_(beta2).add_(norm.square_().div_(grad.shape[dim]).add_(1e-30), alpha=1 - beta2)
     return state["exp_avg_sq_rows"].mean()
 
 

@@ -61,8 +61,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             lie at the ends of the grid. It is for 8 bits only. Default: `True`; False below 8 bits, and where
             `range_method` is not "minmax".
         learn_scales (bool): Train the scales, as relative changes in fp32. Default: `False`.
-        error_feedback (bool): Put what a rounding lost into the momentum (ECO, arXiv 2601.22101). It needs
-            `LowBitAdamW`, which follows this field. Default: `False`.
+        error_feedback (bool | None): Put what a rounding lost into the momentum (ECO, arXiv 2601.22101), at no cost in
+            memory. True: training needs `LowBitAdamW`, and other optimizers are refused. False: never. Default: `None`,
+            with `LowBitAdamW`, and not with others.
         keep_base (bool): Keep the rounded base beside the trained codes. False halves the memory of the weights; then
             there is one adapter, which cannot be disabled or unloaded. Default: `True`.
         seed (int): Seed of the random numbers that round. Every weight has a stream of its own. Default: `0`.
@@ -159,10 +160,11 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         "headroom": Rule("it must be a number of at least 1", lambda value: is_positive(value) and value >= 1),
         "signed_scales": optional(FLAG),
         "grow_scales": optional(FLAG),
+        "error_feedback": optional(FLAG),
         "bias": one_of("none", "all", "lowbitsr_only"),
         "export_format": optional(one_of(*EXPORT_FORMATS)),
         "seed": INTEGER,
-        **dict.fromkeys(("error_feedback", "keep_base", "init_weights"), FLAG),
+        **dict.fromkeys(("keep_base", "init_weights"), FLAG),
     }
 
     target_modules: list[str] | str | None = ALL_LINEAR
@@ -181,7 +183,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
     signed_scales: bool = None  # type: ignore[assignment]  # None exists only until __post_init__
     grow_scales: bool = None  # type: ignore[assignment]  # None exists only until __post_init__
     learn_scales: bool = False
-    error_feedback: bool = False
+    error_feedback: bool | None = None
     forward_bits: Any = None
     act_bits: int | None = None
     act_group_size: int | None = None

@@ -106,7 +106,7 @@ class LowBitAdamW(Optimizer):
         state (str): how the moments of low-bit weights are kept: "8bit", "factored" (the second as means of rows and
             columns, as in Adafactor) or "fp32".
         error_feedback (bool | None): put what a rounding lost into the momentum (ECO, arXiv 2601.22101). None: as the
-            configuration of each weight says.
+            configuration of each weight says; if that does not say either, yes, where there is a momentum.
         lr_unit (str): "weight": weight units, as everywhere. "grid": grid steps, so that coarse and fine grids change
             as many codes in a step; scales do not grow then (`grow_scales`).
         fused_backward (bool): update a low-bit weight when its gradient arrives in backward, and free the gradient.
@@ -239,6 +239,7 @@ class LowBitAdamW(Optimizer):
         feedback = group["error_feedback"]
         feedback = parameter.error_feedback if feedback is None else feedback
         beta1, beta2 = group["betas"]
+        feedback = beta1 > 0 if feedback is None else feedback
         if feedback and not beta1:
             raise ValueError(
                 f"`betas` is {group['betas']}, but `error_feedback` keeps the rounding remainder in the momentum. Use "

@@ -56,7 +56,7 @@ class LowBitTensor(torch.Tensor):
             it, see `layer.py`).
         stream: int64 (2,), the key of the random stream and how often this weight has been rounded, see `rounding.py`.
         grid: the `Grid`.
-        error_feedback: whether the optimizer is to keep the rounding remainder.
+        error_feedback: whether the optimizer is to keep the rounding remainder; None: if it can.
         fine_tunes: whether the weight was pretrained (`learning_rate.py`).
         grows: whether optimizers double scales whose codes come to lie at the ends of the grid (`growth.py`).
         known_count: how often the weight had been rounded when `growth.py` looked last, and the version of `stream`
@@ -67,7 +67,7 @@ class LowBitTensor(torch.Tensor):
     scale: torch.Tensor
     stream: torch.Tensor
     grid: Grid
-    error_feedback: bool
+    error_feedback: bool | None
     fine_tunes: bool
     grows: bool
     known_count: tuple[int, int] | None
@@ -85,7 +85,7 @@ class LowBitTensor(torch.Tensor):
         stream: torch.Tensor,
         grid: Grid,
         in_features: int,
-        error_feedback: bool = False,
+        error_feedback: bool | None = None,
         fine_tunes: bool = False,
         grows: bool = False,
     ) -> LowBitTensor:
@@ -204,14 +204,16 @@ class LowBitTensor(torch.Tensor):
         return LowBitTensor(*inner, *self._meta)
 
     @property
-    def _meta(self) -> tuple[Grid, int, bool, bool, bool]:
+    def _meta(self) -> tuple[Grid, int, bool | None, bool, bool]:
         return self.grid, self.shape[1], self.error_feedback, self.fine_tunes, self.grows
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool, bool, bool]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, int, bool | None, bool, bool]]:
         return ["packed", "scale", "stream"], self._meta
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict, meta: tuple[Grid, int, bool, bool], size: Any, stride: Any) -> LowBitTensor:
+    def __tensor_unflatten__(
+        inner: dict, meta: tuple[Grid, int, bool | None, bool, bool], size: Any, stride: Any
+    ) -> LowBitTensor:
         return LowBitTensor(inner["packed"], inner["scale"], inner["stream"], *meta)
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:

@@ -48,6 +48,28 @@ def test_bytes_at_rest(bits: float, keep_base: bool):
     assert held == sum(t.nbytes for t in tensors(model)) / weights(model)
 
 
+# the other table: bytes a weight in all, while gradients exist; `fused_backward` keeps none of them
+@pytest.mark.parametrize(
+    ("options", "optimizer", "total"),
+    [
+        ({"bits": 8}, {}, 8),
+        ({"bits": 8}, {"fused_backward": True}, 4),
+        ({"bits": 8, "keep_base": False}, {"fused_backward": True}, 3),
+        ({"bits": 4, "keep_base": False}, {"fused_backward": True, "state": "factored"}, 1.5),
+        ({"bits": 1.58, "keep_base": False}, {"fused_backward": True, "state": "factored", "betas": (0.0, 0.98)}, 0.25),
+    ],
+    ids=["defaults", "fused", "fused, no base", "4 bits, factored", "ternary, no momentum"],
+)
+def test_bytes_of_codes_state_and_gradients(options: dict, optimizer: dict, total: float):
+    model = wide(**options)
+    made = run_step(model, **optimizer)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    held = [*tensors(model), *(p.grad for p in model.parameters() if type(p.grad) is torch.Tensor)]
+    held += [t for p in made.state if isinstance(p, LowBitTensor) for t in made.state[p].values()]
+    size = sum(t.nbytes for t in held if isinstance(t, torch.Tensor)) / weights(model)
+    assert total <= size <= total + 0.1
+
+
 def run_step(model: nn.Module, **options) -> LowBitAdamW:
     optimizer = LowBitAdamW([p for p in model.parameters() if p.requires_grad], **options)
     model.train()
@@ -74,7 +96,8 @@ def test_a_fused_step_holds_one_dense_gradient_at_a_time():
         fresh = wide(**narrow).train()
         optimizer = LowBitAdamW([p for p in fresh.parameters() if p.requires_grad], fused_backward=fused)
         for _ in range(2):  # the second time, state exists
-            with LiveBytes([*tensors(fresh), *(v for s in optimizer.state.values() for v in s.values())]) as live:
+            state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+            with LiveBytes([*tensors(fresh), *state]) as live:
                 fresh(input_ids=IDS, labels=IDS).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -45,18 +45,23 @@ def run(model, optimizer, steps: int = 4, accumulate: int = 1, clip: float | Non
         optimizer.zero_grad()
 
 
+def bytes_of_state(optimizer: LowBitAdamW) -> int:
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
+
+
 @pytest.mark.parametrize("state", ["8bit", "factored", "fp32"])
 def test_state_takes_the_bytes_it_promises(state: str):
     p = nn.Parameter(LowBitTensor.from_codes(torch.zeros(512, 1024, dtype=torch.int8), torch.ones(512, 1), Grid(4), 0))
     optimizer = LowBitAdamW([p], state=state)
     p.grad = torch.randn(p.shape)
     optimizer.step()
-    held = sum(value.nbytes for value in optimizer.state[p].values()) / p.numel()
+    held = bytes_of_state(optimizer) / p.numel()
     low, high = {"8bit": (2, 2.03), "factored": (1, 1.04), "fp32": (8, 8.001)}[state]
     assert low <= held <= high
     optimizer = LowBitAdamW([p], state=state, betas=(0.0, 0.95))
     optimizer.step()
-    held = sum(value.nbytes for value in optimizer.state[p].values()) / p.numel()
+    held = bytes_of_state(optimizer) / p.numel()
     assert held <= {"8bit": 1.01, "factored": 0.03, "fp32": 4.001}[state]
 
 
@@ -107,6 +112,24 @@ def test_error_feedback_keeps_what_rounding_loses():
     assert abs(fed_mean - 0.03) < 0.005
     assert abs(plain_mean - 0.03) < 0.005
     assert fed < 0.4 * plain
+
+
+def test_error_feedback_is_the_default_where_there_is_a_momentum():
+    def codes_after(configured: bool | None, **options) -> torch.Tensor:
+        p = next(iter(weights(low_bit(tiny(num_hidden_layers=1), bits=4, error_feedback=configured)).values()))
+        optimizer = LowBitAdamW([p], lr=1e-2, **options)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return p.codes()
+
+    fed_back, not_fed_back = codes_after(True), codes_after(False)
+    assert not torch.equal(fed_back, not_fed_back)
+    assert torch.equal(codes_after(None), fed_back)
+    assert torch.equal(codes_after(None, error_feedback=False), not_fed_back)
+    no_momentum = {"betas": (0.0, 0.98)}
+    assert torch.equal(codes_after(None, **no_momentum), codes_after(False, **no_momentum))
 
 
 @pytest.mark.parametrize("state", ["8bit", "factored"])
