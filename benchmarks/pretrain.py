@@ -63,7 +63,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"dqt-{bits:g}": {"kind": "low-bit", "bits": bits, **_PUBLISHED} for bits in (1.58, 3, 4, 8)},
     **{f"ours-{bits}": {"kind": "low-bit", "bits": bits, "range_method": "minmax", **_OURS} for bits in (3, 4, 8)},
     "ours-1.58": {"kind": "low-bit", "bits": 1.58, "learn_scales": True, **_OURS},
-    "ternary-inference": {"kind": "low-bit", "bits": 8, "forward_bits": 1.58, "range_method": "minmax", **_OURS},
+    **{
+        f"ternary-inference{name}": {
+            "kind": "low-bit",
+            "bits": bits,
+            "forward_bits": 1.58,
+            "range_method": "minmax",
+            **_OURS,
+        }
+        for bits, name in ((8, ""), (4, "-4"))
+    },
 }
 _OPTIMIZER = ("betas", "eps", "weight_decay", "state", "lr_unit", "fused_backward")
 _COMMON = {
