@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...ops.staging import Schedule
+from .frozen import FrozenWeight
 from .layer import MergingLayer
 from .parallel import announced_fsdp, announced_zero
 
@@ -65,11 +66,11 @@ def check_offload_sharded(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Those that can be offloaded: embeddings look up rows."""
+    """Those that can be offloaded: embeddings look up rows, and low-bit SR may have dropped a base."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, MergingLayer) and module.kind != "embedding"
+        if isinstance(module, MergingLayer) and isinstance(module.frozen, FrozenWeight) and module.kind != "embedding"
     }
 
 

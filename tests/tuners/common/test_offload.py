@@ -23,7 +23,7 @@ from peft_lrqat.checkpoint.export import export
 from peft_lrqat.ops import staging
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests.mixtures import mixture, on_experts
-from tests.models import adapted, logits, tiny, tokens, train
+from tests.models import adapted, logits, low_bit, tiny, tokens, train
 
 IDS = tokens(2, 6)
 WEIGHTS = "model.safetensors"
@@ -302,3 +302,7 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch):
 def test_low_bit_sr_has_no_base_to_offload():
     with pytest.raises(TypeError, match="offload_base"):
         LowBitSRConfig(offload_base=True)
+    for keep_base in (True, False):
+        model = low_bit(tiny(), bits=4, keep_base=keep_base)
+        assert not model.base_model._ddp_params_and_buffers_to_ignore
+        model.train()
