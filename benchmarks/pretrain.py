@@ -388,7 +388,8 @@ def run(args: argparse.Namespace) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in _HOW}
     report = {**provenance(), **settings, "per_gpu": args.per_gpu}
     report["tokens_seen"] = args.steps * args.batch * args.length
-    finished = finished_runs(Path(args.out), settings)
+    known = runs_of(Path(args.out), settings)
+    finished = [one for one in known if "unfinished" not in one]
     have = {(one["method"], one["seed"]) for one in finished}
     jobs = [(text, seed) for seed in args.seeds for text in args.methods if (text, seed) not in have]
     print(f"{len(jobs)} runs of {args.steps} steps; {len(finished)} are there", flush=True)
@@ -397,6 +398,7 @@ def run(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a `timeout` around it: the workers go as well
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "plan.json", {"jobs": jobs, "args": vars(args)})
+        failed = False
         waiting, running, seen = list(range(len(jobs))), {}, {}  # type: ignore[var-annotated]
         free = [gpu for _ in range(args.per_gpu) for gpu in gpus]
         try:
@@ -411,6 +413,7 @@ def run(args: argparse.Namespace) -> None:
                     if process.poll() is not None:
                         del running[number]
                         free.append(gpu)
+                        failed = failed or process.returncode != 0
                         print(
                             f"{time.monotonic() - end + args.limit:.0f} s: {_said(jobs[number], process)}", flush=True
                         )
@@ -418,13 +421,17 @@ def run(args: argparse.Namespace) -> None:
                 if found != seen:
                     seen = found
                     runs = [json.loads(path.read_text()) for path in seen]
-                    write_json(Path(args.out), {**report, "runs": [*finished, *runs]})
+                    new = {(one["method"], one["seed"]) for one in runs}
+                    old = [one for one in known if (one["method"], one["seed"]) not in new]
+                    write_json(Path(args.out), {**report, "runs": [*old, *runs]})
         finally:
             for process, _ in running.values():
                 process.kill()
                 process.wait()
     for text, seed in [jobs[number] for number in (*running, *waiting)]:
         print(f"not finished: {text}, seed {seed}", flush=True)
+    if failed:
+        raise SystemExit("Some runs failed.")
 
 
 def _name_of(gpu: int) -> str:
@@ -437,8 +444,8 @@ def _said(job: tuple[str, int], process: subprocess.Popen) -> str:
     return f"{job[0]}, seed {job[1]}: " + ("done" if process.returncode == 0 else f"FAILED ({process.returncode})")
 
 
-def finished_runs(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs in `out` that ended; SystemExit if they have other settings."""
+def runs_of(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that `out` has, if it is there; SystemExit if they have other settings."""
     if not out.exists():
         return []
     report = json.loads(out.read_text())
@@ -448,7 +455,7 @@ def finished_runs(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"{out} has runs with " + ", ".join(f"{key} {report[key]}" for key in other) + "; asked for are "
             f"{', '.join(f'{settings[key]}' for key in other)}. Name another file with `--out`, or delete this one."
         )
-    return [one for one in report["runs"] if "unfinished" not in one]
+    return report["runs"]
 
 
 # -- results
