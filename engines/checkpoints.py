@@ -75,6 +75,7 @@ def make(spec: Spec, folder: Path) -> None:
         "bits": spec.bits,
         "group_size": spec.group_size,
         "act_bits": spec.act_bits,
+        "act_rule": spec.act_rule,
         "signed_scales": spec.signed_scales,
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",

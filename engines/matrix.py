@@ -52,7 +52,11 @@ RUNS = (
     Run(SPEC, "compressed-tensors", "vllm", "vllm", "float16"),
     Run("w4-channel-a8", "compressed-tensors", "transformers", dtype="bfloat16"),
     Run("w4-channel-a8", "compressed-tensors", "vllm", "vllm", "bfloat16"),
-    # activations beside packed weights: vLLM's CPU build loads them, and leaves them float
+    # by vLLM's rule, by which plain transformers does not round
+    Run("w4-channel-a8-vllm", "compressed-tensors", "peft_lrqat", dtype="bfloat16"),
+    Run("w4-channel-a8-vllm", "compressed-tensors", "vllm", "vllm", "bfloat16"),
+    # activations beside packed weights: vLLM's CPU build loads them, and leaves them float; without AVX-512 it has no
+    # kernel for them, and fails with the first request
     Run("w4-g64-a8", "compressed-tensors", "transformers", dtype="bfloat16"),
     Run("w4-g64-a8", "compressed-tensors", "vllm", "vllm", "bfloat16"),
     Run(SPEC, "gptq", "gptqmodel", "gptq", "float16", answers=2),
@@ -96,17 +100,18 @@ def main() -> int:
     job = _prepare(arguments, runs)
 
     rows: list[dict[str, Any]] = []
-    kept = json.loads(RESULTS.read_text())["rows"] if arguments.names and RESULTS.exists() else []
+    kept = _kept() if arguments.names and RESULTS.exists() else []
+    mine = {key: head.pop(key) for key in ("date", "commit", "machine")}  # of a row, not of all
     for run in runs:
         folder = arguments.folder / run.folder
-        mine = job | {"folder": str(folder), "dtype": run.dtype, "prompts": job["prompts"][: run.answers]}
+        asked = job | {"folder": str(folder), "dtype": run.dtype, "prompts": job["prompts"][: run.answers]}
         try:
             found = (
-                _serve(run, mine, arguments.folder) if run.engine == "vllm" else _answer(arguments.python, run, mine)
+                _serve(run, asked, arguments.folder) if run.engine == "vllm" else _answer(arguments.python, run, asked)
             )
         except (RuntimeError, subprocess.CalledProcessError) as error:
             found = {"error": str(error)[-2000:]}
-        rows.append(_row(run, folder, found) | {"commit": head["commit"]})
+        rows.append(_row(run, folder, found) | mine)
         print(_line(rows[-1], rows), flush=True)
         written = sorted([row for row in kept if _key(row) not in map(_key, rows)] + rows, key=_place)
         RESULTS.write_text(json.dumps(head | {"rows": written}, indent=1) + "\n")
@@ -115,6 +120,13 @@ def main() -> int:
         if "error" in row:
             print(f"\nFAILED {row['spec']} {row['format']} {row['engine']}: {row['error']}")
     return 1 if any("error" in row for row in rows) else 0
+
+
+def _kept() -> list[dict[str, Any]]:
+    """The rows of the file; what an older one says of all of them is said of each."""
+    found = json.loads(RESULTS.read_text())
+    shared = {"machine": found["machine"]} if "machine" in found else {}
+    return [shared | row for row in found["rows"]]
 
 
 def _prepare(arguments: argparse.Namespace, runs: list[Run]) -> dict[str, Any]:

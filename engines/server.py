@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 from environment import clean_environment
 
 _HOST = "127.0.0.1"
+_ERROR = re.compile(r"\bERROR\b.*?\] ((?:\w+\.)*\w+Error: .*)")
 
 
 class Server:
@@ -29,7 +31,8 @@ class Server:
         deadline: seconds until it must answer /health.
 
     Raises:
-        RuntimeError: the server ended, or was not ready in time; the message has the end of its log.
+        RuntimeError: the server ended, or was not ready in time; the message has the end of its log. Later: a request
+            failed; the message has the first error in the log.
     """
 
     def __init__(self, python: Path, model: Path, dtype: str, log: Path, deadline: float = 900) -> None:
@@ -112,8 +115,15 @@ class Server:
             f"http://{_HOST}:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         start = time.perf_counter()
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer), time.perf_counter() - start
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return json.load(answer), time.perf_counter() - start
+        except urllib.error.HTTPError as error:
+            # the first error of a worker is the reason; what follows it are the processes that it takes along
+            reasons = [line for line in self.log.read_text(errors="replace").splitlines() if _ERROR.search(line)]
+            raise RuntimeError(
+                f"{path} answered {error.code}: {_ERROR.search(reasons[0])[1] if reasons else ''}"
+            ) from error
 
 
 def _result(prompt: list[int], tokens: list[int], text: str, seconds: float) -> dict[str, Any]:

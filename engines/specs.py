@@ -17,6 +17,7 @@ class Spec:
     stored: str = "bfloat16"  # dtype of the scales and of what is not quantized
     dtypes: tuple[str, ...] = ("float16",)  # what the engines compute in
     act_bits: int | None = None
+    act_rule: str = "transformers"
     signed_scales: bool = False
     experts: int = 0  # of every layer, of which a token takes one; 0: the dense model
 
@@ -43,6 +44,7 @@ EXPORTED = (
     Spec("w4-g64-signed", 4, 64, signed_scales=True),
     Spec("w4-channel-a8-signed", 4, -1, container_bits=8, act_bits=8, signed_scales=True),
     Spec("w4-channel-a8", 4, -1, container_bits=8, act_bits=8),
+    Spec("w4-channel-a8-vllm", 4, -1, container_bits=8, act_bits=8, act_rule="vllm"),
     Spec("w4-g64-a8", 4, 64, act_bits=8),
     Spec("w2-g64", 2, 64, container_bits=2),
     Spec("ternary", 1.58, 0, container_bits=2, act_bits=8),
