@@ -85,6 +85,12 @@ def find_rounding(model: nn.Module, bits: int, rule: str) -> CacheRounding:
             f"`head_dim` ({', '.join(map(str, sorted(sizes)))}), and compressed-tensors, which asks for one, fails to "
             "load such a checkpoint (seen with 0.20). Use `kv_rule='vllm'`, or leave `kv_bits` out."
         )
+    if rule == "transformers" and config is not None and not hasattr(_text_config(config), "num_key_value_heads"):
+        raise ValueError(
+            f"`kv_bits` is {bits} with `kv_rule='transformers'`, but the configuration of {type(model).__name__} has "
+            "no `num_key_value_heads`, and compressed-tensors, which asks for it, fails to load the checkpoint (seen "
+            "with 0.20). Use `kv_rule='vllm'`, or leave `kv_bits` out."
+        )
     if rule == "vllm" and bits == 4 and any(size % 2 for size in sizes):
         raise ValueError(f"`kv_bits` is 4 with heads of {sorted(sizes)} numbers; vLLM packs two to a byte. Use 8 bits.")
     return CacheRounding(bits, rule, math.gcd(*sizes) if rule == "transformers" else None)
@@ -237,10 +243,15 @@ def _has_one_head_dim(config: Any) -> bool:
     """Whether one may ask a model's configuration for `head_dim`; of Gemma 4, whose layers differ, transformers refuses
     to say it."""
     try:
-        hasattr(config.get_text_config(decoder=True) if config is not None else None, "head_dim")
+        hasattr(_text_config(config) if config is not None else None, "head_dim")
     except Exception:  # of a class that only newer versions of transformers have
         return False
     return True
+
+
+def _text_config(config: Any) -> Any:
+    """What a model's configuration says of its decoder, as compressed-tensors reads it."""
+    return config.get_text_config(decoder=True)
 
 
 def _head_sizes(layer: Any, config: Any) -> list[int]:

@@ -241,9 +241,10 @@ def test_keys_and_values_of_other_sizes_share_the_largest_group():
             "compresses its cache",
         ),
         (lambda: tiny("gpt2"), "transformers would not round the cache of 'transformer.h.0.attn'"),
+        (lambda: tiny("opt"), "no `num_key_value_heads`, and compressed-tensors"),
     ],
     ids=["no attention", "an encoder", "cross-attention", "latent attention", "a compressed cache",
-         "unknown to compressed-tensors"],
+         "unknown to compressed-tensors", "that it fails to load"],
 )  # fmt: skip
 def test_models_that_are_refused(model, message: str):
     with pytest.raises(ValueError, match=message):
