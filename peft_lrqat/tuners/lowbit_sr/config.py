@@ -87,40 +87,13 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             ids of tokens, or the name of an embedding -> ids. Default: `None`.
         bias (str): Which biases are trained, in float. "none"; "all"; "lowbitsr_only": those of the converted layers.
             Default: `"none"`.
-        act_bits (int | None): 8 or 4: the input of every converted layer is rounded to so many bits, with a scale for
-            every token. It happens in training and in the checkpoint. It needs a symmetric grid. Default: `None`, float
-            inputs.
-        act_bits_pattern (dict[str, int | None] | None): Other `act_bits` for some layers: patterns of names, as in
-            LoRA's `rank_pattern`, -> 8, 4, or None (16) for float. `{"down_proj": 8}` beside `act_bits=4` keeps the
-            input with most outliers at 8 bits. Default: `None`.
-        act_group_size (int | None): How many consecutive inputs of a token share a scale. Default: `None`, all of them.
-        act_rule (str): Whose arithmetic rounds inputs. "transformers": compressed-tensors', with 127.5 steps (4 bits:
-            7.5) for the largest magnitude. "vllm": that of vLLM's kernels, with 127 (7) steps. Default:
-            `"transformers"`.
-        act_scale (str): "dynamic": the scales of inputs are found anew for every token. "static": every layer has one
-            scale, which `calibrate_activations` sets before training, which is trained (LSQ, arXiv 1902.08153), and
-            which is stored. "static" is for W8A8 only. Default: `"dynamic"`.
-        kv_bits (int | None): 8 or 4: keys and values are rounded to so many bits where they are written to the cache,
-            with a scale for every token and head. It happens in training and wherever the merged model runs. Default:
-            `None`, a float cache.
-        kv_rule (str): Whose arithmetic rounds the cache. "transformers": that of the `kv_cache_scheme` in the merged
-            checkpoint, which vLLM refuses. "vllm": that of vLLM with `--kv-cache-dtype int8_per_token_head` (or
-            `int4_per_token_head`). Default: `"transformers"`.
+        act_bits, act_bits_pattern, act_group_size, act_rule, act_scale, kv_bits, kv_rule: Rounded inputs, and a rounded
+            KV cache. `GridConfig` describes them.
         task_type (TaskType | str | None): PEFT's, such as "CAUSAL_LM". It chooses the class of the PEFT model.
             "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head in float. Default: `None`.
         inference_mode (bool): Whether an adapter is loaded frozen. Default: `False`.
-        base_dtype (str | None): Set by the conversion: the dtype in which the base is used ("float32", "bfloat16"
-            or "float16"). It is saved with the adapter, so that its base is opened alike, whatever the dtype of the
-            base's file is. Default: `None`.
-        base_head (dict[str, Any] | None): Set when an adapter is saved with the head of a classifier: the names of the
-            classes (`labels`, a list) and the `problem_type` of the model's configuration. The base is opened with so
-            many classes, and gets their names. Default: `None`.
-        base_fingerprint (str | None): Set by the conversion: a checksum of the float weights that the adapter was made
-            for. It is saved with the adapter, which is loaded on these weights only. Default: `None`.
-        base_checksum (str | None): Set by the conversion: a checksum of the integers that the base was converted to. It
-            is saved with the adapter, which is loaded over these integers only. Default: `None`.
-        trainings (list[dict[str, str]] | None): Set when an adapter is saved: what Trainers have done to it, as model
-            cards say it. The cards of what the adapter is merged into later have it from here. Default: `None`.
+        base_dtype, base_head, base_fingerprint, base_checksum, trainings: What an adapter notes of its base and its
+            past. `GridConfig` describes them.
 
     PEFT sets `peft_type`, `auto_mapping`, `peft_version`, `base_model_name_or_path` and `revision`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import re
 from types import ModuleType
 from typing import Any
@@ -100,3 +101,36 @@ def test_a_docstring_describes_fields_only():
     assert attributes_of(Config) == {"bits": ("int", "From 2 to 8."), "width": ("int", "There is none.")}
     Config.__doc__ = None  # python -OO
     assert with_help(Config) is Config
+
+
+def test_a_docstring_is_completed():
+    class Base:
+        """What is shared.
+
+        Attributes:
+            rule: for messages.
+            bits (int): From 2
+                to 8.
+            width (int): In bytes.
+        """
+
+    @dataclasses.dataclass
+    class Config(Base):
+        """A configuration.
+
+        Attributes:
+            name (str): Its own.
+            width, bits: Numbers, which are those of others. `Base`
+                describes them.
+
+        More.
+        """
+
+        name: str = ""
+        bits: int = 4
+        width: int = 1
+
+    with_help(Config)
+    entries = "    name (str): Its own.\n    width (int): In bytes.\n    bits (int): From 2\n        to 8.\n\nMore."
+    assert inspect.getdoc(Config) == f"A configuration.\n\nAttributes:\n{entries}"
+    assert [field.metadata["help"] for field in dataclasses.fields(Config)] == ["Its own.", "From 2 to 8.", "In bytes."]
