@@ -24,7 +24,7 @@ _METHODS = {
     "hqq": "HQQ",
     "autoround": "AutoRound",
     "llmcompressor": "GPTQ (llm-compressor)",
-    "float": "float, trained on",
+    "float": "full fine-tuning in float",
 }
 
 
@@ -98,6 +98,19 @@ def recovered(row: Row, rows: list[Row], floats: dict[str, dict[str, Any]], text
     return 1 - math.log(row.mean(text, "ppl") / best) / math.log(min(rounded) / best)
 
 
+def caption(model: str, rows: list[Row], floats: dict[str, dict[str, Any]], text: str) -> str:
+    """The float model's perplexity, and what as many more steps in float make of it, if that was measured."""
+    tuned = [row for row in rows if row.model == model and is_float(row)]
+    best = min(tuned, key=lambda row: row.mean("tune", "ppl"), default=None)
+    more = f"; fine-tuned in float: {best.mean(text, 'ppl'):.2f}" if best else ""
+    return f"float: {floats[model][text]['ppl']:.2f}{more}"
+
+
+def is_float(row: Row) -> bool:
+    """Whether nothing is rounded: such a row belongs to no grid."""
+    return row.runs[0]["job"]["method"] == "float"
+
+
 def grid_name(grid: tuple[int, int, bool]) -> str:
     bits, group, symmetric = grid
     return f"{bits} bits, {'per channel' if group < 0 else f'groups of {group}'}{'' if symmetric else ', asymmetric'}"
@@ -133,14 +146,15 @@ def all_rows(files: list[str], text: str = "report") -> str:
     """
     rows, floats = read(files)
     lines: list[str] = []
-    order = sorted({(row.model, row.grid) for row in rows}, key=lambda key: (key[0], order_of(key[1])))
+    order = sorted({(r.model, r.grid) for r in rows if not is_float(r)}, key=lambda key: (key[0], order_of(key[1])))
     for model, grid in order:
-        here = [row for row in rows if (row.model, row.grid) == (model, grid)]
+        here = [row for row in rows if (row.model, row.grid) == (model, grid) and not is_float(row)]
         here.sort(key=lambda row: -row.mean(text, "ppl"))
         if model in floats:
-            figures = floats[model]
-            lines.append(f"\n{model}, {grid_name(grid)} (float: {figures[text]['ppl']:.2f}, "
-                         f"WikiText-2 {figures['wikitext2']['ppl']:.2f})\n")  # fmt: skip
+            wikitext2 = floats[model]["wikitext2"]["ppl"]
+            lines.append(
+                f"\n{model}, {grid_name(grid)} ({caption(model, rows, floats, text)}, WikiText-2 {wikitext2:.2f})\n"
+            )
         lines += [
             "| | perplexity | recovered | KL | same token | WikiText-2 | HellaSwag | seeds |",
             "|---|" + "---|" * 7,
@@ -178,28 +192,34 @@ def order_of(grid: tuple[int, int, bool]) -> tuple[int, bool, int, bool]:
 def best_rows(files: list[str], text: str = "report", name: str = "") -> str:
     """Markdown: a table a model, methods by grids, perplexity and what was recovered; the best of a grid is bold.
 
+    Grids at which nothing was just rounded are left out.
+
     Args:
         name: what the model's begins with.
     """
     rows, floats = read(files)
     lines: list[str] = []
     for model in sorted((model for model in floats if model.startswith(name)), reverse=True):
-        best = best_of([row for row in rows if row.model == model])
-        grids = sorted({grid for found in best.values() for grid in found}, key=order_of)
-        lines += [
-            f"\n| {model} (float: {floats[model][text]['ppl']:.2f}) | " + " | ".join(map(grid_name, grids)) + " |",
-            "|---|" + "---:|" * len(grids),
-        ]
+        best = best_of([row for row in rows if row.model == model and not is_float(row)])
         shares = {
-            method: {grid: recovered(row, rows, floats, text) for grid, row in found.items()}
+            method: {
+                grid: share
+                for grid, row in found.items()
+                if not math.isnan(share := recovered(row, rows, floats, text))
+            }
             for method, found in best.items()
         }
+        grids = sorted({grid for share in shares.values() for grid in share}, key=order_of)
+        lines += [
+            f"\n| {model} ({caption(model, rows, floats, text)}) | " + " | ".join(map(grid_name, grids)) + " |",
+            "|---|" + "---:|" * len(grids),
+        ]
         top = {grid: max(share.get(grid, -math.inf) for share in shares.values()) for grid in grids}
-        for method in sorted(best, key=lambda method: statistics.fmean(shares[method].values())):
+        for method in sorted(filter(shares.get, best), key=lambda method: statistics.fmean(shares[method].values())):
             cells = []
             for grid in grids:
-                row, share = best[method].get(grid), shares[method].get(grid, math.nan)
-                cell = "" if row is None else f"{row.mean(text, 'ppl'):.2f} ({100 * share:.0f} %)"
+                share = shares[method].get(grid)
+                cell = "" if share is None else f"{best[method][grid].mean(text, 'ppl'):.2f} ({100 * share:.0f} %)"
                 cells.append(f"**{cell}**" if share == top[grid] else cell)
             lines.append(f"| {method} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines).strip() + "\n"
@@ -277,8 +297,12 @@ def plot(args: argparse.Namespace) -> None:
     models = sorted({row.model for row in rows if row.model in floats}, reverse=True)
     shares: dict[str, dict[str, dict[tuple[int, int, bool], float]]] = {
         model: {
-            name: {grid: 100 * recovered(row, rows, floats, args.text) for grid, row in found.items()}
-            for name, found in best_of([row for row in rows if row.model == model]).items()
+            name: {
+                grid: 100 * share
+                for grid, row in found.items()
+                if not math.isnan(share := recovered(row, rows, floats, args.text))
+            }
+            for name, found in best_of([row for row in rows if row.model == model and not is_float(row)]).items()
             if name != _METHODS["round"]  # 0 by definition
         }
         for model in models
@@ -289,7 +313,8 @@ def plot(args: argparse.Namespace) -> None:
     means: dict[str, list[float]] = defaultdict(list)
     for found in shares.values():
         for name, values in found.items():
-            means[name] += values.values()
+            if values:
+                means[name] += values.values()
     names = sorted(means, key=lambda name: statistics.fmean(means[name]))
     figure, axes = pyplot.subplots(
         1, len(models), figsize=(11, 4), squeeze=False, layout="constrained", sharey=True,

@@ -133,11 +133,9 @@ def figures() -> dict[str, Any]:
         (found,) = [one for one in runs if all((one.get(key) or False) == value for key, value in wanted.items())]
         return found
 
-    plain = {"size": "7B", "layers": False, "lean": False, "bf16_adapters": False, "from_cpu": False, "graph": False}
-    plain |= {"autocast": False, "compile": False}
     peak = {
-        name: run("gpu.json", method=method, **plain)["steps"]["4x1024"]["peak_gib"]
-        for name, method in (("lora", "LoRA bf16"), ("int4", "LR-QAT int4, groups of 128"))
+        name: run("sft.json", method=method, memory=False)["steps"]["4x1024"]["peak_gib"]
+        for name, method in (("lora", "LoRA"), ("int4", "LR-QAT int4, groups of 128"))
     }
     experts = {
         name: run("moe.json", method=method, rank=8)["steps"]["4x1024"]["peak_gib"]
@@ -150,8 +148,8 @@ def figures() -> dict[str, Any]:
         "agree": {name: f"{100 * row(name, 4).mean('report', 'agree'):.1f} %" for name in ("LR-QAT", "LR-QAT, KL")},
         "peak": peak,
         "experts": experts,
-        "sr": run("quality.json", method="lowbit", bits=8)["perplexity"],
-        "full": run("quality.json", method="full")["perplexity"],
+        "sr": best["low-bit SR"][8, -1, True].mean("report", "ppl"),
+        "full": best["full fine-tuning in float"][4, 64, True].mean("report", "ppl"),
     }
 
 
