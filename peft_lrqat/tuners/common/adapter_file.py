@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ...modules.experts import ExpertStack
 from ...modules.packed import QuantizedLinear
 from .fingerprint import check_checksum, in_order, of_tensor, version_of
+from .frozen import FrozenWeight
 from .layer import MergingLayer
 
 #: How a PeftModel's files name the model.
@@ -53,7 +54,7 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
         if isinstance(module, BaseTunerLayer):
             layer: Any = module  # LoraLayer has these; its base class does not declare them
             in_features, out_features = layer.in_features, layer.out_features
-        elif isinstance(module, QuantizedLinear | ExpertStack):
+        elif isinstance(module, QuantizedLinear | ExpertStack | FrozenWeight):
             in_features, out_features = module.in_features, module.out_features // getattr(module, "experts", 1)
         else:
             out_features, in_features = module.weight.shape

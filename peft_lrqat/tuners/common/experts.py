@@ -87,6 +87,12 @@ def release_experts(model: nn.Module, adopted: dict[str, Adopted], targets: dict
     return left
 
 
+def restore_experts(model: nn.Module, adopted: dict[str, Adopted]) -> None:
+    """Put back all experts as they were."""
+    for name, (before, _) in adopted.items():
+        _put(model, name, before)
+
+
 def check_without_experts(model: nn.Module, config: Any, method: str) -> None:
     """Raise ValueError if `config` means experts, for methods that quantize a model before it is adapted.
 

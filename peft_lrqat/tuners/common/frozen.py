@@ -261,11 +261,11 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """The same base, over the same tensors, without what users have hung on the module."""
         shape = (self.out_features, self.in_features)
         ours = (self.grid, self.downcast, self.scale_dtype, self.compute_dtype, self.ranges, self.transposed)
-        again = FrozenWeight(shape, *ours)
+        again = type(self)(shape, *ours)
         again._hold(self.base.data, self.scale0_bits.data, None, self.bias)
         again.register_parameter("zero_point", self.zero_point)
         again.source_checksum, again.lossless = self.source_checksum, self.lossless
-        again._device = self._device
+        again._device, again.experts = self._device, self.experts
         if self.offloaded:
             again.offload()
         return again

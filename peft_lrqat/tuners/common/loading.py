@@ -5,6 +5,9 @@ chooses the layers while the model is on the meta device, by the rules of `get_p
 `FrozenWeight` as soon as its weight has been read, cast and moved as any weight is. `get_peft_model` takes these layers
 as they are. So all numbers are those of a model that is loaded in float and converted.
 
+Of a mixture transformers first gathers a projection of all experts of a layer, which is then quantized as one weight.
+When a layer has all its projections, `modules.experts.Experts` takes the place of transformers' module.
+
 Some layers are left for `get_peft_model` to convert or to refuse: what the checkpoint does not have as it stands in the
 model (no such weight, another shape, a bias missing, values that are not finite), what is in another dtype than the
 rest of the model, or spread over processes; and embeddings.
@@ -28,6 +31,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ...modules.architecture import expert_parts
+from ...modules.experts import Experts, ExpertStack, projections
 from .fingerprint import float_checksum
 from .frozen import FrozenWeight
 from .parallel import check_announced
@@ -69,6 +74,8 @@ class LoadingQuantizer(HfQuantizer):
         self._config = quantization_config.config
         self._tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[self._config.peft_type]
         self._waiting: set[str] = set()  # names of the modules whose weight has yet to be read
+        self._experts: dict[str, ExpertStack] = {}  # likewise of projections of experts, which have no module yet
+        self._read: dict[str, dict[str, FrozenWeight]] = {}  # experts -> projection -> layer, as far as they were read
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ValueError for ways of loading after which nothing could be trained.
@@ -91,30 +98,34 @@ class LoadingQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes a weight, by which transformers makes a device map out of "auto"."""
         if self.param_needs_quantization(model, param_name):
-            return self._config.bytes_per_weight
+            return 0 if self._config.offload_base else self._config.bytes_per_weight
         return param.element_size()
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is the weight of a layer that is to be quantized, and was not read yet."""
         module, _, part = param_name.rpartition(".")
-        return part == "weight" and module in self._waiting
+        return param_name in self._experts or (part == "weight" and module in self._waiting)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:
         targets = self._tuner.find_targets_to_load(model, self._config)
-        self._waiting = {
-            name
+        layers = {
+            name: module
             for name, module in targets.items()
             # another dtype is not what transformers casts to before it asks for an operation
             if not isinstance(module, nn.Embedding) and (dtype is None or module.weight.dtype == dtype)
         }
+        self._experts = {name: module for name, module in layers.items() if isinstance(module, ExpertStack)}
+        self._waiting = layers.keys() - self._experts.keys()
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # a saved config.json, Trainer and PEFT shall see what the model is: one that can be trained and saved
         self.remove_quantization_config(model)
+        for path in list(self._read):  # a projection was left as it is, for `get_peft_model` to convert or to refuse
+            self._make_experts(model, path)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
@@ -140,6 +151,8 @@ class LoadingQuantizer(HfQuantizer):
         Returns:
             Whether that was done; if not, the layer is to get the weight as it is.
         """
+        if name in self._experts:
+            return self._quantize_experts(model, name, weight)
         path = name.rpartition(".")[0]
         layer: Any = model.get_submodule(path)
         self._waiting.discard(path)
@@ -161,6 +174,36 @@ class LoadingQuantizer(HfQuantizer):
         setattr(model.get_submodule(parent), child, frozen)
         layer.weight = None
         return True
+
+    def _quantize_experts(self, model: nn.Module, name: str, weight: torch.Tensor) -> bool:
+        """`quantize`, of a projection of experts, (experts, out, in). The last one of a layer makes it a module."""
+        expected = self._experts.pop(name)
+        path, _, projection = name.rpartition(".")
+        if type(weight) is not torch.Tensor or weight.shape != expected.stacked.shape:
+            return False
+        stack = ExpertStack(weight)
+        checksum = float_checksum(stack.weight.detach())
+        if checksum is None:
+            return False
+        frozen = self._tuner.frozen_experts.of(stack, self._config, source_checksum=checksum)
+        frozen.loading, frozen._is_hf_initialized = True, True
+        self._read.setdefault(path, {})[projection] = frozen
+        if len(self._read[path]) == len(projections(model.get_submodule(path))):
+            # not before: transformers asks the module for its parameters while others are read
+            self._make_experts(model, path)
+        return True
+
+    def _make_experts(self, model: nn.Module, path: str) -> None:
+        """Put layers in the place of experts whose projections have been read."""
+        module: Any = model.get_submodule(path)
+        parts = expert_parts(model, path)
+        assert parts is not None  # or it had not been chosen
+        experts = Experts(module, parts)
+        for projection, layer in self._read.pop(path).items():
+            layer.training = module.training
+            experts._modules[projection] = layer
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, experts)
 
 
 class _Quantize(ConversionOps):

@@ -19,7 +19,7 @@ from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
-from .experts import adopt_experts, release_experts, settle_experts
+from .experts import adopt_experts, release_experts, restore_experts, settle_experts
 from .extras import adopt_labels, check_extras, check_reference, head_of, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
 from .frozen import FrozenWeight, packed_state_dict
@@ -65,12 +65,14 @@ class QuantizingModel(LoraModel):
     Attributes:
         config_cls: the configuration that the tuner takes.
         shared_options: its fields in which all adapters of a model must agree, because they share a converted base.
+        frozen_experts: the base of a projection of experts; None: experts stay float.
         trains_integers: whether the trained parameters are integers, which fewer ways of sharding suit.
         runs: what Trainers have done to the model, in order.
     """
 
     config_cls: Any
     shared_options: tuple[str, ...]
+    frozen_experts: type[FrozenWeight] | None = None
     trains_integers = False
     runs: list[Run]
     peft_config: dict[str, Any]  # PEFT's annotation, PeftConfig, does not know our fields
@@ -232,15 +234,24 @@ class QuantizingModel(LoraModel):
     def find_targets_to_load(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
         """Name -> module of what `get_peft_model` will convert in a model whose weights are about to be loaded.
 
+        A projection of experts is an ExpertStack, which is not in the model.
+
         Raises:
             ValueError: they cannot be quantized as `config` says.
         """
         finder, config = cls.__new__(cls), copy.deepcopy(config)
         nn.Module.__init__(finder)
-        finder._name_modules(model, config)
-        targets = finder._targets(model, config, None)
-        check_layers(model, targets, config, loading=True)
-        finder._check_targets(targets, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # `get_peft_model` says it again
+            experts = adopt_experts(model, config)
+        try:
+            release_experts(model, experts, finder._targets(model, config, None))
+            finder._name_modules(model, config)
+            targets = finder._targets(model, config, None)
+            check_layers(model, targets, config, loading=True)
+            finder._check_targets(targets, config)
+        finally:
+            restore_experts(model, experts)
         rounding_for(model, config)
         return targets
 

@@ -95,6 +95,15 @@ class FrozenExperts(FrozenWeight):
         """The experts at step 0."""
         return self.weights(experts, dtype)
 
+    def kept(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """None: without an adapter it keeps no weights."""
+        return None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not prefix.endswith("base_layer.") and prefix + "weight" in destination:  # as transformers calls it
+            destination[prefix[:-1]] = destination.pop(prefix + "weight").view(self.experts, -1, self.in_features)
+
 
 class LRQATExpertLinear(LRQATLinear):
     """One projection of all experts, whose weights are rounded with the adapters inside."""
@@ -159,7 +168,7 @@ class LRQATExpertLinear(LRQATLinear):
     def kept(self, dtype: torch.dtype) -> torch.Tensor | None:
         """W^ of all experts, where the layer keeps it: while the model generates."""
         if self.merged and not self.disable_adapters:
-            return self.base_layer.kept(dtype)  # type: ignore[operator]  # a QuantizedStack
+            return self.base_layer.kept(dtype)  # a QuantizedStack
         weight = None if self.merged else self._kept_weight(dtype, self._adapters_used())
         return None if weight is None else weight.view(self.experts, -1, self.frozen.in_features)
 

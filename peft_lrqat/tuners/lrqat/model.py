@@ -15,7 +15,7 @@ from ..common.model import QuantizingModel
 from ..common.quantized_base import is_fixed_point
 from .config import BY_CHANNEL, LRQATConfig
 from .embedding import LRQATEmbedding
-from .experts import LRQATExpertLinear
+from .experts import FrozenExperts, LRQATExpertLinear
 from .layer import LRQATLayer, LRQATLinear
 from .quantized_base import adopt_base
 
@@ -38,6 +38,7 @@ class LRQATModel(QuantizingModel):
 
     tuner_layer_cls = LRQATLayer
     config_cls = LRQATConfig
+    frozen_experts = FrozenExperts
     shared_options = (
         "bits",
         "group_size",
@@ -94,7 +95,7 @@ class LRQATModel(QuantizingModel):
         for unused in ("device_map", "parameter_name", "tied_adapter", "get_apply_tensor_subclass"):
             kwargs.pop(unused, None)
         kind: type[LRQATLinear] = LRQATEmbedding if isinstance(target, nn.Embedding) else LRQATLinear
-        if isinstance(target, ExpertStack | QuantizedStack):
+        if isinstance(target, ExpertStack | QuantizedStack | FrozenExperts):
             kind = LRQATExpertLinear
         if is_fixed_point(self.model, target, lora_config):
             kwargs["fixed_point"] = True

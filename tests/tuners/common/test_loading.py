@@ -21,6 +21,7 @@ from peft_lrqat.tuners.common import loading, parallel
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests import lowbit_sr, lrqat
 from tests.architectures import ARCHITECTURES
+from tests.mixtures import mixture
 from tests.models import logits, tiny, tokens, train
 from tests.trainer import arguments, losses
 
@@ -334,6 +335,68 @@ def test_other_architectures(kind: Any, architecture: Any, method: ModuleType, t
     converted, adopted = adapt(floats, config), adapt(loaded, config)
     same(converted, adopted)
     same_base(converted, adopted)
+
+
+class TestExperts:
+    """Experts of mixtures, of which transformers gathers a projection before it is quantized."""
+
+    CONFIG = LRQATConfig(r=2, group_size=8, range_method="minmax", task_type="CAUSAL_LM")
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("mixture")
+        mixture(torch.bfloat16).save_pretrained(folder)
+        return folder
+
+    def test_they_are_those_of_a_model_that_was_converted(self, folder: Path, tmp_path: Path):
+        loaded = load(folder, self.CONFIG)
+        assert sum(".experts." in name for name in prepared(loaded)) == 4
+        assert not any(tensor.is_meta for tensor in loaded.parameters())
+        rounded = adapt(load(folder), self.CONFIG).unload()
+        assert torch.equal(logits(loaded, IDS), logits(rounded, IDS))
+        assert torch.equal(loaded.generate(IDS, max_new_tokens=3), rounded.generate(IDS, max_new_tokens=3))
+        loaded.save_pretrained(tmp_path / "rounded")
+        assert torch.equal(logits(load(tmp_path / "rounded"), IDS), logits(rounded, IDS))
+        converted, adopted = adapt(load(folder), self.CONFIG), adapt(loaded, self.CONFIG)
+        same(converted, adopted)
+        same_base(converted, adopted)
+        assert train(converted, IDS, steps=2) == train(adopted, IDS, steps=2)
+        adopted.save_pretrained(tmp_path / "adapter")
+        config = PeftConfig.from_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(load(folder, config), tmp_path / "adapter")
+        assert torch.equal(logits(again, IDS), logits(converted, IDS))
+        same(converted.merge_and_unload(), adopted.merge_and_unload())
+        assert torch.equal(logits(again.unload(), IDS), logits(rounded, IDS))
+
+    def test_one_projection_is_float_at_a_time(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        seen = []
+        quantize = loading.LoadingQuantizer.quantize
+
+        def watched(self: Any, model: Any, name: str, weight: torch.Tensor) -> bool:
+            done = quantize(self, model, name, weight)
+            seen.append([n for n, p in model.named_parameters() if p.ndim == 3 and not p.is_meta])
+            return done
+
+        monkeypatch.setattr(loading.LoadingQuantizer, "quantize", watched)
+        load(folder, self.CONFIG)
+        assert len(seen) == 12
+        assert not any(seen)
+
+    def test_what_cannot_be_quantized_is_refused_afterwards(self, folder: Path, tmp_path: Path):
+        broken = load(folder)
+        broken.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = torch.nan
+        broken.save_pretrained(tmp_path)
+        loaded = load(tmp_path, self.CONFIG)
+        assert sum(".experts." in name for name in prepared(loaded)) == 3
+        with pytest.raises(ValueError, match=r"'model.layers.1.mlp.experts.down_proj'.*NaN"):
+            adapt(loaded, self.CONFIG)
+
+    def test_experts_that_are_left_out_stay_float(self, folder: Path):
+        config = copy.deepcopy(self.CONFIG)
+        config.exclude_modules = ["experts"]
+        loaded = load(folder, config)
+        assert not any("experts" in name for name in prepared(loaded))
+        same(adapt(load(folder), config), adapt(loaded, config))
 
 
 def test_a_new_head_stays_float(method: ModuleType, base_folder: Path) -> None:
