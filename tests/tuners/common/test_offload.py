@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from peft_lrqat import LowBitSRConfig, LRQATConfig
 from peft_lrqat.checkpoint.export import export
 from peft_lrqat.ops import staging
+from peft_lrqat.tuners.common import offload
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
@@ -284,19 +285,16 @@ def test_fsdp2_is_refused_when_training_starts(alone: None, made: dict):
         model.train()
 
 
-@pytest.mark.parametrize("version", ["1", "2"])
-def test_fsdp_is_refused_when_it_is_announced(version: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", version)
-    with pytest.raises(ValueError, match="FSDP1 flattens" if version == "1" else "FSDP shards the base"):
+@pytest.mark.parametrize(
+    ("announced", "who"), [("announced_fsdp", "FSDP shards"), ("announced_zero", "DeepSpeed sends")]
+)
+def test_what_takes_the_base_away_is_refused_when_it_is_announced(
+    announced: str, who: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(offload, announced, lambda: 2)
+    with pytest.raises(ValueError, match=rf"`offload_base=True` keeps .*{who}"):
         MODELS["linear layers"](offload_base=True)
-
-
-def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    with pytest.raises(ValueError, match="DeepSpeed sends every parameter"):
-        MODELS["linear layers"](offload_base=True)
+    MODELS["linear layers"]()
 
 
 def test_low_bit_sr_has_no_base_to_offload():
