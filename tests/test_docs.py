@@ -34,7 +34,7 @@ PAGES = {
     "docs/guides/export.md": ["model", "tokenizer"],
     "docs/guides/from-quantized.md": ["texts", "tokenizer"],
     "docs/guides/gguf.md": ["model", "tokenizer"],
-    "docs/guides/low-bit-sr.md": ["dataset"],
+    "docs/guides/low-bit-sr.md": ["dataset", "texts", "tokenizer"],
     "docs/guides/monitoring.md": ["dataset"],
     "docs/guides/recipes.md": ["dataset", "preferences"],
     "docs/guides/serving.md": ["model", "tokenizer"],

@@ -18,7 +18,6 @@ class DroppedBase(nn.Module):
 
     bias: nn.Parameter | None
     experts = 1
-    offloaded = False  # there is nothing to offload
 
     @skip_init_on_device  # PEFT's low_cpu_mem_usage puts new parameters on the meta device; the bias is the model's own
     def __init__(self, frozen: FrozenWeight) -> None:
