@@ -240,6 +240,7 @@ class Setting(NamedTuple):
 
 def setting_of(job: dict[str, Any]) -> Setting:
     words = [f"`{key}` A{value or 16}" for key, value in (job.get("act_bits_pattern") or {}).items()]
+    words += [f"groups of {job['act_group_size']}"] if job.get("act_group_size") else []
     words += [f"vLLM's {part}" for part, key in (("A", "act_rule"), ("KV", "kv_rule")) if job.get(key) == "vllm"]
     words += ["fixed scales"] if job.get("act_scale") == "static" else []
     return Setting(job["bits"], job.get("act_bits") or 16, job.get("kv_bits") or 16, tuple(words))

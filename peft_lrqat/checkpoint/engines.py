@@ -15,6 +15,8 @@ from ..formats.compressed_tensors import multiplies_int8
 from ..formats.source import LayerInfo
 from ..ops.kv_cache import CacheRounding
 
+# With AVX2 it loads them and fails with the first request.
+_AVX512 = "where the CPU has AVX-512"
 _VLLM_STEPS = "its largest activation has 127 steps, not the 127.5 of training (`act_rule='vllm'` trains 127)"
 
 
@@ -172,7 +174,7 @@ def _with_float_inputs(infos: list[LayerInfo], file_group: int) -> list[Engine]:
         why = f"groups of {file_group}; an even number is needed"
     others = [bits for bits in widths if bits not in (4, 8)]
     gpu = f"{others[0]}-bit weights need an optional kernel package, or container_bits=4" if others else ""
-    return [Engine("vLLM on a CPU", not why, why), Engine("vLLM on a GPU", not gpu, gpu, run=False)]
+    return [Engine("vLLM on a CPU", not why, why or _AVX512), Engine("vLLM on a GPU", not gpu, gpu, run=False)]
 
 
 def _with_rounded_inputs(rounded: list[LayerInfo]) -> list[Engine]:
@@ -195,7 +197,7 @@ def _gptq(bits: int, file_group: int) -> list[Engine]:
     return [
         Engine("gptqmodel", True),
         Engine("transformers + optimum + gptqmodel", True),
-        Engine("vLLM on a CPU", not cpu, cpu),
+        Engine("vLLM on a CPU", not cpu, cpu or _AVX512),
         Engine("vLLM on a GPU", not gpu, gpu, run=False),
         Engine(
             "onnxruntime-genai, by its model builder",
