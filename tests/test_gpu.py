@@ -45,7 +45,8 @@ def check_merged(model, ids, folder):
     there = loaded.state_dict()
     opened = any("zero_point" in name for name in merged.state_dict())  # by transformers, while it loads
     for name, value in merged.state_dict().items():
-        assert opened or torch.equal(there[name], value.cpu()), name
+        if not opened and ".experts." not in name:  # experts are opened too, and stacked
+            assert torch.equal(there[name], value.cpu()), name
     assert torch.equal(logits(loaded, ids.cpu()), logits(merged.cpu(), ids.cpu()))
 
 
