@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -33,8 +34,8 @@ _RELEASED_ERROR = (
     "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
     "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
     "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
-    "LowBitAdamW; a weight that is used inside two checkpointed segments needs `use_reentrant=False`. Or use "
-    "`fused_backward=False`."
+    "LowBitAdamW, where accelerate does not tell it; a weight that is used inside two checkpointed segments needs "
+    "`use_reentrant=False`. Or use `fused_backward=False`."
 )
 
 
@@ -110,8 +111,9 @@ class LowBitAdamW(Optimizer):
         lr_unit (str): "weight": weight units, as everywhere. "grid": grid steps, so that coarse and fine grids change
             as many codes in a step; scales do not grow then (`grow_scales`).
         fused_backward (bool): update a low-bit weight when its gradient arrives in backward, and free the gradient.
-        gradient_accumulation_steps (int): with `fused_backward`: after how many backward passes to update, 1 or more.
-            Until the last of them the gradients are kept.
+        gradient_accumulation_steps (int | None): with `fused_backward`: after how many backward passes to update, 1 or
+            more. Until the last of them the gradients are kept. None: when accelerate says that gradients are complete,
+            as Trainer has it say; without accelerate, after each pass.
         compile (bool): `torch.compile` the update where Triton's kernel for it does not run.
 
     Raises:
@@ -149,7 +151,7 @@ class LowBitAdamW(Optimizer):
         error_feedback: bool | None = None,
         lr_unit: str = "weight",
         fused_backward: bool = False,
-        gradient_accumulation_steps: int = 1,
+        gradient_accumulation_steps: int | None = None,
         compile: bool = False,
     ) -> None:
         if isinstance(lr, (int, float)) and lr < 0:
@@ -160,9 +162,13 @@ class LowBitAdamW(Optimizer):
             raise ValueError(f"`state` is {state!r}; allowed are {STATES}.")
         if lr_unit not in LR_UNITS:
             raise ValueError(f"`lr_unit` is {lr_unit!r}; allowed are {LR_UNITS}.")
-        if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
-            raise ValueError(f"`gradient_accumulation_steps` is {gradient_accumulation_steps!r}; it must be 1 or more.")
-        if gradient_accumulation_steps > 1 and not fused_backward:
+        if gradient_accumulation_steps is not None and (
+            not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1
+        ):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {gradient_accumulation_steps!r}; it must be 1 or more, or None."
+            )
+        if (gradient_accumulation_steps or 1) > 1 and not fused_backward:
             raise ValueError(
                 f"`gradient_accumulation_steps` is {gradient_accumulation_steps}, which matters with "
                 "`fused_backward=True` only: otherwise call step() as often as you like."
@@ -227,7 +233,10 @@ class LowBitAdamW(Optimizer):
         """A gradient is complete: update its weight and free it."""
         _refuse_data_parallel()
         self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
-        if self._arrived[parameter] < self.gradient_accumulation_steps:
+        if self.gradient_accumulation_steps is None:
+            if not _gradients_are_complete():
+                return
+        elif self._arrived[parameter] < self.gradient_accumulation_steps:
             return
         grad: Any = parameter.grad
         parameter.grad = None
@@ -360,6 +369,11 @@ def _last_positive(lr: Rate, last_lr: Rate | None) -> Rate | None:
             else torch.where(lr > 0, lr, torch.as_tensor(last_lr, dtype=lr.dtype, device=lr.device))
         )
     return lr if lr > 0 else last_lr
+
+
+def _gradients_are_complete() -> bool:
+    """What accelerate says of the backward pass that runs: whether it is the last before a step."""
+    return GradientState._shared_state.get("sync_gradients", True)
 
 
 def _refuse_data_parallel() -> None:

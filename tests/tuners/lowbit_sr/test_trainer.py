@@ -55,7 +55,7 @@ def test_a_learning_rate_of_zero_changes_nothing_under_the_trainer(tmp_path: Pat
 
 
 OURS = (LowBitAdamW, {"lr": 1e-2, "error_feedback": True})
-FUSED = (LowBitAdamW, {"lr": 1e-2, "fused_backward": True, "gradient_accumulation_steps": 2})
+FUSED = (LowBitAdamW, {"lr": 1e-2, "fused_backward": True})  # which hears of accumulation by itself
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,24 @@ def test_a_checkpoint_resumes_bit_for_bit(tmp_path: Path, optimizer, options: di
     assert losses(resumed)[-3:] == losses(whole)[-3:]
     shifts = [(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)]
     assert all(torch.equal(p, q) for p, q in shifts)
+
+
+def test_updates_in_backward_hear_of_accumulation(tmp_path: Path):
+    def trained(fused: bool) -> dict[str, torch.Tensor]:
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 3}
+        torch.manual_seed(0)
+        trainer = Trainer(
+            low_bit(tiny(num_hidden_layers=1), **CONFIG),
+            arguments(tmp_path, **options),
+            train_dataset=ids_dataset(),
+            optimizer_cls_and_kwargs=(LowBitAdamW, {"lr": 1e-2, "fused_backward": fused}),
+        )
+        trainer.train()
+        assert all(int(p.stream[1]) == 3 for p in trainer.model.parameters() if isinstance(p, LowBitTensor))
+        return codes(trainer.model)
+
+    fused, ordinary = trained(True), trained(False)
+    assert all(torch.equal(fused[name], ordinary[name]) for name in ordinary)
 
 
 def test_clipping_of_released_gradients_is_refused_by_name(tmp_path: Path):
