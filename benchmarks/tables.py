@@ -19,6 +19,21 @@ is bold), and the rows: what the first column says, and which run it is. Just on
 which replace those on all rows; a name alone wants a field that is false, null or not there. What is not there leaves
 its cell empty.
 
+Where the results are no list of runs, or a cell is one run's and the next cell another's, each column says the file and
+the place in it, and how the number is printed:
+
+    <!-- figures
+    | grid | before | now |
+    |---|---:|---:|
+    | conversion_before: range_ns/{} as .0f | conversion: range_ns/{} as .0f |
+    4 bits, groups of 32 = 4 bits, symmetric, groups of 32, signed
+    -->
+
+`{}` is what a row says behind its first column (`{1}`: what it says behind a semicolon). A place `runs/[bits=4 lean]`
+is the one run of a list that meets the conditions. A number may be multiplied (`as * 1000 .0f`), or compared with another
+(`as % of FILE: PLACE`), and the smallest of a column, or the largest, is bold (`min`, `max`). What is not there leaves
+its cell empty. A row that begins with a bar stands as it is, because no file holds it.
+
 What accuracy.py measured has tables of its own, of accuracy_*.json: `<!-- accuracy: all -->` has every row, and
 `<!-- accuracy: best SmolLM2 -->` the best of each method, for models whose name begins so (none: for all).
 `<!-- accuracy: activations X.json -->` has one file's rows by how they round activations and the KV cache.
@@ -38,6 +53,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 _ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best|activations)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_FIGURES = re.compile(r"(<!-- figures\n(.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -99,6 +115,69 @@ def table(spec: str) -> str:
     return "\n".join([head, line, *lines]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
+def figure(place: str) -> Any:
+    """What stands at `FILE: PLACE`; None: nothing.
+
+    Raises:
+        ValueError: several runs, or none, meet the conditions in a place.
+    """
+    file, _, path = place.partition(":")
+    data = json.loads((ROOT / "benchmarks" / "results" / f"{file.strip()}.json").read_text(encoding="utf-8"))
+    for part in path.strip().split("/"):
+        if part.startswith("["):
+            found = [run for run in data if meets(run, conditions(part.strip("[]")))]
+            if len(found) != 1:
+                raise ValueError(f"{len(found)} runs of {file}.json meet the conditions of {part}; it must be one.")
+            data = found[0]
+        else:
+            data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def figures(spec: str) -> str:
+    """The table that a comment describes whose columns have places of their own.
+
+    Raises:
+        ValueError: as `figure`, or a row has no figure.
+    """
+    head, line, columns, *rows = (part.strip() for part in spec.strip().splitlines())
+    made = [row for row in rows if not row.startswith("|")]
+    keys = [[word.strip() for word in row.partition(" = ")[2].split(";")] for row in made]
+    filled = [_column(column.strip(), keys) for column in columns.strip("|").split("|")]
+    texts = {}
+    for row, *found in zip(made, *filled, strict=True):
+        if not any(found):
+            raise ValueError(f"The row {row!r} has no figure.")
+        texts[row] = f"| {row.partition(' = ')[0]} | {' | '.join(found)} |"
+    lines = [texts.get(row, row) for row in rows]
+    return "\n".join([head, line, *lines]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+def _column(column: str, keys: list[list[str]]) -> list[str]:
+    """The cells of a column of `figures`, for rows of these keys."""
+    place, _, form = column.partition(" as ")
+    bold = form.rpartition(" ")[2] if form.endswith((" min", " max")) else ""
+    form = form.removesuffix(f" {bold}") if bold else form
+    values = [figure(_filled(place, words)) for words in keys]
+    if form.startswith("% of "):
+        others = [figure(_filled(form.removeprefix("% of "), words)) for words in keys]
+        pairs = zip(values, others, strict=True)
+        values = [None if value in (None, other) else 100 * (value / other - 1) for value, other in pairs]
+        form = "+.1f"
+        texts = ["" if value is None else f"{value:{form}} %" for value in values]
+    else:
+        times, _, form = form.rpartition(" ")
+        factor = float(times.removeprefix("*")) if times else 1
+        numbers = [value * factor if times and value is not None else value for value in values]
+        texts = ["" if value is None else format(value, form) for value in numbers]
+    best = {"min": min, "max": max}[bold](value for value in values if value is not None) if bold else None
+    return [f"**{text}**" if bold and value == best else text for text, value in zip(texts, values, strict=True)]
+
+
+def _filled(place: str, words: list[str]) -> str:
+    return place.replace("{}", words[0]).replace("{1}", words[1] if len(words) > 1 else "")
+
+
 def accuracy(spec: str) -> str:
     """The tables that a comment about accuracy.py's results describes."""
     from accuracy_report import activation_rows, all_rows, best_rows
@@ -113,6 +192,7 @@ def accuracy(spec: str) -> str:
 def made(text: str) -> str:
     """A page with its tables made anew."""
     text = _TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+    text = _FIGURES.sub(lambda found: found[1] + figures(found[2]) + found[3], text)
     return _ACCURACY.sub(lambda found: found[1] + accuracy(found[2]) + found[3], text)
 
 

@@ -252,6 +252,34 @@ LoRA = method="LoRA bf16"
 """
 
 
+_FIGURES = """
+<!-- figures
+| | ms | to a | loss |
+|---|---:|---:|---:|
+| one: by/{}/s as * 1000 .0f min | one: by/{}/s as % of one: by/a/s | two: runs/[name={} {1}]/loss as .2f |
+**a** = a; lean
+b = b; lean=false
+| by hand | 1 | | |
+-->
+<!-- end -->
+"""
+
+
+def test_a_table_is_made_of_the_places_that_its_columns_name(tables, tmp_path: Path, monkeypatch):
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    (results / "one.json").write_text(json.dumps({"by": {"a": {"s": 0.2}, "b": {"s": 0.3}}}))
+    runs = [{"name": "a", "lean": True, "loss": 1.234}, {"name": "b", "loss": 5}, {"name": "b", "lean": True}]
+    (results / "two.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    made = tables.made(_FIGURES)
+    rows = ["| **a** | **200** | | 1.23 |", "| b | 300 | +50.0 % | 5.00 |", "| by hand | 1 | | |"]
+    assert "\n".join(["-->", "| | ms | to a | loss |", "|---|---:|---:|---:|", *rows, "<!-- end -->"]) in made
+    assert tables.made(made) == made
+    with pytest.raises(ValueError, match=r"0 runs of two\.json meet the conditions of \[name=c lean\]"):
+        tables.made(_FIGURES.replace("name={} {1}", "name=c"))
+
+
 def test_a_table_is_made_of_the_runs_that_its_rows_name(tables, tmp_path: Path, monkeypatch):
     runs = [
         {"method": "LoRA bf16", "size": "7B", "lean": False, "commit": "abc", "steps": {"seconds": 0.688}},
