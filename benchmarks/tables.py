@@ -30,9 +30,9 @@ the place in it, and how the number is printed:
     -->
 
 `{}` is what a row says behind its first column (`{1}`: what it says behind a semicolon). A place `runs/[bits=4 lean]`
-is the one run of a list that meets the conditions. A number may be multiplied (`as * 1000 .0f`), or compared with another
-(`as % of FILE: PLACE`), and the smallest of a column, or the largest, is bold (`min`, `max`). What is not there leaves
-its cell empty. A row that begins with a bar stands as it is, because no file holds it.
+is the one run of a list that meets the conditions. A number may be multiplied (`as * 1000 .0f`), or compared with one
+(`as % of FILE: PLACE`). `min` or `max` behind makes the smallest or the largest of a column bold. What is not there
+leaves its cell empty. A row that begins with a bar stands as it is, because no file holds it.
 
 What accuracy.py measured has tables of its own, of accuracy_*.json: `<!-- accuracy: all -->` has every row, and
 `<!-- accuracy: best SmolLM2 -->` the best of each method, for models whose name begins so (none: for all).

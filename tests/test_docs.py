@@ -257,8 +257,8 @@ _FIGURES = """
 | | ms | to a | loss |
 |---|---:|---:|---:|
 | one: by/{}/s as * 1000 .0f min | one: by/{}/s as % of one: by/a/s | two: runs/[name={} {1}]/loss as .2f |
-**a** = a; lean
-b = b; lean=false
+**a** = a; lean=true
+b = b; lean
 | by hand | 1 | | |
 -->
 <!-- end -->
@@ -276,7 +276,7 @@ def test_a_table_is_made_of_the_places_that_its_columns_name(tables, tmp_path: P
     rows = ["| **a** | **200** | | 1.23 |", "| b | 300 | +50.0 % | 5.00 |", "| by hand | 1 | | |"]
     assert "\n".join(["-->", "| | ms | to a | loss |", "|---|---:|---:|---:|", *rows, "<!-- end -->"]) in made
     assert tables.made(made) == made
-    with pytest.raises(ValueError, match=r"0 runs of two\.json meet the conditions of \[name=c lean\]"):
+    with pytest.raises(ValueError, match=r"0 runs of two\.json meet the conditions of \[name=c\]"):
         tables.made(_FIGURES.replace("name={} {1}", "name=c"))
 
 
