@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from .installing import how_to_install
@@ -22,6 +23,8 @@ from .tuners.common.trainers import log_before_trackers, resumed_from
 
 logger = logging.get_logger(__name__)
 
+#: All logs of a training with so few are looked at: each is a point of the curves.
+_FEW_LOGS = 50
 #: What a checkpoint keeps of the samples: about four bytes for each weight that is looked at.
 _FILE = "quantization_monitor.safetensors"
 
@@ -124,8 +127,8 @@ class _Watched:
 class QuantizationCallback(TrainerCallback):
     """Tell what training does to the integers of a quantized model: a callback for any Trainer, and for both methods.
 
-    At every log that has a loss, a few rows of every layer are compared with those at the start of this training and at
-    the last log. The Trainer's log, and so its trackers, gets
+    At every log that has a loss (in a long training, at some of them: `time_share`), a few rows of every layer are
+    compared with those at the start of this training and at the last log. The Trainer's log, and so its trackers, gets
 
         qat_changed         share of the integers that are not what they were at the start
         qat_changed_last    share that has changed since the last log
@@ -140,8 +143,8 @@ class QuantizationCallback(TrainerCallback):
 
     Args:
         rows (int): how many rows of each layer, evenly spaced; 1 or more.
-        time_share (float | None): above 0 up to 1. A log is left out if looking would take more than this share of the
-            time since the last look. None: no log is left out.
+        time_share (float | None): above 0 up to 1. In a training with more than 50 logs, one is left out if looking
+            would take more than this share of the time since the last look. None: no log is left out.
         plot (bool): whether to write the picture.
 
     Raises:
@@ -156,7 +159,7 @@ class QuantizationCallback(TrainerCallback):
         ...     SFTConfig("adapter", learning_rate=1e-3, max_steps=10, logging_steps=1),
         ...     train_dataset=dataset,
         ...     peft_config=LRQATConfig(task_type="CAUSAL_LM"),
-        ...     callbacks=[QuantizationCallback(time_share=None)],
+        ...     callbacks=[QuantizationCallback()],
         ... )
         >>> trainer.train()
         >>> "qat_changed" in trainer.state.log_history[0]
@@ -172,6 +175,7 @@ class QuantizationCallback(TrainerCallback):
         self._watched: dict[str, _Watched] = {}
         self._curves: dict[int, Shares] = {}
         self._took = self._since = 0.0
+        self._short = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationCallback:
         return self
@@ -184,6 +188,7 @@ class QuantizationCallback(TrainerCallback):
                 "LowBitSRConfig, or leave the callback out."
             )
         self._curves, self._took, self._since = {}, 0.0, time.perf_counter()
+        self._short = _logs(args, state) <= _FEW_LOGS
         if state.global_step:
             self._resume(state)
         log_before_trackers(self)
@@ -259,7 +264,7 @@ class QuantizationCallback(TrainerCallback):
             _plot({**self._curves, state.global_step: total}, divergence, Path(args.output_dir) / "quantization.png")
 
     def _too_soon(self) -> bool:
-        if self.time_share is None:
+        if self.time_share is None or self._short:
             return False
         soon = self._took > self.time_share * (time.perf_counter() - self._since)
         if torch.distributed.is_available() and torch.distributed.is_initialized():  # all look, or none
@@ -268,6 +273,13 @@ class QuantizationCallback(TrainerCallback):
             torch.distributed.all_reduce(votes)
             soon = votes.item() > 0
         return soon
+
+
+def _logs(args: Any, state: Any) -> float:
+    """About how many logs a training will have."""
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return math.ceil(args.num_train_epochs)
+    return state.max_steps / max(state.logging_steps or args.logging_steps, 1)
 
 
 def _mean(looked: list[torch.Tensor]) -> Shares:

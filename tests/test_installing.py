@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_lrqat import __version__
+from peft_lrqat import __version__, installing
 from peft_lrqat.installing import EXTRAS, how_to_install
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,15 @@ def test_what_to_type():
     assert how_to_install("gguf").startswith('`pip install ".[gguf]"` in a checkout of peft-lrqat')
     assert '(`pip install "peft-lrqat[gguf]"` from an index)' in how_to_install("gguf")
     assert how_to_install("optimum", "gptqmodel") == "`pip install optimum gptqmodel`"
+
+
+def test_cards_name_the_index_when_the_package_is_there(monkeypatch):
+    assert "pip" not in installing.where_from()
+    assert installing.named() == f"peft-lrqat {__version__}"
+    monkeypatch.setattr(installing, "ON_INDEX", True)
+    assert installing.where_from() == "pip install peft-lrqat"
+    assert "https://pypi.org/project/peft-lrqat/" in installing.named()
+    assert how_to_install("gguf").startswith('`pip install "peft-lrqat[gguf]"` (')
 
 
 @pytest.mark.parametrize("package", EXTRAS)

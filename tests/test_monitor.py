@@ -126,8 +126,11 @@ def test_a_checkpoint_without_samples_is_said(tmp_path, caplog):
     assert all(name in run.state.log_history[1] for name in NAMES)
 
 
-def test_looking_takes_its_share_of_the_time(tmp_path, monkeypatch):
-    """A clock on which a step takes 1 s and a look 0.025 s: every third log is looked at, with a share of 1 %."""
+@pytest.mark.parametrize(("few", "looked"), [(8, [1, 4, 7]), (9, list(range(1, 10)))])
+def test_looking_takes_its_share_of_the_time(few, looked, tmp_path, monkeypatch):
+    """On a clock where a step takes 1 s and a look 0.025 s, every third log is looked at, with a share of 1 %; or every
+    log of a training with few."""
+    monkeypatch.setattr(monitor, "_FEW_LOGS", few)
     clock = [0.0]
 
     class Steps(TrainerCallback):
@@ -142,7 +145,7 @@ def test_looking_takes_its_share_of_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(monitor, "_Watched", Slow)
     logged = trained(adapted(tiny()), tmp_path, Steps(), QuantizationCallback(plot=False), steps=9)
-    assert [entry["step"] for entry in logged if "qat_changed" in entry] == [1, 4, 7]
+    assert [entry["step"] for entry in logged if "qat_changed" in entry] == looked
 
 
 def test_only_some_rows_are_computed(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from .._version import __version__
 from ..files import write_atomically
+from ..installing import where_from
 from .card import base_name, table
 
 #: PEFT's and transformers' word for a task, and the end of the Auto class that loads a model for it.
@@ -165,7 +166,7 @@ def _loading(facts: AdapterFacts, inside: str | None, repo: str | None) -> str:
     base, where = f'"{base_name(facts.base)[0]}"', f'"{repo or "path/or/repo"}"'
     kind, options = _CLASSES.get(facts.task or "", ""), "" if facts.dtype is None else f', dtype="{facts.dtype}"'
     options += "" if facts.classes is None else f", num_labels={facts.classes}"
-    first = "import peft_lrqat  # pip install peft-lrqat"
+    first = f"import peft_lrqat  # {where_from()}"
     if not facts.quantized_base and not inside:
         auto = f"AutoPeftModel{kind}"
         return f"{first}\nfrom peft import {auto}\n\nmodel = {auto}.from_pretrained({where}{options})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import nn
 from ..files import write_atomically
 from ..formats.record import DATASET, Record
 from ..formats.usage import how_to_load
+from ..installing import named
 from ..modules.kv_cache import rounding_of
 from ..modules.packed import MERGED
 from .serving import Serving, serving
 
-#: The end of every card that this module writes begins so.
-_SIGNATURE = "Made with [peft-lrqat]("
+#: By the end of a card, one that this module wrote is known.
+_SIGNATURE = re.compile(r"^Made with \[?peft-lrqat\b", re.MULTILINE)
 
 
 def attach_card(model: nn.Module, text: str) -> None:
@@ -43,7 +45,7 @@ def _save_with_card(model: Any, text: str, save_directory: str | os.PathLike, *a
 
 
 def _of_somebody(card: Path) -> bool:
-    return card.exists() and _SIGNATURE not in card.read_text(encoding="utf-8", errors="replace")
+    return card.exists() and not _SIGNATURE.search(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def _upload_with_card(model: Any, text: str, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +224,7 @@ def card_text(
 
 {usage}
 
-{_SIGNATURE}https://pypi.org/project/peft-lrqat/).
+Made with {named()}.
 """
 
 
