@@ -80,8 +80,15 @@ class Schedule:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Schedule, ()
 
+    def knows(self, block: int, name: str, tensors: Stored, device: torch.device) -> bool:
+        """Whether `hold` was called with these very tensors, and by no other schedule since."""
+        known = self._blocks.get(block, {}).get(name)
+        if known is None or known.device != device or not known.holds(tensors):
+            return False
+        return _HELD.get(tensors[0].data_ptr()) is known
+
     def hold(self, block: int, name: str, tensors: Stored, device: torch.device) -> None:
-        """Take note of a layer's tensors, unless they are known.
+        """Take note of a layer's tensors.
 
         Args:
             block: where in the model it is, from 0.
@@ -89,9 +96,7 @@ class Schedule:
             device: where it computes.
         """
         known = self._blocks.get(block, {}).get(name)
-        if known is not None and known.device == device and known.holds(tensors):
-            return
-        if known is not None:
+        if known is not None and known.device != device:
             self._buffers.pop(known.device, None)
         held = _Held(self, block, tensors, device)
         self._blocks.setdefault(block, {})[name] = held

@@ -174,6 +174,20 @@ def test_a_copied_model_has_a_schedule_of_its_own(schedule: Schedule, blocks: li
     use(blocks[0])
 
 
+def test_another_schedule_takes_tensors_over(schedule: Schedule, blocks: list[Any]):
+    """As a second conversion does, which may fail."""
+    assert schedule.knows(1, "layer", blocks[1], CPU)
+    other = Schedule()
+    other.hold(0, "layer", blocks[1], CPU)
+    assert other.knows(0, "layer", blocks[1], CPU)
+    assert not schedule.knows(1, "layer", blocks[1], CPU)
+    del other
+    assert not schedule.knows(1, "layer", blocks[1], CPU)
+    schedule.hold(1, "layer", blocks[1], CPU)
+    use(blocks[1])
+    assert schedule.knows(1, "layer", blocks[1], CPU)
+
+
 def test_a_schedule_that_is_gone_leaves_nothing(blocks: list[Any]):
     gc.collect()
     before = len(staging._HELD)

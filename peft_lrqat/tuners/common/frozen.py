@@ -295,19 +295,25 @@ class FrozenWeight(nn.Module, KeepsWeight):
         self._settle()
 
     def _settle(self) -> None:
-        """Bring offloaded tensors to where they can be copied from."""
+        """Bring offloaded tensors to where they can be copied from, and take note of them."""
         for name in self.STORED:
             parameter = self._parameters[name]
             if parameter is not None and (there := in_memory(parameter.data, self.device)) is not parameter.data:
                 self._parameters[name] = PackedParameter(there)
-        self.stored()
+        self.schedule.hold(self.block, self._name, self._tensors(), self.device)
+
+    def _tensors(self) -> Stored:
+        return whole(self.base), whole(self.scale0_bits).view(torch.float32), whole(self.zero_point)
 
     def stored(self) -> Stored:
         """What operations take: base, s0 and zero point. They may be staged (`ops/staging.py`)."""
-        tensors = (whole(self.base), whole(self.scale0_bits).view(torch.float32), whole(self.zero_point))
-        if self.offloaded and not torch.compiler.is_compiling():
-            self.schedule.hold(self.block, self._name, tensors, self.device)
-        return tensors
+        tensors = self._tensors()
+        if not self.offloaded or torch.compiler.is_compiling():
+            return tensors
+        if self.schedule.knows(self.block, self._name, tensors, self.device):
+            return tensors
+        self._settle()  # of a copy of a model, or one whose tensors somebody has moved
+        return self._tensors()
 
     def here(self, tensor: Any) -> Any:
         """All of one of the layer's tensors, on its device."""

@@ -343,11 +343,12 @@ class QuantizingModel(LoraModel):
         A Trainer calls it before each step and each evaluation: what it logs is for the model cards.
 
         Raises:
-            ValueError: `mode` is True, and the model is sharded so that other integers would be trained than merged.
+            ValueError: `mode` is True, and the model is sharded so that other integers would be trained than merged; or
+                a base that is offloaded is sharded.
         """
+        check_offload_sharded(self)
         if mode:
             check_sharded(self, self.prefix)
-            check_offload_sharded(self)
         elif self.training:
             warn_of_lost_scales(self)
         remember_run(self)

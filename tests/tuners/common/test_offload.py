@@ -195,6 +195,18 @@ def test_copies_of_a_model_are_right(made: dict, fills: list[int]):
     assert len(fills) == 3  # no block twice
 
 
+def test_tensors_that_somebody_has_replaced_are_found(made: dict):
+    here, there = made["linear layers"][0], copy.deepcopy(made["linear layers"][1])
+    expected = logits(here, IDS)
+    assert torch.equal(logits(there, IDS), expected)
+    for base in bases(there):
+        base.base = type(base.base)(base.base.data.clone())
+    assert torch.equal(logits(there, IDS), expected)
+    for base in bases(there):
+        base.base = type(base.base)(torch.zeros_like(base.base))
+    assert not torch.equal(logits(there, IDS), expected)
+
+
 def test_float_weights_that_are_loaded_reach_the_layers(made: dict):
     there = copy.deepcopy(made["linear layers"][1])
     other = tiny("qwen2", num_hidden_layers=3, seed=3)
