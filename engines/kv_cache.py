@@ -5,13 +5,15 @@
 
 vLLM need not be installed: the kernels that write an int8 and an int4 cache, and the rotation before the latter, are
 taken out of the wheel by name. (On a CPU vLLM has no cache of integers, so it cannot be asked itself.) Codes and scales
-that the kernels write are turned into numbers as its attention reads them, and compared bit for bit.
+that the kernels write are turned into numbers as its attention reads them, and compared bit for bit. Writes
+benchmarks/results/kv_cache.json.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -23,6 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton
+from run import ROOT, record
 
 from peft_lrqat.ops.kv_cache import CacheRounding, round_states
 
@@ -46,6 +49,7 @@ _TRITON_HADAMARD_MIN_D, _TRITON_HADAMARD_MAX_D = 16, 128
 largest_power_of_2_divisor = lambda n: n & -n
 """
 TOKENS, HEADS, BLOCK = 7, 3, 16
+RESULTS = ROOT / "benchmarks" / "results" / "kv_cache.json"
 
 
 def kernels(wheel: Path, folder: Path) -> ModuleType:
@@ -100,9 +104,9 @@ def written(vllm: ModuleType, bits: int, states: torch.Tensor) -> torch.Tensor:
 
 def main() -> int:
     torch.manual_seed(0)
-    different = 0
+    wheel, rows = Path(sys.argv[1]), []
     with tempfile.TemporaryDirectory() as folder:
-        vllm = kernels(Path(sys.argv[1]), Path(folder))
+        vllm = kernels(wheel, Path(folder))
         for size in (64, 128, 48):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 states = (torch.randn(TOKENS, HEADS, size) * torch.tensor([0.01, 1, 300]).view(1, 3, 1)).to(dtype)
@@ -111,9 +115,13 @@ def main() -> int:
                     theirs = written(vllm, bits, states).to(dtype)
                     ours = round_states(states.transpose(0, 1)[None], CacheRounding(bits, "vllm"))[0].transpose(0, 1)
                     equal = torch.equal(theirs, ours)
-                    different += not equal
+                    rows.append({"bits": bits, "head": size, "dtype": str(dtype), "equal": equal})
                     print(f"{bits} bits, heads of {size}, {dtype}: {'equal' if equal else 'DIFFERENT'}")
-    return different
+    head = record(Path(sys.executable), {}, "python engines/kv_cache.py WHEEL")
+    kept = {key: head[key] for key in ("command", "date", "commit", "machine")}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "wheel": wheel.name}
+    RESULTS.write_text(json.dumps({**kept, "versions": versions, "rows": rows}, indent=1) + "\n")
+    return sum(not row["equal"] for row in rows)
 
 
 if __name__ == "__main__":
