@@ -38,4 +38,4 @@ def step_codes(
         kernels = kernels_for(packed) if packed.is_contiguous() and scale.is_contiguous() else None
         implementation = kernels or reference_step
         implementation.low_bit_update(packed, scale, stream, grad, operands, lr, state["step"], rule)
-    stream[1] += 1
+    stream[1].add_(1)  # `+= 1` would be copied to where it is

@@ -287,7 +287,7 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
     """
     for name, dim in (("exp_avg_sq_rows", 1), ("exp_avg_sq_columns", 0)):
         norm = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32)
-        state[name].mul_(beta2).add_(norm.square_().div_(grad.shape[dim]).add_(1e-30), alpha=1 - beta2)
+        state[name].mul_(beta2).add_((1 - beta2) * 1e-30).addcmul_(norm, norm, value=(1 - beta2) / grad.shape[dim])
     return state["exp_avg_sq_rows"].mean()
 
 

@@ -76,7 +76,7 @@ def grow(weight: Any) -> None:
 def _versions_of_a_step() -> int:
     stream = torch.zeros(2, dtype=torch.int64)
     before = stream._version
-    stream[1] += 1
+    stream[1].add_(1)
     return stream._version - before
 
 
@@ -103,7 +103,7 @@ def widen(weight: Any) -> None:
         kept = torch.where(rows_of(grows, rows).unsqueeze(-1), halved, grouped(codes, weight.scale))
         weight.packed[rows] = pack(kept.reshape_as(codes).to(torch.int8), grid.code_bits)
     weight.scale.copy_(torch.where(grows, 2 * weight.scale, weight.scale))
-    weight.stream[1] += 1
+    weight.stream[1].add_(1)
 
 
 # -- saying it

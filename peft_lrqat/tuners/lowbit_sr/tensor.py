@@ -150,7 +150,7 @@ class LowBitTensor(torch.Tensor):
             rounded = round_stochastically(codes, move, u, self.grid)
             self.packed[rows] = pack(rounded.to(torch.int8), self.grid.code_bits)
             poison(scale, move)
-        self.stream[1] += 1
+        self.stream[1].add_(1)
 
     @torch.no_grad()
     def _copy(self, source: torch.Tensor) -> None:

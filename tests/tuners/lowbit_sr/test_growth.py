@@ -167,7 +167,7 @@ def test_a_stream_that_others_write_is_read_again():
     scale = weight.scale.clone()
     growth.grow(weight)
     assert torch.equal(weight.scale, scale)
-    weight.stream[1] += 1  # a step
+    weight.stream[1].add_(1)  # a step
     growth.grow(weight)
     assert weight.known_count[0] == growth.EVERY + 1
     assert not torch.equal(weight.scale, scale)
