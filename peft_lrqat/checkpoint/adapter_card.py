@@ -19,7 +19,7 @@ from huggingface_hub import CardData, ModelCard, ModelCardData
 from .._version import __version__
 from ..files import write_atomically
 from ..installing import where_from
-from .card import base_name, table
+from .card import PIPELINES, base_name, table
 
 #: PEFT's and transformers' word for a task, and the end of the Auto class that loads a model for it.
 _CLASSES = {
@@ -30,8 +30,6 @@ _CLASSES = {
     "QUESTION_ANS": "ForQuestionAnswering",
     "FEATURE_EXTRACTION": "ForFeatureExtraction",
 }
-_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
-              "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction"}  # fmt: skip
 
 _BLOCK = re.compile(r"<!-- peft-lrqat: (\S+) -->\n.*?<!-- end of \1 -->\n*", re.DOTALL)
 _VERSIONS = "### Framework versions"
@@ -130,8 +128,8 @@ def _complete(data: CardData, facts: AdapterFacts, base: str | None) -> None:
     data["library_name"] = "peft"
     for key, value in {"base_model": base, "base_model_relation": base and "adapter"}.items():
         data[key] = value  # None is not written; the Hub refuses what is no repository, such as a folder
-    if facts.task in _PIPELINES and not data.get("pipeline_tag"):
-        data["pipeline_tag"] = _PIPELINES[facts.task]
+    if (task := PIPELINES.get(_CLASSES.get(facts.task or "", ""))) and not data.get("pipeline_tag"):
+        data["pipeline_tag"] = task
     if facts.datasets and not data.get("datasets"):
         data["datasets"] = list(facts.datasets)
     if data.get("licence") == "license":  # TRL's template

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..files import write_atomically
-from ..formats.record import DATASET, Record
+from ..formats.record import DATASET, ROWS, Record
 from ..formats.usage import how_to_load
 from ..installing import named
 from ..modules.kv_cache import rounding_of
@@ -23,6 +23,16 @@ from .serving import Serving, serving
 
 #: By the end of a card, one that this module wrote is known.
 _SIGNATURE = re.compile(r"^Made with \[?peft-lrqat\b", re.MULTILINE)
+
+
+#: The end of a class's name -> the Hub's word for what it does.
+PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForFeatureExtraction": "feature-extraction",
+}
 
 
 def attach_card(model: nn.Module, text: str) -> None:
@@ -93,7 +103,7 @@ def merged_card(
         recipe=record.recipe,
         usage=usage(_how_to_load(model, described), served, in_vllm=causal),
         trainings=record.trainings,
-        pipeline="text-generation" if causal else None,
+        pipeline=next((task for end, task in PIPELINES.items() if type(model).__name__.endswith(end)), None),
     )
 
 
@@ -125,13 +135,13 @@ def training_rows(trainings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str
     """What a card says of trainings: rows of its table (name -> Markdown), and repositories of data sets on the Hub.
 
     Args:
-        trainings: the name of a row -> Markdown; "dataset" is no row, but such a repository.
+        trainings: as `Record` has them.
     """
     rows = {
         f"{name} {number}" if len(trainings) > 1 else name: said
         for number, training in enumerate(trainings, 1)
-        for name, said in training.items()
-        if name != DATASET
+        for name in ROWS
+        if (said := training.get(name))
     }
     return rows, list(dict.fromkeys(training[DATASET] for training in trainings if training.get(DATASET)))
 

@@ -15,6 +15,8 @@ from ..ops.kv_cache import CacheRounding
 
 #: The key in config.json.
 KEY = "peft_lrqat"
+#: What is said of a training, in the order of a model card's rows. JSON files of PEFT and transformers sort them.
+ROWS = ("training", "evaluation", "integers")
 #: The entry of a training that is no row of a model card, but a repository of the Hub.
 DATASET = "dataset"
 
@@ -32,7 +34,7 @@ class Record:
             LR-QAT starts (`preprocess_blockwise`). None: they are plain codes.
         cache: how keys and values are rounded, None: they are not.
         base: what the base model is called: a repository of the Hub, or the last part of a path. None if unknown.
-        trainings: what Trainers have done, in order: the name of a row of the model card -> Markdown, and `DATASET`.
+        trainings: what Trainers have done, in order: each of `ROWS` that is known -> Markdown, and `DATASET`.
     """
 
     grid: Grid

@@ -67,5 +67,6 @@ def test_a_classifier_is_loaded_by_its_own_class(tmp_path: Path):
     found: dict = {}
     exec(snippet.replace("path/or/repo", str(tmp_path)), found)
     assert isinstance(found["model"], LlamaForSequenceClassification)
+    assert "pipeline_tag: text-classification" in card
     assert "compressed-tensors>=0.18" in snippet
     assert "vllm" not in card

@@ -214,6 +214,8 @@ def test_what_was_trained_is_said_of_all_that_is_made_of_it_later(tmp_path):
     export(tmp_path / "adapter", tmp_path / "exported")
     export(tmp_path / "merged", tmp_path / "again")
     for made in ("merged", "exported", "again"):
+        text = (tmp_path / made / "README.md").read_text()
+        assert text.index("| training |") < text.index("| evaluation |")
         assert {name: row(tmp_path / made, name) for name in said} == said
         assert row(tmp_path / made, "base model") == "base"
 
