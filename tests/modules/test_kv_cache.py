@@ -142,6 +142,15 @@ def test_the_implementation_of_attention_does_not_matter(llama: nn.Module):
     torch.testing.assert_close(logits(model, IDS), expected)
 
 
+@pytest.mark.parametrize("rule", ["vllm", "transformers"])
+def test_compiled_it_is_one_graph_and_the_same(rule: str):
+    model = rounding(tiny(num_hidden_layers=1), rule=rule)
+    layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 5, 32)
+    given = {"position_embeddings": model.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(hidden, **given)[0], layer(hidden, **given)[0])
+
+
 def test_gradients_are_the_same_with_checkpoints(llama: nn.Module):
     found = []
     for checkpoints in (False, True):
