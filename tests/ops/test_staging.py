@@ -114,6 +114,14 @@ def test_the_next_block_is_copied_while_one_is_used(blocks: list[Any], schedule:
         assert [block for _, block, _ in copies.log] == [0, 1, 2]
 
 
+def test_within_a_backward_it_is_the_block_before(blocks: list[Any], schedule: Schedule, copies: Watched):
+    def backward() -> None:
+        with staged(*blocks[3]):
+            assert [block for _, block, _ in copies.log] == [3, 2]
+
+    in_backward(backward)
+
+
 def test_a_copy_waits_for_those_who_read_the_buffer(blocks: list[Any], schedule: Schedule, copies: Watched):
     for tensors in blocks[:2]:
         use(tensors)
