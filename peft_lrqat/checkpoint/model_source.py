@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -308,10 +309,13 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
             options = {} if classes is None else {"num_labels": classes}
             model = _on_its_base(loader, folder, config.base_dtype, trust_remote_code=trusted, **options)
     except OSError as error:
+        what = "Load"
+        if not os.path.isabs(place) and not os.path.exists(place):
+            what = f"If it is a folder, do this where the adapter was trained: {os.getcwd()!r} has none. Or load"
         raise ValueError(
-            f"The base model {config.base_model_name_or_path!r} of the adapter in {str(folder)!r} cannot be loaded "
-            f"({str(error).splitlines()[0]}). Load it yourself, put the adapter on it with PeftModel.from_pretrained, "
-            "and export that model."
+            f"The base model {place!r} of the adapter in {str(folder)!r} cannot be loaded "
+            f"({str(error).splitlines()[0]}). {what} it yourself, put the adapter on it with "
+            "PeftModel.from_pretrained, and export that model."
         ) from error
     return model, _tokenizer_place(folder, config)
 

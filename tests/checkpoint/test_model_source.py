@@ -57,5 +57,9 @@ def test_adapters_without_their_base(tmp_path):
     model = trained("ternary")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="base model"):
+    with pytest.raises(ValueError, match=r"The base model '.*gone' .* cannot be loaded \(.*\)\. Load it yourself"):
+        open_source(tmp_path / "adapter")
+    model.peft_config["default"].base_model_name_or_path = "gone"  # from where it was trained
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="If it is a folder, do this where the adapter was trained"):
         open_source(tmp_path / "adapter")

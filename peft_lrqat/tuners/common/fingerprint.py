@@ -126,10 +126,13 @@ def _holds_integers(module: Any) -> bool:
     return isinstance(module, QuantizedLinear) if frozen is None else frozen.quantized_before
 
 
-def dtype_of(targets: dict[str, nn.Module]) -> str:
-    """The dtype of most of the targeted modules; architectures keep some in fp32, whatever the others are in."""
+def dtype_of(targets: dict[str, nn.Module]) -> str | None:
+    """The dtype of most of the targeted modules; architectures keep some in fp32, whatever the others are in.
+
+    None without modules, which PEFT refuses later.
+    """
     found = Counter(_dtype(module) for module in targets.values())
-    return str(found.most_common(1)[0][0]).removeprefix("torch.")
+    return str(found.most_common(1)[0][0]).removeprefix("torch.") if found else None
 
 
 def _dtype(module: Any) -> torch.dtype:

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from peft_lrqat.tuners.common.fingerprint import (
     as_tensor,
     check_fingerprint,
+    dtype_of,
     float_checksum,
     in_order,
     of_tensor,
     position_weighted_sum,
 )
-from tests.models import logits, tiny, tokens
+from tests.models import adapted, logits, tiny, tokens
 
 IDS = tokens()
 
@@ -65,6 +66,15 @@ def test_fingerprints_of_two_versions_are_not_compared_but_those_of_integers_and
         check_fingerprint("v2:0000000000000001", "int:0000000000000002")
     with pytest.raises(ValueError, match="its float weights had the fingerprint"):
         check_fingerprint("v2:0000000000000001", "v2:0000000000000002")
+
+
+def test_the_dtype_of_a_base_is_that_of_most_of_its_layers():
+    dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.bfloat16}
+    layers: dict[str, torch.nn.Module] = {name: torch.nn.Linear(2, 2, dtype=dtype) for name, dtype in dtypes.items()}
+    assert dtype_of(layers) == "bfloat16"
+    assert dtype_of({}) is None  # PEFT says so
+    with pytest.raises(ValueError, match="Target modules"):
+        adapted(tiny(), target_modules=["nothing"])
 
 
 @pytest.mark.parametrize("keeps_base", [True, False])
