@@ -50,16 +50,20 @@ def check_merged(model, ids, folder):
     assert torch.equal(logits(loaded, ids.cpu()), logits(merged.cpu(), ids.cpu()))
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_gpu_rounds_keys_and_values_as_a_cpu_does(dtype):
-    states = torch.randn(2, 5, 3, 48).transpose(1, 2).to(dtype)
-    for rounding in (
-        CacheRounding(8, "transformers", 48),
-        CacheRounding(4, "transformers", 16),
-        CacheRounding(8, "vllm"),
-        CacheRounding(4, "vllm"),
-    ):
-        assert torch.equal(round_states(states.cuda(), rounding).cpu(), round_states(states, rounding)), rounding
+def test_a_gpu_rounds_keys_and_values_as_a_cpu_does(dtype, kernels):
+    for tokens, size in ((5, 48), (33, 80), (64, 128), (7, 256), (2, 512)):
+        states = torch.randn(2, tokens, 3, size).transpose(1, 2).to(dtype)
+        for rounding in (
+            CacheRounding(8, "transformers", size),
+            CacheRounding(4, "transformers", 16),
+            CacheRounding(8, "vllm"),
+            CacheRounding(4, "vllm"),
+        ):
+            with use_kernels(kernels):
+                found = round_states(states.cuda(), rounding)
+            assert torch.equal(found.cpu(), round_states(states, rounding)), (size, rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -7,6 +7,7 @@ its registration with `torch.library` (schema, fake implementation, autograd), a
     experts.py                      reference_experts.py; kernels/experts.py
     embedding.py                    the file itself; no kernel
     activations.py                  reference_inputs.py; kernels/inputs.py (static_inputs.py: no kernel)
+    kv_cache.py                     reference_cache.py; kernels/cache.py
     low_bit_step.py                 reference_step.py; kernels/low_bit_step.py
 
 A reference and its kernel have one name, one signature and one result (`kernels/__init__.py` lists the pairs, a test

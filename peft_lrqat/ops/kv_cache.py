@@ -14,13 +14,14 @@ there is: what is read from the cache was rounded once. Engines differ; each rul
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import reference_cache
 from .activations import Activations, round_activations
+from .dispatch import kernels_for, on_device_of
 
 #: The rules, by the engine that rounds so.
 CACHE_RULES = ("transformers", "vllm")
@@ -95,9 +96,11 @@ def round_states(states: Tensor, rounding: CacheRounding) -> Tensor:
 
 
 def _rounded(states: Tensor, bits: int) -> Tensor:
-    if not states.numel():
-        return states.clone()
-    return _int8(states) if bits == 8 else _int4(states)
+    kernels = kernels_for(states) if states.dtype != torch.float64 else None
+    if kernels is None:
+        return reference_cache.rounded_states(states, bits)
+    with on_device_of(states):
+        return kernels.rounded_states(states, bits)
 
 
 @torch.library.custom_op("peft_lrqat::round_states", mutates_args=())
@@ -123,53 +126,3 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy, None
-
-
-def _half_away(x: Tensor) -> Tensor:
-    """Round to whole numbers as the kernels do: add a half to the magnitude, and cut."""
-    return torch.where(x >= 0, x + 0.5, x - 0.5).trunc()
-
-
-def _int8(states: Tensor) -> Tensor:
-    # `_reshape_cache_per_token_head`
-    x = states.float()
-    scale = (x.abs().amax(dim=-1, keepdim=True) / 127.0).clamp(min=1e-6)
-    return (_half_away(x * (1.0 / scale)).clamp(-128, 127) * scale).to(states.dtype)
-
-
-def _int4(states: Tensor) -> Tensor:
-    # `reshape_and_cache_int4`; the zero point takes the last four bits of the scale's mantissa
-    block = states.shape[-1] & -states.shape[-1]
-    signs = _signs(block, states.device)
-    x = _hadamard(states.float().unflatten(-1, (-1, block)) * signs).flatten(-2).to(states.dtype).float()
-    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-    scale = ((high - low) / 15.0).clamp(min=1e-6)
-    zero = _half_away(-low / scale).clamp(0, 15)
-    levels = _half_away(x * (1.0 / scale) + zero).clamp(0, 15)
-    stored = (scale.view(torch.int32) & -16).view(torch.float32)
-    back = _hadamard(((levels - zero) * stored).unflatten(-1, (-1, block))) * signs / block
-    return back.flatten(-2).to(states.dtype)
-
-
-def _hadamard(x: Tensor) -> Tensor:
-    """Multiply each row by Sylvester's matrix, whose size is a power of two: (..., size), not normalized.
-
-    By sums and differences: a product of matrices would add up in another order for another number of rows, and in
-    fewer bits under autocast.
-    """
-    x, size, half = x.contiguous(), x.shape[-1], 1
-    while half < size:
-        pairs = x.unflatten(-1, (-1, 2, half))
-        sums = torch.empty_like(pairs)
-        torch.add(pairs[..., 0, :], pairs[..., 1, :], out=sums[..., 0, :])
-        torch.sub(pairs[..., 0, :], pairs[..., 1, :], out=sums[..., 1, :])
-        x, half = sums.flatten(-3), 2 * half
-    return x
-
-
-@lru_cache(maxsize=16)
-def _signs(size: int, device: torch.device) -> Tensor:
-    """Return the signs of vLLM's rotation, fp32 (size,): drawn with its own seed."""
-    with torch.device("cpu"):  # whatever torch.set_default_device says
-        generator = torch.Generator().manual_seed(0x9E3779B9)
-        return (2.0 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1.0).to(device)

@@ -1,8 +1,6 @@
-"""Keys and values rounded as an engine rounds them: compressed-tensors' own code, and vLLM's, written anew."""
+"""Keys and values rounded as an engine rounds them: compressed-tensors' own code, and what all rules share."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from torch import nn
 
-from peft_lrqat.ops.kv_cache import CacheRounding, _signs, describe_cache, round_states
+from peft_lrqat.ops.kv_cache import CacheRounding, describe_cache, round_states
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDINGS = [
@@ -37,49 +35,6 @@ def test_transformers_rounds_so(bits: int, group_size: int, dtype: torch.dtype):
     arguments = QuantizationArgs(num_bits=bits, group_size=group_size, **scheme)
     expected = forward_quantize(module, x, "k", arguments)
     assert torch.equal(round_states(x, CacheRounding(bits, "transformers", group_size)), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_vllm_rounds_to_8_bits_so(dtype: torch.dtype):
-    x = states(dtype)
-    rounded = round_states(x, CacheRounding(8, "vllm"))
-    for row, found in zip(x.reshape(-1, 16), rounded.reshape(-1, 16), strict=True):
-        numbers = row.float()
-        scale = torch.clamp(numbers.abs().max() / 127, min=1e-6)
-        scaled = numbers * (1 / scale)
-        codes = torch.tensor([math.trunc(v + math.copysign(0.5, v)) for v in scaled.tolist()]).clamp(-128, 127)
-        assert torch.equal(found, (codes * scale).to(dtype))
-
-
-@pytest.mark.parametrize("size", [16, 24])  # 24: three blocks of 8
-def test_vllm_rounds_to_4_bits_so(size: int):
-    """Rotated, a number is within half a step of a level; the rotation is vLLM's, with its signs."""
-    x = states(size=size).double()
-    block = size & -size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < block:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    signs = [1, -1, 1, 1, -1, -1, -1, -1, 1, -1, -1, 1, 1, -1, 1, -1]  # as printed by vLLM 0.32's `_get_rht_signs`
-
-    def rotated(values: torch.Tensor) -> torch.Tensor:
-        blocks = values.unflatten(-1, (-1, block)) * torch.tensor(signs[:block], dtype=torch.float64)
-        return (blocks @ matrix).flatten(-2)
-
-    before, after = rotated(x), rotated(round_states(x.float(), CacheRounding(4, "vllm")).double())
-    low, high = before.amin(-1, keepdim=True), before.amax(-1, keepdim=True)
-    step = ((high - low) / 15).clamp(min=1e-6)
-    # the zero point is a whole number too, so the levels lie up to half a step off; and an end may be cut
-    assert ((before - after).abs() <= 1.001 * step + 1e-5).all()
-    levels = (after / step).sub((after / step).round()).abs()
-    assert (levels < 1e-3).all()
-    assert all(len(row.round(decimals=3).unique()) <= 16 for row in (after / step).reshape(-1, size))
-
-
-def test_signs_are_those_of_the_size():
-    """Every size draws anew from vLLM's seed; without signs the rotation of a constant is one number."""
-    constant = torch.ones(1, 1, 1, 64)
-    error = (round_states(constant, CacheRounding(4, "vllm")) - constant).abs().max()
-    assert 0 < error < 1
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
@@ -110,14 +65,6 @@ def test_gradients_pass_and_compiled_it_is_the_same(rounding: CacheRounding):
 
 def test_the_operation_is_registered_well():
     torch.library.opcheck(torch.ops.peft_lrqat.round_states.default, (states().requires_grad_(), 4))
-
-
-def test_a_default_device_is_not_asked():
-    x, rounding = states(), CacheRounding(4, "vllm")
-    expected = round_states(x, rounding)
-    _signs.cache_clear()
-    with torch.device("meta"):
-        assert torch.equal(round_states(x, rounding), expected)
 
 
 def test_nothing_and_what_cannot_be():

@@ -1,7 +1,7 @@
 """Triton kernels. Each function listed here has its reference's name, arguments and results (a test compares them).
 
 References: `ops/reference.py`; of experts `ops/reference_experts.py`, of the optimizer step `ops/reference_step.py`, of
-rounded inputs `ops/reference_inputs.py`. Files:
+rounded inputs `ops/reference_inputs.py`, of a rounded cache `ops/reference_cache.py`. Files:
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point
@@ -11,9 +11,11 @@ experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
 inputs.py     inputs rounded per token or group
+cache.py      keys and values rounded by vLLM's rule
 """
 
 from .backward import keeps_output, linear_backward
+from .cache import rounded_states
 from .experts import (
     expert_linear,
     expert_linear_backward,
@@ -38,5 +40,6 @@ __all__ = [
     "low_bit_update",
     "low_bit_weight",
     "rounded_inputs",
+    "rounded_states",
     "scale_gradient",
 ]

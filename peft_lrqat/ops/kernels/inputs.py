@@ -13,28 +13,11 @@ import triton
 import triton.language as tl
 
 from ..reference_inputs import PER_TOKEN, rule_steps
-from .launch import Launch, launched
-from .tiles import INTERPRETED, bf16_bits, ceil_div, clip, load, power_of_2, round_half_even, store
+from .launch import Launch, in_order_of, launched, without_gaps
+from .tiles import as_stored, ceil_div, clip, largest_magnitude, load, power_of_2, round_half_even, store
 
 #: Elements that a program holds in registers at a time.
 _TILE = 16384
-
-
-@triton.jit
-def _as(values, pointer):
-    """Round fp32 values to the dtype that `pointer` points to; still fp32."""
-    if pointer.dtype.element_ty == tl.float32:
-        return values
-    elif INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
-        return tl.where(values == values, bf16_bits(values), values)
-    else:
-        return values.to(pointer.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def _largest(x):
-    """Find the largest magnitude of each row of fp32 (BM, BN), as the bits of it: NaN is larger than infinity."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
 
 
 @triton.jit
@@ -43,9 +26,9 @@ def _rounded(x, largest, pointer, RULE: tl.constexpr, BITS: tl.constexpr, STEPS:
     steps = tl.zeros_like(largest) + STEPS
     one = tl.zeros_like(largest) + 1.0
     if RULE == "compressed-tensors":
-        scale = _as(tl.div_rn(largest, steps), pointer)
+        scale = as_stored(tl.div_rn(largest, steps), pointer)
         scale = tl.where(scale == 0.0, EPS, scale)[:, None]
-        return clip(round_half_even(_as(tl.div_rn(x, scale + tl.zeros_like(x)), pointer)), BITS) * scale
+        return clip(round_half_even(as_stored(tl.div_rn(x, scale + tl.zeros_like(x)), pointer)), BITS) * scale
     elif RULE == "bitnet":
         inverse = tl.div_rn(one, tl.maximum(largest, 1e-5, tl.PropagateNan.ALL)) * STEPS
         return tl.div_rn(clip(round_half_even(x * inverse[:, None]), BITS), inverse[:, None] + tl.zeros_like(x))
@@ -71,13 +54,13 @@ def _kernel(
     if WIDTH <= BN:  # read once
         ok = row_ok & (i < WIDTH)
         values = load(x + at + i, ok, FULL).to(tl.float32)
-        largest = _largest(values).to(tl.float32, bitcast=True)
+        largest = largest_magnitude(values).to(tl.float32, bitcast=True)
         store(out + at + i, _rounded(values, largest, out, RULE, BITS, STEPS, EPS), ok, FULL)
     else:
         bits = tl.zeros((BM,), dtype=tl.int32)
         for first in range(0, WIDTH, BN):
             ok = row_ok & (first + i < WIDTH)
-            bits = tl.maximum(bits, _largest(load(x + at + first + i, ok, False).to(tl.float32)))
+            bits = tl.maximum(bits, largest_magnitude(load(x + at + first + i, ok, False).to(tl.float32)))
         largest = bits.to(tl.float32, bitcast=True)
         for first in range(0, WIDTH, BN):
             ok = row_ok & (first + i < WIDTH)
@@ -107,9 +90,9 @@ def _launch(rows: int, width: int, rule: str, bits: int, steps: float, dtype: to
 
 def rounded_inputs(x: torch.Tensor, rule: str, bits: int, group_size: int) -> torch.Tensor:
     """Compute what `reference_inputs.rounded_inputs` does."""
-    x = x.contiguous()
+    x, order = without_gaps(x)
     out = torch.empty_like(x)
     width = x.shape[-1] if group_size == PER_TOKEN else group_size
     if out.numel():
         _launch(x.numel() // width, width, rule, bits, rule_steps(rule, bits), x.dtype)(out, x)
-    return out
+    return in_order_of(out, order)

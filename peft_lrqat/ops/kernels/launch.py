@@ -123,6 +123,25 @@ class Kernel:
         return Launch(self.kernel, grid, scalars, {"num_warps": warps, "enable_fp_fusion": fused}, constants)
 
 
+def without_gaps(x: torch.Tensor) -> tuple[torch.Tensor, list[int] | None]:
+    """Return a tensor as kernels take it, and how its dimensions were reordered for that; None: they were not.
+
+    Rows of the last dimension stay whole. Keys and values lie in memory token by token, not head by head: to walk
+    through them in that order spares a copy. `in_order_of` makes the shape of what was computed that of x.
+    """
+    if x.is_contiguous():
+        return x, None
+    last = x.dim() - 1
+    order = [*sorted(range(last), key=lambda dim: -x.stride()[dim]), last]
+    moved = x.permute(order)
+    return (moved, order) if moved.is_contiguous() else (x.contiguous(), None)
+
+
+def in_order_of(out: torch.Tensor, order: list[int] | None) -> torch.Tensor:
+    """Undo the reordering of `without_gaps`."""
+    return out if order is None else out.permute([order.index(dim) for dim in range(len(order))])
+
+
 def launched(kernel: Any) -> Kernel:
     """Wrap a function that `triton.jit` made: a decorator."""
     return Kernel(kernel)

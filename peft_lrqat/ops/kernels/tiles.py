@@ -33,6 +33,23 @@ def bf16_bits(values):
 
 
 @triton.jit
+def as_stored(values, pointer):
+    """Round fp32 values to the dtype that `pointer` points to; still fp32."""
+    if pointer.dtype.element_ty == tl.float32:
+        return values
+    elif INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        return tl.where(values == values, bf16_bits(values), values)
+    else:
+        return values.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def largest_magnitude(x):
+    """Find the largest magnitude of each row of fp32 (BM, BN), as the bits of it: NaN is larger than infinity."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
 def store(pointer, values, ok, FULL: tl.constexpr):
     """Store fp32 values where `ok`, rounded once to what `pointer` points to."""
     if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:

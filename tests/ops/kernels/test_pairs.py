@@ -6,11 +6,20 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from peft_lrqat.ops import kernels, reference, reference_experts, reference_inputs, reference_step
+from peft_lrqat.ops import (
+    kernels,
+    reference,
+    reference_cache,
+    reference_experts,
+    reference_inputs,
+    reference_step,
+)
+
+REFERENCES = (reference, reference_cache, reference_experts, reference_inputs, reference_step)
 
 
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_a_kernel_has_its_references_signature(name):
-    module = next(m for m in (reference, reference_experts, reference_inputs, reference_step) if hasattr(m, name))
+    module = next(m for m in REFERENCES if hasattr(m, name))
     kernel, plain = (inspect.signature(getattr(m, name), eval_str=True) for m in (kernels, module))
     assert kernel == plain
