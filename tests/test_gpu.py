@@ -53,8 +53,8 @@ def check_merged(model, ids, folder):
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_gpu_rounds_keys_and_values_as_a_cpu_does(dtype, kernels):
-    for tokens, size in ((5, 48), (33, 80), (64, 128), (7, 256), (2, 512)):
-        states = torch.randn(2, tokens, 3, size).transpose(1, 2).to(dtype)
+    for length, size in ((5, 48), (33, 80), (64, 128), (7, 256), (2, 512)):
+        states = torch.randn(2, length, 3, size).transpose(1, 2).to(dtype)
         for rounding in (
             CacheRounding(8, "transformers", size),
             CacheRounding(4, "transformers", 16),
