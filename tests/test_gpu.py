@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from peft_lrqat import LowBitAdamW, kept_weights, limit_kept_weights
 from peft_lrqat.ops import staging, use_kernels
 from peft_lrqat.ops.kv_cache import CacheRounding, round_states
+from peft_lrqat.ops.static_inputs import round_static, static_scale
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.mixtures import mixture, on_experts
@@ -64,6 +65,40 @@ def test_a_gpu_rounds_keys_and_values_as_a_cpu_does(dtype, kernels):
             with use_kernels(kernels):
                 found = round_states(states.cuda(), rounding)
             assert torch.equal(found.cpu(), round_states(states, rounding)), (size, rounding)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gpu_rounds_with_a_fixed_scale_as_a_cpu_does(dtype, kernels):
+    for shape in ((3, 5, 45), (4, 64, 1024)):
+        x, dy, found = 2 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), []
+        for device in ("cuda", "cpu"):
+            given, log2 = (t.to(device).requires_grad_() for t in (x, torch.tensor([-6.03])))
+            with use_kernels(kernels and device == "cuda"):
+                y = round_static(given, static_scale(log2, "auto"), 8)
+                found.append([t.cpu() for t in (y, *torch.autograd.grad(y, [given, log2], dy.to(device)))])
+        (y, dx, dlog2), (y2, dx2, dlog22) = found
+        assert torch.equal(y, y2)
+        assert torch.equal(dx, dx2)
+        torch.testing.assert_close(dlog2, dlog22, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_fixed_scale_is_never_read_back(kernels):
+    """A training step of it makes the CPU wait for nothing."""
+    x, log2 = torch.randn(64, 128, device="cuda", requires_grad=True), torch.tensor([-5.0], device="cuda")
+    log2.requires_grad_()
+
+    def step():
+        round_static(x, static_scale(log2, "auto"), 8).sum().backward()
+
+    with use_kernels(kernels):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -6,7 +6,8 @@ its registration with `torch.library` (schema, fake implementation, autograd), a
     linear.py, low_bit.py           reference.py; kernels/weight.py, backward.py, low_bit_weight.py
     experts.py                      reference_experts.py; kernels/experts.py
     embedding.py                    the file itself; no kernel
-    activations.py                  reference_inputs.py; kernels/inputs.py (static_inputs.py: no kernel)
+    activations.py                  reference_inputs.py; kernels/inputs.py
+    static_inputs.py                reference_inputs.py; kernels/static_inputs.py
     kv_cache.py                     reference_cache.py; kernels/cache.py
     low_bit_step.py                 reference_step.py; kernels/low_bit_step.py
 

@@ -1,4 +1,4 @@
-"""How engines round a layer's input. The reference of `kernels/inputs.py`.
+"""How engines round a layer's input. The reference of `kernels/inputs.py` and `kernels/static_inputs.py`.
 
 Engines differ in how many steps the largest magnitude takes, in the dtype that they compute in and in their order of
 operations, so each rule is written as its engine writes it. What is trained is then what is served, to the last bit:
@@ -10,12 +10,16 @@ operations, so each rule is written as its engine writes it. What is trained is 
     humming              vLLM's products with packed weights, by the      127 or 7        fp32
                          package humming-kernels; its int8 products
                          on a CPU
+
+With a fixed scale there is compressed-tensors' rule alone.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..grid import snap_scale
 
 #: The rules, by whose they are. Those of a checkpoint format have its name.
 ACTIVATION_RULES = ("compressed-tensors", "bitnet", "vllm", "humming")
@@ -37,7 +41,7 @@ def rounded_inputs(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:
         rule, bits, group_size: as in `Activations`.
     """
     parts = x if group_size == PER_TOKEN else x.unflatten(-1, (-1, group_size))
-    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    low, high = _ends(bits)
     largest = parts.float().abs().amax(dim=-1, keepdim=True) if x.numel() else parts.float()
     steps = largest.new_full((), rule_steps(rule, bits))  # a tensor: torch makes products of quotients by numbers
     if rule == "compressed-tensors":  # it keeps the scale in the activations' dtype, and computes in it
@@ -54,3 +58,52 @@ def rounded_inputs(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:
         scale = (largest / steps).clamp(min=1e-30)
         rounded = (parts.float() * (1 / scale)).round().clamp(low, high) * scale
     return rounded.to(x.dtype).reshape(x.shape)
+
+
+def input_scale(log2: Tensor, scale_dtype: str) -> Tensor:
+    """Compute the fixed scale that a checkpoint stores, as `static_scale` returns it. The reference of the kernel.
+
+    In fp64: whatever device computes it, the fp32 number that is snapped is the same.
+
+    Args:
+        log2, scale_dtype: as in `static_scale`.
+    """
+    return snap_scale(log2.double().exp2().float(), scale_dtype)
+
+
+def rounded_static(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Compute what `round_static` returns. The reference of the kernel.
+
+    Args:
+        x, scale, bits: as in `round_static`.
+    """
+    step = scale.to(x.dtype)
+    return (x / step).round().clamp(*_ends(bits)) * step
+
+
+def static_gradients(
+    dy: Tensor, x: Tensor, scale: Tensor, bits: int, need_x: bool, need_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of `round_static`'s input and scale. The reference of the kernel.
+
+    Args:
+        dy: x's shape and dtype.
+        x, scale, bits: as in `round_static`.
+        need_x, need_scale: which gradients are needed.
+
+    Returns:
+        dx, in dy's dtype, and that of the scale, fp32 and of its shape; empty where one is not needed.
+    """
+    low, high = _ends(bits)
+    levels = x / scale.to(x.dtype)
+    rounded = levels.round()
+    inside = (rounded >= low) & (rounded <= high)
+    dx = dy * inside if need_x else dy.new_empty(0)
+    if not need_scale:
+        return dx, scale.new_empty(0, dtype=torch.float32)
+    slope = torch.where(inside, rounded - levels, rounded.clamp(low, high))
+    return dx, (dy.float() * slope.float()).sum().view(scale.shape)
+
+
+def _ends(bits: int) -> tuple[float, float]:
+    return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1

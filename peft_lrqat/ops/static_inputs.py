@@ -18,12 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import snap_scale
+from . import reference_inputs
+from .dispatch import kernels_for, on_device_of
+
+
+def _kernels_for(x: Tensor, scale: Tensor) -> Any:
+    """Choose what runs, as for all operations. The kernels know no fp64, and take no scale that lies elsewhere."""
+    near = scale.device == x.device and torch.float64 not in (x.dtype, scale.dtype)
+    return (kernels_for(x) if near else None) or reference_inputs
 
 
 def _scale(log2: Tensor, scale_dtype: str) -> Tensor:
-    # in fp64: whatever device computes it, the fp32 number that is snapped is the same
-    return snap_scale(log2.double().exp2().float(), scale_dtype)
+    with on_device_of(log2):
+        return _kernels_for(log2, log2).input_scale(log2, scale_dtype)
 
 
 _scale_op = torch.library.custom_op("peft_lrqat::static_scale", _scale, mutates_args=())
@@ -45,23 +52,15 @@ class _Scale(torch.autograd.Function):
 
 
 def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    step = scale.to(x.dtype)
-    return (x / step).round().clamp(*_ends(bits)) * step
+    with on_device_of(x):
+        return _kernels_for(x, scale).rounded_static(x, scale, bits)
 
 
 def _gradients(
     dy: Tensor, x: Tensor, scale: Tensor, bits: int, need_x: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the scale; empty where one is not needed."""
-    low, high = _ends(bits)
-    levels = x / scale.to(x.dtype)
-    rounded = levels.round()
-    inside = (rounded >= low) & (rounded <= high)
-    dx = dy * inside if need_x else x.new_empty(0)
-    if not need_scale:
-        return dx, scale.new_empty(0, dtype=torch.float32)
-    slope = torch.where(inside, rounded - levels, rounded.clamp(low, high))
-    return dx, (dy.float() * slope.float()).sum().view(scale.shape)
+    with on_device_of(x):
+        return _kernels_for(x, scale).static_gradients(dy, x, scale, bits, need_x, need_scale)
 
 
 @torch.library.custom_op("peft_lrqat::round_static", mutates_args=())
@@ -85,7 +84,7 @@ def _gradients_op(
 @_gradients_op.register_fake
 def _(dy, x, scale, bits, need_x, need_scale):
     return (
-        torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else dy.new_empty(0),
         scale.new_empty(scale.shape if need_scale else 0, dtype=torch.float32),
     )
 
@@ -104,10 +103,6 @@ class _Round(torch.autograd.Function):
         run = _gradients_op if torch.compiler.is_compiling() else _gradients
         dx, dscale = run(dy, x, scale, ctx.bits, need_x, need_scale)
         return dx if need_x else None, dscale if need_scale else None, None
-
-
-def _ends(bits: int) -> tuple[float, float]:
-    return -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
 
 
 def static_scale(log2: Tensor, scale_dtype: str) -> Tensor:
