@@ -208,26 +208,25 @@ class _Buffers:
             largest: tells how many bytes a block may need.
         """
         buffer = self._last if self._last.block == block else self._other
-        after = list(buffer.read.values())
         size = sum(held.size for held in layers)
+        buffer.block, buffer.tensors = None, {}  # until all is asked for: who interrupts leaves an empty buffer
         with torch.inference_mode(False):  # or it could not be written to later
             if buffer.memory is None or buffer.memory.numel() < size:
-                buffer.tensors.clear()
                 buffer.memory = None
                 buffer.memory = self.copies.memory(largest())
-                after.append(self.copies.now())
+                self.used(buffer)
             starts = itertools.accumulate((held.size for held in layers), initial=0)
             memory = buffer.memory
-            buffer.tensors = {held: held.views_of(memory, start) for held, start in zip(layers, starts, strict=False)}
+            tensors = {held: held.views_of(memory, start) for held, start in zip(layers, starts, strict=False)}
             buffer.versions = {held: versions(held.tensors) for held in layers}
             pairs = [
                 (there, here)
-                for held, views in buffer.tensors.items()
+                for held, views in tensors.items()
                 for there, here in zip(views, held.tensors, strict=True)
                 if there is not None and here is not None
             ]
-            buffer.block, buffer.read = block, {}
-            buffer.copied = self.copies.copy(pairs, after)
+            buffer.copied = self.copies.copy(pairs, list(buffer.read.values()))
+        buffer.block, buffer.tensors, buffer.read = block, tensors, {}
         return buffer
 
     def wait_for(self, buffer: _Buffer) -> None:

@@ -207,6 +207,26 @@ def test_tensors_that_somebody_has_replaced_are_found(made: dict):
     assert not torch.equal(logits(there, IDS), expected)
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_copy_that_is_interrupted_is_made_again(nth: int, made: dict, monkeypatch: pytest.MonkeyPatch):
+    here, there = map(copy.deepcopy, made["linear layers"])
+    whole, calls = staging.AtOnce.copy, []
+
+    def interrupted(self: Any, pairs: list, after: list) -> Any:
+        calls.append(len(pairs))
+        if len(calls) == nth:
+            whole(self, pairs[: len(pairs) // 2], after)
+            raise KeyboardInterrupt
+        return whole(self, pairs, after)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.AtOnce, "copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(there)
+    there.zero_grad(set_to_none=True)
+    assert same(step(there), step(here))
+
+
 def test_float_weights_that_are_loaded_reach_the_layers(made: dict):
     there = copy.deepcopy(made["linear layers"][1])
     other = tiny("qwen2", num_hidden_layers=3, seed=3)
