@@ -6,7 +6,7 @@
 Some blocks of Llama 2 7B with random weights, 4-bit LR-QAT of rank 32 on every linear layer but the head, bf16, block
 checkpointing, fused AdamW, 4 x 1024 random tokens. Steps of the ways alternate, so that a clock that changes hits all
 of them alike; medians of `--steps`, beside those with float activations and a float cache. Operations are timed alone
-as well, and the kernel is compared with its reference on the device first, number by number.
+as well, and kernels are compared with their references on the device first, number by number.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from common import LLAMA, provenance, write_json
 from gpu import adapted, optimizer_for
 
 from peft_lrqat import calibrate_activations
-from peft_lrqat.ops.dispatch import kernels_for
+from peft_lrqat.ops.dispatch import kernels_for, use_kernels
 from peft_lrqat.ops.kv_cache import CACHE_BITS, CACHE_RULES, CacheRounding, round_states
 from peft_lrqat.ops.reference_inputs import ACTIVATION_RULES, rounded_inputs
+from peft_lrqat.ops.static_inputs import round_static, static_scale
 
 FLOAT = "W4A16"
 #: Name -> LRQATConfig options.
@@ -141,13 +142,45 @@ def rounding(device: str, tokens: int, widths: list[int]) -> list[dict[str, Any]
 
 
 def caches(device: str, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Microseconds of rounding the keys (or the values) of a layer, (batch, heads, tokens, head size)."""
-    states = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    """Microseconds of rounding the keys (or the values) of a layer, (batch, heads, tokens, head size), which lie token
+    by token, with kernels and without; and whether both agree.
+    """
+    batch, heads, tokens, size = shape
+    states = torch.randn(batch, tokens, heads, size, device=device, dtype=torch.bfloat16).transpose(1, 2)
     found = []
     for rule in CACHE_RULES:
         for bits in CACHE_BITS:
-            rounding = CacheRounding(bits, rule, shape[-1] if rule == "transformers" else None)
-            found.append({"rule": rule, "bits": bits, "us": median_us(partial(round_states, states, rounding), device)})
+            run = partial(round_states, states, CacheRounding(bits, rule, size if rule == "transformers" else None))
+            with use_kernels(False):
+                expected, reference_us = run(), median_us(run, device)
+            row = {"rule": rule, "bits": bits, "equal": torch.equal(run(), expected)}
+            found.append(row | {"us": median_us(run, device), "reference_us": reference_us})
+    return found
+
+
+def fixed(device: str, tokens: int, widths: list[int]) -> list[dict[str, Any]]:
+    """Microseconds of rounding an input with a fixed scale, and of forward and backward together, the scale's own
+    included, with kernels and without; whether both agree, and by how much the scale's gradients differ.
+    """
+    found = []
+    for width in widths:
+        x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        log2, dy = torch.tensor([-5.03], device=device, requires_grad=True), torch.randn_like(x)
+
+        def forward(x: Any = x, log2: Any = log2) -> torch.Tensor:
+            return round_static(x, static_scale(log2, "auto"), 8)
+
+        def both(x: Any = x, log2: Any = log2, dy: Any = dy, forward: Any = forward) -> tuple[torch.Tensor, ...]:
+            y = forward()
+            return (y, *torch.autograd.grad(y, [x, log2], dy))
+
+        with use_kernels(False):
+            y, dx, dlog2 = both()
+            times = {"reference_us": median_us(forward, device), "reference_both_us": median_us(both, device)}
+        y2, dx2, dlog22 = both()
+        times |= {"us": median_us(forward, device), "both_us": median_us(both, device)}
+        off = float((dlog22 - dlog2).abs() / dlog2.abs())
+        found.append({"width": width, "equal": torch.equal(y, y2) and torch.equal(dx, dx2), "off": off, **times})
     return found
 
 
@@ -184,6 +217,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "rounding": rounding(device, tokens, widths),
         "caches": caches(device, (2, 2, 16, 32) if args.smoke else (4, 32, 1024, 128)),
+        "fixed": fixed(device, tokens, widths),
         "products": products(device, tokens, shapes),
         "runs": steps(args, device),
     }

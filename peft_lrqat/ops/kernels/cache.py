@@ -82,10 +82,10 @@ def _int4_kernel(
     at, ok = j.to(tl.int64)[:, None] * WIDTH + i, (j < rows)[:, None] & column_ok
     turn = tl.load(signs + i % (1 << LOG))
     x = as_stored(_hadamard(load(states + at, ok, FULL).to(tl.float32) * turn, LOG, BM, BN), out)
-    nan = tl.max((x != x).to(tl.int32), 1) > 0
-    low = tl.where(nan, float("nan"), tl.min(tl.where(column_ok, x, float("inf")), 1))
-    high = tl.where(nan, float("nan"), tl.max(tl.where(column_ok, x, float("-inf")), 1))
-    scale = _scale(high - low, 15.0)
+    low = tl.min(tl.where(column_ok, x, float("inf")), 1)
+    high = tl.max(tl.where(column_ok, x, float("-inf")), 1)
+    nan = tl.max((x != x).to(tl.int32), 1) > 0  # of which neither hears
+    scale = _scale(tl.where(nan, float("nan"), high - low), 15.0)
     zero = _cut(_half_away(tl.div_rn(-low, scale)), 0.0, 15.0)[:, None]
     inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
     levels = _cut(_half_away(x * inverse + zero), 0.0, 15.0)

@@ -66,7 +66,12 @@ def test_however_they_lie(bits: int):
 def test_it_runs_where_kernels_do(bits: int, monkeypatch: pytest.MonkeyPatch):
     x, rounding, calls = torch.randn(1, 2, 3, 8, device=DEVICE, requires_grad=True), CacheRounding(bits, "vllm"), []
     run = kernels.rounded_states
-    monkeypatch.setattr(kernels, "rounded_states", lambda *args: calls.append(args) or run(*args))
+
+    def counted(*args):
+        calls.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(kernels, "rounded_states", counted)
     with use_kernels(True):
         found = round_states(x, rounding)
         round_states(x.double(), rounding)  # none of fp64
