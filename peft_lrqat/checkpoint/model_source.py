@@ -284,7 +284,7 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
              "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering",
              "FEATURE_EXTRACTION": "FeatureExtraction"}  # fmt: skip
     loader = by_task.get(names.get(str(getattr(config.task_type, "value", config.task_type)), ""), auto.AutoPeftModel)
-    place, trusted = config.base_model_name_or_path or "", trust_remote_code
+    place, trusted, classes = config.base_model_name_or_path or "", trust_remote_code, None
     try:
         described = None
         if loader._target_class is not None:
@@ -316,6 +316,14 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
             f"The base model {place!r} of the adapter in {str(folder)!r} cannot be loaded "
             f"({str(error).splitlines()[0]}). {what} it yourself, put the adapter on it with "
             "PeftModel.from_pretrained, and export that model."
+        ) from error
+    except RuntimeError as error:
+        if config.base_head is None or "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"`base_head` in adapter_config.json of {str(folder)!r} names {classes} classes in `labels`, but the "
+            f"adapter's tensors do not fit a model with so many ({str(error).splitlines()[-1].strip()}). Name every "
+            "class of the head, or none (`base_head`: null)."
         ) from error
     return model, _tokenizer_place(folder, config)
 

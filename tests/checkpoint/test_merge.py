@@ -78,3 +78,11 @@ def test_an_adapter_finds_its_base_in_the_dtype_that_it_was_trained_in(file, use
     if served.dtype is getattr(torch, used):
         assert verify(tmp_path / "merged", trained, engine=False)
         assert torch.equal(logits(served, tokens()), logits(trained.merge_and_unload(), tokens()))
+
+
+def test_a_model_made_fp32_after_it_was_adapted_is_opened_in_fp32(tmp_path):
+    tiny(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    trained = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).float()
+    trained.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert verify(tmp_path / "merged", trained, engine=False)

@@ -374,6 +374,9 @@ class QuantizingModel(LoraModel):
         warn_of_lost_scales(model, adapter_name)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)
+        adapted = {name: model.get_submodule(name) for name in _layers_with(adapter_name, model)}
+        if dtype_of(adapted) == "float32":  # perhaps since `model.float()`; it holds the values of every base
+            config.base_dtype = "float32"
         config._saved_as = adapter_name
         note_trainings(config, runs, adapter_name)
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)

@@ -161,6 +161,17 @@ def _are_tokens(value: Any) -> bool:
     return are_indices(value)
 
 
+#: What transformers' configurations allow as `problem_type`.
+_PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
+def _is_head(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("problem_type") not in _PROBLEMS:
+        return False
+    labels = value.get("labels")  # transformers takes numbers, too, and lets names be empty
+    return isinstance(labels, list) and bool(labels) and all(isinstance(label, (str, int)) for label in labels)
+
+
 #: In `act_bits_pattern`, the same as None: floats.
 FLOAT_BITS = 16
 
@@ -195,8 +206,8 @@ SHARED: dict[str, Rule] = {
     "base_dtype": one_of(None, "float32", "bfloat16", "float16"),
     "base_head": optional(
         Rule(
-            "it must be a dictionary with the list of names `labels`",
-            lambda value: isinstance(value, dict) and _are_names(value.get("labels")) and bool(value["labels"]),
+            "it must be a dictionary with the list of names `labels`, and a `problem_type` of transformers or None",
+            _is_head,
         )
     ),
     **dict.fromkeys(("base_fingerprint", "base_checksum"), optional(TEXT)),

@@ -119,6 +119,33 @@ def test_a_classifier_is_opened_with_its_classes(family: str, task: str, packed:
     assert torch.equal(outputs(older), outputs(model))
 
 
+@pytest.mark.parametrize("labels", [["", "x", "x"], [0, 1, 2]], ids=str)
+def test_what_transformers_takes_as_names_of_classes_is_read_again(labels: list, tmp_path: Path):
+    base = make("Llama", "SEQ_CLS", 0)
+    base.config.id2label = dict(enumerate(labels))
+    get_peft_model(base, LRQATConfig(group_size=-1, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("Llama", "SEQ_CLS", 0), tmp_path)
+    assert loaded.config.id2label == dict(enumerate(labels))
+
+
+@pytest.mark.parametrize(
+    "head", [{"labels": ["a"], "problem_type": "choice"}, {"labels": [["a"]]}, {"labels": "ab"}], ids=str
+)
+def test_what_names_no_classes_is_refused(head: dict, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"`base_head` is .*list of names `labels`, and a `problem_type`"):
+        LRQATConfig(base_head=head)
+
+
+def test_classes_that_do_not_fit_the_head_are_refused(tmp_path: Path):
+    make("Llama", "SEQ_CLS", 0).model.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    get_peft_model(base, LRQATConfig(group_size=-1, task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_head": {"labels": ["a", "b"]}}))
+    with pytest.raises(ValueError, match=r"`base_head` in adapter_config\.json .* names 2 classes"):
+        load_adapter(tmp_path / "adapter")
+
+
 def test_a_model_with_another_number_of_classes_is_warned_of(tmp_path: Path):
     model = get_peft_model(make("Llama", "SEQ_CLS", 0), LRQATConfig(group_size=-1, task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
