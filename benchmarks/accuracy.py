@@ -212,8 +212,9 @@ def heal(args: argparse.Namespace) -> None:
     result, model = run_job(bench, job, Path(args.out))
     after = bench.measure(model, {**job, "hellaswag": True})
     model.save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(args.tokenizer or args.model).save_pretrained(args.out)
     write_json(Path(args.out) / "healed.json", {"before": before, "after": after, "job": result["job"], **provenance()})
+    inside = {"gguf_file": args.gguf_file} if args.gguf_file and not args.tokenizer else {}
+    AutoTokenizer.from_pretrained(args.tokenizer or args.model, **inside).save_pretrained(args.out)
     print("before", before, "\nhealed", after)
 
 
@@ -307,9 +308,9 @@ def work(args: argparse.Namespace) -> None:
     """A worker: takes the next job that nobody has, until there are none or time is up."""
     folder, starts = Path(args.folder), Path(args.starts)
     plan = json.loads((folder / "jobs.json").read_text())
-    bench = Bench(args)
-    while (number := _next(folder, starts, plan)) is not None:
-        job = plan["jobs"][number]
+    bench, longest = Bench(args), 0.0
+    while (number := _next(folder, starts, plan, longest)) is not None:
+        job, began = plan["jobs"][number], time.time()
         try:
             result, model = run_job(bench, job, starts)
             del model
@@ -320,17 +321,23 @@ def work(args: argparse.Namespace) -> None:
             print(f"FAILED {json.dumps(job)}\n{traceback.format_exc()[-1800:]}", flush=True)
             if (key := start_key(complete(job))) and not (starts / f"{key}.pt").exists():
                 (starts / f"{key}.failed").touch()
+        if complete(job)["steps"]:
+            longest = max(longest, time.time() - began)
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _next(folder: Path, starts: Path, plan: dict[str, Any]) -> int | None:
-    """Claim a job; one whose start another worker is making waits."""
-    while time.time() < plan["end"] - 20:
+def _next(folder: Path, starts: Path, plan: dict[str, Any], longest: float) -> int | None:
+    """Claim a job; one whose start another worker is making waits.
+
+    Args:
+        longest: seconds that a row with training took until now; none begins with less time left.
+    """
+    while (left := plan["end"] - time.time()) > 20:
         waiting = False
         for number, job in enumerate(plan["jobs"]):
-            if (folder / f"{number:04}.lock").exists():
+            if (folder / f"{number:04}.lock").exists() or (complete(job)["steps"] and left < longest):
                 continue
             key = start_key(complete(job))
             if key is not None and not (starts / f"{key}.pt").exists():
