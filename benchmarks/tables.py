@@ -16,8 +16,8 @@ A page says in a comment what a table holds; the table is between that comment a
 The first line has the files, the place of the list of runs in them, and the conditions on all rows; then come the head,
 what stands in the columns but the first (a dotted place in the run and how the number is printed; `min`: the smallest
 is bold), and the rows: what the first column says, and which run it is. Just one run must meet a row's conditions,
-which replace those on all rows; a name alone wants a field that is false, null or not there. What is not there leaves
-its cell empty.
+which replace those on all rows; a name alone, `=null` and `=false` want a field that is false, null or not there. What
+is not there leaves its cell empty.
 
 Where the results are no list of runs, or a cell is one run's and the next cell another's, each column says the file and
 the place in it, and how the number is printed:
@@ -29,10 +29,12 @@ the place in it, and how the number is printed:
     4 bits, groups of 32 = 4 bits, symmetric, groups of 32, signed
     -->
 
-`{}` is what a row says behind its first column (`{1}`: what it says behind a semicolon). A place `runs/[bits=4 lean]`
-is the one run of a list that meets the conditions. A number may be multiplied (`as * 1000 .0f`), or compared with one
-(`as % of FILE: PLACE`). `min` or `max` behind makes the smallest or the largest of a column bold. What is not there
-leaves its cell empty. A row that begins with a bar stands as it is, because no file holds it.
+`{}` is what a row says behind its first column (`{1}`, `{2}`: what it says behind the first and the second semicolon).
+A place `runs/[bits=4 lean]` is the one run of a list that meets the conditions, `runs/0` the first. A number may be
+multiplied (`as * 1000 .0f`), or compared with one (`as % of FILE: PLACE`). `min` or `max` behind makes the smallest or
+the largest of a column bold. What is not there leaves its cell empty; a row or a column of nothing is an error.
+
+`<!-- counted: 7B -->` has the bytes of a training step's parts, which `counted.py` counts without a run.
 
 What accuracy.py measured has tables of its own, of accuracy_*.json: `<!-- accuracy: all -->` has every row, and
 `<!-- accuracy: best SmolLM2 -->` the best of each method, for models whose name begins so (none: for all).
@@ -53,6 +55,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 _ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best|activations)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_COUNTED = re.compile(r"(<!-- counted: ([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FIGURES = re.compile(r"(<!-- figures\n(.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -76,7 +79,12 @@ def conditions(text: str) -> dict[str, Any]:
 
 
 def meets(run: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return all((at(run, key) or False) == (value or False) for key, value in wanted.items())
+    return all(_absent(at(run, key)) == _absent(value) for key, value in wanted.items())
+
+
+def _absent(value: Any) -> Any:
+    """The value, and None for what says no; 0 is a number."""
+    return None if value is False or value == "" else value
 
 
 def cells(runs: list[dict[str, Any]], column: str) -> list[str]:
@@ -119,16 +127,18 @@ def figure(place: str) -> Any:
     """What stands at `FILE: PLACE`; None: nothing.
 
     Raises:
-        ValueError: several runs, or none, meet the conditions in a place.
+        ValueError: several runs meet the conditions in a place.
     """
     file, _, path = place.partition(":")
     data = json.loads((ROOT / "benchmarks" / "results" / f"{file.strip()}.json").read_text(encoding="utf-8"))
     for part in path.strip().split("/"):
         if part.startswith("["):
             found = [run for run in data if meets(run, conditions(part.strip("[]")))]
-            if len(found) != 1:
+            if len(found) > 1:
                 raise ValueError(f"{len(found)} runs of {file}.json meet the conditions of {part}; it must be one.")
-            data = found[0]
+            data = found[0] if found else None
+        elif isinstance(data, list):
+            data = data[int(part)]
         else:
             data = data.get(part) if isinstance(data, dict) else None
     return data
@@ -138,18 +148,20 @@ def figures(spec: str) -> str:
     """The table that a comment describes whose columns have places of their own.
 
     Raises:
-        ValueError: as `figure`, or a row has no figure.
+        ValueError: as `figure`, or a row or a column has no figure.
     """
     head, line, columns, *rows = (part.strip() for part in spec.strip().splitlines())
-    made = [row for row in rows if not row.startswith("|")]
-    keys = [[word.strip() for word in row.partition(" = ")[2].split(";")] for row in made]
-    filled = [_column(column.strip(), keys) for column in columns.strip("|").split("|")]
-    texts = {}
-    for row, *found in zip(made, *filled, strict=True):
+    keys = [[word.strip() for word in row.partition(" = ")[2].split(";")] for row in rows]
+    places = [column.strip() for column in columns.strip("|").split("|")]
+    filled = [_column(place, keys) for place in places]
+    lines = []
+    for row, *found in zip(rows, *filled, strict=True):
         if not any(found):
             raise ValueError(f"The row {row!r} has no figure.")
-        texts[row] = f"| {row.partition(' = ')[0]} | {' | '.join(found)} |"
-    lines = [texts.get(row, row) for row in rows]
+        lines.append(f"| {row.partition(' = ')[0]} | {' | '.join(found)} |")
+    for place, column in zip(places, filled, strict=True):
+        if not any(column):
+            raise ValueError(f"The column {place!r} has no figure.")
     return "\n".join([head, line, *lines]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
@@ -175,7 +187,8 @@ def _column(column: str, keys: list[list[str]]) -> list[str]:
 
 
 def _filled(place: str, words: list[str]) -> str:
-    return place.replace("{}", words[0]).replace("{1}", words[1] if len(words) > 1 else "")
+    place = place.replace("{}", words[0])
+    return re.sub(r"\{(\d)\}", lambda found: words[int(found[1])] if int(found[1]) < len(words) else "", place)
 
 
 def accuracy(spec: str) -> str:
@@ -189,8 +202,16 @@ def accuracy(spec: str) -> str:
     return all_rows(files) if kind == "all" else best_rows(files, name=name)
 
 
+def counted(name: str) -> str:
+    """The table that counted.py makes."""
+    from counted import table
+
+    return table(name, figure)
+
+
 def made(text: str) -> str:
     """A page with its tables made anew."""
+    text = _COUNTED.sub(lambda found: found[1] + counted(found[2]) + found[3], text)
     text = _TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
     text = _FIGURES.sub(lambda found: found[1] + figures(found[2]) + found[3], text)
     return _ACCURACY.sub(lambda found: found[1] + accuracy(found[2]) + found[3], text)

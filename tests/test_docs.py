@@ -259,7 +259,6 @@ _FIGURES = """
 | one: by/{}/s as * 1000 .0f min | one: by/{}/s as % of one: by/a/s | two: runs/[name={} {1}]/loss as .2f |
 **a** = a; lean=true
 b = b; lean
-| by hand | 1 | | |
 -->
 <!-- end -->
 """
@@ -273,11 +272,21 @@ def test_a_table_is_made_of_the_places_that_its_columns_name(tables, tmp_path: P
     (results / "two.json").write_text(json.dumps({"runs": runs}))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     made = tables.made(_FIGURES)
-    rows = ["| **a** | **200** | | 1.23 |", "| b | 300 | +50.0 % | 5.00 |", "| by hand | 1 | | |"]
+    rows = ["| **a** | **200** | | 1.23 |", "| b | 300 | +50.0 % | 5.00 |"]
     assert "\n".join(["-->", "| | ms | to a | loss |", "|---|---:|---:|---:|", *rows, "<!-- end -->"]) in made
     assert tables.made(made) == made
-    with pytest.raises(ValueError, match=r"0 runs of two\.json meet the conditions of \[name=c\]"):
+    with pytest.raises(ValueError, match=r"The column 'two: runs/\[name=c\]/loss as .2f' has no figure"):
         tables.made(_FIGURES.replace("name={} {1}", "name=c"))
+    with pytest.raises(ValueError, match=r"The row 'b = c; lean' has no figure"):
+        tables.made(_FIGURES.replace("b = b", "b = c"))
+
+
+def test_a_zero_is_a_number_and_no_absence(tables):
+    runs = [{"name": "a", "draw": 0}, {"name": "b", "draw": None}, {"name": "c", "draw": False}, {"name": "d"}]
+    met = [run["name"] for run in runs if tables.meets(run, tables.conditions("draw=0"))]
+    assert met == ["a"]
+    for absent in ("draw", "draw=null", "draw=false"):
+        assert [run["name"] for run in runs if tables.meets(run, tables.conditions(absent))] == ["b", "c", "d"]
 
 
 def test_a_table_is_made_of_the_runs_that_its_rows_name(tables, tmp_path: Path, monkeypatch):
