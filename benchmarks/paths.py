@@ -1,8 +1,8 @@
 """The same training twice on a GPU, with this package's kernels and with plain PyTorch: do the losses coincide?
 
-    python benchmarks/paths.py --model DIR --tokens tokens/ --out paths.json     # 100 steps; LR-QAT and low-bit SR
+    python benchmarks/paths.py --model DIR --tokens bench/tokens.npz --out paths.json     # LR-QAT and low-bit SR
 
-The tokens are those of quality.py. A third run, plain PyTorch with every batch in two halves, shows what a harmless
+The tokens are those of accuracy.py. A third run, plain PyTorch with every batch in two halves, shows what a harmless
 change of rounding does to these losses: the difference between the paths should be no larger. Codes are compared at
 the end.
 """
@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokens = np.load(Path(args.tokens) / "train.npy")
+    with np.load(args.tokens) as file:
+        tokens = file["train"]
     runs = []
     for method in args.methods:
         losses, ends = {}, {}
