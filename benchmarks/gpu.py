@@ -378,7 +378,8 @@ def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
     fig.savefig(path, dpi=130)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """What can be typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("run")
@@ -407,7 +408,11 @@ def main() -> None:
     printed.add_argument("results", nargs="+")
     printed.add_argument("--plot")
     printed.add_argument("--size", default="7B")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
     if getattr(args, "lean", False):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 

@@ -75,7 +75,8 @@ def adapted(
 
     from peft_lrqat import LRQATConfig
 
-    shape = (SMOKE if args.smoke else SHAPE) | ({"num_hidden_layers": args.layers} if args.layers else {})
+    fewer = {"num_hidden_layers": args.layers, "num_experts": args.experts}
+    shape = (SMOKE if args.smoke else SHAPE) | {name: number for name, number in fewer.items() if number}
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).to(torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -152,13 +153,15 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """What can be typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ranks", nargs="*", type=int, default=[8, 16])
     parser.add_argument("--batches", nargs="*", default=["1x1024", "4x1024"])
     parser.add_argument("--layers", type=int, help="only so many blocks")
+    parser.add_argument("--experts", type=int, help="only so many in a block")
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--offload", nargs="?", const="both", default="no", choices=PLACES, help="offload_base")
@@ -166,7 +169,11 @@ def main() -> None:
     parser.add_argument("--lean", action="store_true", help="optim=adamw_bnb_8bit")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
     if args.smoke:
         args.batches, args.ranks, args.warm, args.steps = ["1x16"], [2], 0, 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
