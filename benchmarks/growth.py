@@ -1,7 +1,7 @@
 """How memory and time of a training step grow: one axis at a time around a small model of 7B's widths.
 
     python benchmarks/growth.py run --out benchmarks/results/growth.json
-    python benchmarks/growth.py plot benchmarks/results/growth.json        # writes docs/images/growth.svg
+    python benchmarks/growth.py plot                                       # the drawing of the page, from it
     python benchmarks/growth.py run --smoke --out growth.json              # tiny shapes, on a CPU too
 
 LR-QAT packed to 4 bits in groups of 128, and PEFT's LoRA beside it. In the middle are 4 blocks of hidden size 4096,
