@@ -16,8 +16,16 @@ from ..reference_inputs import PER_TOKEN, rule_steps
 from .launch import Launch, in_order_of, launched, without_gaps
 from .tiles import as_stored, ceil_div, clip, largest_magnitude, load, power_of_2, round_half_even, store
 
-#: Elements that a program holds in registers at a time.
-_TILE = 16384
+#: Elements that a program holds in registers at a time. A longer row is read twice, the second time from the cache, by
+#: programs that leave room for others: one that held 11008 would have a multiprocessor nearly to itself.
+_TILE = 4096
+
+
+@triton.jit
+def _quotient(x, y):
+    """Divide levels, many of which may be zero. Their division would take a slow path, so y is divided in their place."""
+    quotient = tl.div_rn(tl.where(x == 0.0, y, x), y)
+    return tl.where(x == 0.0, quotient * 0.0, quotient)  # not a number where y is none, or zero
 
 
 @triton.jit
@@ -31,7 +39,7 @@ def _rounded(x, largest, pointer, RULE: tl.constexpr, BITS: tl.constexpr, STEPS:
         return clip(round_half_even(as_stored(tl.div_rn(x, scale + tl.zeros_like(x)), pointer)), BITS) * scale
     elif RULE == "bitnet":
         inverse = tl.div_rn(one, tl.maximum(largest, 1e-5, tl.PropagateNan.ALL)) * STEPS
-        return tl.div_rn(clip(round_half_even(x * inverse[:, None]), BITS), inverse[:, None] + tl.zeros_like(x))
+        return _quotient(clip(round_half_even(x * inverse[:, None]), BITS), inverse[:, None] + tl.zeros_like(x))
     elif RULE == "vllm":
         inverse = tl.where(largest == 0.0, 0.0, tl.div_rn(steps, largest))
         scale = tl.div_rn(largest, steps)
@@ -64,7 +72,7 @@ def _kernel(
         largest = bits.to(tl.float32, bitcast=True)
         for first in range(0, WIDTH, BN):
             ok = row_ok & (first + i < WIDTH)
-            values = load(x + at + first + i, ok, False).to(tl.float32)
+            values = tl.load(x + at + first + i, mask=ok, other=1.0).to(tl.float32)  # a division of 0 is slow
             store(out + at + first + i, _rounded(values, largest, out, RULE, BITS, STEPS, EPS), ok, False)
 
 
@@ -75,7 +83,7 @@ def _launch(rows: int, width: int, rule: str, bits: int, steps: float, dtype: to
     return _kernel.launch(
         (ceil_div(rows, BM),),
         rows,
-        warps=max(4, min(16, BM * BN // 1024)),
+        warps=4 if width <= BN else 8,
         fused=False,
         RULE=rule,
         BITS=bits,
