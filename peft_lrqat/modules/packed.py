@@ -15,12 +15,13 @@ from ..formats import bitnet, compressed_tensors
 from ..formats.record import Record
 from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor, dequantize
-from ..ops import quantized_linear, round_activations
+from ..ops import quantized_linear
 from ..ops.activations import Activations
 from ..ops.embedding import quantized_embedding
 from ..ops.experts import expert_weights
 from ..ops.inputs import check_ids, linear_input
 from ..ops.linear import linear_weight
+from ..ops.shared_inputs import round_shared
 from ..packing import unpack
 from ..read_only import ReadOnlyTensor
 from .architecture import float_names, loading, module_names, skeleton_of
@@ -112,7 +113,7 @@ class QuantizedLinear(KeepsScales):
         """(..., in) to (..., out)."""
         input = linear_input(input, self)
         if self.activations is not None:
-            input = round_activations(input, self.activations)
+            input = round_shared(input, self.activations, self)
         bias: torch.Tensor | None = self.bias
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)

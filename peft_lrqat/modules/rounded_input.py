@@ -17,6 +17,7 @@ from ..formats.source import LayerInfo
 from ..grid import PER_TENSOR, GridTensor
 from ..ops.activations import Activations, round_activations
 from ..ops.inputs import linear_input
+from ..ops.shared_inputs import round_shared
 from ..read_only import ReadOnlyTensor
 from .generation import KeepsWeight
 from .served_weight import ServedWeight
@@ -220,7 +221,11 @@ class Int8Linear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = round_activations(linear_input(input, self), self.activations, self.input_scale)
+        x = linear_input(input, self)
+        if self.input_scale is None:
+            x = round_shared(x, self.activations, self)
+        else:
+            x = round_activations(x, self.activations, self.input_scale)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dense(x.dtype), bias)
 
@@ -247,7 +252,7 @@ class BitNetLinear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = round_activations(linear_input(input, self), self.activations)
+        x = round_shared(linear_input(input, self), self.activations, self)
         return nn.functional.linear(x, self._dense(x.dtype)) * self.weight_scale.to(x.dtype)
 
     def _factor(self, dtype: torch.dtype) -> torch.Tensor:

@@ -76,7 +76,15 @@ def round_activations(x: Tensor, activations: Activations, scale: Tensor | None 
     rule, bits, group_size = activations.rule, activations.bits, activations.group_size
     if scale is not None:
         return round_static(x, scale, bits)
-    if rule == "compressed-tensors" and group_size == PER_TOKEN and x.dim() != 3:
+    check_input(x, activations)
+    if torch.compiler.is_compiling():
+        return _rounded_op(x, rule, bits, group_size)
+    return _Rounded.apply(x, rule, bits, group_size)
+
+
+def check_input(x: Tensor, activations: Activations) -> None:
+    """Raise ValueError if the engine of the rule would take other inputs together than those of a token."""
+    if activations.rule == "compressed-tensors" and activations.group_size == PER_TOKEN and x.dim() != 3:
         raise ValueError(
             f"A layer that rounds its input per token was given one of shape {tuple(x.shape)}. Of inputs that are not "
             "(batch, tokens, features), transformers rounds all tokens with one scale (compressed-tensors keeps the "
@@ -84,9 +92,22 @@ def round_activations(x: Tensor, activations: Activations, scale: Tensor | None 
             "`act_rule='vllm'`, whose engine rounds each token, with `act_group_size`, or leave such layers out: "
             "`exclude_modules`, or `act_bits_pattern={'name': None}`."
         )
-    if torch.compiler.is_compiling():
-        return _rounded_op(x, rule, bits, group_size)
-    return _Rounded.apply(x, rule, bits, group_size)
+
+
+def rounded_values(x: Tensor, activations: Activations) -> Tensor:
+    """Compute the numbers that `round_activations` returns for dynamic scales, without a graph."""
+    check_input(x, activations)
+    return _rounded_impl(x.detach(), activations.rule, activations.bits, activations.group_size)
+
+
+def straight_through(x: Tensor, values: Tensor) -> Tensor:
+    """Return numbers that x was rounded to, with a straight-through gradient.
+
+    Args:
+        x: differentiable.
+        values: of x's shape and dtype, without a graph.
+    """
+    return _StraightThrough.apply(x, (values,)) if torch.is_grad_enabled() and x.requires_grad else values
 
 
 def _rounded_impl(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:
@@ -121,3 +142,13 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy, None, None, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values):  # in a tuple, into which torch does not look
+        return values[0].detach()  # others may have the same numbers; the graph is this object's
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None

@@ -215,8 +215,8 @@ _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
-        *tensors, constants = args
-        inputs = (*tensors, *constants)
+        x, *tensors, constants, values = args
+        inputs = (x if values is None else values, *tensors, *constants)
         output = _linear_impl(*inputs)
         x, y, weight = _note(ctx, inputs, output)
         # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
@@ -244,7 +244,7 @@ class _Linear(torch.autograd.Function):
                 "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
                 "merge). Run forward again."
             )
-        return *_gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight)), None
+        return *_gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight)), None, None
 
 
 def quantized_linear(
@@ -260,6 +260,7 @@ def quantized_linear(
     bits: int,
     downcast: str,
     scale_dtype: str,
+    values: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z) and s = snap(s0 (1 + shift)) (LR-QAT, arXiv
     2406.06385, eq. 8).
@@ -278,6 +279,8 @@ def quantized_linear(
         c: lora_alpha / r.
         bits, downcast: how `base` is stored.
         scale_dtype: what s is snapped to, see `grid.snap_scale`.
+        values: of x's shape and dtype, without a graph: what x was rounded to. They are multiplied in its place, and
+            the gradient passes straight through to x. None: x itself; so it must be in a compiled region.
 
     Returns:
         (..., out) in x's dtype. For backward it keeps x, the stored base, the small tensors, and y where one entry of
@@ -287,4 +290,4 @@ def quantized_linear(
     if torch.compiler.is_compiling():
         return _linear_op(x, base, scale0, shift, zero_point, A, B, bias, *constants)
     # torch looks at every argument in Python
-    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants)
+    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants, values)

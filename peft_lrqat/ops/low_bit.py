@@ -127,7 +127,8 @@ class _LowBitLinear(torch.autograd.Function):
     """Ties the two ops to the parameter: `weight` has no float storage, and receives a gradient of its full size."""
 
     @staticmethod
-    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits):
+    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits, values):
+        x = x if values is None else values
         ctx.bits, ctx.x_shape, ctx.x_dtype = bits, x.shape, x.dtype
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor)
@@ -146,7 +147,7 @@ class _LowBitLinear(torch.autograd.Function):
         if need_weight and factor is not None:
             dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         return dx if need_x else None, dw if need_weight else None, ds if need_scale else None, db, *nothing
 
 
@@ -159,6 +160,7 @@ def low_bit_linear(
     factor: Tensor | None,
     bias: Tensor | None,
     bits: int,
+    values: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
@@ -172,10 +174,11 @@ def low_bit_linear(
         factor: fp32 (rows, groups) or None: what dL/dW^ is multiplied with to become the parameter's gradient.
         bias: (out,), x's dtype, or None. Differentiable.
         bits: width of a packed code.
+        values: what x was rounded to, see `quantized_linear`.
 
     Returns:
         (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
     """
     learned = scale if ternary_scale is None else ternary_scale
     detached = None if ternary_scale is None else ternary_scale.detach()
-    return _LowBitLinear.apply(x, weight, learned, bias, packed, scale.detach(), detached, factor, bits)
+    return _LowBitLinear.apply(x, weight, learned, bias, packed, scale.detach(), detached, factor, bits, values)

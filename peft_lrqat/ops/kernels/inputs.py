@@ -23,7 +23,7 @@ _TILE = 4096
 
 @triton.jit
 def _quotient(x, y):
-    """Divide levels, many of which may be zero. Their division would take a slow path, so y is divided in their place."""
+    """Divide levels, many of which may be zero. Dividing zero takes a slow path, so y is divided in its place."""
     quotient = tl.div_rn(tl.where(x == 0.0, y, x), y)
     return tl.where(x == 0.0, quotient * 0.0, quotient)  # not a number where y is none, or zero
 

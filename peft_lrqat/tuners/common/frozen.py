@@ -16,10 +16,11 @@ from ...chunks import row_chunks
 from ...grid import Grid, GridTensor, dequantize, grouped, quantize, rows_of, snap_scale, sum_per_scale
 from ...modules.generation import KeepsWeight, Slot
 from ...modules.packed import QuantizedLinear, merged_layer
-from ...ops import quantized_linear, round_activations
+from ...ops import quantized_linear
 from ...ops.activations import Activations
 from ...ops.inputs import linear_input
 from ...ops.linear import linear_weight
+from ...ops.shared_inputs import round_shared
 from ...ops.staging import Schedule, Stored, in_memory
 from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from ...ranges import choose_range
@@ -450,11 +451,12 @@ class FrozenWeight(nn.Module, KeepsWeight):
         A: torch.Tensor | None = None,
         B: torch.Tensor | None = None,
         c: float = 1.0,
+        values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         base, scale0, zero_point = self.stored()
-        return quantized_linear(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, kept)
+        return quantized_linear(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, kept, values)
 
     def kept_weight(
         self,
@@ -478,7 +480,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         """The layer at step 0: x (..., in) to (..., out)."""
         x = linear_input(x, self)
         if self.activations is not None:
-            x = round_activations(x, self.activations)
+            x = round_shared(x, self.activations, self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         slot = self.slot()
         if slot is not None and (weight := self.kept_weight(x.dtype, slot)) is not None:

@@ -28,6 +28,7 @@ from ...grid import GridTensor, scale_bounds, scales_out_of_range
 from ...modules.carry import carry_hooks
 from ...modules.packed import merged_layer
 from ...ops.activations import Activations, round_activations
+from ...ops.shared_inputs import shared_values
 from ...ops.static_inputs import static_scale
 from .frozen import whole
 from .plain import user_attributes
@@ -177,16 +178,20 @@ class MergingLayer(LoraLayer):
             self._calibrated.discard(adapter)
             self.act_scales[adapter] = AdapterWeight(torch.full((1,), torch.nan, device=self.frozen.device))
 
-    def _rounded(self, x: torch.Tensor, activations: Activations | None, adapters: list[str]) -> torch.Tensor:
-        """An input as the layer multiplies it with these adapters."""
+    def _rounded(
+        self, x: torch.Tensor, activations: Activations | None, adapters: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """An input as the layer multiplies it with these adapters, and, where that is only its place in the graph, the
+        numbers that it was rounded to."""
         if activations is None:
-            return x
+            return x, None
         if not activations.static:
-            return round_activations(x, activations)
+            values = shared_values(x, activations, self)
+            return (round_activations(x, activations), None) if values is None else (x, values)
         if self._observed is not None:
             self._observed = torch.maximum(self._observed, x.detach().abs().amax().float())
-            return x
-        return round_activations(x, activations, self._input_scale(adapters))
+            return x, None
+        return round_activations(x, activations, self._input_scale(adapters)), None
 
     def _input_scale(self, adapters: list[str]) -> torch.Tensor | None:
         """The fixed scale of inputs with these adapters, fp32 (1,), differentiable; None: inputs have none."""

@@ -39,7 +39,7 @@ from ...grid import GridTensor, dequantize, snap_scale
 from ...modules.generation import KeepsWeight
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
-from ...ops.activations import Activations
+from ...ops.activations import Activations, straight_through
 from ...ops.inputs import linear_input
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...packing import unpack
@@ -305,21 +305,21 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
         x = linear_input(x, self.frozen)
-        x = self._rounded(x, self.adapter_activations[adapter], [adapter])
+        x, values = self._rounded(x, self.adapter_activations[adapter], [adapter])
         bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
         kept = self._kept_weight(x.dtype, adapter)
         if kept is not None:
             dense, scale = kept
-            out = nn.functional.linear(x, dense, bias)
+            out = nn.functional.linear(x if values is None else straight_through(x, values), dense, bias)
             return out if scale is None else out * scale.to(out.dtype)
         scale, ternary, factor = self._scales(adapter)
         bits = weight.grid.code_bits
         if options.export_format == "bitnet":
             # levels times one scale, which multiplies the output, where its gradient is autograd's
             relative, projected, scale = self._levels_and_scale(scale, ternary)
-            out = low_bit_linear(x, weight, weight.packed, relative, projected, 1 / weight.scale, None, bits)
+            out = low_bit_linear(x, weight, weight.packed, relative, projected, 1 / weight.scale, None, bits, values)
             return out * scale.to(out.dtype)
-        return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits)
+        return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits, values)
 
     @staticmethod
     def _levels_and_scale(

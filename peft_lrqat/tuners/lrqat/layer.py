@@ -59,6 +59,7 @@ from transformers.pytorch_utils import Conv1D
 from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
+from ...ops.activations import straight_through
 from ...ops.inputs import linear_input
 from ...ops.reference import adapter_units, codes
 from ..common.frozen import FrozenWeight, share, whole
@@ -297,14 +298,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
         x = linear_input(x, frozen)
-        x = self._rounded(x, self.activations, adapters)
+        x, values = self._rounded(x, self.activations, adapters)
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         weight = self._kept_weight(x.dtype, adapters)
         if weight is not None:
-            return nn.functional.linear(x, weight, bias)
-        return frozen.product(x, bias, *self._operands(adapters))
+            return nn.functional.linear(x if values is None else straight_through(x, values), weight, bias)
+        return frozen.product(x, bias, *self._operands(adapters), values)
 
     def _kept_weight(self, dtype: torch.dtype, adapters: list[str]) -> torch.Tensor | None:
         """W^ with these adapters, (out, in) in `dtype`, where the layer keeps it: while the model generates."""

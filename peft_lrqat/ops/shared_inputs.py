@@ -1,0 +1,122 @@
+"""One rounding for all layers that share an input: q, k and v are given one tensor, gate and up another.
+
+A layer rounds its own input and knows no other layer. So each thread keeps what it rounded last, and gives it to the
+next layer that asks for the same, where nobody could tell that from rounding again:
+
+* it is the same tensor (the object), of the same memory, and nobody has written to it since (its version), nor to what
+  it was rounded to;
+* it is rounded by the same rule;
+* it is used on the stream that it was computed on, in the CUDA graph that it was captured in;
+* the layer was not given it before: one that asks twice has begun another pass, before which somebody may have written
+  to a buffer in a way that has no version (a replayed graph, a message of another process).
+
+Only numbers are shared, no autograd graph: gradients, checkpointing and hooks are each layer's own. They go when the
+input does, or when the thread rounds another.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import Activations, round_activations, rounded_values, straight_through
+
+
+class _Latest(threading.local):
+    rounding: _Rounding | None = None
+
+
+_latest = _Latest()
+
+
+class _Rounding(weakref.ref):
+    """What an input was rounded to: a reference to the input, that does not keep it."""
+
+    __slots__ = ("activations", "layers", "place", "pointer", "values", "versions")
+
+    values: Tensor | None
+    versions: tuple[int, int]  # of the input and of the values
+    pointer: int
+    activations: Activations
+    place: Any  # see `_place`
+    layers: set[int]  # those that were given the values, by id
+
+    def serves(self, x: Tensor, activations: Activations, place: Any, layer: int) -> bool:
+        """Whether these numbers are what rounding x would make anew."""
+        values = self.values
+        return (
+            self() is x
+            and values is not None
+            and self.versions == (x._version, values._version)
+            and self.pointer == x.data_ptr()
+            and (values.shape, values.dtype) == (x.shape, x.dtype)
+            and self.activations == activations
+            and self.place == place
+            and layer not in self.layers
+        )
+
+
+def _forget(rounding: Any) -> None:
+    """Called when the input is gone."""
+    rounding.values = None
+
+
+def _place(x: Tensor) -> Any:
+    """Where and when x is computed with, as far as what was computed elsewhere may not be ready, or may not be computed
+    again when x is; None: nothing is to be shared."""
+    if type(x) is not Tensor or x.is_inference() or torch._C._len_torch_dispatch_stack():
+        return None  # without a version; or somebody watches every operation
+    if x.device.type != "cuda":
+        return x.device if x.device.type == "cpu" else None
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    if not torch.cuda.is_current_stream_capturing():
+        return stream, None
+    try:
+        return stream, weakref.ref(torch._C._CUDAGraph.get_currently_capturing_graph())
+    except (AttributeError, RuntimeError, TypeError):  # of an older torch, or not captured by torch
+        return None
+
+
+def shared_values(x: Tensor, activations: Activations, layer: object) -> Tensor | None:
+    """Compute what a layer's input is rounded to, or return what another layer was given for it.
+
+    Args:
+        x: (..., in), any float dtype.
+        activations: dynamic.
+        layer: who asks.
+
+    Returns:
+        As `round_activations`, but without a graph, and nobody may write to it. None: call `round_activations`, because
+        the call is being recorded (torch.compile, torch.jit.trace).
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return None
+    place = _place(x)
+    if place is None:
+        return rounded_values(x, activations)
+    latest = _latest.rounding
+    if latest is not None:
+        values = latest.values
+        if values is not None and latest.serves(x, activations, place, id(layer)):
+            latest.layers.add(id(layer))
+            return values
+    _latest.rounding = None  # before there are two
+    values = rounded_values(x, activations)
+    rounding = _Rounding(x, _forget)
+    rounding.values, rounding.versions, rounding.pointer = values, (x._version, values._version), x.data_ptr()
+    rounding.activations, rounding.place, rounding.layers = activations, place, {id(layer)}
+    _latest.rounding = rounding
+    return values
+
+
+def round_shared(x: Tensor, activations: Activations, layer: object) -> Tensor:
+    """Round a layer's input as `round_activations` does, once for all layers that share it.
+
+    Args: as of `shared_values`.
+    """
+    values = shared_values(x, activations, layer)
+    return round_activations(x, activations) if values is None else straight_through(x, values)
