@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 #: All logs of a training with so few are looked at: each is a point of the curves.
 _FEW_LOGS = 50
+#: So many layers of a kind (q_proj, ...) are looked at.
+_LAYERS = 8
 #: What a checkpoint keeps of the samples: about four bytes for each weight that is looked at.
 _FILE = "quantization_monitor.safetensors"
 
@@ -55,80 +57,120 @@ class Shares(NamedTuple):
 
 
 class _Watched:
-    """A sample of one layer's integers and scales, and what has become of it."""
+    """A sample of the integers and scales of layers that are alike in shape, and what has become of it.
 
-    #: What a checkpoint keeps, so that training that is resumed goes on counting.
+    They are looked at together: a GPU takes as long for a tensor of one layer as for one of all.
+    """
+
+    #: What a checkpoint keeps of each layer, so that training that is resumed goes on counting.
     kept = ("start", "last", "way", "turned", "start_edge", "start_scale")
 
-    def __init__(self, layer: MergingLayer, rows: int) -> None:
-        self.layer = layer
-        out = layer.frozen.out_features
-        self.rows = torch.linspace(0, out - 1, min(rows, out)).round().long().to(layer.frozen.device)
-        found = self._codes()
-        assert found is not None
-        self.start = self.last = found[0]
+    def __init__(self, layers: dict[str, MergingLayer], rows: int) -> None:
+        self.layers = layers
+        any_layer = next(iter(layers.values()))
+        self.rows = _spread(any_layer.frozen.out_features, rows).to(any_layer.frozen.device)
+        found = [layer.sample_codes(self.rows, layer._adapters_at_work()) for layer in layers.values()]
+        ends = torch.tensor([one[1:] for one in found if one is not None], device=self.rows.device)
+        self.low, self.high = ends.to(torch.int16).view(-1, 2, 1, 1).unbind(1)  # of each layer's grid
+        self.start = self.last = torch.stack([one[0] for one in found if one is not None])
         self.way = torch.zeros_like(self.start)  # the sign of each integer's last change
         self.turned = torch.zeros_like(self.start, dtype=torch.bool)
-        self.start_edge = self._edge(*found)
+        self.start_edge = self._edge(self.start)
+        self.scale_rows: torch.Tensor | None = None
         self.start_scale = self._scales()
-
-    def _codes(self) -> tuple[torch.Tensor, int, int] | None:
-        return self.layer.sample_codes(self.rows, self.layer._adapters_at_work())
 
     def _scales(self) -> torch.Tensor:
         """As many rows of scales as of integers, of this process's share; empty where there are none."""
-        found = self.layer._trained_scales(self.layer._adapters_at_work())
-        if found is None:
-            return torch.empty(0, device=self.rows.device)
-        scales = found[1].detach()
-        return scales[torch.linspace(0, len(scales) - 1, min(len(self.rows), len(scales))).round().long()].clone()
+        found = [layer._trained_scales(layer._adapters_at_work()) for layer in self.layers.values()]
+        scales = [one[1].detach() for one in found if one is not None]
+        if not scales:
+            return torch.empty(len(found), 0, device=self.rows.device)
+        if self.scale_rows is None:
+            self.scale_rows = _spread(len(scales[0]), len(self.rows)).to(self.rows.device)
+        return torch.stack([one[self.scale_rows] for one in scales])
 
-    @staticmethod
-    def _edge(codes: torch.Tensor, low: int, high: int) -> torch.Tensor:
-        return ((codes == low) | (codes == high)).float().mean()
+    def _edge(self, codes: torch.Tensor) -> torch.Tensor:
+        return _share((codes == self.low) | (codes == self.high))
 
     @torch.no_grad()
     def look(self) -> torch.Tensor:
-        """`Shares` as a tensor of fp32 on the layer's device; what has changed since the last look is remembered."""
-        found = self._codes()
-        if found is None:  # the adapter was taken away
-            return torch.zeros(len(Shares._fields), device=self.start.device)
-        codes, low, high = found
+        """`Shares` of each layer, fp32 (layers, shares) on their device; what has changed since the last look is
+        remembered. Zeros for a layer whose adapter was taken away.
+        """
+        found = [layer.sample_codes(self.rows, layer._adapters_at_work()) for layer in self.layers.values()]
+        there = [one is not None for one in found]
+        codes = torch.stack([last if one is None else one[0] for one, last in zip(found, self.last, strict=True)])
         now = (codes > self.last).to(torch.int8) - (codes < self.last).to(torch.int8)
         moved = now != 0
         self.turned |= moved & (now == -self.way)
         self.way = torch.where(moved, now, self.way)
         shares = [
-            (codes != self.start).float().mean(),
-            moved.float().mean(),
-            self.turned.float().mean(),
-            self._edge(codes, low, high),
-            self._scale_change(),
+            _share(codes != self.start),
+            _share(moved),
+            _share(self.turned),
+            self._edge(codes),
+            self._scale_change() if all(there) else torch.zeros_like(self.start_edge),
         ]
         self.last = codes
-        return torch.stack(shares)
+        return torch.stack(shares, 1) * torch.tensor(there, device=codes.device).unsqueeze(1)
 
     def _scale_change(self) -> torch.Tensor:
         if not self.start_scale.numel():
-            return torch.zeros((), device=self.start.device)
-        return (self._scales() / self.start_scale - 1).abs().mean()
+            return torch.zeros(len(self.layers), device=self.rows.device)
+        return (self._scales() / self.start_scale - 1).abs().flatten(1).mean(1)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        return {
+            f"{name}:{part}": getattr(self, part)[place].cpu()
+            for place, name in enumerate(self.layers)
+            for part in self.kept
+        }
 
     def fits(self, found: dict[str, torch.Tensor]) -> bool:
         """Whether what a checkpoint keeps is of these rows."""
-        return all(name in found and found[name].shape == getattr(self, name).shape for name in self.kept)
+        return all(key in found and found[key].shape == mine.shape for key, mine in self.state().items())
 
     def take(self, found: dict[str, torch.Tensor]) -> None:
         """Go on from what a checkpoint keeps."""
-        for name in self.kept:
-            value = getattr(self, name)
-            setattr(self, name, found[name].to(value.device, value.dtype))
+        for part in self.kept:
+            value = getattr(self, part)
+            kept = torch.stack([found[f"{name}:{part}"] for name in self.layers])
+            setattr(self, part, kept.to(value.device, value.dtype))
+
+
+def _spread(length: int, most: int) -> torch.Tensor:
+    """At most so many places in a row of so many, evenly spaced: int64."""
+    return torch.linspace(0, length - 1, min(most, length)).round().long()
+
+
+def _share(of: torch.Tensor) -> torch.Tensor:
+    """The share of True in each layer: fp32 (layers,)."""
+    return of.flatten(1).mean(1, dtype=torch.float32)
+
+
+def watch(model: Any, rows: int) -> list[_Watched]:
+    """Samples of the layers that are trained, at most `_LAYERS` of a kind, evenly spaced."""
+    kinds: dict[str, dict[str, MergingLayer]] = defaultdict(dict)
+    for name, layer in _layers(model):
+        kinds[name.rpartition(".")[2]][name] = layer
+    alike: dict[Any, dict[str, MergingLayer]] = defaultdict(dict)
+    for layers in kinds.values():
+        names = list(layers)
+        for place in _spread(len(names), _LAYERS).tolist():
+            layer = layers[names[place]]
+            scales = layer._trained_scales(layer._adapters_at_work())
+            shape = layer.frozen.out_features, layer.frozen.in_features, None if scales is None else scales[1].shape
+            alike[(*shape, layer.frozen.device)][names[place]] = layer
+    return [_Watched(layers, rows) for layers in alike.values()]
 
 
 class QuantizationCallback(TrainerCallback):
     """Tell what training does to the integers of a quantized model: a callback for any Trainer, and for both methods.
 
-    At every log that has a loss (in a long training, at some of them: `time_share`), a few rows of every layer are
-    compared with those at the start of this training and at the last log. The Trainer's log, and so its trackers, gets
+    At every log that has a loss (in a long training, at some of them: `time_share`), a few rows of up to eight layers
+    of each kind are compared with those at the start of this training and at the last log. The Trainer's log, and so
+    its trackers, gets
 
         qat_changed         share of the integers that are not what they were at the start
         qat_changed_last    share that has changed since the last log
@@ -142,7 +184,7 @@ class QuantizationCallback(TrainerCallback):
     process gathers a layer's integers to look at them.
 
     Args:
-        rows (int): how many rows of each layer, evenly spaced; 1 or more.
+        rows (int): how many rows of such a layer, evenly spaced; 1 or more.
         time_share (float | None): above 0 up to 1. In a training with more than 50 logs, one is left out if looking
             would take more than this share of the time since the last look. None: no log is left out.
         plot (bool): whether to write the picture.
@@ -172,7 +214,7 @@ class QuantizationCallback(TrainerCallback):
         if time_share is not None and not 0 < time_share <= 1:
             raise ValueError(f"`time_share` is {time_share!r}; numbers above 0 up to 1 are allowed, or None.")
         self.rows, self.time_share, self.plot = rows, time_share, plot
-        self._watched: dict[str, _Watched] = {}
+        self._watched: list[_Watched] = []
         self._curves: dict[int, Shares] = {}
         self._took = self._since = 0.0
         self._short = False
@@ -181,7 +223,7 @@ class QuantizationCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._watched = {name: _Watched(layer, self.rows) for name, layer in _layers(model)}
+        self._watched = watch(model, self.rows)
         if not self._watched:
             raise ValueError(
                 "`QuantizationCallback` finds no quantized layer that is trained. Train a model with LRQATConfig or "
@@ -197,7 +239,7 @@ class QuantizationCallback(TrainerCallback):
         if not self._watched or logs is None or "loss" not in logs or self._too_soon():
             return
         began = time.perf_counter()
-        shares = _mean([watched.look() for watched in self._watched.values()])
+        shares = _mean([watched.look() for watched in self._watched])
         self._since = time.perf_counter()
         self._took = self._since - began
         self._curves[state.global_step] = shares
@@ -208,46 +250,41 @@ class QuantizationCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._watched and state.is_world_process_zero and folder.is_dir():
-            tensors = {
-                f"{name}:{part}": getattr(watched, part)
-                .cpu()
-                .clone()  # before the first log, the start is the last look
-                for name, watched in self._watched.items()
-                for part in watched.kept
-            }
+            # cloned: before the first log, the start is the last look
+            tensors = {key: kept.clone() for watched in self._watched for key, kept in watched.state().items()}
             curves = json.dumps({step: shares._asdict() for step, shares in self._curves.items()})
             save_file(tensors, folder / _FILE, metadata={"curves": curves})
 
     def _resume(self, state: Any) -> None:
         """Go on counting from the checkpoint that training is resumed from."""
         path = Path(resumed_from() or "") / _FILE
-        found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        found: dict[str, torch.Tensor] = {}
         if path.is_file():
             with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  it is no dictionary
-                    name, _, part = key.rpartition(":")
-                    found[name][part] = file.get_tensor(key)
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
                 curves = json.loads((file.metadata() or {}).get("curves", "{}"))
-        if found.keys() != self._watched.keys() or not all(w.fits(found[name]) for name, w in self._watched.items()):
+        wanted = {f"{name}:{part}" for watched in self._watched for name in watched.layers for part in watched.kept}
+        if found.keys() != wanted or not all(watched.fits(found) for watched in self._watched):
             logger.warning(
                 f"`QuantizationCallback` counts from step {state.global_step} on: the checkpoint from which training "
                 f"is resumed holds no samples of {self.rows} rows of these layers."
             )
             return
-        for name, watched in self._watched.items():
-            watched.take(found[name])
+        for watched in self._watched:
+            watched.take(found)
         self._curves = {int(step): Shares(**shares) for step, shares in curves.items()}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._watched:
             return
         kinds: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for name, watched in self._watched.items():
-            kinds[name.rpartition(".")[2]].append(watched.look())
+        for watched in self._watched:
+            for name, shares in zip(watched.layers, watched.look(), strict=True):
+                kinds[name.rpartition(".")[2]].append(shares.unsqueeze(0))
         found = {kind: _mean(those) for kind, those in kinds.items()}
         total = _mean([one for those in kinds.values() for one in those])
-        started = float(torch.stack([watched.start_edge.cpu() for watched in self._watched.values()]).mean())
-        self._watched = {}
+        started = float(torch.cat([watched.start_edge.cpu() for watched in self._watched]).mean())
+        self._watched = []
         if state.global_step in self._curves:  # the last log looked at this very step: nothing has changed since then
             total = total._replace(changed_last=self._curves[state.global_step].changed_last)
         if state.log_history:
@@ -268,7 +305,7 @@ class QuantizationCallback(TrainerCallback):
             return False
         soon = self._took > self.time_share * (time.perf_counter() - self._since)
         if torch.distributed.is_available() and torch.distributed.is_initialized():  # all look, or none
-            device = next(iter(self._watched.values())).start.device
+            device = self._watched[0].start.device
             votes = torch.tensor(float(soon), device=device)
             torch.distributed.all_reduce(votes)
             soon = votes.item() > 0
@@ -283,8 +320,8 @@ def _logs(args: Any, state: Any) -> float:
 
 
 def _mean(looked: list[torch.Tensor]) -> Shares:
-    """Of several layers, each of which counts alike."""
-    return Shares(*torch.stack([one.to(looked[0].device) for one in looked]).mean(0).tolist())
+    """Of the layers of several looks, each of which counts alike."""
+    return Shares(*torch.cat([one.to(looked[0].device) for one in looked]).mean(0).tolist())
 
 
 def _layers(model: Any) -> Iterator[tuple[str, MergingLayer]]:

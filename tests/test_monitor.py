@@ -139,13 +139,21 @@ def test_looking_takes_its_share_of_the_time(few, looked, tmp_path, monkeypatch)
 
     class Slow(monitor._Watched):
         def look(self):
-            clock[0] += 0.025 / 14  # of so many layers
+            clock[0] += 0.025 / 4  # layers of so many shapes
             return super().look()
 
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(monitor, "_Watched", Slow)
     logged = trained(adapted(tiny()), tmp_path, Steps(), QuantizationCallback(plot=False), steps=9)
     assert [entry["step"] for entry in logged if "qat_changed" in entry] == looked
+
+
+def test_of_many_layers_some_are_watched(monkeypatch):
+    """As many of each kind, the first and the last among them; each once."""
+    monkeypatch.setattr(monitor, "_LAYERS", 3)
+    watched = [name for some in monitor.watch(adapted(tiny(num_hidden_layers=5)), 8) for name in some.layers]
+    assert len(watched) == len(set(watched)) == 7 * 3
+    assert {name.split("layers.")[1][0] for name in watched} == {"0", "2", "4"}
 
 
 def test_only_some_rows_are_computed(tmp_path, monkeypatch):
