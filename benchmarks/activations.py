@@ -4,9 +4,10 @@
     python benchmarks/activations.py --smoke --out /tmp/activations.json           # a CPU, tiny: does it run
 
 Some blocks of Llama 2 7B with random weights, 4-bit LR-QAT of rank 32 on every linear layer but the head, bf16, block
-checkpointing, fused AdamW, 4 x 1024 random tokens. Steps of the ways alternate, so that a clock that changes hits all
-of them alike; medians of `--steps`, beside those with float activations and a float cache. Operations are timed alone
-as well, and kernels are compared with their references on the device first, number by number.
+checkpointing, fused AdamW, 4 x 1024 random tokens. Steps of the ways alternate, each round in another order, so that a
+clock that changes hits all of them alike, and Python's garbage collector waits; each step is compared with the one of
+float activations and a float cache in its round. Medians of `--steps` rounds. Operations are timed alone as well, and
+kernels are compared with their references on the device first, number by number.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +79,8 @@ def median_us(run: Callable[[], Any], device: str, times: int = 5) -> float:
 
 
 def steps(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """A training step, by way: its median and shortest time in ms, and the median beside that of `FLOAT`."""
+    """A training step, by way: its median and shortest time in ms, how long Python took of it, and by how much more it
+    takes than the step of `FLOAT` in its round, the median."""
     size = "tiny" if args.smoke else "7B"
     batch, length = (2, 16) if args.smoke else (4, 1024)
     rows = torch.randint(0, 32000, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
@@ -94,22 +97,34 @@ def steps(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     for run in runs.values():
         for _ in range(1 if args.smoke else 3):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(2 if args.smoke else args.steps):
-        for name, run in runs.items():
-            seconds[name].append(timed(run, device))
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    python: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    for turn in range(2 if args.smoke else args.steps):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(timed(partial(noted, runs[name], python[name]), device))
+    gc.enable()
     del runs
     gc.collect()
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return [
         {
             "way": name,
-            "step_ms": medians[name] * 1e3,
+            "step_ms": statistics.median(taken) * 1e3,
             "least_ms": min(taken) * 1e3,
-            "more_percent": 100 * (medians[name] / medians[FLOAT] - 1),
+            "python_ms": statistics.median(python[name]) * 1e3,
+            "more_percent": 100 * (statistics.median(map(truediv, taken, seconds[FLOAT])) - 1),
         }
         for name, taken in seconds.items()
     ]
+
+
+def noted(run: Callable[[], None], seconds: list[float]) -> None:
+    """Run, and note how long that took before the device was waited for."""
+    begin = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - begin)
 
 
 def step_of(model: torch.nn.Module, rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -206,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/activations.json")
     parser.add_argument("--layers", type=int, default=None, help="blocks; default 4, with --smoke 1")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a CPU")
     args = parser.parse_args()
     args.layers = args.layers or (1 if args.smoke else 4)
