@@ -33,8 +33,9 @@ help: ## Show this list
 demo: $(STAMP) ## Train SmolLM2-135M to 4 bits and compare it with rounding (5 minutes; ARGS="--help" for more)
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# worksteal: each process has a half of the files in one piece, so that what a module's tests share is made once
 test: $(STAMP) ## Run the tests that CI runs (ARGS="-k grid" for some of them)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 slow: $(STAMP) ## Run the tests that take longer than CI should
 	$(BIN)/python -m pytest -m slow $(ARGS)

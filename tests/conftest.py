@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,10 +23,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"error::FutureWarning:(peft_lrqat|tests)(\..*)?")
 
 
+def pytest_collection_finish() -> None:
+    # What was imported stays. Going through it takes half a second, and every run of a Trainer asks for that.
+    gc.freeze()
+
+
+# torch.manual_seed writes down the stack for each kind of device that may yet be initialized: a millisecond a test.
+# Without such a device there is only the CPU's generator.
+_seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     """Seeds torch, and lets torch.empty and its kin return NaN (floats) or the largest integer."""
-    torch.manual_seed(0)
+    _seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -307,6 +307,8 @@ def _reads_weights(model: Any, quantized: set[str]) -> bool:
     for name, module in model.named_modules():
         if name in quantized:
             module._parameters.pop("weight", None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True  # as what was loaded: transformers' functions leave it alone
 
     def read(module: nn.Module, owner: Any) -> bool:
         inner = (read(child, child if isinstance(child, PreTrainedModel) else owner) for child in module.children())
