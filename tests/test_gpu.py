@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitAdamW, kept_weights, limit_kept_weights
 from peft_lrqat.ops import staging, use_kernels
+from peft_lrqat.ops.activations import Activations, round_activations
 from peft_lrqat.ops.kv_cache import CacheRounding, round_states
+from peft_lrqat.ops.shared_inputs import round_shared
 from peft_lrqat.ops.static_inputs import round_static, static_scale
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
@@ -102,6 +104,32 @@ def test_a_fixed_scale_is_never_read_back(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_cuda_graphs_and_streams_round_what_they_are_given():
+    """Layers share the rounding of an input within one graph, and with nobody outside of it."""
+    x, how, layers = (
+        torch.randn(1, 4, 64, device="cuda", dtype=torch.bfloat16),
+        Activations("vllm"),
+        (object(), object()),
+    )
+
+    def captured(*layers: object) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, [round_shared(x, how, layer) for layer in layers]
+
+    first, second = [round_shared(x, how, layer) for layer in layers]
+    assert first is second
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert round_shared(x, how, object()) is not second
+    torch.cuda.synchronize()
+    graphs = [captured(*which) for which in (layers, layers[:1], layers[1:])]
+    assert graphs[0][1][0] is graphs[0][1][1]
+    x.copy_(torch.randn_like(x))
+    for graph, found in reversed(graphs):
+        graph.replay()
+        assert all(torch.equal(y, round_activations(x, how)) for y in found)
+
+
 @pytest.mark.parametrize("config", LRQAT, ids=str)
 def test_lrqat_on_a_gpu(config, dtype, tmp_path):
     ids = tokens(2, 32).cuda()
