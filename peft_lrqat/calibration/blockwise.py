@@ -7,6 +7,8 @@ errors are made up for as they come. The error of each token counts relative to 
 most models have hidden states a hundred times as large as all others, and behind the next norm they count no more than
 those.
 
+The experts of a mixture are trained as they are used: a token's error reaches those that the router sends it to.
+
 What is left behind keeps the fraction of every weight: see `preprocess_blockwise`.
 """
 
@@ -16,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,7 +29,9 @@ from tqdm import tqdm
 
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
+from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
+from ..tuners.common.experts import settle_experts
 from ..tuners.common.fingerprint import float_checksum, in_order
 from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
@@ -116,9 +121,9 @@ def preprocess_blockwise(
 
     Raises:
         ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, an option is out
-            of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer, or
-            outputs of a block, or weights of one that came in, are not finite: blocks before it are quantized by then,
-            so load the model again.
+            of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer (some
+            experts may go without), or outputs of a block, or weights of one that came in, are not finite: blocks
+            before it are quantized by then, so load the model again.
 
     Examples:
         >>> from peft import get_peft_model
@@ -139,8 +144,8 @@ def preprocess_blockwise(
             f"`downcast` is {_downcast(config)!r}, but block-wise training leaves 8-bit fixed point ('fx8') or "
             "integers ('int')."
         )
-    with by_block(model, config, "block-wise training", model_init_kwargs) as model:
-        name, blocks, layers = decoder_blocks(model, config, "block-wise training")
+    with by_block(model, config, "block-wise training", model_init_kwargs, experts=True) as model:
+        name, blocks, layers = decoder_blocks(model, config, "block-wise training", experts=True)
         bring_in(model, without=blocks)
         batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
         results = None
@@ -150,27 +155,31 @@ def preprocess_blockwise(
         model.eval()
         inputs = BlockInputs(model, blocks, batches, "cpu" if offload else None)
         floats = inputs.fork()  # the float model's own stream
-        in_block = [_inside(layers, f"{name}.{index}.") for index in range(len(blocks))]
+        prefixes = [f"{name}.{index}." for index in range(len(blocks))]
+        in_block = [{key: layer for key, layer in layers.items() if key.startswith(prefix)} for prefix in prefixes]
         last = max(index for index, own in enumerate(in_block) if own)
         del layers  # nothing keeps the float weights of a block that is done
         described = tqdm(range(last + 1), desc="block-wise", disable=not progressbar)
         for index in described:
             block, own, in_block[index] = blocks[index], in_block[index], {}
-            arrive(model, block, {f"{name}.{index}.{key}": layer for key, layer in own.items()}, config)
-            floats.advance(index, block)
-            if not own:
-                inputs.advance(index, block)
-                continue
-            trained = None if results is None else results.read(index, next(iter(own.values())).weight.device)
-            if trained is None:
-                trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
-                described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
-                if results is not None:
-                    results.write(index, trained)
-            rounded = {f"{key}.weight": one.rounded().dequantize(own[key].weight.dtype) for key, one in trained.items()}
-            inputs.advance(index, block, rounded)
-            for key, one in trained.items():
-                replace_layer(model, f"{name}.{index}.{key}", _left_behind(one, own[key], config))
+            try:
+                own = {k.removeprefix(prefixes[index]): v for k, v in arrive(model, block, own, config).items()}
+                floats.advance(index, block)
+                if not own:
+                    inputs.advance(index, block)
+                    continue
+                trained = None if results is None else results.read(index, next(iter(own.values())).weight.device)
+                if trained is None:
+                    trained, errors = _train(block, own, inputs, floats.hidden, index, config, settings)
+                    described.set_postfix(error="{:.3g} -> {:.3g}".format(*errors))
+                    if results is not None:
+                        results.write(index, trained)
+                rounded = {f"{k}.weight": one.rounded().dequantize(own[k].weight.dtype) for k, one in trained.items()}
+                inputs.advance(index, block, rounded)
+                for key, one in trained.items():
+                    replace_layer(block, key, _left_behind(one, own[key], config))
+            finally:
+                settle_experts(block)
         model.train(was_training)
         if getattr(model, "config", None) is not None:
             describe(model, _record(config))
@@ -191,7 +200,7 @@ def _identity(
             text.update(f"{key} {tuple(one[key].shape)}".encode())
             text.update(one[key].to("cpu", torch.int64).numpy().tobytes())
     checksums = {name: _checksum(value) for name, value in all_tensors(model) if not value.is_meta and value.numel()}
-    weights = [checksums.pop(f"{name}.weight") for name in layers]
+    weights = [checksums.pop(k if isinstance(v, ExpertStack) else f"{k}.weight") for k, v in layers.items()]
     described: Any = getattr(model, "config", None)
     fields = {} if described is None else described.to_dict()
     written = json.dumps({key: fields[key] for key in fields.keys() - _NO_RESULT}, sort_keys=True, default=str)
@@ -210,10 +219,6 @@ def _identity(
 
 def _checksum(tensor: torch.Tensor) -> int:
     return float_checksum(tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)) or 0
-
-
-def _inside(layers: dict[str, nn.Linear], prefix: str) -> dict[str, nn.Linear]:
-    return {key.removeprefix(prefix): layer for key, layer in layers.items() if key.startswith(prefix)}
 
 
 def _steps(items: Iterable[dict[str, torch.Tensor]], batch: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -270,6 +275,8 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     order = torch.Generator().manual_seed(settings.seed + index)
     reached: set[str] = set()
+    stacks = {key: layer for key, layer in layers.items() if isinstance(layer, ExpertStack)}
+    hit = {key: torch.zeros(stack.experts, dtype=torch.bool, device=inputs.device) for key, stack in stacks.items()}
     before = best = test_error()
     if not math.isfinite(before):
         raise ValueError(
@@ -288,12 +295,15 @@ def _train(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             reached |= {key for key, weight in weights.items() if weight.weight.grad is not None}
+            for key, experts in hit.items():
+                if (found := weights[key].weight.grad) is not None:
+                    experts |= found.view(len(experts), -1).any(1)
             optimizer.step()
             schedule.step()
         if missed := sorted(weights.keys() - reached):
             raise ValueError(
-                f"No calibration token reached layer {missed[0]!r} of block {index} (an expert, perhaps). Leave it out "
-                "of `target_modules`, or give more text."
+                f"No calibration token reached layer {missed[0]!r} of block {index}. Leave it out of `target_modules`, "
+                "or give more text."
             )
         now = test_error()
         if now < best:
@@ -301,7 +311,17 @@ def _train(
             kept = [parameter.clone() for parameter in parameters]
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.copy_(value)
+    if spared := sorted({expert for experts in hit.values() for expert in (~experts).nonzero().flatten().tolist()}):
+        warnings.warn(
+            f"No calibration token reached {len(spared)} of the experts of block {index} ({_some(spared)}). They are "
+            "rounded as without calibration; more text reaches more of them.",
+            stacklevel=3,
+        )
     return {key: weight.fixed_point() for key, weight in weights.items()}, (before, best)
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
 
 
 def _optimizer(weights: Iterable[BlockWeight], settings: _Settings) -> torch.optim.Optimizer:
@@ -337,10 +357,11 @@ def _downcast(config: AnyConfig) -> str | None:
 
 
 def _left_behind(trained: FixedPoint, layer: nn.Linear, config: AnyConfig) -> nn.Module:
+    experts = layer.experts if isinstance(layer, ExpertStack) else 1
     if _downcast(config) == "int":
         bits = config.container_bits or config.grid.code_bits
-        return merged_layer(trained.rounded(), layer.bias, bits, layer.weight.dtype)
-    return merged_layer(trained.eight_bits(), layer.bias, 8, layer.weight.dtype)
+        return merged_layer(trained.rounded(), layer.bias, bits, layer.weight.dtype, experts=experts)
+    return merged_layer(trained.eight_bits(), layer.bias, 8, layer.weight.dtype, experts=experts)
 
 
 def _record(config: AnyConfig) -> Record:

@@ -208,25 +208,28 @@ def collect_hessians(
 
 
 def decoder_blocks(
-    model: nn.Module, config: AnyConfig, method: str, *, loading: bool = False
+    model: nn.Module, config: AnyConfig, method: str, *, loading: bool = False, experts: bool = False
 ) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
     """The name of the list of decoder blocks, that list, and the layers that `config` targets, by name.
 
     Args:
         method: what goes through the blocks, for messages.
         loading: the weights are not there yet, and are not judged. An offloaded model is treated alike.
+        experts: the method takes the experts of mixtures: a projection of them is an ExpertStack, which is not in the
+            model.
 
     Raises:
-        ValueError: the model is quantized already, `config` means the experts of a mixture, the targeted layers are not
-            all in one list, or one of them cannot be quantized; or the model is offloaded, and the rest of it is on
-            several devices.
+        ValueError: the model is quantized already, `config` means experts that the method does not take, the targeted
+            layers are not all in one list, or one of them cannot be quantized; or the model is offloaded, and the rest
+            of it is on several devices.
     """
     if any(isinstance(module, (*MERGED, FrozenWeight)) for module in model.modules()):
         raise ValueError(f"`model` is quantized already; {method} starts from the float model.")
-    check_without_experts(model, config, method)
+    if not experts:
+        check_without_experts(model, config, method)
     kind = LRQATModel if isinstance(config, LRQATConfig) else LowBitSRModel
     offloaded = is_offloaded(model)
-    targets = kind.find_targets(model, config, loading=loading or offloaded)
+    targets = kind.find_targets(model, config, loading=loading or offloaded, experts=experts)
     if offloaded and len(devices := _devices(model)) > 1:
         raise ValueError(
             f"`model` is offloaded in part, and the rest of it is on several devices ({', '.join(devices)}), but "

@@ -21,6 +21,8 @@ from transformers import AutoConfig
 
 from ..checkpoint.code import class_of, without_weights
 from ..checkpoint.load import HUB_OPTIONS
+from ..modules.experts import ExpertStack
+from ..tuners.common.experts import expose_stacks
 from ..tuners.common.plain import is_offloaded, offloads
 from ..tuners.common.preflight import check_targets
 from .calibrate import AnyConfig, decoder_blocks
@@ -28,7 +30,12 @@ from .calibrate import AnyConfig, decoder_blocks
 
 @contextlib.contextmanager
 def by_block(
-    model: nn.Module | str | os.PathLike, config: AnyConfig, method: str, options: Mapping[str, Any] | None
+    model: nn.Module | str | os.PathLike,
+    config: AnyConfig,
+    method: str,
+    options: Mapping[str, Any] | None,
+    *,
+    experts: bool = False,
 ) -> Iterator[nn.Module]:
     """A model whose blocks `bring_in` brings in; at the end, all of it is there and nothing is offloaded any more.
 
@@ -37,6 +44,7 @@ def by_block(
         config: what it will be quantized with.
         method: what goes through the blocks, for messages.
         options: `from_pretrained`'s, for a model that is loaded here.
+        experts: see `decoder_blocks`.
 
     Raises:
         ValueError: the model cannot be quantized as `config` says (before any weight is read), or there are options
@@ -52,13 +60,13 @@ def by_block(
             yield model
         return
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = _load_without_blocks(model, config, method, {"offload_folder": scratch, **(options or {})})
+        loaded = _load_without_blocks(model, config, method, {"offload_folder": scratch, **(options or {})}, experts)
         with _settled(loaded):
             yield loaded
 
 
 def _load_without_blocks(
-    pretrained: str | os.PathLike, config: AnyConfig, method: str, options: dict[str, Any]
+    pretrained: str | os.PathLike, config: AnyConfig, method: str, options: dict[str, Any], experts: bool
 ) -> nn.Module:
     trusted = options["trust_remote_code"] = bool(options.get("trust_remote_code"))  # None: transformers would ask
     described = options.pop("config", None)
@@ -70,7 +78,7 @@ def _load_without_blocks(
             f"config.json of {str(pretrained)!r} does not say which class the model is of. Load it with "
             f"`from_pretrained`, the blocks offloaded by a `device_map`, and give the model."
         )
-    name, _, _ = decoder_blocks(skeleton, config, method, loading=True)
+    name, _, _ = decoder_blocks(skeleton, config, method, loading=True, experts=experts)
     options["device_map"] = _device_map(skeleton, name, _device(options.get("device_map", "auto")))
     return kind.from_pretrained(pretrained, config=described, **options).eval()
 
@@ -106,11 +114,28 @@ def _device_map(model: nn.Module, blocks: str, device: str | int) -> dict[str, s
     return found
 
 
-def arrive(model: nn.Module, block: nn.Module, layers: Mapping[str, nn.Linear], config: AnyConfig) -> None:
-    """Bring in a block that is offloaded; raises ValueError if the values of its `layers` cannot be quantized."""
-    if is_offloaded(block):
+def arrive(
+    model: nn.Module, block: nn.Module, layers: Mapping[str, nn.Linear], config: AnyConfig
+) -> dict[str, nn.Linear]:
+    """Bring in a block that is offloaded, and make layers of those of its experts that are meant.
+
+    Args:
+        layers: of the block, as `decoder_blocks` has found them.
+
+    Returns:
+        The layers, which are in the model now.
+
+    Raises:
+        ValueError: the values of an offloaded layer cannot be quantized.
+    """
+    was_offloaded = is_offloaded(block)
+    if was_offloaded:
         bring_in(block)
-        check_targets(model, dict(layers), config)
+    stacks = [name for name, layer in layers.items() if isinstance(layer, ExpertStack)]
+    there: dict[str, nn.Linear] = {**layers, **expose_stacks(model, stacks)}
+    if was_offloaded:
+        check_targets(model, dict(there), config)
+    return there
 
 
 def bring_in(module: nn.Module, *, without: nn.Module | None = None) -> None:

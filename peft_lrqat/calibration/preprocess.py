@@ -84,7 +84,7 @@ def preprocess_gptq(
         for index, block in described:
             # taken out, so that nothing keeps the float weights of a block that is done
             own = {key: layers.pop(key) for key in list(layers) if key.startswith(f"{name}.{index}.")}
-            arrive(model, block, own, config)
+            own = arrive(model, block, own, config)
             hessians = collect_hessians(inputs, index, block, own)
             for key, layer in own.items():
                 if key not in hessians:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from peft_lrqat import LowBitSRConfig, LRQATConfig, export, load_quantized, preprocess_blockwise, preprocess_gptq
 from peft_lrqat.calibration.calibrate import BlockInputs
 from peft_lrqat.modules.packed import QuantizedLinear
+from tests.mixtures import EXPERTS, FIRST, mixture
 from tests.models import logits, tiny, tokens, train
 
 IDS = tokens()
@@ -31,8 +32,7 @@ def trained(options: dict | None = None, model: nn.Module | None = None, calibra
     model = tiny(num_hidden_layers=1) if model is None else model
     options = options or {"bits": 3, "signed_scales": True}
     settings = {"epochs": 1, "batch": 8, **settings}
-    preprocess_blockwise(model, config(**options), calibration, progressbar=False, **settings)
-    return model
+    return preprocess_blockwise(model, config(**options), calibration, progressbar=False, **settings)
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -312,3 +312,78 @@ def test_quantized_models_are_refused():
         trained(model=trained())
     with pytest.raises(ValueError, match=r"Conv1D; block-wise training here is for nn.Linear"):
         trained(model=tiny("gpt2"))
+
+
+def of_mixture(options: dict, model: nn.Module | None = None, **settings) -> nn.Module:
+    return trained({"target_modules": ["experts"], **options}, model or mixture(num_hidden_layers=1), **settings)
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 2, "group_size": 8, "symmetric": False}], ids=str)
+def test_experts(options: dict, tmp_path: Path):
+    wanted, text = config(target_modules=["experts"], **options), torch.cat(TEXT)
+    settings = {"epochs": 4, "batch": 4}
+    peft_model = get_peft_model(of_mixture(options, **settings), wanted)
+    rounded = get_peft_model(mixture(num_hidden_layers=1), wanted)
+    expected = logits(mixture(num_hidden_layers=1), text)
+    error, of_rounding = ((logits(m, text) - expected).pow(2).mean() for m in (peft_model, rounded))
+    assert error < 0.9 * of_rounding
+    start = logits(peft_model, IDS)
+    base = peft_model.unload()
+    assert all(isinstance(base.get_submodule(f"{FIRST}.{e}.up_proj"), QuantizedLinear) for e in range(EXPERTS))
+    base.save_pretrained(tmp_path)
+    open_options = dict.fromkeys(("bits", "group_size", "symmetric", "downcast"))
+    again = get_peft_model(load_quantized(tmp_path), config(**{**open_options, "target_modules": ["experts"]}))
+    assert torch.equal(logits(again, IDS), start)
+    merged = again.merge_and_unload()
+    assert torch.equal(logits(merged, IDS), start)
+    assert equal(merged, of_mixture({**options, "downcast": "int"}, **settings))
+
+
+def test_experts_in_a_folder_and_in_a_run_that_goes_on(tmp_path: Path):
+    mixture().save_pretrained(tmp_path / "float")
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+
+    expected = of_mixture({"bits": 3}, load())
+    assert equal(of_mixture({"bits": 3}, tmp_path / "float", resume_from=tmp_path / "blocks"), expected)
+    assert equal(of_mixture({"bits": 3}, load(), resume_from=tmp_path / "blocks"), expected)
+    other = load()
+    other.get_parameter(f"{FIRST}.down_proj").data[2, 3, 4] += 1
+    with pytest.raises(ValueError, match="holds blocks of another run"):
+        of_mixture({"bits": 3}, other, resume_from=tmp_path / "blocks")
+
+
+def test_an_expert_that_no_token_reached_is_rounded():
+    model = mixture(num_hidden_layers=1)
+    gate = model.model.layers[0].mlp.gate.weight.data
+    gate[:] = gate[0] * torch.tensor([1, -1, 2, -2, 0.5]).unsqueeze(1)  # of the last others are always ahead
+    rounded = get_peft_model(copy.deepcopy(model), config(bits=3, target_modules=["experts"])).merge_and_unload()
+    with pytest.warns(UserWarning, match=r"reached 1 of the experts of block 0 \(4\)"):
+        of_mixture({"bits": 3, "downcast": "int"}, model, epochs=2, batch=2)
+    pairs = zip(_down_projections(model), _down_projections(rounded), strict=True)
+    *others, last = (torch.equal(one.codes, two.codes) for one, two in pairs)
+    assert last
+    assert not any(others)
+
+
+def _down_projections(model: nn.Module) -> list:
+    return [model.get_submodule(f"{FIRST}.{e}.down_proj") for e in range(EXPERTS)]
+
+
+def test_experts_are_as_they_were_after_an_error():
+    model = mixture()
+    model.model.layers[0].input_layernorm.weight.data[0] = torch.nan
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"outputs of block 0 .* are not finite"):
+        of_mixture({"bits": 3}, model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_low_bit_sr_leaves_experts_float():
+    model = mixture(num_hidden_layers=1)
+    wanted = LowBitSRConfig(bits=3, group_size=8, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="stay as they are"):
+        preprocess_blockwise(model, wanted, TEXT, progressbar=False, epochs=1, batch=8)
+    assert model.get_parameter(f"{FIRST}.down_proj").ndim == 3
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)

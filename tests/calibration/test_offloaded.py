@@ -75,12 +75,13 @@ def test_one_block_is_float_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPa
     seen, arrive = [], offloaded.arrive
     came: list[weakref.ref] = []
 
-    def watched(model: Any, block: Any, *args: Any) -> None:
+    def watched(model: Any, block: Any, *args: Any) -> dict[str, nn.Linear]:
         left = sum(one() is not None for one in came)
-        arrive(model, block, *args)
+        found = arrive(model, block, *args)
         weights = [p for p in block.parameters() if p.ndim == 2]
         came.extend(map(weakref.ref, weights))
         seen.append((left, len(weights)))
+        return found
 
     monkeypatch.setattr(preprocess, "arrive", watched)
     monkeypatch.setattr(blocks, "arrive", watched)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -115,11 +115,28 @@ def check_without_experts(model: nn.Module, config: Any, method: str) -> None:
         raise ValueError(
             f"{method} is for linear layers, but `target_modules` means the experts of {_listed(names)} too. They "
             "would stay float, and LR-QAT takes no float experts of a model that is quantized. Leave them out with "
-            "`exclude_modules=['experts']`, or begin with `get_peft_model` and the float model, which puts them on "
-            "the grid."
+            "`exclude_modules=['experts']`, or begin with `preprocess_blockwise`, or with `get_peft_model` and the "
+            "float model, which put them on the grid."
         )
     for problem, some in refused.items():
         warnings.warn(f"The experts of {_listed(some)} stay as they are: {problem}.", stacklevel=2)
+
+
+def expose_stacks(model: nn.Module, names: Iterable[str]) -> dict[str, ExpertStack]:
+    """Make layers of float experts, until `settle_experts`.
+
+    Args:
+        names: of projections, all of each module, that `adopt_experts` can take.
+
+    Returns:
+        Name -> layer.
+    """
+    names = list(names)
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        parts = expert_parts(model, name)
+        assert parts is not None
+        _put(model, name, Experts(model.get_submodule(name), parts))
+    return {name: model.get_submodule(name) for name in names}  # type: ignore[misc]  # an ExpertStack each
 
 
 def settle_experts(model: nn.Module) -> None:
