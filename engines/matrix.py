@@ -114,6 +114,9 @@ def main() -> int:
         rows.append(_row(run, folder, found) | mine)
         print(_line(rows[-1], rows), flush=True)
         written = sorted([row for row in kept if _key(row) not in map(_key, rows)] + rows, key=_place)
+        for row in written:
+            if "tokens" in row:
+                row["equal_answers"] = _equal(row, written)
         RESULTS.write_text(json.dumps(head | {"rows": written}, indent=1) + "\n")
     print("\n" + _table(rows) + f"\n\nwrote {RESULTS.relative_to(ROOT)}")
     for row in rows:
@@ -202,10 +205,14 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     start = f"| {row['spec']} | {row['format']} | {row['engine']} | {row['dtype']} | {row['bytes'] / 1e6:.1f} "
     if "error" in row:
         return start + "| failed | | |"
+    return start + f"| {row['perplexity']:.3f} | {_equal(row, rows)} | {row['tokens_per_second']} |"
+
+
+def _equal(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """How many of its answers are those of the checkpoint's first row."""
     reference = next(other for other in rows if other["spec"] == row["spec"] and "tokens" in other)
     pairs = list(zip(reference["tokens"], row["tokens"], strict=False))
-    equal = f"{sum(a == b for a, b in pairs)} of {len(pairs)}" if row is not reference else "(reference)"
-    return start + f"| {row['perplexity']:.3f} | {equal} | {row['tokens_per_second']} |"
+    return f"{sum(a == b for a, b in pairs)} of {len(pairs)}" if row is not reference else "(reference)"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
