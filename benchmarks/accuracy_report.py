@@ -27,6 +27,8 @@ _METHODS = {
     "float": "full fine-tuning in float",
 }
 
+_NBSP = "\N{NO-BREAK SPACE}"
+
 
 class Row(NamedTuple):
     """One method at one grid: its runs, one a seed."""
@@ -219,7 +221,10 @@ def best_rows(files: list[str], text: str = "report", name: str = "") -> str:
             cells = []
             for grid in grids:
                 share = shares[method].get(grid)
-                cell = "" if share is None else f"{best[method][grid].mean(text, 'ppl'):.2f} ({100 * share:.0f} %)"
+                if share is None:
+                    cells.append("")
+                    continue
+                cell = f"{best[method][grid].mean(text, 'ppl'):.2f}{_NBSP}({100 * share:.0f}{_NBSP}%)"
                 cells.append(f"**{cell}**" if share == top[grid] else cell)
             lines.append(f"| {method} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines).strip() + "\n"
@@ -282,7 +287,7 @@ def activation_rows(files: list[str], text: str = "report") -> str:
                 row, plain = best.get((setting, stage)), best.get((Setting(grid[0]), stage.removesuffix(", rotated")))
                 cells.append("" if row is None else f"{row.mean(text, 'ppl'):.2f}")
                 if row and plain and row is not plain:
-                    cells[-1] += f" ({100 * (row.mean(text, 'ppl') / plain.mean(text, 'ppl') - 1):+.1f} %)"
+                    cells[-1] += f" ({100 * (row.mean(text, 'ppl') / plain.mean(text, 'ppl') - 1):+.1f}{_NBSP}%)"
             lines.append(f"| {setting} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines).strip() + "\n"
 
