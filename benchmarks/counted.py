@@ -1,9 +1,14 @@
 """Where the memory of a training step goes, counted from the shapes of the model: nothing is allocated.
 
     python benchmarks/counted.py 7B       # or: mixture; prints the table that tables.py writes into a page
+    python benchmarks/counted.py ranks    # what each of several GPUs holds
+    python benchmarks/counted.py sent     # what each of 8 GPUs sends in a step
 
 The parts that last are counted. What is left of the peak that was measured lives for a part of a step: activations of
 the block that runs, its gradients, the rounded weight of a layer.
+
+Several GPUs: DDP reduces the gradients of all that is trained, around a ring. FSDP2 gathers each block for the forward
+and again for the backward, packed as it is, and what lies outside the blocks once; and it reduces the same gradients.
 """
 
 from __future__ import annotations
@@ -100,11 +105,13 @@ def parts(model: nn.Module, method: Method, tokens: int) -> dict[str, float]:
 
 
 def table(name: str, figure: Callable[[str], Any]) -> str:
-    """Markdown: parts, their sum, and what was measured; GiB.
+    """Markdown: parts, their sum, and what was measured, in GiB; or one of `PLANS`.
 
     Args:
         figure: finds what stands at a place of a result (`tables.figure`).
     """
+    if name in PLANS:
+        return PLANS[name]()
     model = shapes(name)
     columns = [parts(model, method, TOKENS) for method in TABLES[name].values()]
     peaks = [figure(method.measured) for method in TABLES[name].values()]
@@ -118,11 +125,120 @@ def table(name: str, figure: Callable[[str], Any]) -> str:
     return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
+#: of the plan for several GPUs
+PLANNED = {
+    "LoRA, bf16": Method(16, None, 32, None, ""),
+    "LR-QAT as it comes: fx8, groups of 128": Method(8, 128, 32, "group", ""),
+    "LR-QAT int4, groups of 128": Method(4, 128, 32, "group", ""),
+    'the same, `learn_scales="channel"`': Method(4, 128, 32, "channel", ""),
+    "low-bit SR, 4 bits, factored state": Method(4, -1, 0, None, ""),
+}
+#: link -> bytes a second that it carries in one direction
+LINKS = {"NVLink": 450e9, "400 Gb/s": 50e9, "10 Gb/s": 1.25e9}
+
+
+class Ranks(NamedTuple):
+    """What ranks hold and send, in bytes.
+
+    Attributes:
+        lasting: parts of one process, without the inputs of blocks.
+        inputs: of blocks, of a rank's tokens.
+        gradients: of all that is trained, fp32.
+        blocks: frozen and trained parameters of all blocks.
+        root: those outside.
+        depth: number of blocks.
+    """
+
+    lasting: float
+    inputs: float
+    gradients: float
+    blocks: float
+    root: float
+    depth: int
+
+    def one(self) -> float:
+        """Held by one process, with all gradients."""
+        return self.lasting + self.inputs + self.gradients
+
+    def ddp(self) -> float:
+        """Held by a rank, however many there are: DDP's buckets are as large as the gradients."""
+        return self.one() + self.gradients
+
+    def fsdp(self, ranks: int) -> float:
+        """Held by one of so many ranks: its share, its inputs, and the block that runs with the next one."""
+        return (self.lasting + self.gradients) / ranks + self.inputs + 2 * self.blocks / self.depth
+
+    def ddp_sent(self, ranks: int) -> float:
+        """By a rank in a step: a ring's all-reduce passes everything on twice, but for the rank's own share."""
+        return 2 * (ranks - 1) / ranks * self.gradients
+
+    def fsdp_sent(self, ranks: int) -> float:
+        """By a rank in a step: what is gathered, and the gradients, which are scattered once."""
+        return (ranks - 1) / ranks * (2 * self.blocks + self.root + self.gradients)
+
+
+def ranks_of(model: nn.Module, method: Method, tokens: int) -> Ranks:
+    """What ranks hold that train a model with `tokens` each."""
+    found = parts(model, method, tokens)
+    inputs = found.pop("inputs of blocks, kept by checkpointing")
+    norms = 2 * sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 1)
+    root = found["embeddings, output layer, norms, routers"] - norms
+    state = found["the optimizer's state"]
+    lasting = sum(found.values())
+    gradients = found["adapters and changes of scales, fp32"]
+    if not method.rank:
+        gradients = 4 * 8 * found["weights of the blocks"] / method.bits
+    return Ranks(lasting, inputs, gradients, lasting - state - root, root, model.config.num_hidden_layers)
+
+
+def _planned() -> list[tuple[str, Method, Ranks]]:
+    models = {size: shapes(size) for size in ("7B", "13B", "70B")}
+    return [
+        (f"{size}, {name}", method, ranks_of(model, method, TOKENS))
+        for size, model in models.items()
+        for name, method in PLANNED.items()
+    ]
+
+
+def held_by_ranks() -> str:
+    """Markdown: what a rank holds; GiB."""
+    lines = [
+        "| GiB a rank, 4 x 1024 tokens each | one GPU | DDP | FSDP2, 8 GPUs | FSDP2, 64 GPUs |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, method, ranks in _planned():
+        if method.rank:
+            numbers = [ranks.one(), ranks.ddp(), ranks.fsdp(8), ranks.fsdp(64)]
+        else:  # `fused_backward`, which one GPU may have, holds a layer's gradient at a time
+            numbers = [ranks.one() - ranks.gradients, ranks.ddp()]
+        cells = [f"{number / GIB:.1f}" for number in numbers] + ["refused"] * (4 - len(numbers))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def sent_by_ranks() -> str:
+    """Markdown: what each of 8 ranks sends in a step, in GB, and the seconds that this takes a link."""
+    ways = {"DDP": list(LINKS), "FSDP2": ["NVLink", "400 Gb/s"]}
+    heads = [f"{way}: {unit}" for way, links in ways.items() for unit in ("GB", *(f"s, {link}" for link in links))]
+    lines = [f"| each of 8 GPUs, a step | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, method, ranks in _planned():
+        cells = []
+        for way, sent in (("DDP", ranks.ddp_sent(8)), ("FSDP2", ranks.fsdp_sent(8))):
+            seconds = [sent / LINKS[link] for link in ways[way]]
+            shown = [f"{sent / 1e9:.1f}", *(f"{second:.3f}" if second < 1 else f"{second:.1f}" for second in seconds)]
+            cells += shown if way == "DDP" or method.rank else ["refused", *[""] * len(seconds)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+PLANS = {"ranks": held_by_ranks, "sent": sent_by_ranks}
+
+
 def main() -> None:
     from tables import figure
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=TABLES)
+    parser.add_argument("name", choices=[*TABLES, *PLANS])
     print(table(parser.parse_args().name, figure), end="")
 
 
