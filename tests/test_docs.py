@@ -221,6 +221,15 @@ def test_tables_hold_the_figures_of_the_results(tables, capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs/results").glob("*.md")))
+def test_no_figure_of_the_results_is_typed_by_hand(page: str):
+    """A cell that is a number with a fraction stands below a comment that says where it comes from."""
+    text = (ROOT / "docs/results" / page).read_text(encoding="utf-8")
+    typed = re.sub(r"<!-- .*?<!-- end -->", "", text, flags=re.DOTALL)
+    rows = re.findall(r"^\|(.*)\|$", typed, re.MULTILINE)
+    assert not [row for row in rows if any(re.fullmatch(r"[\s*]*\d+\.\d+[\s*%]*", cell) for cell in row.split("|"))]
+
+
 def test_drawings_hold_the_figures_of_the_results(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert importlib.import_module("diagrams").main(["--check"]) == 0, capsys.readouterr().out
