@@ -2,13 +2,14 @@
 
     python benchmarks/sft.py --out benchmarks/results/sft.json                 # 7B shapes, 4x1024 and 1x1024 tokens
     python benchmarks/sft.py --memory --out benchmarks/results/sft_memory.json # 8-bit Adam, Liger, offloading for all
+    python benchmarks/sft.py --graphs --out benchmarks/results/sft_graphs.json # without and with CUDA graphs
     python benchmarks/sft.py --smoke                                           # does it run (on a CPU)
 
 Random weights in Llama's shapes and random tokens; everything else is as `SFTConfig` and PEFT have it: bf16 autocast,
 gradient checkpointing, fused AdamW, fp32 adapters, the accuracy that TRL logs. One method after the other, each on an
 empty GPU. Seconds a step: the median of `--steps` times from the end of a step to the end of the next, on a
-synchronised GPU; the peak is that of these steps, as torch counts allocated bytes. Scales are min-max ones, which take
-no search.
+synchronised GPU; the peak is that of these steps, as torch counts allocated bytes, and what graphs hold beside it.
+Scales are min-max ones, which take no search.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import statistics
 import tempfile
 import time
@@ -46,6 +48,7 @@ class Clock(TrainerCallback):
 
     def __init__(self, device: str, warm: int) -> None:
         self.device, self.warm, self.ends = device, warm, []  # type: ignore[var-annotated]
+        self.pools = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.device == "cuda":
@@ -53,6 +56,7 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
         if state.global_step == self.warm:
             reset_peak(self.device)
+            self.pools = graph_pools(self.device)
 
     def seconds(self) -> list[float]:
         ends = self.ends[self.warm - 1 :]
@@ -82,10 +86,20 @@ def peft_config(kind: str, options: dict[str, Any] | None, args: argparse.Namesp
     return LRQATConfig(r=args.rank, range_method="minmax", **shared, **options, **group)
 
 
-def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> dict[str, Any]:
-    """Seconds a step and peak for every batch shape."""
+def graph_pools(device: str) -> float:
+    """GiB that CUDA graphs hold for what they compute, which torch does not count as allocated."""
+    if device != "cuda":
+        return 0.0
+    private = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    return sum(part["total_size"] - part["allocated_size"] for part in private) / 2**30
+
+
+def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> list[dict[str, Any]]:
+    """Seconds a step and peak for every batch shape; with `--graphs` a second row for the same model with them."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from peft_lrqat import CudaGraphCallback
 
     assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
     kind, options = METHODS[name]
@@ -94,8 +108,12 @@ def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> di
     if kind == "qlora":
         nf4(model)
     config = peft_config(kind, options, args)
-    row: dict[str, Any] = {"method": name, "size": args.size, "memory": args.memory, "steps": {}}
-    for shape in args.batches:
+    rows_of = {
+        graphs: {"method": name, "size": args.size, "memory": args.memory, "graphs": graphs, "steps": {}}
+        for graphs in ((False, True) if args.graphs else (False,))
+    }
+    for shape, graphs in itertools.product(args.batches, rows_of):
+        row: dict[str, Any] = rows_of[graphs]
         batch, length = (int(n) for n in shape.split("x"))
         count = args.warm + args.steps
         rows = torch.randint(3, 32000, (batch * count, length), generator=torch.Generator().manual_seed(1))
@@ -110,28 +128,33 @@ def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> di
             "dataloader_pin_memory": device == "cuda",
         }
         clock = Clock(device, args.warm)
+        callbacks = [clock, CudaGraphCallback()] if graphs else [clock]
         trainer = SFTTrainer(
             model,
             SFTConfig(folder, **settings, **(MEMORY if args.memory else {})),
             train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
             processing_class=tokenizer(),
             peft_config=config,
-            callbacks=[clock],
+            callbacks=callbacks,
         )
         model, config = trainer.model, None  # adapted now
         gc.collect()
         row.setdefault("static_gib", held(device))
         row.setdefault("trained", sum(p.numel() for p in model.parameters() if p.requires_grad))
         loss = trainer.train().training_loss
-        row["steps"][shape] = {"seconds": statistics.median(clock.seconds()), "peak_gib": peak(device), "loss": loss}
+        row["steps"][shape] = {
+            "seconds": statistics.median(clock.seconds()),
+            "peak_gib": peak(device) + clock.pools,
+            "loss": loss,
+        }
         trainer.accelerator.free_memory()
-        del trainer, clock
+        del trainer, clock, callbacks
         gc.collect()
     del model
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    return row
+    return list(rows_of.values())
 
 
 def missing(kind: str, memory: bool) -> list[str]:
@@ -149,6 +172,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", action="store_true", help="8-bit Adam, Liger and activation offloading, for all")
+    parser.add_argument("--graphs", action="store_true", help="each method without and with CUDA graphs")
     parser.add_argument("--only", nargs="+", choices=METHODS)
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--out", type=Path)
@@ -164,12 +188,14 @@ def main() -> None:
             print(f"{name:40} left out: {', '.join(packages)} not installed", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(name, args, device, folder)
-        found["runs"].append({**row, "command": command, **provenance()})
+            rows = measure(name, args, device, folder)
+        found["runs"] += [{**row, "command": command, **provenance()} for row in rows]
         if args.out:
             write_json(args.out, found)
-        steps = "  ".join(f"{shape}: {v['seconds']:.3f} s {v['peak_gib']:.2f} GiB" for shape, v in row["steps"].items())
-        print(f"{name:40} static {row['static_gib']:.2f}  {steps}", flush=True)
+        for row in rows:
+            parts = [f"{shape}: {v['seconds']:.3f} s {v['peak_gib']:.2f} GiB" for shape, v in row["steps"].items()]
+            called = f"{name}, graphs" if row["graphs"] else name
+            print(f"{called:48} static {row['static_gib']:.2f}  {'  '.join(parts)}", flush=True)
 
 
 if __name__ == "__main__":

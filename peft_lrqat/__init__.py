@@ -8,6 +8,7 @@ Importing this package registers its tuner types with PEFT; everything else is P
     Distillation, store_logits,      training with the probabilities of a teacher
     distillation_loss
     QuantizationCallback             what training does to the integers, in a Trainer's log
+    CudaGraphCallback, cuda_graphs   steps with less Python
     load_quantized                   starting from a quantized checkpoint,
     preprocess_gptq,                 or from one that calibration text has made,
     preprocess_blockwise
@@ -29,6 +30,7 @@ from .calibration import calibrate_activations, preprocess_blockwise, preprocess
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
+from .cuda_graphs import CudaGraphCallback, cuda_graphs
 from .distillation import Distillation, distillation_loss, store_logits
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
@@ -39,6 +41,7 @@ from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .tuners.lrqat.optim import create_lrqat_optimizer
 
 __all__ = [
+    "CudaGraphCallback",
     "Distillation",
     "Grid",
     "LRQATConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "calibrate_activations",
     "can_export",
     "create_lrqat_optimizer",
+    "cuda_graphs",
     "distillation_loss",
     "export",
     "kept_weights",

@@ -322,3 +322,7 @@ def _check_written(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any)
             f"{type(layer).__name__} did not write its keys and values to the cache that it was given, so they were "
             f"not rounded (`kv_bits`): it computes otherwise than its kind in transformers. {_WITHOUT}"
         )
+
+
+#: The hooks of this file: what they do is the same in every call of a layer, so recording it once is enough.
+HOOKS = (_give_stand_in, _check_written)
