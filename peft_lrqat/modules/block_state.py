@@ -7,7 +7,8 @@ while it was recorded: modules, the addresses of their tensors, and their plain 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,6 @@ def why_unfit(block: nn.Module, hooks_of_itself: bool = True) -> str | None:
             devices.setdefault(tensor.device, place)
             if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
                 return f"{place!r} is sharded over processes (FSDP, DeepSpeed, tensor parallelism)"
-            if getattr(tensor, "_backward_hooks", None):
-                return f"{place!r} has a hook on its gradient (`register_hook`), which would run twice"
             if tensor.requires_grad and type(tensor) is not nn.Parameter:
                 return f"{place!r}, which is trained, is a {type(tensor).__name__}, whose values lie elsewhere"
     if len(devices) > 1:
@@ -75,6 +74,7 @@ class BlockState:
         self._tensors: list[tuple[dict, Any, torch.Tensor, int, bool, str]] = []
         self._sizes: list[tuple[Any, int, str]] = []
         self.parameters: list[nn.Parameter] = []
+        self._places: list[tuple[dict, Any, int]] = []  # dictionary, key, number among `parameters`
         for name, module in block.named_modules():
             self._watch(module, name)
         self._layout = [(config, config._attn_implementation) for config in _configs(block)]
@@ -86,8 +86,8 @@ class BlockState:
                     self._entries.append((table, key, None, f"{name}.{key}"))
                     continue
                 self._tensors.append((table, key, tensor, tensor.data_ptr(), tensor.requires_grad, f"{name}.{key}"))
-                if tensor.requires_grad and not any(tensor is other for other in self.parameters):
-                    self.parameters.append(tensor)  # type: ignore[arg-type]  # what requires gradients is a parameter
+                if tensor.requires_grad:
+                    self._places.append((table, key, self._number(tensor)))
         for key, child in module._modules.items():
             self._entries.append((module._modules, key, child, f"{name}.{key}"))
         for kind in _HOOKS:
@@ -100,13 +100,29 @@ class BlockState:
             elif key not in _MODULE and _plain(value):
                 self._entries.append((attributes, key, _copied(value), f"{name}.{key}"))
 
+    def _number(self, parameter: Any) -> int:
+        """Its place among `parameters`, where it is put."""
+        found = next((i for i, other in enumerate(self.parameters) if other is parameter), len(self.parameters))
+        if found == len(self.parameters):
+            self.parameters.append(parameter)
+        return found
+
+    @contextlib.contextmanager
+    def with_parameters(self, others: Sequence[nn.Parameter]) -> Iterator[None]:
+        """A context in which other parameters stand in the places of `parameters`."""
+        try:
+            for table, key, number in self._places:
+                table[key] = others[number]
+            yield
+        finally:
+            for table, key, number in self._places:
+                table[key] = self.parameters[number]
+
     def changed(self) -> str | None:
         """The name of something that is not as it was; None: all is."""
         for table, key, tensor, address, needs, name in self._tensors:
             if table.get(key) is not tensor or tensor.data_ptr() != address or tensor.requires_grad != needs:
                 return name
-            if tensor._backward_hooks:
-                return f"hooks of {name}"
         for table, key, value, name in self._entries:
             found = table.get(key, _MISSING)
             if found is not value and (isinstance(value, nn.Module) or found != value):
