@@ -30,8 +30,8 @@ from .calibration import calibrate_activations, preprocess_blockwise, preprocess
 from .checkpoint.adopt import adopt_own
 from .checkpoint.export import can_export, export
 from .checkpoint.load import load_quantized
-from .cuda_graphs import CudaGraphCallback, cuda_graphs
 from .distillation import Distillation, distillation_loss, store_logits
+from .graphs import CudaGraphCallback, cuda_graphs
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .monitor import QuantizationCallback

@@ -16,7 +16,7 @@ PACKAGE = "peft_lrqat"
 FLOORS = (
     ("peft_lrqat",),
     ("cli",),
-    ("autoload", "calibration", "cuda_graphs", "distillation", "monitor"),
+    ("autoload", "calibration", "distillation", "graphs", "monitor"),
     ("tuners", "tuners.lrqat", "tuners.lowbit_sr"),
     ("tuners.common",),
     ("checkpoint",),

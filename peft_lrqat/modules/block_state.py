@@ -80,25 +80,27 @@ class BlockState:
         self._layout = [(config, config._attn_implementation) for config in _configs(block)]
 
     def _watch(self, module: nn.Module, name: str) -> None:
+        inside = f"{name}." if name else ""
+        name = name or "the block"
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
                 if tensor is None:
-                    self._entries.append((table, key, None, f"{name}.{key}"))
+                    self._entries.append((table, key, None, inside + str(key)))
                     continue
-                self._tensors.append((table, key, tensor, tensor.data_ptr(), tensor.requires_grad, f"{name}.{key}"))
+                self._tensors.append((table, key, tensor, tensor.data_ptr(), tensor.requires_grad, inside + str(key)))
                 if tensor.requires_grad:
                     self._places.append((table, key, self._number(tensor)))
         for key, child in module._modules.items():
-            self._entries.append((module._modules, key, child, f"{name}.{key}"))
+            self._entries.append((module._modules, key, child, inside + str(key)))
         for kind in _HOOKS:
             self._sizes.append((getattr(module, kind), len(getattr(module, kind)), f"hooks of {name}"))
         attributes = vars(module)
         self._sizes.append((attributes, len(attributes), f"attributes of {name}"))
         for key, value in attributes.items():
             if isinstance(value, torch.Tensor):
-                self._tensors.append((attributes, key, value, value.data_ptr(), value.requires_grad, f"{name}.{key}"))
+                self._tensors.append((attributes, key, value, value.data_ptr(), value.requires_grad, inside + str(key)))
             elif key not in _MODULE and _plain(value):
-                self._entries.append((attributes, key, _copied(value), f"{name}.{key}"))
+                self._entries.append((attributes, key, _copied(value), inside + str(key)))
 
     def _number(self, parameter: Any) -> int:
         """Its place among `parameters`, where it is put."""

@@ -1,0 +1,177 @@
+"""The callback and the context, with a recorder for CPUs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from peft_lrqat import CudaGraphCallback, LRQATConfig, QuantizationCallback, cuda_graphs
+from peft_lrqat.modules import block_graphs
+from tests.graphs import RunsAgain
+from tests.models import adapted, low_bit, tiny, tokens
+from tests.trainer import arguments, counting_text, ids_dataset, losses, word_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(block_graphs, "recorder_for", lambda device: RunsAgain())
+
+
+class Looks(TrainerCallback):
+    """What the graphs of another callback have counted, at each step."""
+
+    def __init__(self, other: CudaGraphCallback) -> None:
+        self.other, self.counts = other, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(dict(self.other._graphs.counts))
+
+
+def sft(folder, callbacks, model=None, config=None, **options):
+    torch.manual_seed(0)
+    settings = {"max_length": 32, "gradient_accumulation_steps": 2, "max_steps": 3, **options}
+    config = config or LRQATConfig(task_type="CAUSAL_LM", group_size=-1, r=4, range_method="minmax")
+    trainer = SFTTrainer(
+        model or tiny(),
+        arguments(folder, SFTConfig, **settings),
+        train_dataset=counting_text(),
+        eval_dataset=counting_text(),
+        processing_class=word_tokenizer(),
+        peft_config=None if isinstance(model, PeftModel) else config,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": True, "bf16": True}, {"eval_strategy": "steps", "eval_steps": 1}],
+    ids=["packed", "evaluated"],
+)
+def test_one_line_of_a_script(options, tmp_path):
+    expected = sft(tmp_path / "without", [], **options)
+    graphs = CudaGraphCallback()
+    looks = Looks(graphs)
+    found = sft(tmp_path / "with", [graphs, looks, QuantizationCallback(plot=False)], **options)
+    assert losses(found) == losses(expected)
+    kept = ("eval_loss", "grad_norm")
+    for name in kept:
+        logged = [[entry[name] for entry in t.state.log_history if name in entry] for t in (found, expected)]
+        assert logged[0] == logged[1]
+    trained = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (found, expected)]
+    assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
+    assert looks.counts[-1]["replayed"] >= 8
+    assert graphs._graphs is None
+    layers = [m for m in found.model.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    assert not any(isinstance(m._gradient_checkpointing_func, block_graphs._Block) for m in layers)
+
+
+def test_a_saved_adapter_trains_on(tmp_path):
+    def run(callbacks):
+        folder = tmp_path / str(len(callbacks))
+        first = sft(folder, callbacks, max_steps=2)
+        first.save_model(folder / "adapter")
+        model = PeftModel.from_pretrained(tiny(), folder / "adapter", is_trainable=True)
+        return [*losses(first), *losses(sft(folder, callbacks, model, max_steps=2))]
+
+    assert run([CudaGraphCallback()]) == run([])
+
+
+def test_trainers_that_switch_checkpointing_between_steps(tmp_path):
+    class Generates(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.gradient_checkpointing_disable()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    graphs = CudaGraphCallback()
+    looks = Looks(graphs)
+    sft(tmp_path, [graphs, looks, Generates()], max_steps=4)
+    assert [counts["replayed"] for counts in looks.counts] == [2, 6, 10, 14]
+
+
+def test_a_training_that_failed_leaves_the_next_one_alone(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyError("stopped")
+
+    model = get_peft_model(tiny(), LoraConfig(target_modules="all-linear"))
+    graphs = CudaGraphCallback()
+    with pytest.raises(KeyError, match="stopped"):
+        sft(tmp_path, [graphs, Fails()], model)
+    looks = Looks(graphs)
+    sft(tmp_path, [graphs, looks], model)
+    assert looks.counts[-1]["replayed"] == 10
+
+
+def test_a_loop_of_ones_own():
+    def run(model, graphs):
+        found = []
+        with cuda_graphs(model) if graphs else torch.enable_grad():
+            for _ in range(3):
+                loss = model(input_ids=tokens(), labels=tokens()).loss
+                loss.backward()
+                found.append(loss.detach())
+        return [*found, *[p.grad for p in model.parameters() if p.grad is not None]]
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(adapted(tiny(), range_method="minmax").train())
+        models[-1].gradient_checkpointing_enable()
+    expected, found = (run(model, graphs) for model, graphs in zip(models, (False, True), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    layer = models[1].get_base_model().model.layers[0]
+    assert layer._gradient_checkpointing_func.func is torch.utils.checkpoint.checkpoint
+
+
+def test_without_a_gpu_training_goes_on_and_a_warning_says_so(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    found = []
+    monkeypatch.setattr(block_graphs.logger, "warning", found.append)
+    graphs = CudaGraphCallback()
+    looks = Looks(graphs)
+    sft(tmp_path, [graphs, looks], max_steps=1)
+    assert looks.counts[-1] == {"recorded": 0, "replayed": 0, "ordinary": 0}
+    assert "on cpu" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda: adapted(tiny()), {"gradient_checkpointing": False}, "gradient checkpointing is off"),
+        (lambda: low_bit(tiny()), {}, "low-bit SR"),
+        (lambda: adapted(tiny(), offload_base=True), {}, "offload_base=True"),
+        (lambda: get_peft_model(tiny(), LoraConfig(lora_dropout=0.1)), {}, "p=0.1"),
+    ],
+    ids=["no checkpointing", "low-bit SR", "offloaded", "dropout"],
+)
+def test_what_does_not_go_with_graphs_is_refused_before_a_step(make, options, words, tmp_path):
+    args = arguments(tmp_path, **{"gradient_checkpointing": True, **options})
+    trainer = Trainer(make(), args, None, ids_dataset(), callbacks=[CudaGraphCallback()])
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"n_gpu": 2}, "nn.DataParallel"), ({"torch_compile": True}, "torch_compile")],
+    ids=["several GPUs", "compiled"],
+)
+def test_arguments_that_do_not_go_with_graphs(change, words):
+    args = SimpleNamespace(**{"n_gpu": 1, "torch_compile": False, **change})
+    with pytest.raises(ValueError, match=words):
+        CudaGraphCallback().on_train_begin(args, None, None, model=adapted(tiny(), range_method="minmax"))
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused(way, monkeypatch):
+    model = get_peft_model(tiny(), LoraConfig(target_modules="all-linear"))
+    monkeypatch.setattr("peft_lrqat.graphs.announced_fsdp", lambda: 2 if way == "FSDP" else None)
+    monkeypatch.setattr("peft_lrqat.graphs.announced_zero", lambda: 0 if way == "DEEPSPEED" else None)
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed"), cuda_graphs(model):
+        pass
