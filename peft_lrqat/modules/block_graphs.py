@@ -19,6 +19,7 @@ graph runs by the checkpoint function that the model had, with one warning that 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -34,6 +35,9 @@ from transformers.utils import logging
 from .block_state import BlockState, why_unfit
 
 logger = logging.get_logger(__name__)
+
+#: Those that are attached. At exit they are released while CUDA is still there.
+_ATTACHED: weakref.WeakSet[BlockGraphs] = weakref.WeakSet()
 
 #: As many combinations of shapes become graphs, and each block is recorded anew as often.
 LIMIT = 8
@@ -109,9 +113,16 @@ class Recorder:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one on which all graphs of a device are recorded: memory of a pool, and workspaces of cuBLAS, belong to a
-    stream."""
-    return torch.cuda.Stream(device)
+    """The one on which all graphs of a device are recorded, because memory of a pool belongs to a stream.
+
+    cuBLAS keeps a workspace for each thread and stream. They are made here, for this thread and autograd's: those that
+    are made in a recording would hold its pool for good.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        small = torch.ones(16, 16, device=device, requires_grad=True)
+        torch.autograd.grad((small @ small).sum(), small)
+    return stream
 
 
 def recorder_for(device: torch.device) -> Any:
@@ -219,13 +230,15 @@ class _Graph:
         self._needed = [i for i, t in enumerate(inputs) if t.requires_grad]
         self.inputs = [owner.buffer("input", i, t) for i, t in enumerate(inputs)]
         kind = inputs[0].device.type
-        self._autocast = {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-            # a weight that is cast in a graph lies in the pool, and one that was cast outside is gone later
-            "cache_enabled": False,
-        }
+        # weights that were cast are not kept: one of a graph lies in the pool, and one of outside would be gone later
+        self._autocast = functools.partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        )
+        self._no_autocast = functools.partial(torch.autocast, kind, enabled=False)
         self._load(inputs)
         self._try()
         recorder = owner.recorder
@@ -245,14 +258,14 @@ class _Graph:
         layout: list[Any] = []
         # whoever moves saved tensors elsewhere is not to move those of a graph
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-        with torch.enable_grad(), torch.autocast(**self._autocast), hooks, self.state.with_parameters(trained):
+        with torch.enable_grad(), self._autocast(), hooks, self.state.with_parameters(trained):
             _flatten(self._function(*inputs), outputs, layout, "returns")
         return outputs, layout, leaves
 
     def _gradients(self, outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """For the gradients that have arrived."""
         arriving = [buffer.tensor for buffer in self.arriving]
-        with torch.autocast(self._autocast["device_type"], enabled=False):
+        with self._no_autocast():
             reached = [outputs[i] for i in self.differentiable]
             return list(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
 
@@ -310,7 +323,7 @@ class _Graph:
         outputs, _, leaves = self._run()
         grads = self._gradients(outputs, leaves)
         with torch.no_grad():
-            torch._foreach_copy_(self._grads, [grads[i] for i in self._present])
+            torch._foreach_copy_(self._grads, [g for g in grads if g is not None])
 
     def _load(self, inputs: list[Tensor]) -> None:
         for buffer, tensor in zip(self.inputs, inputs, strict=True):
@@ -329,12 +342,12 @@ class _Graph:
             buffer.take(grads[i])
         self._replay_backward()
         found: list[Tensor | None] = [None] * (len(self._needed) + len(self.state.parameters))
-        for i, grad in zip(self._present, _copies(self._grads), strict=True):
-            found[i] = grad
-        inputs_grads: list[Tensor | None] = [None] * len(inputs)
+        for i, copied in zip(self._present, _copies(self._grads), strict=True):
+            found[i] = copied
+        of_inputs: list[Tensor | None] = [None] * len(inputs)
         for i, grad in zip(self._needed, found, strict=False):
-            inputs_grads[i] = grad
-        return [*inputs_grads, *found[len(self._needed) :]]
+            of_inputs[i] = grad
+        return [*of_inputs, *found[len(self._needed) :]]
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -384,13 +397,13 @@ class _Block:
         return _same, (self.ordinary,)
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        if self.off or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.ordinary(function, *args)
         try:
-            found = self._find(function, args)
+            found = None if self.off else self._find(function, args)
         except _Unfit as reason:
             self.owner.warn(f"{self.name!r}: {reason}")
-            self.off = True
+            self.off, self._state, self._graphs = True, None, {}
             found = None
         if found is None:
             self.owner.counts["ordinary"] += 1
@@ -436,10 +449,10 @@ class _Block:
             graph = self._graphs[key] = self._record(block, called, layout, inputs)
         return graph, inputs
 
-    def _taken_apart(self, function: Any) -> tuple[nn.Module, Callable[..., Any], tuple, dict[str, Any]]:
+    def _taken_apart(self, function: Any) -> tuple[Any, Callable[..., Any], tuple, dict[str, Any]]:
         """The block, its forward as a function of all arguments, and the arguments that transformers has bound to it:
         `partial(forward, block, **named)`, or `partial(block.__call__, **named)` before 5.23."""
-        layer = self._layer()
+        layer: Any = self._layer()
         if isinstance(function, functools.partial) and layer is not None:
             if getattr(function.func, "__self__", None) is layer:
                 return layer, function.func, function.args, function.keywords
@@ -508,6 +521,7 @@ class BlockGraphs:
         """Take the place of the checkpoint function of each block, also where somebody has set it anew."""
         if self.recorder is None:
             return
+        _ATTACHED.add(self)
         for name, layer in self._layers.items():
             ordinary = layer._gradient_checkpointing_func
             if isinstance(ordinary, _Block) and ordinary.owner is self:
@@ -526,6 +540,7 @@ class BlockGraphs:
             if isinstance(block, _Block) and block.owner is self:
                 layer._gradient_checkpointing_func = block.ordinary
         self._blocks, self._buffers, self._results = {}, {}, {}
+        _ATTACHED.discard(self)
 
     def buffer(self, what: str, place: int, like: Tensor) -> _Buffer:
         """The buffer for a tensor: all blocks that have one alike in this place share it."""
@@ -563,6 +578,12 @@ class BlockGraphs:
         """After a recording has failed: no block is recorded any more."""
         for block in self._blocks.values():
             block.off = True
+
+
+@atexit.register
+def _detach_all() -> None:
+    for graphs in list(_ATTACHED):
+        graphs.detach()
 
 
 def _checkpointed(model: nn.Module) -> dict[str, Any]:
