@@ -36,11 +36,13 @@ _latest = _Latest()
 class _Rounding(weakref.ref):
     """What an input was rounded to: a reference to the input, that does not keep it."""
 
-    __slots__ = ("activations", "layers", "place", "pointer", "values", "versions")
+    __slots__ = ("activations", "layers", "place", "pointer", "shape", "values", "version", "written")
 
     values: Tensor | None
-    versions: tuple[int, int]  # of the input and of the values
+    version: int  # of the input
+    written: int  # version of the values
     pointer: int
+    shape: torch.Size
     activations: Activations
     place: Any  # see `_place`
     layers: set[int]  # those that were given the values, by id
@@ -51,9 +53,11 @@ class _Rounding(weakref.ref):
         return (
             self() is x
             and values is not None
-            and self.versions == (x._version, values._version)
+            and self.version == x._version
+            and self.written == values._version
             and self.pointer == x.data_ptr()
-            and (values.shape, values.dtype) == (x.shape, x.dtype)
+            and self.shape == x.shape
+            and values.dtype == x.dtype
             and self.activations == activations
             and self.place == place
             and layer not in self.layers
@@ -70,9 +74,9 @@ def _place(x: Tensor) -> Any:
     again when x is; None: nothing is to be shared."""
     if type(x) is not Tensor or x.is_inference() or torch._C._len_torch_dispatch_stack():
         return None  # without a version; or somebody watches every operation
-    if x.device.type != "cuda":
-        return x.device if x.device.type == "cpu" else None
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    if not x.is_cuda:  # asked so, because `x.device.type` takes as long as all that is asked here
+        return "cpu" if x.is_cpu else None
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
     if not torch.cuda.is_current_stream_capturing():
         return stream, None
     try:
@@ -101,14 +105,15 @@ def shared_values(x: Tensor, activations: Activations, layer: object) -> Tensor 
     latest = _latest.rounding
     if latest is not None:
         values = latest.values
-        if values is not None and latest.serves(x, activations, place, id(layer)):
+        if latest.serves(x, activations, place, id(layer)):
             latest.layers.add(id(layer))
             return values
     _latest.rounding = None  # before there are two
     values = rounded_values(x, activations)
     rounding = _Rounding(x, _forget)
-    rounding.values, rounding.versions, rounding.pointer = values, (x._version, values._version), x.data_ptr()
-    rounding.activations, rounding.place, rounding.layers = activations, place, {id(layer)}
+    rounding.values, rounding.written, rounding.layers = values, values._version, {id(layer)}
+    rounding.version, rounding.pointer, rounding.shape = x._version, x.data_ptr(), x.shape
+    rounding.activations, rounding.place = activations, place
     _latest.rounding = rounding
     return values
 
