@@ -108,13 +108,10 @@ def test_a_fixed_scale_is_never_read_back(kernels):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_cuda_graphs_and_streams_round_what_they_are_given():
     """Layers share the rounding of an input within one graph, and with nobody outside of it."""
-    x, how, layers = (
-        torch.randn(1, 4, 64, device="cuda", dtype=torch.bfloat16),
-        Activations("vllm"),
-        (object(), object()),
-    )
+    x, how = torch.randn(1, 4, 64, device="cuda", dtype=torch.bfloat16), Activations("vllm")
+    layers = [torch.nn.Linear(64, 1), torch.nn.Linear(64, 1)]
 
-    def captured(*layers: object) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    def captured(*layers: torch.nn.Module) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             return graph, [round_shared(x, how, layer) for layer in layers]
@@ -122,7 +119,7 @@ def test_cuda_graphs_and_streams_round_what_they_are_given():
     first, second = [round_shared(x, how, layer) for layer in layers]
     assert first is second
     with torch.cuda.stream(torch.cuda.Stream()):
-        assert round_shared(x, how, object()) is not second
+        assert round_shared(x, how, torch.nn.Linear(64, 1)) is not second
     torch.cuda.synchronize()
     graphs = [captured(*which) for which in (layers, layers[:1], layers[1:])]
     assert graphs[0][1][0] is graphs[0][1][1]

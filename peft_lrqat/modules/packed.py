@@ -111,9 +111,8 @@ class QuantizedLinear(KeepsScales):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        input = linear_input(input, self)
-        if self.activations is not None:
-            input = round_shared(input, self.activations, self)
+        how = self.activations
+        input = linear_input(input, self) if how is None else round_shared(input, how, self)
         bias: torch.Tensor | None = self.bias
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)

@@ -221,11 +221,10 @@ class Int8Linear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = linear_input(input, self)
         if self.input_scale is None:
-            x = round_shared(x, self.activations, self)
+            x = round_shared(input, self.activations, self)
         else:
-            x = round_activations(x, self.activations, self.input_scale)
+            x = round_activations(linear_input(input, self), self.activations, self.input_scale)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dense(x.dtype), bias)
 
@@ -252,7 +251,7 @@ class BitNetLinear(_StoredWeight):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        x = round_shared(linear_input(input, self), self.activations, self)
+        x = round_shared(input, self.activations, self)
         return nn.functional.linear(x, self._dense(x.dtype)) * self.weight_scale.to(x.dtype)
 
     def _factor(self, dtype: torch.dtype) -> torch.Tensor:

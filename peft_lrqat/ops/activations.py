@@ -95,9 +95,13 @@ def check_input(x: Tensor, activations: Activations) -> None:
 
 
 def rounded_values(x: Tensor, activations: Activations) -> Tensor:
-    """Compute the numbers that `round_activations` returns for dynamic scales, without a graph."""
+    """Compute the numbers that `round_activations` returns for dynamic scales.
+
+    Args:
+        x: without a graph.
+    """
     check_input(x, activations)
-    return _rounded_impl(x.detach(), activations.rule, activations.bits, activations.group_size)
+    return _rounded_impl(x, activations.rule, activations.bits, activations.group_size)
 
 
 def straight_through(x: Tensor, values: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ def straight_through(x: Tensor, values: Tensor) -> Tensor:
 
     Args:
         x: differentiable.
-        values: of x's shape and dtype, without a graph.
+        values: of x's shape, in any float dtype, without a graph.
     """
     return _StraightThrough.apply(x, (values,)) if torch.is_grad_enabled() and x.requires_grad else values
 

@@ -75,8 +75,13 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
 
     Every layer does so first (`inputs.py`), and so rounds and multiplies alike under autocast before and after merging.
     """
+    return x.to(autocast_dtype(x))
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Tell what `in_autocast_dtype` casts to."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def no_autocast(tensor: torch.Tensor, only: torch.dtype | None = None) -> contextlib.AbstractContextManager:

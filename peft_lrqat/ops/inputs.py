@@ -1,7 +1,8 @@
 """What a layer takes: the checks that torch's own layers make, which no operation on packed words can make for them.
 
 A row of packed words does not say how many of its codes count, so a product with an input that is too narrow would
-quietly use the first columns. Every layer, adapted or merged, calls `linear_input` (or `check_ids`) first.
+quietly use the first columns. Every layer, adapted or merged, calls `linear_input` first, or `check_ids`, or, where it
+rounds its input, what `shared_inputs.py` has.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ def linear_input(x: torch.Tensor, layer: Any) -> torch.Tensor:
     Raises:
         RuntimeError: another shape or dtype, as nn.Linear raises it.
     """
+    check_linear_input(x, layer)
+    return in_autocast_dtype(x)
+
+
+def check_linear_input(x: torch.Tensor, layer: Any) -> None:
+    """Check the input of a linear layer, as `linear_input` does."""
     if x.dtype not in _FLOATS or not x.ndim or x.shape[-1] != layer.in_features:
         _refuse(x, layer)
-    return in_autocast_dtype(x)
 
 
 def check_ids(ids: torch.Tensor) -> None:

@@ -279,12 +279,13 @@ def quantized_linear(
         c: lora_alpha / r.
         bits, downcast: how `base` is stored.
         scale_dtype: what s is snapped to, see `grid.snap_scale`.
-        values: of x's shape and dtype, without a graph: what x was rounded to. They are multiplied in its place, and
-            the gradient passes straight through to x. None: x itself; so it must be in a compiled region.
+        values: of x's shape, in the compute dtype, without a graph: what x was rounded to. They are multiplied in its
+            place, and the gradient passes straight through to x, whose dtype may be another. None: x itself; so it must
+            be in a compiled region.
 
     Returns:
-        (..., out) in x's dtype. For backward it keeps x, the stored base, the small tensors, and y where one entry of
-        the shift belongs to a whole row; W^ is rebuilt.
+        (..., out) in the compute dtype. For backward it keeps x (or `values`), the stored base, the small tensors, and
+        y where one entry of the shift belongs to a whole row; W^ is rebuilt.
     """
     constants = (c, bits, downcast, scale_dtype)
     if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ next layer that asks for the same, where nobody could tell that from rounding ag
 
 * it is the same tensor (the object), of the same memory, and nobody has written to it since (its version), nor to what
   it was rounded to;
-* it is rounded by the same rule;
+* it is rounded by the same rule, in the same dtype, which autocast decides;
 * it is used on the stream that it was computed on, in the CUDA graph that it was captured in;
 * the layer was not given it before: one that asks twice has begun another pass, before which somebody may have written
   to a buffer in a way that has no version (a replayed graph, a message of another process).
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from .activations import Activations, round_activations, rounded_values, straight_through
+from .dispatch import autocast_dtype
+from .inputs import check_linear_input, linear_input
 
 
 class _Latest(threading.local):
@@ -36,18 +38,19 @@ _latest = _Latest()
 class _Rounding(weakref.ref):
     """What an input was rounded to: a reference to the input, that does not keep it."""
 
-    __slots__ = ("activations", "layers", "place", "pointer", "shape", "values", "version", "written")
+    __slots__ = ("activations", "dtype", "layers", "place", "pointer", "shape", "values", "version", "written")
 
     values: Tensor | None
     version: int  # of the input
     written: int  # version of the values
     pointer: int
     shape: torch.Size
+    dtype: torch.dtype
     activations: Activations
     place: Any  # see `_place`
     layers: set[int]  # those that were given the values, by id
 
-    def serves(self, x: Tensor, activations: Activations, place: Any, layer: int) -> bool:
+    def serves(self, x: Tensor, dtype: torch.dtype, activations: Activations, place: Any, layer: int) -> bool:
         """Whether these numbers are what rounding x would make anew."""
         values = self.values
         return (
@@ -57,7 +60,8 @@ class _Rounding(weakref.ref):
             and self.written == values._version
             and self.pointer == x.data_ptr()
             and self.shape == x.shape
-            and values.dtype == x.dtype
+            and values.dtype == dtype
+            and self.dtype == x.dtype
             and self.activations == activations
             and self.place == place
             and layer not in self.layers
@@ -85,43 +89,46 @@ def _place(x: Tensor) -> Any:
         return None
 
 
-def shared_values(x: Tensor, activations: Activations, layer: object) -> Tensor | None:
-    """Compute what a layer's input is rounded to, or return what another layer was given for it.
+def shared_values(x: Tensor, activations: Activations, layer: Any) -> Tensor | None:
+    """Check a layer's input, and compute what it is rounded to, or return what another layer was given for it.
 
     Args:
-        x: (..., in), any float dtype.
+        x: (..., in), any float dtype, as the layer is given it.
         activations: dynamic.
-        layer: who asks.
+        layer: who asks, see `linear_input`.
 
     Returns:
-        As `round_activations`, but without a graph, and nobody may write to it. None: call `round_activations`, because
-        the call is being recorded (torch.compile, torch.jit.trace).
+        What `round_activations` makes of `linear_input(x, layer)`, but without a graph, and nobody may write to it.
+        None: call these two, because the call is being recorded (torch.compile, torch.jit.trace).
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return None
-    place = _place(x)
+    check_linear_input(x, layer)
+    place, dtype = _place(x), autocast_dtype(x)
     if place is None:
-        return rounded_values(x, activations)
+        return rounded_values(x.detach().to(dtype), activations)
     latest = _latest.rounding
     if latest is not None:
         values = latest.values
-        if latest.serves(x, activations, place, id(layer)):
+        if latest.serves(x, dtype, activations, place, id(layer)):
             latest.layers.add(id(layer))
             return values
     _latest.rounding = None  # before there are two
-    values = rounded_values(x, activations)
+    values = rounded_values(x.detach().to(dtype), activations)
     rounding = _Rounding(x, _forget)
     rounding.values, rounding.written, rounding.layers = values, values._version, {id(layer)}
     rounding.version, rounding.pointer, rounding.shape = x._version, x.data_ptr(), x.shape
-    rounding.activations, rounding.place = activations, place
+    rounding.dtype, rounding.activations, rounding.place = x.dtype, activations, place
     _latest.rounding = rounding
     return values
 
 
-def round_shared(x: Tensor, activations: Activations, layer: object) -> Tensor:
-    """Round a layer's input as `round_activations` does, once for all layers that share it.
+def round_shared(x: Tensor, activations: Activations, layer: Any) -> Tensor:
+    """Round a layer's input, once for all layers that share it, with a straight-through gradient.
 
     Args: as of `shared_values`.
     """
     values = shared_values(x, activations, layer)
-    return round_activations(x, activations) if values is None else straight_through(x, values)
+    if values is None:
+        return round_activations(linear_input(x, layer), activations)
+    return straight_through(x, values)

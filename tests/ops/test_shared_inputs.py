@@ -16,7 +16,7 @@ from peft_lrqat.ops.shared_inputs import round_shared, shared_values
 from tests.models import adapted, low_bit, tiny, tokens
 
 HOW = Activations("vllm")
-Q, K, V = object(), object(), object()
+Q, K, V = (torch.nn.Linear(8, 4) for _ in range(3))
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_layers_with_one_input_round_it_once(roundings: list):
         assert torch.equal(y, expected)
         assert torch.equal(torch.autograd.grad(y, x, 2 * torch.ones_like(y))[0], torch.full_like(y, 2))
     with torch.no_grad():
-        assert not round_shared(x, HOW, object()).requires_grad
+        assert not round_shared(x, HOW, torch.nn.Linear(8, 4)).requires_grad
     assert len(roundings) == 1
 
 
@@ -87,6 +87,20 @@ def test_another_rule_a_layer_that_asks_again_and_changed_numbers_are_rounded_an
     shared_values(x, HOW, Q).zero_()
     assert torch.equal(shared_values(x, HOW, K), rounded_values(x, HOW))
     assert len(roundings) == 5
+
+
+def test_an_input_that_autocast_casts_is_cast_and_rounded_once(roundings: list):
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    expected = round_activations(x.bfloat16(), HOW)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [round_shared(x, HOW, layer) for layer in (Q, K)]
+    assert len(roundings) == 1
+    for y in found:
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert gradient.dtype == torch.float32
+    assert torch.equal(round_shared(x, HOW, V), round_activations(x, HOW))  # as floats, in which they are others
 
 
 def test_other_threads_and_who_watches_operations_see_a_rounding_of_their_own(roundings: list):
@@ -137,11 +151,13 @@ def test_a_block_rounds_four_inputs_and_trains_as_if_it_rounded_seven(
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bool(checkpointing))
     blocks, passes = model.config.num_hidden_layers, 1 if checkpointing is None else 2
 
     def step() -> list[torch.Tensor]:
         model.zero_grad()
-        out = model(input_ids=tokens(), labels=tokens())
+        with autocast:
+            out = model(input_ids=tokens(), labels=tokens())
         out.loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert gradients

@@ -478,9 +478,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer at step 0: x (..., in) to (..., out)."""
-        x = linear_input(x, self)
-        if self.activations is not None:
-            x = round_shared(x, self.activations, self)
+        x = linear_input(x, self) if self.activations is None else round_shared(x, self.activations, self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         slot = self.slot()
         if slot is not None and (weight := self.kept_weight(x.dtype, slot)) is not None:

@@ -28,6 +28,7 @@ from ...grid import GridTensor, scale_bounds, scales_out_of_range
 from ...modules.carry import carry_hooks
 from ...modules.packed import merged_layer
 from ...ops.activations import Activations, round_activations
+from ...ops.inputs import linear_input
 from ...ops.shared_inputs import shared_values
 from ...ops.static_inputs import static_scale
 from .frozen import whole
@@ -181,13 +182,17 @@ class MergingLayer(LoraLayer):
     def _rounded(
         self, x: torch.Tensor, activations: Activations | None, adapters: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """An input as the layer multiplies it with these adapters, and, where that is only its place in the graph, the
-        numbers that it was rounded to."""
+        """What the layer multiplies with these adapters: an input, checked, in autocast's dtype and rounded. Or the
+        input as it was, which the gradient belongs to, and the numbers that it was rounded to."""
+        if activations is not None and not activations.static:
+            values = shared_values(x, activations, self.frozen)
+            if values is not None:
+                return x, values
+        x = linear_input(x, self.frozen)
         if activations is None:
             return x, None
         if not activations.static:
-            values = shared_values(x, activations, self)
-            return (round_activations(x, activations), None) if values is None else (x, values)
+            return round_activations(x, activations), None
         if self._observed is not None:
             self._observed = torch.maximum(self._observed, x.detach().abs().amax().float())
             return x, None

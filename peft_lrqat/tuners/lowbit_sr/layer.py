@@ -40,7 +40,6 @@ from ...modules.generation import KeepsWeight
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import Activations, straight_through
-from ...ops.inputs import linear_input
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...packing import unpack
 from ...rounding import stream_key
@@ -304,10 +303,10 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
-        x = linear_input(x, self.frozen)
         x, values = self._rounded(x, self.adapter_activations[adapter], [adapter])
-        bias = None if self.frozen.bias is None else self.frozen.bias.to(x.dtype)
-        kept = self._kept_weight(x.dtype, adapter)
+        dtype = x.dtype if values is None else values.dtype
+        bias = None if self.frozen.bias is None else self.frozen.bias.to(dtype)
+        kept = self._kept_weight(dtype, adapter)
         if kept is not None:
             dense, scale = kept
             out = nn.functional.linear(x if values is None else straight_through(x, values), dense, bias)

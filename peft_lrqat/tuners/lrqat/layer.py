@@ -60,7 +60,6 @@ from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import straight_through
-from ...ops.inputs import linear_input
 from ...ops.reference import adapter_units, codes
 from ..common.frozen import FrozenWeight, share, whole
 from ..common.layer import AdapterWeight, MergingLayer
@@ -297,12 +296,12 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
-        x = linear_input(x, frozen)
         x, values = self._rounded(x, self.activations, adapters)
+        dtype = x.dtype if values is None else values.dtype
         bias: torch.Tensor | None = frozen.bias
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        weight = self._kept_weight(x.dtype, adapters)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        weight = self._kept_weight(dtype, adapters)
         if weight is not None:
             return nn.functional.linear(x if values is None else straight_through(x, values), weight, bias)
         return frozen.product(x, bias, *self._operands(adapters), values)
