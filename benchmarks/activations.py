@@ -6,8 +6,9 @@
 Some blocks of Llama 2 7B with random weights, 4-bit LR-QAT of rank 32 on every linear layer but the head, bf16, block
 checkpointing, fused AdamW, 4 x 1024 random tokens. Steps of the ways alternate, each round in another order, so that a
 clock that changes hits all of them alike, and Python's garbage collector waits; each step is compared with the one of
-float activations and a float cache in its round. Medians of `--steps` rounds. Operations are timed alone as well, and
-kernels are compared with their references on the device first, number by number.
+float activations and a float cache in its round. Medians of `--steps` rounds. Where Python is slow, or the machine
+busy, that hides what kernels cost, so their time in a step is summed up as well (torch.profiler). Operations are timed
+alone too, and kernels are compared with their references on the device first, number by number.
 """
 
 from __future__ import annotations
@@ -79,21 +80,23 @@ def median_us(run: Callable[[], Any], device: str, times: int = 5) -> float:
 
 
 def steps(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """A training step, by way: its median and shortest time in ms, how long Python took of it, and by how much more it
-    takes than the step of `FLOAT` in its round, the median."""
+    """A training step, by way: its median and shortest time in ms, how long Python took of it, by how much more it
+    takes than the step of `FLOAT` in its round, the median; on a GPU the time of its kernels, beside `FLOAT`'s."""
     size = "tiny" if args.smoke else "7B"
     batch, length = (2, 16) if args.smoke else (4, 1024)
-    rows = torch.randint(0, 32000, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.randint(0, 32000, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
     setting = SimpleNamespace(
         size=size, layers=args.layers, graph=False, from_cpu=False, rank=32, bf16_adapters=False, range_method="minmax"
     )
     runs = {}
     for name, options in WAYS.items():
+        if args.only and name not in (FLOAT, *args.only):
+            continue
         small = {"act_group_size": 32} if args.smoke and "act_group_size" in options else {}
         model, _ = adapted("lrqat", {"group_size": -1, "downcast": "int", **options, **small}, setting, device)
         if options.get("act_scale") == "static":
-            calibrate_activations(model, [rows])
-        runs[name] = step_of(model, rows, optimizer_for(model, "lrqat", {}, lean=False))
+            calibrate_activations(model, [ids])
+        runs[name] = step_of(model, ids, optimizer_for(model, "lrqat", {}, lean=False))
     for run in runs.values():
         for _ in range(1 if args.smoke else 3):
             run()
@@ -106,18 +109,28 @@ def steps(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(timed(partial(noted, runs[name], python[name]), device))
     gc.enable()
+    kernels = {name: kernel_ms(run) for name, run in runs.items()} if device == "cuda" else {}
     del runs
     gc.collect()
-    return [
-        {
-            "way": name,
-            "step_ms": statistics.median(taken) * 1e3,
-            "least_ms": min(taken) * 1e3,
-            "python_ms": statistics.median(python[name]) * 1e3,
-            "more_percent": 100 * (statistics.median(map(truediv, taken, seconds[FLOAT])) - 1),
-        }
-        for name, taken in seconds.items()
-    ]
+    rows = []
+    for name, taken in seconds.items():
+        row = {"way": name, "step_ms": statistics.median(taken) * 1e3, "least_ms": min(taken) * 1e3}
+        row["python_ms"] = statistics.median(python[name]) * 1e3
+        row["more_percent"] = 100 * (statistics.median(map(truediv, taken, seconds[FLOAT])) - 1)
+        if kernels:
+            row["kernels_ms"] = kernels[name]
+            row["more_kernels_percent"] = 100 * (kernels[name] / kernels[FLOAT] - 1)
+        rows.append(row)
+    return rows
+
+
+def kernel_ms(run: Callable[[], None], times: int = 3) -> float:
+    """Milliseconds that the GPU works on one of `times` steps, the sum over its kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in record.key_averages()) / 1000 / times
 
 
 def noted(run: Callable[[], None], seconds: list[float]) -> None:
@@ -222,6 +235,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/activations.json")
     parser.add_argument("--layers", type=int, default=None, help="blocks; default 4, with --smoke 1")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", help="steps of these alone")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a CPU")
     args = parser.parse_args()
     args.layers = args.layers or (1 if args.smoke else 4)
@@ -229,13 +243,15 @@ def main() -> None:
     torch.manual_seed(0)
     tokens, widths = (32, [128]) if args.smoke else (4096, list(WIDTHS))
     shapes = [(128, 128)] if args.smoke else [(4096, 4096), (11008, 4096), (4096, 11008)]
-    result: dict[str, Any] = {
-        "rounding": rounding(device, tokens, widths),
-        "caches": caches(device, (2, 2, 16, 32) if args.smoke else (4, 32, 1024, 128)),
-        "fixed": fixed(device, tokens, widths),
-        "products": products(device, tokens, shapes),
-        "runs": steps(args, device),
-    }
+    result: dict[str, Any] = {}
+    if not args.only:
+        result |= {
+            "rounding": rounding(device, tokens, widths),
+            "caches": caches(device, (2, 2, 16, 32) if args.smoke else (4, 32, 1024, 128)),
+            "fixed": fixed(device, tokens, widths),
+            "products": products(device, tokens, shapes),
+        }
+    result["runs"] = steps(args, device)
     for row in [row for rows in result.values() for row in rows]:
         shown = (f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         print("  ".join(shown))
