@@ -467,12 +467,18 @@ def read(paths: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Markdown, a row for each method: means over its seeds.
+    """Print what `table_rows` makes."""
+    print(table_rows(args.runs))
+
+
+def table_rows(files: list[str]) -> str:
+    """Markdown, a row for each method: means over its seeds; ± is half of what lies between two. Columns of nothing are
+    left out.
 
     Differences are from the first full-precision and the first BitNet method among the files that has the same
     initialization.
     """
-    _, runs = read(args.runs)
+    _, runs = read(files)
     cut_off = [one for one in runs if "unfinished" in one]
     runs = [one for one in runs if "unfinished" not in one]
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -491,11 +497,17 @@ def table(args: argparse.Namespace) -> None:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    print(
-        "| method | seeds | held-out loss | to float | to BitNet | training loss | other text "
-        "| ternary inference of it | codes at the ends, start -> end | codes changed a step | peak GiB | ms a step |"
+    head = (
+        *("method", "seeds", "held-out loss", "to float", "to BitNet", "training loss", "other text"),
+        *(
+            "ternary inference of it",
+            "codes at the ends, start -> end",
+            "codes changed a step",
+            "peak GiB",
+            "ms a step",
+        ),
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    lines = [head, ("---", *["---:"] * (len(head) - 1))]
     for method, row in rows.items():
         losses = [one["loss"] for one in row]
         spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(row) > 1 else ""
@@ -517,14 +529,17 @@ def table(args: argparse.Namespace) -> None:
             shown(mean(row, "peak_gib"), ".2f"),
             shown(seconds and 1e3 * seconds, ".1f"),
         )
-        print(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    kept = [place for place, _ in enumerate(head) if any(line[place] for line in lines[2:])]
+    text = "\n".join(f"| {' | '.join(line[place] for place in kept)} |".replace("|  |", "| |") for line in lines)
     for one in cut_off:
         step, loss, _ = one["curve"][-1]
-        print(f"\n(cut off: {one['method']}, seed {one['seed']}, at step {step} with a held-out loss of {loss:.4f})")
+        text += f"\n\n(cut off: {one['method']}, seed {one['seed']}, at step {step} with a held-out loss of {loss:.4f})"
+    return text.replace("|  |", "| |")
 
 
 def plot(args: argparse.Namespace) -> None:
-    """Held-out loss against steps."""
+    """Held-out loss against steps: means over seeds, on the tokens that are looked at while it trains."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -533,19 +548,23 @@ def plot(args: argparse.Namespace) -> None:
     report, runs = read(args.runs)
     figure, axes = plt.subplots(figsize=(9, 5))
     shades = {bits: f"C{number}" for number, bits in enumerate(sorted({one.get("bits", 0) for one in runs}))}
-    for one in runs:
-        steps, losses, _ = zip(*one["curve"], strict=True)
+    lowest = math.inf
+    for method in dict.fromkeys(one["method"] for one in runs):
+        here = [one for one in runs if one["method"] == method]
+        first = here[0]
+        losses = [statistics.mean(point[1] for point in points) for points in zip(*[o["curve"] for o in here])]  # noqa: B905
+        lowest = min(lowest, *losses)
+        style = "--" if first["kind"] == "bitnet" or "forward_bits" in first else "-"
         axes.plot(
-            steps,
+            [step for step, _, _ in first["curve"][: len(losses)]],
             losses,
-            {"float": "-", "bitnet": "--"}.get(one["kind"], ":" if one["method"].startswith("dqt") else "-"),
-            color=shades[one["bits"]] if "bits" in one else "black",
-            linewidth=0.8 if ":" in one["method"] else 1.6,  # a preset with changed options
-            label=f"{one['method']}  {losses[-1]:.3f}",
+            ":" if method.startswith("dqt") else style,
+            color=shades[first["bits"]] if "bits" in first else "grey" if first["kind"] == "bitnet" else "black",
+            linewidth=0.8 if ":" in method else 1.6,  # a preset with changed options
+            label=f"{method}  {losses[-1]:.3f}",
         )
     axes.set_xlabel(f"steps of {report['batch'] * report['length']} tokens")
     axes.set_ylabel("held-out loss, nats a token")
-    lowest = min(min(point[1] for point in one["curve"]) for one in runs)
     axes.set_ylim(lowest - 0.05, lowest + 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -38,7 +38,8 @@ the largest of a column bold. What is not there leaves its cell empty; a row or 
 
 What accuracy.py measured has tables of its own, of accuracy_*.json: `<!-- accuracy: all -->` has every row, and
 `<!-- accuracy: best SmolLM2 -->` the best of each method, for models whose name begins so (none: for all).
-`<!-- accuracy: activations X.json -->` has one file's rows by how they round activations and the KV cache.
+`<!-- accuracy: activations X.json ... -->` has some files' rows by how they round activations and the KV cache.
+`<!-- pretrain: X.json ... -->` has the rows of `pretrain.py table`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 _ACCURACY = re.compile(r"(<!-- accuracy: ((?:all|best|activations)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COUNTED = re.compile(r"(<!-- counted: ([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FIGURES = re.compile(r"(<!-- figures\n(.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
+_PRETRAIN = re.compile(r"(<!-- pretrain: ([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (.*?)\n-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -198,8 +200,19 @@ def accuracy(spec: str) -> str:
     files = [str(path) for path in sorted(ROOT.glob("benchmarks/results/accuracy_*.json"))]
     kind, _, name = spec.partition(" ")
     if kind == "activations":
-        return activation_rows([str(ROOT / "benchmarks" / "results" / name)])
+        return activation_rows(_results(name))
     return all_rows(files) if kind == "all" else best_rows(files, name=name)
+
+
+def pretrain(files: str) -> str:
+    """Write the table of training from scratch."""
+    from pretrain import table_rows
+
+    return table_rows(_results(files)) + "\n"
+
+
+def _results(names: str) -> list[str]:
+    return [str(ROOT / "benchmarks" / "results" / name) for name in names.split()]
 
 
 def counted(name: str) -> str:
@@ -214,6 +227,7 @@ def made(text: str) -> str:
     text = _COUNTED.sub(lambda found: found[1] + counted(found[2]) + found[3], text)
     text = _TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
     text = _FIGURES.sub(lambda found: found[1] + figures(found[2]) + found[3], text)
+    text = _PRETRAIN.sub(lambda found: found[1] + pretrain(found[2]) + found[3], text)
     return _ACCURACY.sub(lambda found: found[1] + accuracy(found[2]) + found[3], text)
 
 
