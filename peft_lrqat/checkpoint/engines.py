@@ -45,7 +45,7 @@ def engines(
     config: Any = None,
     problem: str = "",
     cache: CacheRounding | None = None,
-    experts: bool = False,
+    experts: Collection[str] = (),
 ) -> list[Engine]:
     """The engines for a format, with their verdict on these layers.
 
@@ -55,10 +55,10 @@ def engines(
         config: the model's configuration, if it is at hand.
         problem: why transformers cannot load them from compressed-tensors, or nothing.
         cache: how keys and values are rounded; None: they are not.
-        experts: whether some of the layers are experts of a mixture.
+        experts: what the file calls the parts of an expert ("gate_proj"), if experts are among the layers.
     """
     found = _by_layers(format, infos, bits, file_group, problem)
-    found = list(map(_with_experts, found)) if experts else found
+    found = [_with_experts(one, experts) for one in found] if experts else found
     if cache is not None:
         found = [_with_cache(one, format, cache) for one in found]
     architecture = (getattr(config, "architectures", None) or [""])[0]
@@ -84,15 +84,22 @@ def _with_cache(engine: Engine, format: str, cache: CacheRounding) -> Engine:
     return replace(engine, why=f"with --kv-cache-dtype int{cache.bits}_per_token_head", run=False)
 
 
-def _with_experts(engine: Engine) -> Engine:
+def _with_experts(engine: Engine, parts: Collection[str]) -> Engine:
     if engine.name == "transformers + compressed-tensors":
         return engine
+    if engine.name == "gptqmodel":
+        others = sorted(set(parts) - _GPTQMODEL)
+        why = f"it looks for gate_proj, up_proj and down_proj of experts, not for {others[0]}" if others else ""
+        return replace(engine, loads=not others, why=why)
     if "transformers" in engine.name:
         return Engine(engine.name, False, "it joins the experts of a file into one tensor, and has no integers there")
     if engine.name == "vLLM on a CPU" and engine.loads:
         return replace(engine, loads=False, why=_AMX)
     return replace(engine, run=False)  # of mixtures
 
+
+# What gptqmodel 7.7 calls the parts of experts, in files of every architecture.
+_GPTQMODEL = {"gate_proj", "up_proj", "down_proj"}
 
 # Refused when it was run; on which CPUs it is not, was read in vLLM 0.32's source.
 _AMX = (

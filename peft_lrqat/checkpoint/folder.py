@@ -27,7 +27,15 @@ from ..formats.scheme import Scheme
 from ..formats.shards import Entry, read_headers
 from ..formats.source import LayerInfo, Source
 from ..grid import Grid, GridTensor
-from ..modules.architecture import expose_experts, float_names, loaded_modules, loaded_names, loading, tensor_names
+from ..modules.architecture import (
+    expose_experts,
+    float_names,
+    loaded_modules,
+    loaded_names,
+    loading,
+    own_names,
+    tensor_names,
+)
 from . import hub
 from .code import copy_code, read_config, without_weights
 from .damage import check_counts, naming
@@ -44,7 +52,8 @@ class FolderSource(Source):
         quantization: its `quantization_config`.
         file_group: inputs that share a stored scale in the first layer; -1: all. (The grid's may be larger, with the
             scale repeated.)
-        files: tensor name -> entry.
+        files: tensor name, as files of the architecture have it -> entry.
+        named: name of a module -> what this folder calls it, where that is another.
         trust_remote_code: as given.
     """
 
@@ -69,7 +78,7 @@ class FolderSource(Source):
         if not isinstance(quantization, dict):
             raise ValueError(f"`quantization_config` in config.json of {str(folder)!r} is {quantization!r}, no entry.")
         self.quantization = quantization
-        self.files, self._paths, metadata = _tensor_files(folder)
+        self.files, paths, metadata = _tensor_files(folder)
         check_counts(described, len(self.files))
         scheme_of = reading.describe(quantization, metadata)
         self.format: str = quantization["quant_method"]
@@ -90,6 +99,9 @@ class FolderSource(Source):
             self.tokenizer = str(folder)
         self.tied = {}
         skeleton = without_weights(self.config, trust_remote_code)
+        own = own_names(skeleton, self.files)
+        self.files = {own.tensors.get(name, name): entry for name, entry in self.files.items()}
+        self._paths = {own.tensors.get(name, name): (path, name) for name, path in paths.items()}
         stored = reading.quantized_modules(self.format, self.files)
         if not stored:
             raise ValueError(f"The checkpoint in {str(folder)!r} has no quantized layer.")
@@ -98,9 +110,12 @@ class FolderSource(Source):
                 expose_experts(skeleton, stored)
         called = loaded_modules(skeleton, stored)
         self.modules = {name: inside for name, inside in called.items() if name != inside}
+        self.named = own.modules
         places = {name: i for i, (name, _) in enumerate(skeleton.named_modules() if skeleton is not None else ())}
         self._layers = {
-            name: self._layer(name, stored[name], scheme_of(*dict.fromkeys((name, called[name]))), record)
+            name: self._layer(
+                name, stored[name], scheme_of(*dict.fromkeys((own.modules.get(name, name), called[name]))), record
+            )
             for name in sorted(stored, key=lambda name: places.get(called[name], len(places)))
         }
         self.float_linears = self._float_linears(skeleton)
@@ -110,7 +125,7 @@ class FolderSource(Source):
 
     def _layer(self, name: str, parts: dict[str, Entry], scheme: Scheme, record: Record | None) -> _Layer:
         """A layer whose small tensors have been read and found sound."""
-        tensors = _Tensors({part: self._paths[f"{name}.{part}"] for part in parts if part != "bias"}, name)
+        tensors = _Tensors({part: self._paths[f"{name}.{part}"] for part in parts if part != "bias"})
         reading.check_parts(scheme, parts, name)
         try:
             sizes = {part: entry.shape for part, entry in parts.items()}
@@ -197,7 +212,7 @@ class FolderSource(Source):
         return module in self._layers and part in reading.READERS[self.format].PARTS
 
     def _read(self, name: str) -> torch.Tensor:
-        return _read(self._paths[name], name)
+        return _read(*self._paths[name])
 
     # -- a source
 
@@ -263,11 +278,15 @@ class _Layer:
 class _Tensors(Mapping[str, torch.Tensor]):
     """A layer's tensors, by the last part of their names; each is read when it is asked for."""
 
-    def __init__(self, paths: dict[str, Path], module: str) -> None:
-        self._paths, self._module = paths, module
+    def __init__(self, paths: dict[str, tuple[Path, str]]) -> None:
+        """
+        Args:
+            paths: part -> the file, and the tensor's name in it.
+        """
+        self._paths = paths
 
     def __getitem__(self, part: str) -> torch.Tensor:
-        return _read(self._paths[part], f"{self._module}.{part}")
+        return _read(*self._paths[part])
 
     def __contains__(self, part: object) -> bool:
         return part in self._paths

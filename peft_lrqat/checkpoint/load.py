@@ -28,7 +28,7 @@ from ..formats.record import Record
 from ..formats.scheme import Scheme
 from ..formats.shards import DTYPES, Entry, read_headers
 from ..grid import Grid
-from ..modules.architecture import expose_experts, joining, joins_experts, loaded_modules
+from ..modules.architecture import expose_experts, joining, joins_experts, loaded_modules, own_names
 from ..modules.carry import carry_hooks
 from ..modules.experts import is_stacked
 from ..modules.kv_cache import round_cache
@@ -195,12 +195,15 @@ class _Reader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         entries, _, metadata = read_headers(checkpoint_files or [], _weight_map(checkpoint_files or []))
         self._scheme_of = reading.describe(self.quantization_config.stored, metadata)
+        own = own_names(model, entries)
+        self._renamings = own.renamings
+        entries = {own.tensors.get(name, name): entry for name, entry in entries.items()}
         in_files = reading.quantized_modules(self.quantization_config.stored["quant_method"], entries)
         exposed = expose_experts(model, in_files)
         self._exposed = bool(exposed)
         self._float_experts = [name for name, module in model.named_modules() if is_stacked(module)]
         called = loaded_modules(model, in_files)
-        self._file_names = {inside: name for name, inside in called.items()}
+        self._file_names = {inside: own.modules.get(name, name) for name, inside in called.items()}
         stored = {inside: in_files[name] for name, inside in called.items()}
         modules = dict(model.named_modules())
         unknown = sorted(name for name in stored if not isinstance(modules.get(name), nn.Linear))
@@ -234,7 +237,7 @@ class _Reader(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         """transformers' conversions while it loads, without those that join experts, which are layers here: these go on
         for the modules whose experts are floats in the file."""
-        kept = list(weight_conversions)
+        kept = [*self._renamings, *weight_conversions]
         if self._exposed:
             kept = [one for one in kept if not joins_experts(one)]
             joins = [one for one in weight_conversions if joins_experts(one)]
@@ -248,6 +251,8 @@ class _Reader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)
         model.config._is_quantized = False
+        if self._renamings:  # `save_pretrained` would revert them
+            model._weight_conversions = [one for one in model._weight_conversions if one not in self._renamings]
         record = Record.of(model.config)
         rounded = []
         for name, module in list(model.named_modules()):

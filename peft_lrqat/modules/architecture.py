@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -171,6 +171,63 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
         found[name] = renamed if pattern is None else None
     return found
+
+
+#: What GPTQModel calls the parts of a projection of experts, whatever files of the architecture call them.
+_DEFUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+class OwnNames(NamedTuple):
+    """How the names in a file become those that files of the architecture have.
+
+    Attributes:
+        tensors: name in the file -> the other, where they differ.
+        modules: the other name of a module -> that in the file.
+        renamings: for transformers, which loads such a file.
+    """
+
+    tensors: dict[str, str]
+    modules: dict[str, str]
+    renamings: list[WeightRenaming]
+
+
+def own_names(model: Any, stored: Iterable[str]) -> OwnNames:
+    """Recognize a mixture that GPTQModel has written (seen with Mixtral, 7.7): tensors are called as in transformers'
+    model, not as in its files, and the parts of experts gate_proj, up_proj and down_proj.
+
+    Args:
+        model: without weights, its experts as transformers has them.
+        stored: names of the tensors of the file.
+    """
+    names = dict.fromkeys(stored)
+    places: dict[str, tuple[str, dict[str, str]]] = {}
+    for name, module in model.named_modules() if isinstance(model, PreTrainedModel) else ():
+        files: set[str] = set()
+        if not is_stacked(module) or not (parts := expert_parts(model, name, files)):
+            continue
+        pairs = {key: (_DEFUSED.get(key, ()), of) for key, of in parts.items()}
+        if pairs and all(len(new) == len(of) for new, of in pairs.values()):
+            own = {new: part for both in pairs.values() for new, part in zip(*both, strict=True)}
+            if any(new != part for new, part in own.items()):
+                places[name] = (min(files).rsplit(".", 2)[0], own)
+    found: dict[str, str] = {}
+    for name in names:
+        place, expert, part, rest = ["", "", "", *name.rsplit(".", 3)][-4:]
+        if place in places and expert.isdigit() and part in places[place][1]:
+            there, own = places[place]
+            found[name] = f"{there}.{expert}.{own[part]}.{rest}"
+    if not found:
+        return OwnNames({}, {}, [])
+    state = model.state_dict()
+    others = tensor_names(model, {name: state[name] for name in names if name in state})
+    found |= {name: file for name, file in others.items() if file is not None and file not in names}
+    renamings = [
+        WeightRenaming(rf"^{re.escape(name)}\.(\d+)\.{new}\.", rf"{there}.\1.{part}.")
+        for name, (there, own) in places.items()
+        for new, part in own.items()
+    ]
+    modules = {new.rpartition(".")[0]: name.rpartition(".")[0] for name, new in found.items()}
+    return OwnNames(found, modules, renamings)
 
 
 def joins_experts(conversion: Any) -> bool:

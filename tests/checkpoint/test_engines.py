@@ -68,11 +68,15 @@ def test_what_transformers_cannot_load_is_said():
 def test_mixtures():
     info = LayerInfo(64, 64, Grid(4, 32), "linear", False, torch.bfloat16, 4)
     for format, loads in (("compressed-tensors", True), ("gptq", False), ("torchao", False)):
-        found = engines(format, [info], 4, 32, experts=True)
+        found = engines(format, [info], 4, 32, experts={"gate_proj", "up_proj", "down_proj"})
         assert next(engine for engine in found if "transformers" in engine.name).loads is loads
         assert not any(engine.run for engine in found if "GPU" in engine.name)
         on_a_cpu = next(engine for engine in found if "vLLM on a CPU" in engine.name)
         assert format == "torchao" or (not on_a_cpu.loads and "AMX" in on_a_cpu.why)
+        assert all(engine.loads and engine.run for engine in found if engine.name == "gptqmodel")
+    of_mixtral = engines("gptq", [info], 4, 32, experts={"w1", "w2", "w3"})[0]
+    assert (of_mixtral.name, of_mixtral.loads) == ("gptqmodel", False)
+    assert "not for w1" in of_mixtral.why
 
 
 def test_int8_activations_and_odd_layers():

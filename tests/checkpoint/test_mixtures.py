@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import LRQATConfig, can_export, export, load_quantized
+from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.grid import Grid
 from tests.architectures import ARCHITECTURES
-from tests.mixtures import EXPERTS, FIRST, mixture, on_experts
+from tests.mixtures import EXPERTS, FIRST, mixture, of_family, on_experts
 from tests.models import logits, tokens
 
 IDS = tokens(1, 5)
@@ -135,3 +136,59 @@ def test_an_expert_that_is_missing(folder: Path, tmp_path: Path):
         can_export(tmp_path, "gptq")
     with pytest.raises(ValueError, match="missing"):
         load_quantized(tmp_path)
+
+
+#: What GPTQModel 7.7.0 wrote of an expert and of the rest of the first layer of `of_family("mixtral")`: 4 bits, groups
+#: of 32.
+_GPTQMODEL = {
+    "mlp.experts.1.gate_proj": {"qweight": (8, 96), "qzeros": (2, 12), "scales": (2, 96), "g_idx": (64,)},
+    "mlp.experts.1.up_proj": {"qweight": (8, 96), "qzeros": (2, 12), "scales": (2, 96), "g_idx": (64,)},
+    "mlp.experts.1.down_proj": {"qweight": (12, 64), "qzeros": (3, 8), "scales": (3, 64), "g_idx": (96,)},
+    "self_attn.q_proj": {"qweight": (8, 64), "qzeros": (2, 8), "scales": (2, 64), "g_idx": (64,)},
+    "self_attn.k_proj": {"qweight": (8, 32), "qzeros": (2, 4), "scales": (2, 32), "g_idx": (64,)},
+    "self_attn.v_proj": {"qweight": (8, 32), "qzeros": (2, 4), "scales": (2, 32), "g_idx": (64,)},
+    "self_attn.o_proj": {"qweight": (8, 64), "qzeros": (2, 8), "scales": (2, 64), "g_idx": (64,)},
+    "mlp.gate": {"weight": (5, 64)},
+    "input_layernorm": {"weight": (64,)},
+    "post_attention_layernorm": {"weight": (64,)},
+}
+#: Its `quantization_config`, without `meta`.
+_GPTQMODEL_CONFIG = {
+    "bits": 4, "checkpoint_format": "gptq", "desc_act": False, "format": "gptq", "group_size": 32, "lm_head": False,
+    "method": "gptq", "pack_dtype": "int32", "quant_method": "gptq", "sym": True,
+}  # fmt: skip
+
+
+def test_a_mixtral_of_gptqmodel(tmp_path: Path):
+    """Its tensors are called as in transformers' model, and the parts of its experts as in no Mixtral."""
+    model = on_experts(of_family("mixtral", torch.float16, num_hidden_layers=1), group_size=32).merge_and_unload()
+    export(model, tmp_path / "ours", "gptq", progress=False)
+    expected = logits(load_quantized(tmp_path / "ours").eval(), IDS)
+    called = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    state = {}
+    for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
+        for ours, theirs in called.items():
+            name = name.replace(ours, theirs)
+        state[name] = tensor
+    prefix, others = "model.layers.0.", [f"mlp.experts.{e}." for e in range(EXPERTS) if e != 1]
+    first = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    first = {name: tuple(t.shape) for name, t in first.items() if not name.startswith(tuple(others))}
+    assert first == {f"{module}.{part}": size for module, sizes in _GPTQMODEL.items() for part, size in sizes.items()}
+
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    del config["peft_lrqat"]
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": _GPTQMODEL_CONFIG}))
+    loaded = load_quantized(folder).eval()
+    assert torch.equal(logits(loaded, IDS), expected)
+    names = load_file(tmp_path / "ours" / "model.safetensors").keys()
+    for number, source in enumerate((folder, loaded)):  # both write what other programs call it
+        report = export(source, tmp_path / str(number), "gptq", progress=False)
+        assert load_file(report.folder / "model.safetensors").keys() == names
+        assert torch.equal(logits(load_quantized(report.folder).eval(), IDS), expected)
+    assert {engine.name: engine.loads for engine in inspect(folder).engines}["gptqmodel"]
+    assert not {engine.name: engine.loads for engine in inspect(tmp_path / "ours").engines}["gptqmodel"]
+    adapted = get_peft_model(loaded, LRQATConfig(r=1, target_modules=["experts"])).eval()
+    assert torch.equal(logits(adapted, IDS), expected)
