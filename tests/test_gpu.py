@@ -105,7 +105,6 @@ def test_a_fixed_scale_is_never_read_back(kernels):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_cuda_graphs_and_streams_round_what_they_are_given():
     """Layers share the rounding of an input within one graph, and with nobody outside of it."""
     x, how = torch.randn(1, 4, 64, device="cuda", dtype=torch.bfloat16), Activations("vllm")
@@ -129,6 +128,7 @@ def test_cuda_graphs_and_streams_round_what_they_are_given():
         assert all(torch.equal(y, round_activations(x, how)) for y in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("config", LRQAT, ids=str)
 def test_lrqat_on_a_gpu(config, dtype, tmp_path):
     ids = tokens(2, 32).cuda()
