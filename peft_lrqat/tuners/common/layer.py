@@ -200,11 +200,11 @@ class MergingLayer(LoraLayer):
 
     def _input_scale(self, adapters: list[str]) -> torch.Tensor | None:
         """The fixed scale of inputs with these adapters, fp32 (1,), differentiable; None: inputs have none."""
-        own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
-        if not any(self.adapter_options[name].learns_input_scale(self.name) for name in own):
-            return None
         present = [name for name in adapters if name in self.act_scales]
-        if len(present) != 1:
+        if len(present) != 1:  # which is seen at once; options, in every forward, would cost Python
+            own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
+            if not any(self.adapter_options[name].learns_input_scale(self.name) for name in own):
+                return None
             raise ValueError(
                 f"Fixed scales of activations (`act_scale='static'`) belong to an adapter, but layer {self.name!r} is "
                 f"to work with {' and '.join(map(repr, present)) or 'none'}. Activate one adapter; for a reference "
