@@ -79,6 +79,8 @@ def worker(args: argparse.Namespace) -> None:
 
     run, method = args.worker
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.cpu and run == "fsdp2":
+        _shard_on_cpu()
     config = SFTConfig(
         output_dir=str(args.folder / f"{run}-{method}"),
         max_steps=args.steps,
@@ -91,7 +93,7 @@ def worker(args: argparse.Namespace) -> None:
         report_to="none",
         disable_tqdm=True,
         bf16=False,  # the model is; under FSDP2, `bf16=True` would round the adapters too
-        use_cpu=args.cpu,
+        use_cpu=args.cpu and run != "fsdp2",
         gradient_checkpointing=not args.cpu,
         max_length=None,
     )
@@ -111,6 +113,7 @@ def worker(args: argparse.Namespace) -> None:
     trainer.train()
     seconds = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    held = sum(_bytes(parameter) for parameter in trainer.model.parameters())
     hashes = {name: _digest(tensor) for name, tensor in _trained(trainer.accelerator.unwrap_model(trainer.model))}
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, hashes)
@@ -124,9 +127,20 @@ def worker(args: argparse.Namespace) -> None:
             "wrapped in": type(trainer.model_wrapped).__name__,
             "seconds": round(seconds, 1),
             "peak GiB, rank 0": peak,
+            "bytes of parameters, rank 0": held,
         }
         (args.folder / f"{run}-{method}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def _shard_on_cpu() -> None:
+    """Lets accelerate shard on a CPU, which no launcher's answers make it do."""
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    state: Any = accelerate.state.PartialState
+    state._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 def _trained(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -141,6 +155,13 @@ def _trained(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             found.append((name, whole.detach()))
     return found
+
+
+def _bytes(parameter: torch.nn.Parameter) -> int:
+    """Of this rank's share, as it is held."""
+    if hasattr(parameter, "packed"):
+        return parameter.packed.nbytes + parameter.scale.nbytes
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -163,7 +184,8 @@ def start(run: str, method: str, args: argparse.Namespace, folder: Path) -> dict
     visible = {"one": "0"}.get(run, "0,1")
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "4"}
     if args.cpu:
-        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        env |= {} if run == "fsdp2" else {"ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *LAUNCH[run], __file__, "--worker", run, method, "--folder", str(folder)]
     command += ["--steps", str(args.steps), *(["--cpu"] if args.cpu else [])]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -180,6 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -192,8 +215,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         base_model(folder / "base", args.cpu)
-        for method in METHODS:
-            runs = {run: start(run, method, args, folder) for run in RUNS if not args.cpu or run in ("one", "ddp")}
+        for method in args.only:
+            runs = {run: start(run, method, args, folder) for run in RUNS if not args.cpu or run != "dp"}
             found["runs"][method] = runs
             one = merged_codes(folder, "one", method)
             for run, result in runs.items():
