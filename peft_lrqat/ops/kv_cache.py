@@ -13,7 +13,6 @@ there is: what is read from the cache was rounded once. Engines differ; each rul
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,14 +90,9 @@ def round_states(states: Tensor, rounding: CacheRounding) -> Tensor:
                 f"Keys or values have {states.shape[-1]} numbers a head, which groups of {size} do not divide: heads "
                 "are not what the model's configuration says. Leave `kv_bits` out, or use `kv_rule='vllm'`."
             )
-        return round_activations(states, _as_activations(bits, size))
+        return round_activations(states, Activations("compressed-tensors", bits, size))
     # an op for torch.compile, which would compute in another order, and the same function in eager mode
     return _rounded_op(states, bits) if torch.compiler.is_compiling() else _Rounded.apply(states, bits)
-
-
-@functools.lru_cache(maxsize=64)
-def _as_activations(bits: int, size: int) -> Activations:
-    return Activations("compressed-tensors", bits, size)
 
 
 def _rounded(states: Tensor, bits: int) -> Tensor:
