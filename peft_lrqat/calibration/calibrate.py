@@ -37,7 +37,10 @@ class BlockInputs:
         calls: for each batch, for each block, its other arguments (masks, rotary tables), which do not depend on
             `hidden`; equal tensors are shared, so they take little memory.
         masks: bool (batch, length) or None a batch: which tokens count.
+        device: where the blocks compute.
     """
+
+    device: torch.device
 
     def __init__(
         self,
