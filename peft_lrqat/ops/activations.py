@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference_inputs
 from .dispatch import kernels_for, on_device_of
@@ -110,8 +111,13 @@ def straight_through(x: Tensor, values: Tensor) -> Tensor:
     Args:
         x: differentiable.
         values: of x's shape, in any float dtype, without a graph.
+
+    Raises:
+        NotImplementedError: x has a tangent (forward-mode differentiation), which would be lost.
     """
-    return _StraightThrough.apply(x, (values,)) if torch.is_grad_enabled() and x.requires_grad else values
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    # torch refuses an input with a tangent by itself, but only where the function is called
+    return _StraightThrough.apply(x, (values,)) if recorded or forward_ad._current_level >= 0 else values
 
 
 def _rounded_impl(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:

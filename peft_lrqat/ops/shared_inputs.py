@@ -4,7 +4,7 @@ A layer rounds its own input and knows no other layer. So each thread keeps what
 next layer that asks for the same, where nobody could tell that from rounding again:
 
 * it is the same tensor (the object), of the same memory, and nobody has written to it since (its version), nor to what
-  it was rounded to;
+  it was rounded to. What is written past the version (`x.data.mul_(2)`, a kernel that says nothing) is not seen;
 * it is rounded by the same rule, in the same dtype, which autocast decides;
 * it is used on the stream that it was computed on, in the CUDA graph that it was captured in;
 * the layer was not given it before: one that asks twice has begun another pass, before which somebody may have written
@@ -38,13 +38,25 @@ _latest = _Latest()
 class _Rounding(weakref.ref):
     """What an input was rounded to: a reference to the input, that does not keep it."""
 
-    __slots__ = ("activations", "dtype", "layers", "place", "pointer", "shape", "values", "version", "written")
+    __slots__ = (
+        "activations",
+        "dtype",
+        "layers",
+        "place",
+        "pointer",
+        "shape",
+        "strides",
+        "values",
+        "version",
+        "written",
+    )
 
     values: Tensor | None
     version: int  # of the input
     written: int  # version of the values
     pointer: int
     shape: torch.Size
+    strides: tuple[int, ...]
     dtype: torch.dtype
     activations: Activations
     place: Any  # see `_place`
@@ -60,6 +72,7 @@ class _Rounding(weakref.ref):
             and self.written == values._version
             and self.pointer == x.data_ptr()
             and self.shape == x.shape
+            and self.strides == x.stride()
             and values.dtype == dtype
             and self.dtype == x.dtype
             and self.activations == activations
@@ -76,8 +89,10 @@ def _forget(rounding: Any) -> None:
 def _place(x: Tensor) -> Any:
     """Where and when x is computed with, as far as what was computed elsewhere may not be ready, or may not be computed
     again when x is; None: nothing is to be shared."""
-    if type(x) is not Tensor or x.is_inference() or torch._C._len_torch_dispatch_stack():
-        return None  # without a version; or somebody watches every operation
+    if type(x) is not Tensor or torch.is_inference_mode_enabled() or x.is_inference():
+        return None  # without a version: the input, or what it would be rounded to
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return None  # somebody watches every operation, or x stands for other tensors
     if not x.is_cuda:  # asked so, because `x.device.type` takes as long as all that is asked here
         return "cpu" if x.is_cpu else None
     stream = torch._C._cuda_getCurrentRawStream(x.get_device())
@@ -117,8 +132,9 @@ def shared_values(x: Tensor, activations: Activations, layer: Any) -> Tensor | N
     values = rounded_values(x.detach().to(dtype), activations)
     rounding = _Rounding(x, _forget)
     rounding.values, rounding.written, rounding.layers = values, values._version, {id(layer)}
-    rounding.version, rounding.pointer, rounding.shape = x._version, x.data_ptr(), x.shape
-    rounding.dtype, rounding.activations, rounding.place = x.dtype, activations, place
+    rounding.version, rounding.pointer = x._version, x.data_ptr()
+    rounding.shape, rounding.strides, rounding.dtype = x.shape, x.stride(), x.dtype
+    rounding.activations, rounding.place = activations, place
     _latest.rounding = rounding
     return values
 

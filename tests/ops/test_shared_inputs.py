@@ -66,11 +66,17 @@ def _other_memory(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(
-    "change", [_write, _write_to_a_view, _other_memory, torch.clone, torch.detach], ids=lambda change: change.__name__
-)
+def _other_order(x: torch.Tensor) -> torch.Tensor:
+    x.data = x.data.transpose(0, 1)
+    return x
+
+
+CHANGES = [_write, _write_to_a_view, _other_memory, _other_order, torch.clone, torch.detach]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_another_input_is_rounded_anew(change: Callable, roundings: list):
-    x = torch.randn(2, 3, 8)
+    x = torch.randn(3, 3, 8)
     shared_values(x, HOW, Q)
     changed = change(x)
     assert torch.equal(shared_values(changed, HOW, K), rounded_values(changed, HOW))
@@ -117,6 +123,25 @@ def test_other_threads_and_who_watches_operations_see_a_rounding_of_their_own(ro
         for layer in (Q, K):
             shared_values(x, HOW, layer)
     assert len(roundings) == 5
+
+
+def test_inference_mode_with_an_input_from_outside():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with torch.inference_mode():
+        inside = [shared_values(x, HOW, layer) for layer in (Q, K)]
+    y = round_shared(x, HOW, V)  # which autograd could not keep, had it been made in there
+    assert all(torch.equal(values, y) for values in inside)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, 2 * y)
+
+
+def test_derivatives_that_cannot_be_taken_are_refused():
+    x = torch.randn(2, 3, 8)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        round_shared(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), HOW, Q)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(lambda x: round_shared(x, HOW, Q).sum())(x)
 
 
 def test_nothing_is_kept_longer_than_the_input():
