@@ -1,5 +1,7 @@
 """The callback and the context, with a recorder for CPUs."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -62,12 +64,21 @@ def test_one_line_of_a_script(options, tmp_path):
     for name in kept:
         logged = [[entry[name] for entry in t.state.log_history if name in entry] for t in (found, expected)]
         assert logged[0] == logged[1]
+    assert graphs._graphs is None
     trained = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (found, expected)]
     assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
     assert looks.counts[-1]["replayed"] >= 8
-    assert graphs._graphs is None
     layers = [m for m in found.model.modules() if hasattr(m, "_gradient_checkpointing_func")]
     assert not any(isinstance(m._gradient_checkpointing_func, block_graphs._Block) for m in layers)
+
+
+def test_after_training_nobody_holds_the_model(tmp_path):
+    trainer = sft(tmp_path, [CudaGraphCallback()])
+    held = [weakref.ref(trainer.model), *map(weakref.ref, trainer.model.parameters())]
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    assert [ref() for ref in held if ref() is not None] == []
 
 
 def test_a_saved_adapter_trains_on(tmp_path):

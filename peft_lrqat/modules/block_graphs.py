@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from ..ops.dispatch import kernels_for
 from .block_state import BlockState, why_unfit
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,8 @@ _ATTACHED: weakref.WeakSet[BlockGraphs] = weakref.WeakSet()
 LIMIT = 8
 
 _SHAPES = (
-    f"inputs come in more shapes than the {LIMIT} that become graphs. Make them alike: `packing=True`, or "
-    "`pad_to_multiple_of` in SFTConfig"
+    f"inputs come in more shapes than the {LIMIT} that become graphs. Make them alike: `pad_to_multiple_of=256` in "
+    "SFTConfig, with `packing=True` the `max_length`"
 )
 _CHANGED = (
     "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a merge). Run "
@@ -240,7 +241,7 @@ class _Graph:
         )
         self._no_autocast = functools.partial(torch.autocast, kind, enabled=False)
         self._load(inputs)
-        self._try()
+        self._try(inputs)
         recorder = owner.recorder
         self._replay_forward = recorder.record(self._forward)
         self._replay_backward = recorder.record(self._backward)
@@ -256,8 +257,9 @@ class _Graph:
         leaves = [*(inputs[i].requires_grad_() for i in self._needed), *trained]
         outputs: list[Tensor] = []
         layout: list[Any] = []
-        # whoever moves saved tensors elsewhere is not to move those of a graph
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        # Whoever moves saved tensors elsewhere is not to move those of a graph. What is kept must not know the node
+        # that keeps it: such a circle, through C++, is never freed.
+        hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t)
         with torch.enable_grad(), self._autocast(), hooks, self.state.with_parameters(trained):
             _flatten(self._function(*inputs), outputs, layout, "returns")
         return outputs, layout, leaves
@@ -269,7 +271,12 @@ class _Graph:
             reached = [outputs[i] for i in self.differentiable]
             return list(torch.autograd.grad(reached, leaves, arriving, allow_unused=True))
 
-    def _try(self) -> None:
+    def _holds(self, inputs: list[Tensor]) -> bool:
+        """Whether the buffers have the inputs' values. Kernels of others write without a word."""
+        there = [(buffer.tensor, t.detach()) for buffer, t in zip(self.inputs, inputs, strict=True)]
+        return all(bool(((a == b) | (a != a)).all()) for a, b in there)
+
+    def _try(self, inputs: list[Tensor]) -> None:
         """Run both once, make the buffers for what comes out, and refuse what a graph could not repeat."""
         recorder = self._owner.recorder
         drawn, drawn_here = recorder.draws(), torch.get_rng_state()
@@ -288,7 +295,7 @@ class _Graph:
                     f"({_first_line(error)})"
                 ) from error
             raise
-        if [buffer.tensor._version for buffer in self.inputs] != before:
+        if [buffer.tensor._version for buffer in self.inputs] != before or not self._holds(inputs):
             raise _Unfit("it writes to its input")
         self._present = [i for i, g in enumerate(grads) if g is not None]
         self._grads = [self._owner.result("gradient", i, g) for i, g in enumerate(grads) if g is not None]
@@ -339,6 +346,7 @@ class _Graph:
         """Gradients of the inputs that need one, and of the parameters: new tensors, or None where there is none."""
         self._load(inputs)
         for buffer, i in zip(self.arriving, self.differentiable, strict=True):
+            buffer.forget()  # a kernel may write to what arrives
             buffer.take(grads[i])
         self._replay_backward()
         found: list[Tensor | None] = [None] * (len(self._needed) + len(self.state.parameters))
@@ -433,7 +441,7 @@ class _Block:
             shapes,
             tuple([t.requires_grad for t in inputs]),
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-            torch.are_deterministic_algorithms_enabled(),
+            _settings(inputs[0]),
             place,
         )
         if key not in self._graphs:
@@ -609,6 +617,20 @@ def _checkpointed(model: nn.Module) -> dict[str, Any]:
                 "`gradient_checkpointing_kwargs`), which a graph would not do. Leave one of the two out."
             )
     return found
+
+
+def _settings(tensor: Tensor) -> tuple:
+    """What everybody may set for all of a process, and kernels are chosen by."""
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        kernels_for(tensor),
+    )
 
 
 def _ordinary(function: Any) -> Any:

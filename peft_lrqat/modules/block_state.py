@@ -8,6 +8,7 @@ while it was recorded: modules, the addresses of their tensors, and their plain 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from . import kv_cache
 _MODULE = {*vars(nn.Module()), "_gradient_checkpointing_func", "gradient_checkpointing"} - {"training"}
 #: Where nn.Module keeps hooks that a forward or a backward runs.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MISSING = object()
 
 
 def why_unfit(block: nn.Module, hooks_of_itself: bool = True) -> str | None:
@@ -62,6 +62,36 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
         yield from (hook for hook in getattr(module, kind).values() if hook not in kv_cache.HOOKS)
 
 
+class _Entries:
+    """Values in dictionaries, by key: so many that looking at them is left to C."""
+
+    def __init__(self) -> None:
+        self._tables: list[dict] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
+        self._names: list[str] = []
+
+    def add(self, table: dict, key: Any, value: Any, name: str) -> None:
+        self._tables.append(table)
+        self._keys.append(key)
+        self._values.append(value)
+        self._names.append(name)
+
+    def replaced(self) -> Iterator[tuple[Any, Any, str]]:
+        """What was there, what is there now, and its name, where these are two objects."""
+        if all(map(operator.is_, map(dict.get, self._tables, self._keys), self._values)):
+            return
+        for table, key, value, name in zip(self._tables, self._keys, self._values, self._names, strict=True):
+            if (found := table.get(key)) is not value:
+                yield value, found, name
+
+    def different(self) -> str | None:
+        """The name of the first that is not equal to what was there."""
+        if list(map(dict.get, self._tables, self._keys)) == self._values:
+            return None
+        return next(name for value, found, name in self.replaced() if found != value)
+
+
 class BlockState:
     """A block as it is now.
 
@@ -70,37 +100,41 @@ class BlockState:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._entries: list[tuple[dict, Any, Any, str]] = []  # dictionary, key, what was there, name for people
-        self._tensors: list[tuple[dict, Any, torch.Tensor, int, bool, str]] = []
-        self._sizes: list[tuple[Any, int, str]] = []
+        self._objects, self._containers = _Entries(), _Entries()
+        self._tensors: list[tuple[torch.Tensor, str]] = []
+        self._sized: list[tuple[Any, str]] = []  # containers
         self.parameters: list[nn.Parameter] = []
         self._places: list[tuple[dict, Any, int]] = []  # dictionary, key, number among `parameters`
         for name, module in block.named_modules():
-            self._watch(module, name)
+            self._watch(module, f"{name}." if name else "", name or "the block")
         self._layout = [(config, config._attn_implementation) for config in _configs(block)]
+        self._addresses = [tensor.data_ptr() for tensor, _ in self._tensors]
+        self._needs = [tensor.requires_grad for tensor, _ in self._tensors]
+        self._sized_ones = [container for container, _ in self._sized]
+        self._lengths = list(map(len, self._sized_ones))
 
-    def _watch(self, module: nn.Module, name: str) -> None:
-        inside = f"{name}." if name else ""
-        name = name or "the block"
+    def _watch(self, module: nn.Module, inside: str, name: str) -> None:
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                if tensor is None:
-                    self._entries.append((table, key, None, inside + str(key)))
-                    continue
-                self._tensors.append((table, key, tensor, tensor.data_ptr(), tensor.requires_grad, inside + str(key)))
-                if tensor.requires_grad:
+                self._objects.add(table, key, tensor, inside + key)
+                if tensor is not None:
+                    self._tensors.append((tensor, inside + key))
+                if tensor is not None and tensor.requires_grad:
                     self._places.append((table, key, self._number(tensor)))
         for key, child in module._modules.items():
-            self._entries.append((module._modules, key, child, inside + str(key)))
-        for kind in _HOOKS:
-            self._sizes.append((getattr(module, kind), len(getattr(module, kind)), f"hooks of {name}"))
+            self._objects.add(module._modules, key, child, inside + key)
+        self._sized += [(getattr(module, kind), f"hooks of {name}") for kind in _HOOKS]
         attributes = vars(module)
-        self._sizes.append((attributes, len(attributes), f"attributes of {name}"))
+        self._sized.append((attributes, f"attributes of {name}"))
         for key, value in attributes.items():
+            if key in _MODULE:
+                continue
             if isinstance(value, torch.Tensor):
-                self._tensors.append((attributes, key, value, value.data_ptr(), value.requires_grad, inside + str(key)))
-            elif key not in _MODULE and _plain(value):
-                self._entries.append((attributes, key, _copied(value), inside + str(key)))
+                self._tensors.append((value, inside + key))
+            if isinstance(value, dict | list | set) and _plain(value):
+                self._containers.add(attributes, key, _copied(value), inside + key)
+            else:
+                self._objects.add(attributes, key, value, inside + key)
 
     def _number(self, parameter: Any) -> int:
         """Its place among `parameters`, where it is put."""
@@ -122,16 +156,20 @@ class BlockState:
 
     def changed(self) -> str | None:
         """The name of something that is not as it was; None: all is."""
-        for table, key, tensor, address, needs, name in self._tensors:
-            if table.get(key) is not tensor or tensor.data_ptr() != address or tensor.requires_grad != needs:
+        for value, found, name in self._objects.replaced():
+            if not (_plain(value) and _plain(found) and type(found) is type(value) and found == value):
                 return name
-        for table, key, value, name in self._entries:
-            found = table.get(key, _MISSING)
-            if found is not value and (isinstance(value, nn.Module) or found != value):
-                return name
-        for container, size, name in self._sizes:
-            if len(container) != size:
-                return name
+        if (different := self._containers.different()) is not None:
+            return different
+        now: list[Any] = [tensor.data_ptr() for tensor, _ in self._tensors]
+        if now != self._addresses:
+            return _first_other(now, self._addresses, self._tensors)
+        now = [tensor.requires_grad for tensor, _ in self._tensors]
+        if now != self._needs:
+            return _first_other(now, self._needs, self._tensors)
+        now = list(map(len, self._sized_ones))
+        if now != self._lengths:
+            return _first_other(now, self._lengths, self._sized)
         for config, implementation in self._layout:
             if config._attn_implementation != implementation:
                 return "the implementation of attention"
@@ -142,6 +180,11 @@ class BlockState:
         return [(p.data_ptr(), p._version) for p in self.parameters]
 
 
+def _first_other(now: list[Any], before: list[Any], named: list[tuple[Any, str]]) -> str:
+    """The name of the first that differs."""
+    return next(name for one, other, (_, name) in zip(now, before, named, strict=True) if one != other)
+
+
 def _configs(block: nn.Module) -> list[Any]:
     found = {id(c): c for m in block.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
     return list(found.values())
@@ -149,8 +192,8 @@ def _configs(block: nn.Module) -> list[Any]:
 
 def _plain(value: Any) -> bool:
     """Whether a value can be compared, and holds no tensors."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value == value
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return True
     if isinstance(value, dict):
         return all(_plain(key) and _plain(one) for key, one in value.items())
     return isinstance(value, list | tuple | set | frozenset) and all(_plain(one) for one in value)

@@ -1,8 +1,10 @@
 """Blocks as graphs, with a recorder for CPUs: the numbers of ordinary checkpointing, to the last bit."""
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -209,6 +211,33 @@ def test_data_parallel_processes_exchange_their_gradients():
         assert equal(run(lora(), True), run(lora(), False))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["LoRA", "LR-QAT", "GPT-2"])
+def test_nothing_that_a_block_computes_outlives_its_recording(name):
+    """Neither in forward nor in recomputation; and without graphs the model is gone with its last reference."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    model = checkpointed(MODELS[name]())
+    step(model)
+    before = alive()
+    graphs = BlockGraphs(model)
+    graphs.attach()
+    for _ in range(3):
+        step(model)
+    assert graphs.counts["replayed"] == 4
+    # x, the output and its gradient, the gradient of x; rotary tables and a mask; the gradients of a block's parameters
+    count = len(graphs._buffers) * 2 + len(graphs._results)
+    assert alive() - before <= count
+    there = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+    graphs.detach()
+    assert alive() == before
+    del model, graphs
+    gc.collect()
+    assert [ref() for ref in there if ref() is not None] == []
 
 
 def test_saved_tensors_may_be_moved_elsewhere():

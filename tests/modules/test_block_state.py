@@ -25,7 +25,7 @@ class Plain(nn.Module):
         self.register_parameter("bias", None)
         self.kept = torch.ones(4)
         self.scaling, self.active, self.options = {"default": 2.0}, ["default"], {"odd": object()}
-        self.nothing = None
+        self.nothing, self.act, self.dtype = None, nn.functional.relu, torch.bfloat16
 
 
 def test_adapters_and_a_rounded_cache_fit(lrqat):
@@ -133,6 +133,14 @@ def given(found: Plain) -> None:
     found.nothing = object()
 
 
+def another_object(found: Plain) -> None:
+    found.act = nn.functional.gelu
+
+
+def another_dtype(found: Plain) -> None:
+    found.dtype = torch.float16
+
+
 def other_buffer(found: Plain) -> None:
     found.table = torch.ones(4)
 
@@ -153,6 +161,8 @@ def other_tensor(found: Plain) -> None:
         (scaled, "scaling"),
         (activated, "active"),
         (given, "nothing"),
+        (another_object, "act"),
+        (another_dtype, "dtype"),
         (other_buffer, "table"),
         (other_tensor, "kept"),
         (hooked, "hooks of inner"),
@@ -164,6 +174,17 @@ def test_what_has_changed_is_named(change, name):
     state = BlockState(found)
     change(found)
     assert state.changed() == name
+
+
+def test_an_equal_value_is_no_change():
+    found = Plain()
+    found.number, found.text = 1234.5, "some text"
+    state = BlockState(found)
+    found.number, found.text = float("1234.5"), "".join(["some ", "text"])
+    found.scaling = {"default": 2.0}
+    assert state.changed() is None
+    found.number = 0
+    assert state.changed() == "number"
 
 
 def test_a_switched_adapter_is_a_change(lrqat):
