@@ -20,8 +20,9 @@ class CudaGraphCallback(TrainerCallback):
     At one sequence a step, most of the time goes into Python. With this callback every block that gradient
     checkpointing computes again is recorded once, and then replayed: the same kernels on the same numbers, so losses
     and gradients are those of training without it. It works for adapters of this package (LR-QAT), and for LoRA and
-    QLoRA of PEFT. The first two steps with a shape run slower. Batches of up to 8 shapes are recorded, so pack, or pad
-    to a multiple. Memory grows by about the activations of one block.
+    QLoRA of PEFT. The first two steps with a shape run slower. Batches of up to 8 shapes are recorded, so pad to a
+    multiple (`pad_to_multiple_of`), or pack with `packing_strategy="wrapped"`. Memory grows by about the activations of one
+    block.
 
     What cannot be replayed runs as it would without the callback, and a warning says what it was, and why: blocks that
     wait for the GPU (mixtures of experts), hooks inside a block, shapes beyond the first 8.
@@ -36,7 +37,7 @@ class CudaGraphCallback(TrainerCallback):
         >>> from trl import SFTConfig, SFTTrainer
         >>> trainer = SFTTrainer(
         ...     "Qwen/Qwen3-0.6B",
-        ...     SFTConfig("adapter", learning_rate=1e-3, max_steps=10, packing=True),
+        ...     SFTConfig("adapter", learning_rate=1e-3, max_steps=10, pad_to_multiple_of=64),
         ...     train_dataset=dataset,
         ...     peft_config=LRQATConfig(task_type="CAUSAL_LM"),
         ...     callbacks=[CudaGraphCallback()],

@@ -466,7 +466,13 @@ class TestCudaGraphs:
 
         def run(callbacks: list) -> list[float]:
             model = self.make("int4 in groups")
-            options = {"max_length": 32, "packing": packing, "use_cpu": False, "bf16": True}
+            options = {
+                "max_length": 32,
+                "packing": packing,
+                "packing_strategy": "wrapped",
+                "use_cpu": False,
+                "bf16": True,
+            }
             args = arguments(tmp_path, sft.SFTConfig, **options, gradient_accumulation_steps=2)
             trainer = sft.SFTTrainer(
                 model, args, train_dataset=counting_text(), processing_class=word_tokenizer(), callbacks=callbacks

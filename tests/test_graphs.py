@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +33,11 @@ class Looks(TrainerCallback):
         self.counts.append(dict(self.other._graphs.counts))
 
 
+def sentences():
+    """Of many lengths, so that packed rows are not full."""
+    return Dataset.from_dict({"text": [" ".join(f"w{3 + (i + j) % 40}" for j in range(3 + i % 9)) for i in range(96)]})
+
+
 def sft(folder, callbacks, model=None, config=None, **options):
     torch.manual_seed(0)
     settings = {"max_length": 32, "gradient_accumulation_steps": 2, "max_steps": 3, **options}
@@ -39,7 +45,7 @@ def sft(folder, callbacks, model=None, config=None, **options):
     trainer = SFTTrainer(
         model or tiny(),
         arguments(folder, SFTConfig, **settings),
-        train_dataset=counting_text(),
+        train_dataset=sentences() if options.get("packing") else counting_text(),
         eval_dataset=counting_text(),
         processing_class=word_tokenizer(),
         peft_config=None if isinstance(model, PeftModel) else config,
@@ -51,7 +57,7 @@ def sft(folder, callbacks, model=None, config=None, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"packing": True, "bf16": True}, {"eval_strategy": "steps", "eval_steps": 1}],
+    [{"packing": True, "packing_strategy": "wrapped", "bf16": True}, {"eval_strategy": "steps", "eval_steps": 1}],
     ids=["packed", "evaluated"],
 )
 def test_one_line_of_a_script(options, tmp_path):

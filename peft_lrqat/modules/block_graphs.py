@@ -45,7 +45,7 @@ LIMIT = 8
 
 _SHAPES = (
     f"inputs come in more shapes than the {LIMIT} that become graphs. Make them alike: `pad_to_multiple_of=256` in "
-    "SFTConfig, with `packing=True` the `max_length`"
+    "SFTConfig, or `packing=True` with `packing_strategy='wrapped'`"
 )
 _CHANGED = (
     "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a merge). Run "
