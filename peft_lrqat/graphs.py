@@ -21,8 +21,8 @@ class CudaGraphCallback(TrainerCallback):
     checkpointing computes again is recorded once, and then replayed: the same kernels on the same numbers, so losses
     and gradients are those of training without it. It works for adapters of this package (LR-QAT), and for LoRA and
     QLoRA of PEFT. The first two steps with a shape run slower. Batches of up to 8 shapes are recorded, so pad to a
-    multiple (`pad_to_multiple_of`), or pack with `packing_strategy="wrapped"`. Memory grows by about the activations of one
-    block.
+    multiple (`pad_to_multiple_of`), or pack with `packing_strategy="wrapped"`. Memory grows by about the activations of
+    one block.
 
     What cannot be replayed runs as it would without the callback, and a warning says what it was, and why: blocks that
     wait for the GPU (mixtures of experts), hooks inside a block, shapes beyond the first 8.
