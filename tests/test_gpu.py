@@ -121,7 +121,8 @@ def test_cuda_graphs_and_streams_round_what_they_are_given():
         assert round_shared(x, how, torch.nn.Linear(64, 1)) is not second
     torch.cuda.synchronize()
     graphs = [captured(*which) for which in (layers, layers[:1], layers[1:])]
-    assert graphs[0][1][0] is graphs[0][1][1]
+    if hasattr(torch._C._CUDAGraph, "get_currently_capturing_graph"):  # of newer versions of torch
+        assert graphs[0][1][0] is graphs[0][1][1]
     x.copy_(torch.randn_like(x))
     for graph, found in reversed(graphs):
         graph.replay()
