@@ -54,7 +54,7 @@ def main() -> int:
         for family in FAMILIES:
             _write(family, root / family)
         environment = clean_environment() | {"TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-        command = [python, HERE / "in_gptqmodel_mixtures.py", root, *FAMILIES]
+        command = [str(part) for part in (python, HERE / "in_gptqmodel_mixtures.py", root, *FAMILIES)]
         subprocess.run(command, check=True, cwd=root, env=environment, stdout=subprocess.DEVNULL)  # it writes logs
         for family in FAMILIES:
             read = torch.load(root / family / "read.pt")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -26,48 +24,13 @@ from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
 from .fingerprint import VERSION, codes_checksum, float_checksum, position_weighted_sum
-from .parallel import FSDP1, ZERO3, Mark, refuse_data_parallel
-
-# Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
-_PACKED = contextvars.ContextVar("packed_state_dict", default=False)
+from .packed_parameter import PackedParameter, packs_state_dicts, whole
+from .parallel import refuse_data_parallel
 
 _WHY_READ_ONLY = (
     "The base of this layer is frozen integers, of which this weight is built for reading. Change the float model "
     "before it is adapted."
 )
-
-
-@contextlib.contextmanager
-def packed_state_dict() -> Iterator[None]:
-    """State dicts made in this context never materialise a float weight."""
-    token = _PACKED.set(True)
-    try:
-        yield
-    finally:
-        _PACKED.reset(token)
-
-
-def whole(tensor: Any) -> Any:
-    """All of a tensor that FSDP2 may have sharded (a collective call then: every rank must make it)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def share(tensor: Any) -> Any:
-    """This rank's part of a tensor that FSDP2 may have sharded (no collective call)."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-class PackedParameter(nn.Parameter):
-    """A frozen integer parameter. FSDP2 shards it; FSDP1 and DeepSpeed ZeRO-3 are refused when they take it."""
-
-    _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
-    ds_param_type = Mark(ZERO3)  # the first that `deepspeed.zero.Init` sets
-
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
-        return super().__new__(cls, data, requires_grad=False)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[torch.Tensor]]:
-        return PackedParameter, (self.detach(),)
 
 
 class FrozenWeight(nn.Module, KeepsWeight):
@@ -495,7 +458,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
     # an adapter also calls `state_dict()` on the whole model, and must not build every float weight on the way.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if _PACKED.get() or self.loading:
+        if packs_state_dicts() or self.loading:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.dense()
         if self.bias is not None:

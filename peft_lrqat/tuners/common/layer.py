@@ -31,7 +31,7 @@ from ...ops.activations import Activations, round_activations
 from ...ops.inputs import linear_input
 from ...ops.shared_inputs import shared_values
 from ...ops.static_inputs import static_scale
-from .frozen import whole
+from .packed_parameter import whole
 from .plain import user_attributes
 
 _MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)

@@ -22,11 +22,12 @@ from .config import ALL_LINEAR, current_key
 from .experts import adopt_experts, release_experts, restore_experts, settle_experts
 from .extras import adopt_labels, check_extras, check_reference, head_of, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
-from .frozen import FrozenWeight, packed_state_dict
+from .frozen import FrozenWeight
 from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .offload import arrange, check_offload_announced, check_offload_sharded, offloaded_parameters
+from .packed_parameter import packed_state_dict
 from .parallel import check_announced, check_loaded, check_sharded
 from .preflight import (
     check_activations,

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...ops.embedding import quantized_embedding
 from ...ops.inputs import check_ids
-from ..common.frozen import whole
+from ..common.packed_parameter import whole
 from ..common.plain import scales_rows
 from .config import LRQATConfig
 from .layer import LRQATLinear

@@ -61,8 +61,9 @@ from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import straight_through
 from ...ops.reference import adapter_units, codes
-from ..common.frozen import FrozenWeight, share, whole
+from ..common.frozen import FrozenWeight
 from ..common.layer import AdapterWeight, MergingLayer
+from ..common.packed_parameter import share, whole
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
 from .learning_rate import watch

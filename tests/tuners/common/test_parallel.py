@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from peft_lrqat import LowBitAdamW
 from peft_lrqat.tuners.common import parallel
-from peft_lrqat.tuners.common.frozen import PackedParameter
+from peft_lrqat.tuners.common.packed_parameter import PackedParameter
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests import lowbit_sr, lrqat
 from tests.models import low_bit, tiny, tokens

@@ -11,7 +11,8 @@ from peft_lrqat.grid import Grid, dequantize, grouped, quantize
 from peft_lrqat.ops.reference import codes
 from peft_lrqat.ops.stored_base import DOWNCASTS, decode_base
 from peft_lrqat.tuners.common import undo
-from peft_lrqat.tuners.common.frozen import FrozenWeight, packed_state_dict
+from peft_lrqat.tuners.common.frozen import FrozenWeight
+from peft_lrqat.tuners.common.packed_parameter import packed_state_dict
 from tests.memory import LiveBytes
 from tests.models import adapted, logits, tiny, tokens, train
 

@@ -18,7 +18,7 @@ from peft_lrqat import LRQATConfig, load_quantized
 from peft_lrqat.modules.generation import kept_weights
 from peft_lrqat.tuners.common import undo
 from peft_lrqat.tuners.common.async_rollouts import _described
-from peft_lrqat.tuners.common.frozen import whole
+from peft_lrqat.tuners.common.packed_parameter import whole
 from peft_lrqat.tuners.lrqat import LRQATLinear
 from peft_lrqat.tuners.lrqat.experts import FrozenExperts, LRQATExpertLinear
 from tests.mixtures import EXPERTS, FIRST, mixture, on_experts

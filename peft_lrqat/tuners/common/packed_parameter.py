@@ -1,0 +1,54 @@
+"""A parameter of integers, which an optimizer, a cast or a way of sharding leaves as it is; and state dicts of such."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .parallel import FSDP1, ZERO3, Mark
+
+# Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
+_PACKED = contextvars.ContextVar("packed_state_dict", default=False)
+
+
+@contextlib.contextmanager
+def packed_state_dict() -> Iterator[None]:
+    """State dicts made in this context never materialise a float weight."""
+    token = _PACKED.set(True)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
+
+
+def packs_state_dicts() -> bool:
+    """Whether this is called within `packed_state_dict`."""
+    return _PACKED.get()
+
+
+def whole(tensor: Any) -> Any:
+    """All of a tensor that FSDP2 may have sharded (a collective call then: every rank must make it)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share(tensor: Any) -> Any:
+    """This rank's part of a tensor that FSDP2 may have sharded (no collective call)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class PackedParameter(nn.Parameter):
+    """A frozen integer parameter. FSDP2 shards it; FSDP1 and DeepSpeed ZeRO-3 are refused when they take it."""
+
+    _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
+    ds_param_type = Mark(ZERO3)  # the first that `deepspeed.zero.Init` sets
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[torch.Tensor]]:
+        return PackedParameter, (self.detach(),)

@@ -1,0 +1,29 @@
+"""Integers as parameters: frozen whatever happens to the model, also in copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import torch
+from torch import nn
+
+from peft_lrqat.tuners.common.packed_parameter import PackedParameter, packed_state_dict, packs_state_dicts
+
+
+def test_it_stays_as_it_is():
+    packed = PackedParameter(torch.arange(6, dtype=torch.int8).view(2, 3), requires_grad=True)
+    module = nn.Linear(3, 2)
+    module.register_parameter("base", packed)
+    module.half()
+    for found in (module.base, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert isinstance(found, PackedParameter)
+        assert not found.requires_grad
+        assert torch.equal(found, torch.arange(6, dtype=torch.int8).view(2, 3))
+
+
+def test_state_dicts_are_packed_within_the_context_only():
+    assert not packs_state_dicts()
+    with packed_state_dict():
+        assert packs_state_dicts()
+    assert not packs_state_dicts()
