@@ -31,7 +31,7 @@ _BINS = 1024  # of the table, for each half
 _BAG = 512  # weights that are added up in fp32
 _TABLE_FROM = 1 << 14  # below so many weights, making the table costs more than it saves
 # how far snapping may move a scale, relatively, and from which magnitude on it moves none farther
-_SNAPS = {"auto": (2.0**-9, 2.0**-17), "bf16": (2.0**-9, 0.0), "fp16": (2.0**-11, 2.0**-14), "fp32": (0.0, 0.0)}
+_SNAPS = {"auto": (2.0**-8, 2.0**-17), "bf16": (2.0**-8, 0.0), "fp16": (2.0**-11, 2.0**-14), "fp32": (0.0, 0.0)}
 
 
 def search(

@@ -13,6 +13,7 @@ from peft_lrqat.chunks import row_chunks
 from peft_lrqat.grid import Grid, snap_magnitude, with_sign_of
 from peft_lrqat.lattice import _HALF_STEP, on_grid
 from peft_lrqat.lattice import _levels as levels_of
+from peft_lrqat.range_search import power
 
 WORK = 1 << 18
 _CLIP_STEPS = 100
@@ -89,7 +90,9 @@ def _best(
         for part in parts:
             size = len(some) * part.numel()
             error += _error(part, scale, zero, grid, p, work[:size], spare[:size])
-        error *= scale.double().abs() ** p
+        # not **: where candidates tie, its last bit would choose, which is another on a GPU
+        size = scale.double().abs().flatten()
+        error *= power(size, p, torch.empty_like(size)).view(scale.shape)
         winner = error.argmin(dim=0, keepdim=True)  # the first of equals
         error, scale, zero = (values.gather(0, winner).squeeze(0) for values in (error, scale, zero))
         better = error < best_error
