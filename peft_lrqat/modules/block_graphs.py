@@ -145,11 +145,11 @@ class _Buffer:
             self._memory = torch.empty_like(real, memory_format=torch.preserve_format, requires_grad=False)
             self.tensor = self._memory.expand(like.shape)
         self._source: weakref.ref[Tensor] | None = None
-        self._version: int | None = None
+        self._version: tuple | None = None
 
     def take(self, source: Tensor) -> None:
         """Copy a tensor here, unless it is there already."""
-        version = None if source.is_inference() else source._version
+        version = None if source.is_inference() else (source._version, source.data_ptr(), source.stride())
         if version is not None and self._source is not None and self._source() is source and self._version == version:
             return
         self._memory.copy_(source.detach()[self._real] if source.dim() else source.detach())
@@ -397,6 +397,7 @@ class _Block:
         self._graphs: dict[tuple, _Graph | None] = {}
         self._times = 0
         self.off = False
+        self.first = False  # of all blocks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.ordinary  # a copy of the model is another model
@@ -408,6 +409,8 @@ class _Block:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.ordinary(function, *args)
         try:
+            if self.first:
+                self.owner.forget()
             found = None if self.off else self._find(function, args)
         except _Unfit as reason:
             self.owner.warn(f"{self.name!r}: {reason}")
@@ -428,8 +431,10 @@ class _Block:
         layout: list[Any] = []
         _flatten(((*rest, *args), named), inputs, layout)
         place = self.owner.recorder.place()
-        if not inputs or place is None:
+        if not inputs or place is None or _any_global_hook():
             return None
+        if (other := next((t.device for t in inputs if t.device != self.owner.device), None)) is not None:
+            raise _Unfit(f"it is given a tensor on {other}, whose values would be those of the recording for good")
         if self._state is not None and (changed := self._state.changed()) is not None:
             self._state, self._graphs = None, {}
             if self._times >= LIMIT:
@@ -515,9 +520,10 @@ class BlockGraphs:
         for name, layer in self._layers.items():
             if (reason := why_unfit(layer, hooks_of_itself=False)) is not None:
                 raise ValueError(f"Block {name!r} cannot be a CUDA graph: {reason}. Change that, or leave graphs out.")
-        self.recorder = recorder_for(next(iter(devices)))
+        self.device = next(iter(devices))
+        self.recorder = recorder_for(self.device)
         if self.recorder is None:
-            logger.warning(f"The model is on {next(iter(devices))}, so its blocks run without CUDA graphs.")
+            logger.warning(f"The model is on {self.device}, so its blocks run without CUDA graphs.")
         self.counts = {"recorded": 0, "replayed": 0, "ordinary": 0}
         self._blocks: dict[str, _Block] = {}
         self._buffers: dict[tuple, _Buffer] = {}
@@ -538,7 +544,7 @@ class BlockGraphs:
             block = self._blocks.get(name)
             if block is None:
                 block = self._blocks[name] = _Block(self, name, layer, ordinary)
-            block.ordinary = ordinary
+            block.ordinary, block.first = ordinary, layer is next(iter(self._layers.values()))
             layer._gradient_checkpointing_func = block
 
     def detach(self) -> None:
@@ -556,6 +562,12 @@ class BlockGraphs:
         if key not in self._buffers:
             self._buffers[key] = _Buffer(like)
         return self._buffers[key]
+
+    def forget(self) -> None:
+        """Copy everything anew from now on: another forward may find other values in the tensors of the one before,
+        without a version that tells."""
+        for buffer in self._buffers.values():
+            buffer.forget()
 
     def result(self, what: str, place: int, like: Tensor) -> Tensor:
         """What graphs write a result to: as `buffer`."""
@@ -617,6 +629,12 @@ def _checkpointed(model: nn.Module) -> dict[str, Any]:
                 "`gradient_checkpointing_kwargs`), which a graph would not do. Leave one of the two out."
             )
     return found
+
+
+def _any_global_hook() -> bool:
+    """Whether somebody has hooks on all modules, which a replay would not run."""
+    asks = getattr(nn.modules.module, "_has_any_global_hook", None)
+    return asks is not None and asks()
 
 
 def _settings(tensor: Tensor) -> tuple:

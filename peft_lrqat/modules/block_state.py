@@ -44,7 +44,9 @@ def why_unfit(block: nn.Module, hooks_of_itself: bool = True) -> str | None:
             return f"{what} has a hook of accelerate (`device_map`), which a replay would not run"
         if (name or hooks_of_itself) and (hook := next(_hooks(module), None)) is not None:
             return f"{what} has a hook, {getattr(hook, '__qualname__', hook)}, which a replay would not run"
-        for part, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        kept = [(part, value) for part, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        registered = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for part, tensor in (*registered, *kept):
             place = f"{name}.{part}".lstrip(".")
             devices.setdefault(tensor.device, place)
             if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
@@ -87,9 +89,13 @@ class _Entries:
 
     def different(self) -> str | None:
         """The name of the first that is not equal to what was there."""
-        if list(map(dict.get, self._tables, self._keys)) == self._values:
-            return None
-        return next(name for value, found, name in self.replaced() if found != value)
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):  # of tensors that are there now
+            if list(map(dict.get, self._tables, self._keys)) == self._values:
+                return None
+        for table, key, value, name in zip(self._tables, self._keys, self._values, self._names, strict=True):
+            if not _plain(found := table.get(key)) or found != value:
+                return name
+        return None
 
 
 class BlockState:
@@ -103,6 +109,7 @@ class BlockState:
         self._objects, self._containers = _Entries(), _Entries()
         self._tensors: list[tuple[torch.Tensor, str]] = []
         self._sized: list[tuple[Any, str]] = []  # containers
+        self._hooks: list[tuple[dict, Any, Any, str]] = []
         self.parameters: list[nn.Parameter] = []
         self._places: list[tuple[dict, Any, int]] = []  # dictionary, key, number among `parameters`
         for name, module in block.named_modules():
@@ -123,7 +130,9 @@ class BlockState:
                     self._places.append((table, key, self._number(tensor)))
         for key, child in module._modules.items():
             self._objects.add(module._modules, key, child, inside + key)
-        self._sized += [(getattr(module, kind), f"hooks of {name}") for kind in _HOOKS]
+        for table in (getattr(module, kind) for kind in _HOOKS):
+            self._sized.append((table, f"hooks of {name}"))
+            self._hooks += [(table, key, hook, f"hooks of {name}") for key, hook in table.items()]
         attributes = vars(module)
         self._sized.append((attributes, f"attributes of {name}"))
         for key, value in attributes.items():
@@ -170,6 +179,9 @@ class BlockState:
         now = list(map(len, self._sized_ones))
         if now != self._lengths:
             return _first_other(now, self._lengths, self._sized)
+        for table, key, hook, name in self._hooks:
+            if table.get(key) is not hook:
+                return name
         for config, implementation in self._layout:
             if config._attn_implementation != implementation:
                 return "the implementation of attention"

@@ -434,6 +434,51 @@ def test_a_hook_inside_is_named_and_runs(warnings):
     assert graphs.counts["replayed"] == 2  # of the other block
 
 
+def test_hooks_of_all_modules_run():
+    model, seen = lora(), []
+    graphs = attached(model)
+    for _ in range(3):
+        step(model)
+    before = graphs.counts["replayed"]
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.append(module))
+    try:
+        step(model)
+    finally:
+        handle.remove()
+    assert model.get_base_model().model.layers[1].mlp in seen
+    step(model)
+    assert graphs.counts["replayed"] == before + 2
+
+
+def test_tensors_on_another_device_are_not_recorded(warnings):
+    model = Stack(lambda block, y, options: y).train()
+    graphs = BlockGraphs(model)
+    graphs.attach()
+    for _ in range(3):
+        model(torch.ones(2, 4), scale=torch.ones((), device="meta")).sum().backward()
+    assert graphs.counts["replayed"] == 0
+    assert "it is given a tensor on meta" in warnings[0]
+
+
+def test_values_that_change_without_a_version_are_seen():
+    def scaled(block, y, options):
+        return y * options["scale"]
+
+    model, scale = Stack(scaled).train(), torch.ones(2, 4)
+    graphs = BlockGraphs(model)
+    graphs.attach()
+    found = []
+    for factor in (1, 1, 2, 2):
+        scale.data.mul_(factor)
+        y = model(torch.ones(2, 4), scale=scale)
+        found.append(y.detach())
+        expected = model.eval()(torch.ones(2, 4), scale=scale)
+        model.train()
+        assert torch.equal(y, expected)
+        y.sum().backward()
+    assert graphs.counts["replayed"] == 6
+
+
 def test_a_hook_that_comes_later_runs():
     model, seen = lora(), []
     attached(model)

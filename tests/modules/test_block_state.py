@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from peft_lrqat.modules.block_state import BlockState, why_unfit
+from peft_lrqat.modules.kv_cache import _give_stand_in
 from tests.models import adapted, low_bit, tiny
 
 
@@ -25,6 +26,7 @@ class Plain(nn.Module):
         self.register_parameter("bias", None)
         self.kept = torch.ones(4)
         self.scaling, self.active, self.options = {"default": 2.0}, ["default"], {"odd": object()}
+        self.handle = self.inner.register_forward_pre_hook(_give_stand_in)
         self.nothing, self.act, self.dtype = None, nn.functional.relu, torch.bfloat16
 
 
@@ -52,6 +54,10 @@ def of_accelerate(found: Plain) -> None:
     found.inner._hf_hook = object()
 
 
+def kept_elsewhere(found: Plain) -> None:
+    found.kept = found.kept.to("meta")
+
+
 def elsewhere(found: Plain) -> None:
     found.table = found.table.to("meta")
 
@@ -64,7 +70,8 @@ def elsewhere(found: Plain) -> None:
         (hooked, "'inner' (Linear) has a hook, print"),
         (hooked_backward, "'inner' (Linear) has a hook, print"),
         (of_accelerate, "'inner' (Linear) has a hook of accelerate"),
-        (elsewhere, "on several devices: 'table' on meta, 'inner.weight' on cpu"),
+        (kept_elsewhere, "'kept' on meta"),
+        (elsewhere, "on several devices: 'table' on meta"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -141,6 +148,19 @@ def another_dtype(found: Plain) -> None:
     found.dtype = torch.float16
 
 
+def hooked_anew(found: Plain) -> None:
+    found.handle.remove()
+    found.inner.register_forward_pre_hook(print)
+
+
+def of_tensors(found: Plain) -> None:
+    found.scaling["default"] = torch.ones(2)
+
+
+def a_tensor(found: Plain) -> None:
+    found.nothing = torch.ones(2)
+
+
 def other_buffer(found: Plain) -> None:
     found.table = torch.ones(4)
 
@@ -166,6 +186,9 @@ def other_tensor(found: Plain) -> None:
         (other_buffer, "table"),
         (other_tensor, "kept"),
         (hooked, "hooks of inner"),
+        (hooked_anew, "hooks of inner"),
+        (of_tensors, "scaling"),
+        (a_tensor, "nothing"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
