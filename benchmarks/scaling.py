@@ -99,7 +99,7 @@ def trained(size: str, method: str, args: argparse.Namespace, device: str, folde
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "digest": digest(model),
-        "wrapped in": type(trainer.model_wrapped).__name__,
+        "wrapped_in": type(trainer.model_wrapped).__name__,
     }
     wrapped: Any = trainer.model_wrapped
     if hasattr(wrapped, "_get_ddp_logging_data"):
@@ -144,7 +144,7 @@ def together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": max(rank["seconds"] for rank in ranks),
         "peak_gib": max(rank["peak_gib"] for rank in ranks),
         "ranks": [{key: rank[key] for key in ("seconds", "peak_gib", "static_gib")} for rank in ranks],
-        "ranks identical": len({rank["digest"] for rank in ranks}) == 1,
+        "ranks_identical": len({rank["digest"] for rank in ranks}) == 1,
     }
 
 
@@ -164,11 +164,11 @@ def compared(alone: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
     """How the training of several processes differs from one's, and how much less time it takes."""
     off = {name: max(abs(a - b) for a, b in zip(alone[name], many[name], strict=True)) for name in ("losses", "norms")}
     return {
-        "losses off by": off["losses"],
-        "norms off by": off["norms"],
-        "parameters equal": alone["digest"] == many["digest"],
-        "times as fast": alone["seconds"] / many["seconds"],
-        "more memory": many["peak_gib"] - alone["peak_gib"],
+        "losses_off": off["losses"],
+        "norms_off": off["norms"],
+        "parameters_equal": alone["digest"] == many["digest"],
+        "times_as_fast": alone["seconds"] / many["seconds"],
+        "more_gib": many["peak_gib"] - alone["peak_gib"],
     }
 
 
@@ -200,9 +200,9 @@ def main() -> None:
         many |= compared(alone, many)
         print(
             f"{many['size']:4} {many['method']:28} {alone['seconds']:.3f} s, {alone['peak_gib']:.2f} GiB alone; "
-            f"{many['seconds']:.3f} s, {many['peak_gib']:.2f} GiB a rank, {many['times as fast']:.2f} times as fast, "
-            f"losses off by {many['losses off by']:.1e}, parameters equal {many['parameters equal']}, "
-            f"ranks identical {many['ranks identical']}, {many['sent']}",
+            f"{many['seconds']:.3f} s, {many['peak_gib']:.2f} GiB a rank, {many['times_as_fast']:.2f} times as fast, "
+            f"losses off by {many['losses_off']:.1e}, parameters equal {many['parameters_equal']}, "
+            f"ranks identical {many['ranks_identical']}, {many['sent']}",
             flush=True,
         )
     write_json(args.out, found)
