@@ -76,18 +76,16 @@ class _Watched:
         self.way = torch.zeros_like(self.start)  # the sign of each integer's last change
         self.turned = torch.zeros_like(self.start, dtype=torch.bool)
         self.start_edge = self._edge(self.start)
-        self.scale_rows: torch.Tensor | None = None
-        self.start_scale = self._scales()
+        # as many rows of scales as of integers, of this process's share; empty where there are none
+        scales = [one for one in self._scales() if one is not None]  # of all layers, or of none
+        self.scale_rows = _spread(len(scales[0]) if scales else 0, len(self.rows)).to(self.rows.device)
+        nothing = torch.empty(len(layers), 0, device=self.rows.device)
+        self.start_scale = torch.stack([one[self.scale_rows] for one in scales]) if scales else nothing
 
-    def _scales(self) -> torch.Tensor:
-        """As many rows of scales as of integers, of this process's share; empty where there are none."""
+    def _scales(self) -> list[torch.Tensor | None]:
+        """This process's share of each layer's scales; None where none are trained."""
         found = [layer._trained_scales(layer._adapters_at_work()) for layer in self.layers.values()]
-        scales = [one[1].detach() for one in found if one is not None]
-        if not scales:
-            return torch.empty(len(found), 0, device=self.rows.device)
-        if self.scale_rows is None:
-            self.scale_rows = _spread(len(scales[0]), len(self.rows)).to(self.rows.device)
-        return torch.stack([one[self.scale_rows] for one in scales])
+        return [None if one is None else one[1].detach() for one in found]
 
     def _edge(self, codes: torch.Tensor) -> torch.Tensor:
         return _share((codes == self.low) | (codes == self.high))
@@ -109,7 +107,7 @@ class _Watched:
             _share(moved),
             _share(self.turned),
             self._edge(codes),
-            self._scale_change() if all(there) else torch.zeros_like(self.start_edge),
+            self._scale_change(),
         ]
         self.last = codes
         return torch.stack(shares, 1) * torch.tensor(there, device=codes.device).unsqueeze(1)
@@ -117,7 +115,10 @@ class _Watched:
     def _scale_change(self) -> torch.Tensor:
         if not self.start_scale.numel():
             return torch.zeros(len(self.layers), device=self.rows.device)
-        return (self._scales() / self.start_scale - 1).abs().flatten(1).mean(1)
+        # another adapter, or none, may be at work by now: one that trains no scales leaves them as they were
+        found = zip(self._scales(), self.start_scale, strict=True)
+        now = torch.stack([start if one is None else one[self.scale_rows] for one, start in found])
+        return (now / self.start_scale - 1).abs().flatten(1).mean(1)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps."""

@@ -81,6 +81,30 @@ def test_training_is_the_same(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_an_adapter_that_goes_takes_the_figures_of_its_own_layers_only():
+    model = adapted(tiny(num_hidden_layers=1))
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "sample_codes")}
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    watched = monitor.watch(model, 8)
+    for layer in layers.values():
+        layer.lora_scale_shift["default"].weight.data.fill_(0.25)
+    gate, up = (next(name for name in layers if kind in name) for kind in ("gate_proj", "up_proj"))
+    layers[up].delete_adapter("default")
+
+    def looked():
+        return {name: shares for one in watched for name, shares in zip(one.layers, one.look(), strict=True)}
+
+    assert not looked()[up].any()
+    change = Shares._fields.index("scale_change")
+    assert all(looked()[name][change] == 0.25 for name in layers if name != up)
+    other = LRQATConfig(r=2, group_size=-1, learn_scales=False, target_modules=["gate_proj"], task_type="CAUSAL_LM")
+    model.add_adapter("other", other)
+    model.set_adapter("other")  # which trains no scales
+    edge = looked()[gate]
+    assert edge[change] == 0 < edge[Shares._fields.index("edge")]
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="finds no quantized layer"):
         trained(tiny(), tmp_path, QuantizationCallback())
