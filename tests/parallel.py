@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ ZERO2 = {
 
 def _started(rank: int, work: Callable[[int, Path], Any], folder: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as tests/conftest.py does
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)})
     os.environ.update({"LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)

@@ -188,7 +188,7 @@ def test_copies_and_pickles():
         assert all(not p.requires_grad for name, p in other.named_parameters() if name != "bias")
 
 
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
 WIDEST = 128 * 256
 
 
