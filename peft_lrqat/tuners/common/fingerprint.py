@@ -101,7 +101,16 @@ def as_tensor(checksum: str) -> torch.Tensor:
 
 
 def of_tensor(saved: torch.Tensor) -> str:
-    """Undo `as_tensor`."""
+    """Undo `as_tensor`.
+
+    Raises:
+        ValueError: the version is unknown, or the tensor holds floats: somebody has changed all that is in the file.
+    """
+    if saved.dtype != torch.int64:
+        raise ValueError(
+            f"The adapter's checksum of its base (`...base_checksum`) is {saved.dtype}; it must be torch.int64. "
+            "Whoever casts, scales or averages the tensors of adapters leaves this one as it was. Nothing was loaded."
+        )
     value, version = [*saved.flatten().tolist(), 1][:2]
     if version not in (1, VERSION):
         raise ValueError(

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -58,6 +58,16 @@ def test_a_file_gives_back_the_checksum(version: int, value: int):
 def test_a_checksum_of_a_later_version_is_refused():
     with pytest.raises(ValueError, match=r"checksum has version 3; this version of peft-lrqat knows 1 and 2"):
         of_tensor(torch.tensor([5, 3]))
+
+
+def test_an_average_of_adapters_says_what_to_leave_alone():
+    model = adapted(tiny(num_hidden_layers=1))
+    saved = get_peft_model_state_dict(model)
+    halves = {key: 0.5 * tensor for key, tensor in saved.items()}
+    with pytest.raises(ValueError, match=r"`...base_checksum`\) is torch.float32; it must be torch.int64"):
+        set_peft_model_state_dict(model, halves)
+    (kept,) = (key for key in saved if key.endswith("base_checksum"))
+    set_peft_model_state_dict(model, {**halves, kept: saved[kept]})
 
 
 def test_fingerprints_of_two_versions_are_not_compared_but_those_of_integers_and_floats_are():
