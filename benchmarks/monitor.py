@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import provenance, write_json
 from gpu import SHAPES, fill, skeleton
-from sft import Clock, tokenizer
+from sft import Clock, trainer_of
 
 from peft_lrqat import LRQATConfig, QuantizationCallback
 
@@ -49,26 +49,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.size, args.length = "tiny", 16
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = skeleton(args.size, args.layers, keep_rng_state=True)
     fill(model, device)
     rows = torch.randint(3, 32000, (args.batch * args.steps, args.length), generator=torch.Generator().manual_seed(1))
     clock, monitor = Clock(device, 5), Timed()
     with tempfile.TemporaryDirectory() as folder:
-        settings = SFTConfig(
-            folder,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            max_length=args.length,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=device == "cpu",
-            dataloader_pin_memory=device == "cuda",
-        )
         config = LRQATConfig(
             downcast="int",
             range_method="minmax",
@@ -76,14 +62,8 @@ def main() -> None:
             target_modules="all-linear",
             **({"group_size": 32} if args.smoke else {}),
         )
-        trainer = SFTTrainer(
-            model,
-            settings,
-            train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
-            processing_class=tokenizer(),
-            peft_config=config,
-            callbacks=[clock, monitor],
-        )
+        options = {"max_steps": args.steps, "per_device_train_batch_size": args.batch}
+        trainer = trainer_of(model, config, rows, device, folder, [clock, monitor], **options)
         trainer.train()
     look = statistics.median(monitor.looks[1:] or monitor.looks)  # the first compiles
     step = statistics.median(clock.seconds())
@@ -91,8 +71,8 @@ def main() -> None:
         "look_seconds": look,
         "first_look_seconds": monitor.looks[0],
         "step_seconds": step,
-        "logging_steps": settings.logging_steps,
-        "share_percent": 100 * look / (settings.logging_steps * step),
+        "logging_steps": trainer.args.logging_steps,
+        "share_percent": 100 * look / (trainer.args.logging_steps * step),
         "layers": sum(name.endswith("_proj") for name, _ in model.named_modules()),
     }
     print(found)

@@ -52,38 +52,23 @@ def digest(model: torch.nn.Module) -> str:
 def trained(size: str, method: str, args: argparse.Namespace, device: str, folder: str) -> dict[str, Any]:
     """This rank's figures of a training; all that it held is free again."""
     import sft
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     world = int(os.environ["WORLD_SIZE"])
-    kind, options = sft.METHODS[method]
+    kind, options_of = sft.METHODS[method]
     model: Any = skeleton(size, args.layers, keep_rng_state=True)
     fill(model, device)
     batch, length = (int(n) for n in args.batch.split("x"))
     count = args.warm + args.steps
     rows = torch.randint(3, 32000, (count * args.processes * batch, length), generator=torch.Generator().manual_seed(1))
     clock = sft.Clock(device, args.warm)
-    settings = SFTConfig(
-        folder,
-        max_steps=count,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=args.processes // world,
-        max_length=length,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device == "cuda",
-    )
-    trainer = SFTTrainer(
-        model,
-        settings,
-        train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
-        processing_class=sft.tokenizer(),
-        peft_config=sft.peft_config(kind, options, args),
-        callbacks=[clock],
-    )
+    options = {
+        "max_steps": count,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": args.processes // world,
+        "logging_steps": 1,
+    }
+    config = sft.peft_config(kind, options_of, args)
+    trainer = sft.trainer_of(model, config, rows, device, folder, [clock], **options)
     model = trainer.model
     gc.collect()
     static = held(device)

@@ -94,11 +94,41 @@ def graph_pools(device: str) -> float:
     return sum(part["total_size"] - part["allocated_size"] for part in private) / 2**30
 
 
-def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> list[dict[str, Any]]:
-    """Seconds a step and peak for every batch shape; with `--graphs` a second row for the same model with them."""
+def trainer_of(
+    model: Any, config: Any, rows: torch.Tensor, device: str, folder: str, callbacks: list[Any], **options: Any
+) -> Any:
+    """An `SFTTrainer` with TRL's defaults.
+
+    Args:
+        config: PEFT's; None: the model is adapted already.
+        rows: token ids (rows, tokens); all have the batch size and the steps that `options` say.
+        options: of SFTConfig.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    settings = SFTConfig(
+        folder,
+        max_length=rows.shape[1],
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        **options,
+    )
+    return SFTTrainer(
+        model,
+        settings,
+        train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
+        processing_class=tokenizer(),
+        peft_config=config,
+        callbacks=callbacks,
+    )
+
+
+def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> list[dict[str, Any]]:
+    """Seconds a step and peak for every batch shape; with `--graphs` a second row for the same model with them."""
     from peft_lrqat import CudaGraphCallback
 
     assert held(device) < 0.2, f"{held(device):.2f} GiB are still held before {name}"
@@ -117,26 +147,10 @@ def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> li
         batch, length = (int(n) for n in shape.split("x"))
         count = args.warm + args.steps
         rows = torch.randint(3, 32000, (batch * count, length), generator=torch.Generator().manual_seed(1))
-        settings = {
-            "max_steps": count,
-            "per_device_train_batch_size": batch,
-            "max_length": length,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": device == "cpu",
-            "dataloader_pin_memory": device == "cuda",
-        }
         clock = Clock(device, args.warm)
         callbacks = [clock, CudaGraphCallback()] if graphs else [clock]
-        trainer = SFTTrainer(
-            model,
-            SFTConfig(folder, **settings, **(MEMORY if args.memory else {})),
-            train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
-            processing_class=tokenizer(),
-            peft_config=config,
-            callbacks=callbacks,
-        )
+        options = {"max_steps": count, "per_device_train_batch_size": batch, **(MEMORY if args.memory else {})}
+        trainer = trainer_of(model, config, rows, device, folder, callbacks, **options)
         model, config = trainer.model, None  # adapted now
         gc.collect()
         row.setdefault("static_gib", held(device))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import provenance, write_json
 from gpu import SHAPES, fill, held, peak, skeleton
-from sft import Clock, tokenizer
+from sft import Clock, trainer_of
 
 from peft_lrqat import Distillation, LRQATConfig, store_logits
 
@@ -48,9 +48,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.size, args.length, args.warm, args.steps = "tiny", 16, 1, 2
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = skeleton(args.size, args.layers, keep_rng_state=True)
     fill(model, device)
@@ -71,24 +68,8 @@ def main() -> None:
             place, keep = WAYS[name]
             clock = Clock(device, args.warm)
             callbacks: list[Any] = [clock, Distillation(f"{folder}/{place}", keep=keep)] if place else [clock]
-            trainer = SFTTrainer(
-                model,
-                SFTConfig(
-                    f"{folder}/out",
-                    max_steps=count,
-                    per_device_train_batch_size=args.batch,
-                    max_length=args.length,
-                    save_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
-                    use_cpu=device == "cpu",
-                    dataloader_pin_memory=device == "cuda",
-                ),
-                train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
-                processing_class=tokenizer(),
-                peft_config=config,
-                callbacks=callbacks,
-            )
+            options = {"max_steps": count, "per_device_train_batch_size": args.batch}
+            trainer = trainer_of(model, config, rows, device, f"{folder}/out", callbacks, **options)
             model, config = trainer.model, None  # adapted now
             row: dict[str, Any] = {"way": name, "keep": keep, "size": args.size}
             if place == "logits":

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from peft_lrqat.modules.block_graphs import BlockGraphs
-from tests.models import tokens
+from tests.models import adapted, tiny, tokens
 
 
 class RunsAgain:
-    """Stands for `block_graphs.Recorder`: what is recorded is run anew, on the same buffers."""
+    """Stands for `block_recording.Recorder`: what is recorded is run anew, on the same buffers."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
@@ -79,3 +81,38 @@ def trained(
     if blocks is not None:
         blocks.detach()
     return found, None if blocks is None else blocks.counts
+
+
+def lora(base=None, **options):
+    torch.manual_seed(0)
+    return get_peft_model(base or tiny(), LoraConfig(**{"target_modules": "all-linear", "r": 4, **options}))
+
+
+def lrqat(family="llama", **options):
+    return adapted(tiny(family), range_method="minmax", **options)  # the search would take most of a test's time
+
+
+def equal(found, expected) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def attached(model: nn.Module) -> BlockGraphs:
+    graphs = BlockGraphs(checkpointed(model))
+    graphs.attach()
+    return graphs
+
+
+def step(model: nn.Module, ids: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Loss and gradients, which are taken away."""
+    ids = tokens(2, 16) if ids is None else ids
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = [loss.detach(), *[p.grad for p in model.parameters() if p.grad is not None]]
+    model.zero_grad(set_to_none=True)
+    return found
