@@ -285,16 +285,22 @@ def profile(model: nn.Module, rows: torch.Tensor, amp: Any) -> None:
             model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         torch.cuda.synchronize()
     model.zero_grad(set_to_none=True)
+    kinds, found = kernel_times(record)
+    shown = ", ".join(f"{kind} {spent:.1f}" for kind, spent in kinds.items() if spent)
+    print(f"  GPU time {sum(kinds.values()):.0f} ms in {sum(count for _, count, _ in found)} kernels: {shown}")
+    for spent, count, key in found[:20]:
+        print(f"  {spent:8.1f} ms {count:6} x {key[:90]}")
+
+
+def kernel_times(record: torch.profiler.profile) -> tuple[dict[str, float], list[tuple[float, int, str]]]:
+    """Milliseconds of the GPU by kind of kernel; and (milliseconds, launches, name) of each kernel, longest first."""
     found = [(event.self_device_time_total / 1000, event.count, event.key) for event in record.key_averages()]
     found = sorted((row for row in found if row[0] > 0), reverse=True)
     kinds = dict.fromkeys([*KERNELS, "other"], 0.0)
     for spent, _, key in found:
         fits = (kind for kind, parts in KERNELS.items() if any(part in key.lower() for part in parts))
         kinds[next(fits, "other")] += spent
-    shown = ", ".join(f"{kind} {spent:.1f}" for kind, spent in kinds.items() if spent)
-    print(f"  GPU time {sum(kinds.values()):.0f} ms in {sum(count for _, count, _ in found)} kernels: {shown}")
-    for spent, count, key in found[:20]:
-        print(f"  {spent:8.1f} ms {count:6} x {key[:90]}")
+    return kinds, found
 
 
 def run(args: argparse.Namespace) -> None:

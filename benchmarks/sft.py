@@ -3,6 +3,7 @@
     python benchmarks/sft.py --out benchmarks/results/sft.json                 # 7B shapes, 4x1024 and 1x1024 tokens
     python benchmarks/sft.py --memory --out benchmarks/results/sft_memory.json # 8-bit Adam, Liger, offloading for all
     python benchmarks/sft.py --graphs --out benchmarks/results/sft_graphs.json # without and with CUDA graphs
+    python benchmarks/sft.py --profile --out benchmarks/results/sft_kernels.json # what each kernel takes of a step
     python benchmarks/sft.py --smoke                                           # does it run (on a CPU)
 
 Random weights in Llama's shapes and random tokens; everything else is as `SFTConfig` and PEFT have it: bf16 autocast,
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from common import provenance, write_json
-from gpu import SHAPES, fill, held, nf4, peak, reset_peak, skeleton
+from gpu import SHAPES, fill, held, kernel_times, nf4, peak, reset_peak, skeleton
 from transformers import TrainerCallback
 
 #: name -> (kind, options of its configuration). `None`: README's example, at its own rank.
@@ -58,9 +59,32 @@ class Clock(TrainerCallback):
             reset_peak(self.device)
             self.pools = graph_pools(self.device)
 
-    def seconds(self) -> list[float]:
-        ends = self.ends[self.warm - 1 :]
+    def seconds(self, steps: int | None = None) -> list[float]:
+        ends = self.ends[self.warm - 1 :][: steps and steps + 1]
         return [later - earlier for earlier, later in pairwise(ends)]
+
+
+class Kernels(TrainerCallback):
+    """What the GPU does in one step, the last: `spent` by kind of kernel, `longest` kernels; milliseconds."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.record: Any = None
+        self.spent: dict[str, float] = {}
+        self.longest: list[tuple[float, int, str]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.record = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.record.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.record is not None:
+            torch.cuda.synchronize()
+            self.record.stop()
+            self.spent, found = kernel_times(self.record)
+            self.longest = [(spent, count, name[:80]) for spent, count, name in found[:24]]
+            self.record = None
 
 
 def tokenizer() -> Any:
@@ -145,10 +169,11 @@ def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> li
     for shape, graphs in itertools.product(args.batches, rows_of):
         row: dict[str, Any] = rows_of[graphs]
         batch, length = (int(n) for n in shape.split("x"))
-        count = args.warm + args.steps
+        count = args.warm + args.steps + args.profile
         rows = torch.randint(3, 32000, (batch * count, length), generator=torch.Generator().manual_seed(1))
         clock = Clock(device, args.warm)
-        callbacks = [clock, CudaGraphCallback()] if graphs else [clock]
+        kernels = Kernels(args.warm + args.steps)
+        callbacks = [clock, *([CudaGraphCallback()] if graphs else []), *([kernels] if args.profile else [])]
         options = {"max_steps": count, "per_device_train_batch_size": batch, **(MEMORY if args.memory else {})}
         trainer = trainer_of(model, config, rows, device, folder, callbacks, **options)
         model, config = trainer.model, None  # adapted now
@@ -157,12 +182,13 @@ def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> li
         row.setdefault("trained", sum(p.numel() for p in model.parameters() if p.requires_grad))
         loss = trainer.train().training_loss
         row["steps"][shape] = {
-            "seconds": statistics.median(clock.seconds()),
+            "seconds": statistics.median(clock.seconds(args.steps)),
             "peak_gib": peak(device) + clock.pools,
             "loss": loss,
+            **({"kernels_ms": kernels.spent, "longest_ms": kernels.longest} if args.profile else {}),
         }
         trainer.accelerator.free_memory()
-        del trainer, clock, callbacks
+        del trainer, clock, kernels, callbacks
         gc.collect()
     del model
     gc.collect()
@@ -187,10 +213,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", action="store_true", help="8-bit Adam, Liger and activation offloading, for all")
     parser.add_argument("--graphs", action="store_true", help="each method without and with CUDA graphs")
+    parser.add_argument("--profile", action="store_true", help="one step more, with what each kernel takes of it")
     parser.add_argument("--only", nargs="+", choices=METHODS)
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.profile = args.profile and torch.cuda.is_available()
     if args.smoke:
         args.size, args.batches, args.warm, args.steps = "tiny", ["2x16", "1x16"], 1, 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,6 +238,9 @@ def main() -> None:
             parts = [f"{shape}: {v['seconds']:.3f} s {v['peak_gib']:.2f} GiB" for shape, v in row["steps"].items()]
             called = f"{name}, graphs" if row["graphs"] else name
             print(f"{called:48} static {row['static_gib']:.2f}  {'  '.join(parts)}", flush=True)
+            for shape, v in row["steps"].items() if args.profile else ():
+                shown = ", ".join(f"{kind} {spent:.0f}" for kind, spent in v["kernels_ms"].items() if spent >= 0.5)
+                print(f"  {shape}, {sum(v['kernels_ms'].values()):.0f} ms of the GPU: {shown}", flush=True)
 
 
 if __name__ == "__main__":
