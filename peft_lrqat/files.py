@@ -1,4 +1,4 @@
-"""Writing files and folders so that they are there as a whole, or not at all; reading JSON that a stranger wrote."""
+"""Writing files and folders so that they are there as a whole, or not at all; a stranger's JSON; sizes in words."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
             raise
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def bytes_in_words(size: int, beside: int = 0) -> str:
+    """A number of bytes as a sentence has it: "53.8 MB", "76.8 kB", "912 bytes".
+
+    Args:
+        beside: another number in the same sentence. The larger one says which unit both have.
+    """
+    largest = max(size, beside)
+    if largest < 1000:
+        return f"{size} bytes"
+    return f"{size / 1e6:.1f} MB" if largest >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 @contextmanager

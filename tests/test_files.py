@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 
 from peft_lrqat import files
-from peft_lrqat.files import new_folder, read_json, write_atomically
+from peft_lrqat.files import bytes_in_words, new_folder, read_json, write_atomically
 
 # Python 3.12 and later say that threads, of which torch has some, and fork do not go together; the children only write
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 _OPERATIONS = ("os.", "open", "shutil.", "ctypes.")
+
+
+@pytest.mark.parametrize(("size", "beside", "words"), [
+    (153_600, 76_800, "153.6 kB"), (76_800, 153_600, "76.8 kB"), (538_000_000, 0, "538.0 MB"), (999, 0, "999 bytes"),
+    (60_000, 2_000_000, "0.1 MB"), (999, 1000, "1.0 kB"),
+])  # fmt: skip
+def test_sizes_in_one_sentence_have_one_unit(size: int, beside: int, words: str):
+    assert bytes_in_words(size, beside) == words
 
 
 def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path):

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..chunks import row_chunks
+from ..files import bytes_in_words
 from ..modules.packed import MERGED
 from ..tuners.common.frozen import FrozenWeight
 from .modes import in_eval
@@ -261,10 +262,10 @@ def _untie(model: Any, found: list[Unit]) -> None:
         weight = head.changes[0].parameter
         head.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         logger.info(
-            "%s shared its matrix with the embeddings. They are two now, %.1f MB more, and the configuration's "
+            "%s shared its matrix with the embeddings. They are two now, %s more, and the configuration's "
             "`tie_word_embeddings` is False. Save the model; what loads it by name (vLLM in GRPO) needs that folder.",
             head.name,
-            weight.numel() * weight.element_size() / 1e6,
+            bytes_in_words(weight.nbytes),
         )
     model.config.tie_word_embeddings = False
     ties = getattr(model, "all_tied_weights_keys", None) or {}

@@ -19,7 +19,7 @@ from huggingface_hub import CardData, ModelCard, ModelCardData
 from .._version import __version__
 from ..files import write_atomically
 from ..installing import where_from
-from .card import PIPELINES, base_name, table
+from .card import PIPELINES, base_name, linked, table
 
 #: PEFT's and transformers' word for a task, and the end of the Auto class that loads a model for it.
 _CLASSES = {
@@ -55,7 +55,7 @@ class AdapterFacts:
         base: the base model: a repository of the Hub, or a folder, of which only the name is said.
         task: PEFT's `task_type`, None if it has none.
         quantized_base: whether the base was quantized before, so that `load_quantized` loads it.
-        recipe: how it is trained, in Markdown.
+        recipe: how it is trained.
         dtype: in which the base was used, None if unknown.
         classes: how many a trained head tells apart, None if there is none.
         rows: more rows of the table: name -> Markdown.
@@ -139,7 +139,7 @@ def _complete(data: CardData, facts: AdapterFacts, base: str | None) -> None:
 def _block(facts: AdapterFacts, inside: str | None, repo: str | None) -> str:
     base, on_hub = base_name(facts.base)
     shown = f"[{base}](https://huggingface.co/{base})" if on_hub else base
-    rows = {"base model": shown, "grid": facts.grid, "recipe": facts.recipe, **facts.rows}
+    rows = {"base model": shown, "grid": facts.grid, "recipe": linked(facts.recipe), **facts.rows}
     return f"""{facts.method} trains a model on the grid that it is served on. This is the adapter.
 
 ```python

@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from ..files import write_atomically
+from ..files import bytes_in_words, write_atomically
 from ..formats.record import DATASET, ROWS, Record
 from ..formats.usage import how_to_load
 from ..installing import named
@@ -131,6 +131,11 @@ def table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
+def linked(recipe: str) -> str:
+    """A recipe, which is plain text, in Markdown: its papers are links."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\g<0>](https://arxiv.org/abs/\1)", recipe)
+
+
 def training_rows(trainings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
     """What a card says of trainings: rows of its table (name -> Markdown), and repositories of data sets on the Hub.
 
@@ -217,9 +222,9 @@ def card_text(
         "grid": grid,
         "container": container,
         "quantized layers": f"{layers} linear layers, {_count(weights)} weights",
-        "size": f"{size}{_size(total_bytes)} in all",
+        "size": f"{size}{bytes_in_words(total_bytes)} in all",
         "scales": scales,
-        "recipe": recipe or "unknown",
+        "recipe": linked(recipe or "unknown"),
         **rows,
     }
     return f"""---
@@ -240,7 +245,3 @@ Made with {named()}.
 
 def _count(weights: int) -> str:
     return f"{weights / 1e6:.1f} M" if weights >= 1e6 else f"{weights:,}"
-
-
-def _size(total: int) -> str:
-    return f"{total / 1e6:.1f} MB" if total >= 1e6 else f"{total:,} bytes"

@@ -92,11 +92,14 @@ def _with_experts(engine: Engine, parts: Collection[str]) -> Engine:
         why = f"it looks for gate_proj, up_proj and down_proj of experts, not for {others[0]}" if others else ""
         return replace(engine, loads=not others, why=why)
     if "transformers" in engine.name:
-        return Engine(engine.name, False, "it joins the experts of a file into one tensor, and has no integers there")
+        return Engine(engine.name, False, JOINS_EXPERTS)
     if engine.name == "vLLM on a CPU" and engine.loads:
         return replace(engine, loads=False, why=_AMX)
     return replace(engine, run=False)  # of mixtures
 
+
+#: Why transformers loads no experts from any format but compressed-tensors.
+JOINS_EXPERTS = "transformers joins the experts of a file into one tensor, and has no integers there"
 
 # What gptqmodel 7.7 calls the parts of experts, in files of every architecture.
 _GPTQMODEL = {"gate_proj", "up_proj", "down_proj"}

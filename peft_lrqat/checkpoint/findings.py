@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import bytes_in_words
 from ..formats.writer import Loss, Problem
 from .engines import Engine
 
@@ -91,7 +92,7 @@ class Report:
         lost = [*([str(self.loss)] if self.loss else []), *self.inexact]
         lines = [
             f"{self.folder}: {self.format} ({self.container}), {self.layers} layers on the grid {self.grid}, "
-            f"{self.bits_per_weight:.2f} bits a weight, {self.total_bytes / 1e6:.1f} MB",
+            f"{self.bits_per_weight:.2f} bits a weight, {bytes_in_words(self.total_bytes)}",
             f"NOT exact: {'; '.join(lost)}" if lost else "exact: codes and scales are the trained ones",
         ]
         if self.dense:
@@ -178,7 +179,7 @@ class Verification:
         engine: what loaded the checkpoint: transformers, with what it needs for the format (no other engine is run).
             None if something is missing, or it was not to be loaded.
         missing: packages that were not found.
-        skipped: why the engine was not compared although it is installed, or nothing. Not a comparison that passed.
+        skipped: why transformers is not compared, whatever is installed, or nothing. Not a comparison that passed.
         notes: what engines that are not run here do otherwise, and how to start them.
     """
 

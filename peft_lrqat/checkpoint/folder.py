@@ -39,6 +39,7 @@ from ..modules.architecture import (
 from . import hub
 from .code import copy_code, read_config, without_weights
 from .damage import check_counts, naming
+from .engines import JOINS_EXPERTS
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 26  # bytes; a million tensors take that much
@@ -243,10 +244,15 @@ class FolderSource(Source):
     def problem(self) -> str:
         """Why transformers cannot load the checkpoint, or nothing."""
         if self.format != compressed_tensors.NAME:
-            return ""
+            return JOINS_EXPERTS if self.expert_parts() else ""
         infos = self.grids().values()
         stored = [(info.grid, info.container_bits, info.activations) for info in infos]
         return compressed_tensors.stored_problem(self.quantization, stored, self.loading)
+
+    def expert_parts(self) -> set[str]:
+        """What the files call the quantized parts of an expert ("gate_proj"); none where no expert is quantized."""
+        called = [self.named.get(name, name) for name in self._layers]
+        return {name.rpartition(".")[2] for name in called if re.search(r"\.experts\.\d+\.", name)}
 
     def layer_bytes(self) -> int:
         """Bytes of the quantized weights in the files, scales included."""

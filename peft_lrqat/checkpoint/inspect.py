@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 
 import torch
 
@@ -74,6 +73,5 @@ def _engines(source: Source) -> list[Engine]:
     infos = list(source.grids().values())
     group = source.file_group
     bits = infos[0].container_bits
-    called = [source.named.get(name, name) for name in source.grids()]
-    experts = {name.rpartition(".")[2] for name in called if re.search(r"\.experts\.\d+\.", name)}
-    return engines(source.format, infos, bits, group, source.config, source.problem(), source.cache, experts)
+    parts = source.expert_parts()
+    return engines(source.format, infos, bits, group, source.config, source.problem(), source.cache, parts)

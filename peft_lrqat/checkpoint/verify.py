@@ -86,11 +86,11 @@ def verify(
             found.findings.append(compare.caches(checkpoint, source))
     if not engine:
         return found
+    found.skipped = checkpoint.problem() or _other_rule(checkpoint)
+    if found.skipped:  # whatever is installed
+        return found
     found.missing = [name for name in _NEEDS[checkpoint.format] if importlib.util.find_spec(name) is None]
     if found.missing:
-        return found
-    found.skipped = checkpoint.problem() or _other_rule(checkpoint)
-    if found.skipped:
         return found
     found.engine = " + ".join([f"transformers {transformers.__version__}", *_NEEDS[checkpoint.format]])
     progress(f"loading with {found.engine}")

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from ..checkpoint.inspect import Inspection
 from ..checkpoint.verify import Verification
+from ..files import bytes_in_words
 from ..installing import how_to_install
 from .flags import flags
 
@@ -86,8 +87,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     size = "not merged yet"
     if found.layer_bytes is not None and found.total_bytes is not None:
         size = (
-            f"{found.bits_per_weight:.2f} bits a weight with scales ({found.layer_bytes / 1e6:.1f} MB), "
-            f"{found.total_bytes / 1e6:.1f} MB in all"
+            f"{found.bits_per_weight:.2f} bits a weight with scales "
+            f"({bytes_in_words(found.layer_bytes, found.total_bytes)}), {bytes_in_words(found.total_bytes)} in all"
         )
     exact = [dtype for dtype, count in found.inexact_scales.items() if not count]
     scales = f"{found.scales:,}, exact in {' and '.join(exact) or 'neither float16 nor bfloat16'}"

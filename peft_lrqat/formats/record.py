@@ -28,7 +28,7 @@ class Record:
     Attributes:
         grid: what they lie on.
         scale_dtype: what the scales are exact in (`grid.SCALE_DTYPES`), None if unknown.
-        recipe: how they were trained, in Markdown, None if unknown.
+        recipe: how they were trained, in plain text, None if unknown.
         others: layer -> its grid, for layers that lie on another one.
         fixed_point_bits: bits of a narrower grid, if the 8-bit codes are fixed-point numbers in its steps, from which
             LR-QAT starts (`preprocess_blockwise`). None: they are plain codes.

@@ -80,7 +80,7 @@ class Source(ABC):
         config: the model's configuration, a copy, with `architectures` and `dtype`, without `quantization_config`.
         generation_config: a `GenerationConfig`, or None.
         origin: a few words for messages and model cards: a path, or a base model's name.
-        recipe: how it was trained, in Markdown, or None if unknown.
+        recipe: how it was trained, in plain text, or None if unknown.
         base: what the base model is called (`Record`), or None if unknown.
         trainings: what Trainers have done, as `Record` has it.
         scale_dtype: what the scales were trained to be exact in ("auto": bf16 and fp16), or None if unknown.

@@ -51,6 +51,7 @@ def test_the_card_begins_with_what_loads_the_adapter(method, base, tmp_path):
     found = card(tmp_path)
     tags = {"lrqat": "lr-qat", "lowbit_sr": "low-bit-sr"}
     assert {tags[method], "qat", "4-bit"} <= set(found.data.tags)
+    assert re.search(r"\[arXiv (\d{4}\.\d{5})\]\(https://arxiv\.org/abs/\1\)", found.text)
     assert (found.data.library_name, found.data.pipeline_tag) == ("peft", "text-generation")
     again = loaded(found.text, **{"path/or/repo": str(tmp_path)})
     assert torch.equal(logits(again, tokens()), logits(model, tokens()))

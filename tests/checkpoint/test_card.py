@@ -39,6 +39,7 @@ def test_what_is_pushed_is_quantized_and_described(uploads):
     assert b"weight_packed" in uploads["model.safetensors"]
     card = uploads["README.md"].decode()
     assert "4 bits, symmetric, groups of 16" in card
+    assert "LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank" in card
     assert {"mine", "lr-qat", "compressed-tensors"} <= set(ModelCard(card).data.tags)
 
 

@@ -46,6 +46,12 @@ def folder(merged: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("format", [pytest.param("compressed-tensors", marks=pytest.mark.slow), "gptq"])
 def test_formats(merged: PreTrainedModel, tmp_path: Path, format: str):
     assert export(merged, tmp_path / "out", format, progress=False).loss is None
+    if format == "gptq":  # no package would help: it is not said that some are missing
+        found = verify(tmp_path / "out")
+        assert (found.missing, found.engine, bool(found)) == ([], None, False)
+        assert "transformers joins the experts" in found.skipped
+        said = {engine.name: engine for engine in inspect(tmp_path / "out").engines}
+        assert said["transformers + optimum + gptqmodel"].why == found.skipped
     files = load_file(tmp_path / "out" / "model.safetensors")
     assert any(name.startswith(f"{FIRST}.{EXPERTS - 1}.up_proj.") for name in files)
     loaded = load_quantized(tmp_path / "out").eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,9 @@ class TestExport:
         assert "NOT" not in said
         assert "compared with: the integers and scales of its own files\n" in run("verify", tmp_path / "out")
         # the folder of an adapter is no checkpoint, but can be looked at
-        assert "adapter" in run("inspect", tmp_path / "adapter")
+        said = run("inspect", tmp_path / "adapter")
+        assert "adapter" in said
+        assert " LR-QAT (arXiv 2406.06385): rank 4, " in said  # no Markdown, which a terminal shows as it is
         assert "Export it first" in run("verify", tmp_path / "adapter", code=2)
 
     def test_checking_writes_nothing(self, merged, tmp_path):
@@ -117,11 +120,11 @@ class TestMerge:
 class TestInspect:
     def test_a_terminal(self, merged):
         said = run("inspect", merged)
+        assert re.search(r" bits a weight with scales \(\d+\.\d kB\), \d+\.\d kB in all\n", said)
         for fact in (
             "compressed-tensors, 4-bit container",
             "3 bits, symmetric, groups of 32",
             "7, 30,720 weights",
-            " bits a weight with scales (0.0 MB)",
             "exact in float16 and bfloat16",
             "yes transformers + compressed-tensors",
             "yes vLLM on a CPU",

@@ -228,7 +228,7 @@ class GridConfig(PeftConfigMixin):
         return Record(self.stored_grid, self.scale_dtype, self.recipe(), base=base)
 
     def recipe(self) -> str:
-        """What a merged checkpoint's model card says about the training."""
+        """What a merged checkpoint says about the training: plain text, which cards make links of papers in."""
         raise NotImplementedError
 
     def check_options(self) -> None:

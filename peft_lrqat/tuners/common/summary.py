@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...checkpoint.serving import Serving, serving
+from ...files import bytes_in_words
 from ...formats import compressed_tensors
 from ...modules.architecture import loading, skeleton_of
 from ...modules.experts import Experts
@@ -59,8 +60,9 @@ class Summary(NamedTuple):
         experts = f" and {self.experts} experts" if self.experts else ""
         parts = [
             f"{self.layers} layers{experts} on the grid ({self.grid}), {_share(self.weights, self.total)} of the "
-            f"model's {_count(self.total)} weights: {_megabytes(self.bytes_before)} became "
-            f"{_megabytes(self.bytes_after)}."
+            f"model's {_count(self.total)} weights: "
+            f"{bytes_in_words(self.bytes_before, self.bytes_after)} became "
+            f"{bytes_in_words(self.bytes_after, self.bytes_before)}."
         ]
         if self.lossless > 0.1 * self.scales:
             parts.append(f"{_share(self.lossless, self.scales)} of the groups lay on the grid already.")
@@ -177,7 +179,3 @@ def _share(part: int, whole: int) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e5 else str(number)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

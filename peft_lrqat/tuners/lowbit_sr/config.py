@@ -255,10 +255,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             extras.append(self.describe_activations())
         if self.kv_bits is not None:
             extras.append(f"{self.kv_bits}-bit KV cache as {self.kv_rule} has it")
-        return (
-            "direct low-bit training with stochastic rounding ([DQT, arXiv 2412.04787]"
-            f"(https://arxiv.org/abs/2412.04787)): {', '.join(extras)}"
-        )
+        return f"direct low-bit training with stochastic rounding (DQT, arXiv 2412.04787): {', '.join(extras)}"
 
     # -- checks
 

@@ -290,7 +290,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         if self.wants_quantized_base:
             ranges = "integers and scales of a quantized base"
         return (
-            f"LR-QAT ([arXiv 2406.06385](https://arxiv.org/abs/2406.06385)): rank {self.r}, "
+            f"LR-QAT (arXiv 2406.06385): rank {self.r}, "
             f"lora_alpha {self.lora_alpha} ({self.adapter_unit}), base kept as {self.downcast}, {ranges}"
             + (f", {self.describe_activations()}" if self.rounds_inputs else "")
             + (f", {self.kv_bits}-bit KV cache as {self.kv_rule} has it" if self.kv_bits is not None else "")

@@ -38,6 +38,7 @@ def test_the_default_is_said_and_counted(method: ModuleType, caplog: pytest.LogC
     assert not found.matrices
     assert found.bytes_before == 4 * LINEAR
     scales = 4 * LINEAR // 8
+    assert f": {4 * LINEAR / 1e3:.1f} kB became {found.bytes_after / 1e3:.1f} kB." in record.message
     # 1 byte (fx8), or 4 bits for the base and for the adapter, which has scales of its own
     assert found.bytes_after == (LINEAR + scales if method.NAME == "LR-QAT" else 2 * (LINEAR // 2 + scales))
 
