@@ -20,9 +20,16 @@ from transformers.utils import logging
 from .installing import how_to_install
 from .tuners.common.layer import MergingLayer
 from .tuners.common.trainers import log_before_trackers, resumed_from
+from .tuners.lrqat.layer import LRQATLayer
 
 logger = logging.get_logger(__name__)
 
+#: With a smaller share of changed integers, a model is nearly the rounded one.
+_HARDLY = 1e-3
+#: After fewer steps, training longer comes before all other advice.
+_MANY_STEPS = 500
+#: The learning rate to start from, with LR-QAT or without (low-bit SR).
+_USUAL = {True: 1e-3, False: 3e-5}
 #: All logs of a training with so few are looked at: each is a point of the curves.
 _FEW_LOGS = 50
 #: So many layers of a kind (q_proj, ...) are looked at.
@@ -285,6 +292,7 @@ class QuantizationCallback(TrainerCallback):
         found = {kind: _mean(those) for kind, those in kinds.items()}
         total = _mean([one for those in kinds.values() for one in those])
         started = float(torch.cat([watched.start_edge.cpu() for watched in self._watched]).mean())
+        usual = max(_USUAL[isinstance(one, LRQATLayer)] for w in self._watched for one in w.layers.values())
         self._watched = []
         if state.global_step in self._curves:  # the last log looked at this very step: nothing has changed since then
             total = total._replace(changed_last=self._curves[state.global_step].changed_last)
@@ -292,7 +300,8 @@ class QuantizationCallback(TrainerCallback):
             state.log_history[-1].update(total.logged())
         if not state.is_world_process_zero:
             return
-        advised = advice(total, started)
+        hardly = few_changes(total.changed, _peak_rate(args, **kwargs), state.global_step, usual)
+        advised = advice(total, started, hardly)
         divergence = {entry["step"]: entry["kl"] for entry in state.log_history if "kl" in entry}
         if divergence:
             first, *_, end = [*divergence.values(), *divergence.values()]
@@ -320,6 +329,12 @@ def _logs(args: Any, state: Any) -> float:
     return state.max_steps / max(state.logging_steps or args.logging_steps, 1)
 
 
+def _peak_rate(args: Any, optimizer: Any = None, **kwargs: Any) -> float:
+    """The largest learning rate that any group of the optimizer had, or has where no schedule noted it."""
+    groups = getattr(optimizer, "param_groups", None) or []
+    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=args.learning_rate)
+
+
 def _mean(looked: list[torch.Tensor]) -> Shares:
     """Of the layers of several looks, each of which counts alike."""
     return Shares(*torch.cat([one.to(looked[0].device) for one in looked]).mean(0).tolist())
@@ -345,25 +360,48 @@ def table(found: dict[str, Shares]) -> str:
     return "\n".join(lines)
 
 
-def advice(shares: Shares, started: float) -> list[str]:
+def few_changes(changed: float, rate: float, steps: int, usual: float) -> str:
+    """What to do where hardly any integer has changed; nothing where that is not so.
+
+    Args:
+        changed: the share of integers that have.
+        rate, steps: of the training.
+        usual: the learning rate to start from.
+    """
+    if changed >= _HARDLY:
+        return ""
+    raise_it = f"the learning rate ({rate:.2g}; {usual:g} is usual), or LR-QAT's `lora_alpha` (default: 16 r)"
+    if rate < usual:
+        then = f"Raise {raise_it}, or train longer."
+    elif steps < _MANY_STEPS:
+        then = f"Train longer, some hundred steps or more. Only where that is not enough, raise {raise_it}."
+    else:
+        then = f"Raise {raise_it}."
+    return (
+        f"Only {100 * changed:.2g} % of the integers have changed in {steps} steps, so the model is nearly the rounded "
+        f"one. {then}"
+    )
+
+
+def advice(shares: Shares, started: float, hardly: str = "") -> list[str]:
     """Sentences about figures that are off.
 
     Args:
         started: the share at an end of the grid when training began.
+        hardly: of `few_changes`.
     """
-    found = []
-    if shares.changed < 1e-3:
-        found.append(
-            f"Only {100 * shares.changed:.2g} % of the integers have changed, so the model is nearly the rounded one. "
-            "Raise the learning rate, or `lora_alpha` (LR-QAT's default is 16 r), or train longer."
-        )
+    found = [hardly] if hardly else []
     if shares.edge > max(0.05, 2 * started):
         found.append(
             f"{100 * shares.edge:.1f} % of the integers are at an end of the grid, {100 * started:.1f} % were at the "
             "start: the range has become too small. Let the scales be trained (`learn_scales=True`), or leave room "
             "(LowBitSRConfig: `headroom`)."
         )
-    if shares.changed > 1e-3 and shares.reversed > 0.5 * shares.changed and shares.changed_last > 0.1 * shares.changed:
+    if (
+        shares.changed > _HARDLY
+        and shares.reversed > 0.5 * shares.changed
+        and shares.changed_last > 0.1 * shares.changed
+    ):
         found.append(
             f"{100 * shares.reversed:.1f} % of the integers went back and forth, and {100 * shares.changed_last:.1f} % "
             "still change between two logs. Let the learning rate fall to zero at the end (`lr_scheduler_type='cosine'`"

@@ -4,7 +4,7 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback
 
 from peft_lrqat import Distillation, LRQATConfig, QuantizationCallback, monitor
-from peft_lrqat.monitor import Shares, advice
+from peft_lrqat.monitor import Shares, advice, few_changes
 from tests.mixtures import mixture
 from tests.models import adapted, low_bit, tiny
 from tests.trainer import arguments, ids_dataset
@@ -71,6 +71,31 @@ def test_advice():
     assert advice(fine, 0.03) == []
     assert "leave room" in advice(fine._replace(edge=0.2), 0.03)[0]
     assert "back and forth" in advice(fine._replace(reversed=0.15, changed_last=0.1), 0.03)[0]
+
+
+def test_few_steps_at_the_usual_rate_want_more_steps_not_a_higher_rate():
+    assert few_changes(0.002, 1e-3, 20, 1e-3) == ""
+    said = few_changes(0.0004, 1e-3, 20, 1e-3)
+    assert said.startswith("Only 0.04 % of the integers have changed in 20 steps")
+    assert said.index("Train longer") < said.index("raise the learning rate")
+    assert "Raise the learning rate (0.0001; 0.001 is usual)" in few_changes(0.0004, 1e-4, 20, 1e-3)
+    assert "onger" not in few_changes(0.0004, 1e-3, 2000, 1e-3)
+
+
+@pytest.mark.parametrize(("method", "rate", "first"), [
+    ("lrqat", 1e-3, "Train longer"), ("lrqat", 1e-4, "Raise"), ("lowbit_sr", 3e-5, "Train longer"),
+    ("lowbit_sr", 1e-6, "Raise"),
+])  # fmt: skip
+def test_the_rate_is_the_optimizers_own_and_the_usual_one_the_methods(method, rate, first, tmp_path, capsys):
+    """`args.learning_rate` is what whoever brings an optimizer leaves at its default, and a schedule ends at 0."""
+    model = MAKE[method](tiny())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    args = arguments(tmp_path, max_steps=1)
+    callbacks = [QuantizationCallback(plot=False)]
+    Trainer(model, args, None, ids_dataset(), callbacks=callbacks, optimizers=(optimizer, None)).train()
+    said = capsys.readouterr().out
+    assert f"in 1 steps, so the model is nearly the rounded one. {first}" in said
+    assert f"({rate:.2g}; " in said
 
 
 def test_training_is_the_same(tmp_path):
