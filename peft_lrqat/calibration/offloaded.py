@@ -10,6 +10,7 @@ folder for the time being, the rest is read from the checkpoint.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -80,7 +81,23 @@ def _load_without_blocks(
         )
     name, _, _ = decoder_blocks(skeleton, config, method, loading=True, experts=experts)
     options["device_map"] = _device_map(skeleton, name, _device(options.get("device_map", "auto")))
-    return kind.from_pretrained(pretrained, config=described, **options).eval()
+    with _unsurprised():
+        return kind.from_pretrained(pretrained, config=described, **options).eval()
+
+
+@contextlib.contextmanager
+def _unsurprised() -> Iterator[None]:
+    """Let accelerate not warn that parameters are offloaded, by a device map that is made here and not the user's."""
+    logger = logging.getLogger("accelerate.big_modeling")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "they were offloaded to" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _device(device_map: Any) -> str | int:

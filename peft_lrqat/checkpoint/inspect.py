@@ -74,4 +74,16 @@ def _engines(source: Source) -> list[Engine]:
     group = source.file_group
     bits = infos[0].container_bits
     parts = source.expert_parts()
-    return engines(source.format, infos, bits, group, source.config, source.problem(), source.cache, parts)
+    found = engines(source.format, infos, bits, group, source.config, source.problem(), source.cache, parts)
+    start = _start(source)
+    return [*found, Engine("peft_lrqat.load_quantized", True, start)] if start else found
+
+
+def _start(source: FolderSource) -> str:
+    """What to know about training an adapter on a checkpoint; nothing where every road leads there."""
+    found = []
+    if source.fixed_point_bits is not None:
+        found.append(f"LR-QAT starts from it with bits={source.fixed_point_bits}, at the fraction of each weight")
+    if source.expert_parts():
+        found.append("an adapter needs it loaded so: transformers alone makes floats of the experts")
+    return "; ".join(found)

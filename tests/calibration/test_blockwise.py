@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitSRConfig, LRQATConfig, export, load_quantized, preprocess_blockwise, preprocess_gptq
 from peft_lrqat.calibration.calibrate import BlockInputs
+from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.modules.packed import QuantizedLinear
 from tests.mixtures import EXPERTS, FIRST, mixture
 from tests.models import logits, tiny, tokens, train
@@ -331,6 +332,10 @@ def test_experts(options: dict, tmp_path: Path):
     base = peft_model.unload()
     assert all(isinstance(base.get_submodule(f"{FIRST}.{e}.up_proj"), QuantizedLinear) for e in range(EXPERTS))
     base.save_pretrained(tmp_path)
+    opens = inspect(tmp_path).engines[-1]
+    assert opens.name == "peft_lrqat.load_quantized"
+    assert f"LR-QAT starts from it with bits={options['bits']}" in opens.why
+    assert "transformers alone makes floats of the experts" in opens.why
     open_options = dict.fromkeys(("bits", "group_size", "symmetric", "downcast"))
     again = get_peft_model(load_quantized(tmp_path), config(**{**open_options, "target_modules": ["experts"]}))
     assert torch.equal(logits(again, IDS), start)

@@ -71,6 +71,15 @@ def test_a_folder_gives_what_the_loaded_model_gives(method: Callable, folder: Pa
     assert torch.equal(logits(get_peft_model(model, CONFIG), IDS), logits(get_peft_model(expected, CONFIG), IDS))
 
 
+def test_nobody_is_warned_of_blocks_that_are_offloaded_here(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    gptq(folder)
+    assert not caplog.records
+    load(folder, device_map={"": "disk"}, offload_folder=tmp_path)  # accelerate warns who did it themselves
+    assert "Some parameters are on the meta device" in caplog.text
+
+
 def test_one_block_is_float_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch):
     seen, arrive = [], offloaded.arrive
     came: list[weakref.ref] = []
