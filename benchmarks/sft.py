@@ -37,8 +37,10 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "QLoRA": ("qlora", {}),
     "LR-QAT as it comes (fx8, groups of 128)": ("lrqat", {}),
     "LR-QAT, README's example": ("lrqat", None),
+    "LR-QAT fx8, groups of 128, by channel": ("lrqat", {"learn_scales": "channel"}),
     "LR-QAT fx8, per channel": ("lrqat", {"group_size": -1}),
     "LR-QAT int4, groups of 128": ("lrqat", {"downcast": "int"}),
+    "LR-QAT int4, groups of 128, by channel": ("lrqat", {"downcast": "int", "learn_scales": "channel"}),
     "LR-QAT int4, per channel": ("lrqat", {"downcast": "int", "group_size": -1}),
 }
 MEMORY = {"optim": "adamw_bnb_8bit", "use_liger_kernel": True, "activation_offloading": True}
