@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from accuracy_measure import against_float, eval_rows, hellaswag
 from accuracy_methods import Text, complete, float_model, make_start, prepare, read_job, round_model, start_key
-from common import provenance, write_json
+from common import provenance, visible_gpu, write_json
 from torch import nn
 from training import SEQ, Step, loss_of, schedule
 
@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
         workers = []
         for place in range(args.per_gpu):  # one on every GPU first
             for gpu in gpus or [None]:
-                chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
                 workers.append(subprocess.Popen(command, env={**os.environ, **chosen}))
                 time.sleep(0 if place else 0.2)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a `timeout` around it: the workers go as well

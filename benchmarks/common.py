@@ -73,6 +73,12 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def visible_gpu(number: int) -> str:
+    """A GPU's name for a process of its own: where this one sees some GPUs only, its number counts those."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[number] if visible else str(number)
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write under a temporary name, then move."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import LLAMA, provenance, write_json
+from common import LLAMA, provenance, visible_gpu, write_json
 from torch import nn
 from training import Step, loss_of, targets
 
@@ -405,7 +405,7 @@ def run(args: argparse.Namespace) -> None:
             while (waiting or running) and time.monotonic() < end:
                 while waiting and free:
                     gpu, number = free.pop(0), waiting.pop(0)
-                    chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": _name_of(gpu)}
+                    chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
                     command = [sys.executable, __file__, "work", f"{folder}/plan.json", str(number)]
                     running[number] = subprocess.Popen(command, env={**os.environ, **chosen}), gpu
                 time.sleep(0.2)
@@ -432,12 +432,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"not finished: {text}, seed {seed}", flush=True)
     if failed:
         raise SystemExit("Some runs failed.")
-
-
-def _name_of(gpu: int) -> str:
-    """A GPU's name for a process: where this one sees some only, its number counts those."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[gpu] if visible else str(gpu)
 
 
 def _said(job: tuple[str, int], process: subprocess.Popen) -> str:
