@@ -32,7 +32,7 @@ from peft_lrqat import calibrate_activations
 from peft_lrqat.ops.dispatch import kernels_for, use_kernels
 from peft_lrqat.ops.kv_cache import CACHE_BITS, CACHE_RULES, CacheRounding, round_states
 from peft_lrqat.ops.reference_inputs import ACTIVATION_RULES, rounded_inputs
-from peft_lrqat.ops.static_inputs import round_static, static_scale
+from peft_lrqat.ops.static_inputs import LearnedScale, round_learned
 
 FLOAT = "W4A16"
 #: Name -> LRQATConfig options.
@@ -196,7 +196,7 @@ def fixed(device: str, tokens: int, widths: list[int]) -> list[dict[str, Any]]:
         log2, dy = torch.tensor([-5.03], device=device, requires_grad=True), torch.randn_like(x)
 
         def forward(x: Any = x, log2: Any = log2) -> torch.Tensor:
-            return round_static(x, static_scale(log2, "auto"), 8)
+            return round_learned(x, LearnedScale(log2, "auto", 8))
 
         def both(x: Any = x, log2: Any = log2, dy: Any = dy, forward: Any = forward) -> tuple[torch.Tensor, ...]:
             y = forward()

@@ -15,7 +15,7 @@ from peft_lrqat.ops import staging, use_kernels
 from peft_lrqat.ops.activations import Activations, round_activations
 from peft_lrqat.ops.kv_cache import CacheRounding, round_states
 from peft_lrqat.ops.shared_inputs import round_shared
-from peft_lrqat.ops.static_inputs import round_static, static_scale
+from peft_lrqat.ops.static_inputs import LearnedScale, round_learned
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.graphs import trained
@@ -79,7 +79,7 @@ def test_a_gpu_rounds_with_a_fixed_scale_as_a_cpu_does(dtype, kernels):
         for device in ("cuda", "cpu"):
             given, log2 = (t.to(device).requires_grad_() for t in (x, torch.tensor([-6.03])))
             with use_kernels(kernels and device == "cuda"):
-                y = round_static(given, static_scale(log2, "auto"), 8)
+                y = round_learned(given, LearnedScale(log2, "auto", 8))
                 found.append([t.cpu() for t in (y, *torch.autograd.grad(y, [given, log2], dy.to(device)))])
         (y, dx, dlog2), (y2, dx2, dlog22) = found
         assert torch.equal(y, y2)
@@ -94,7 +94,7 @@ def test_a_fixed_scale_is_never_read_back(kernels):
     log2.requires_grad_()
 
     def step():
-        round_static(x, static_scale(log2, "auto"), 8).sum().backward()
+        round_learned(x, LearnedScale(log2, "auto", 8)).sum().backward()
 
     with use_kernels(kernels):
         step()

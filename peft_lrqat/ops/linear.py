@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
 from .staging import staged, versions
+from .static_inputs import LearnedScale, rounding_gradients
 from .stored_base import BaseFormat
 
 _NAMESPACE = "peft_lrqat"
@@ -177,9 +178,11 @@ def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tenso
     return x, output if keep_y else None, (base, scale0, shift, zero_point, A, B)
 
 
-def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
+def _gradients(
+    ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple, need_x: bool
+) -> tuple:
     """Compute the gradients of all tensors; `backward` is the op, or the function that it registers."""
-    need_x, need_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    need_shift = ctx.needs_input_grad[3]
     _, _, shift, _, A, B = weight
     need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
     if x is None:
@@ -206,45 +209,60 @@ def _op_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _op_backward(ctx: Any, dy: Tensor) -> tuple:
     x, y, *weight = ctx.saved_tensors
-    return *_gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight)), None, None, None, None
+    grads = _gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight), ctx.needs_input_grad[0])
+    return *grads, None, None, None, None
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
+#: Which argument of `_Linear` is log2 of the fixed scale of inputs.
+_LOG2 = 10
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
-        x, *tensors, constants, values = args
-        inputs = (x if values is None else values, *tensors, *constants)
+        given, *tensors, constants, values, log2, ctx.how = args
+        inputs = (given if values is None else values, *tensors, *constants)
         output = _linear_impl(*inputs)
         x, y, weight = _note(ctx, inputs, output)
+        ctx.need_log2 = ctx.needs_input_grad[_LOG2]
+        rounds = log2 is not None and (ctx.needs_input_grad[0] or ctx.need_log2)
+        weight = (*weight, log2)
         # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
         # (parameters, and views of them) is not its business; anything else is saved as it should be.
         own = all(t is None or t.is_leaf for t in weight)
         ctx.weight, ctx.versions = (weight, versions(weight)) if own else (None, None)
-        ctx.save_for_backward(x, y, *(() if own else weight))
+        ctx.save_for_backward(x, y, given if rounds else None, *(() if own else weight))
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         refuse_second_derivatives()
         try:
-            x, y, *weight = ctx.saved_tensors
+            x, y, given, *weight = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
             raise RuntimeError(
                 "The input or the output of a quantized layer was changed in place after its forward (Falcon does so), "
-                "but the gradient of scales that are trained by row needs the output. Train one scale a group "
-                "(`group_size=128`, `learn_scales=True`), or with `learn_scales=False`."
+                "but the gradient of scales that are trained by row needs the output, and that of a learned scale of "
+                "inputs the input. Train one scale a group (`group_size=128`, `learn_scales=True`) or with "
+                "`learn_scales=False`, and with `act_scale='dynamic'`."
             ) from error
         if ctx.weight is not None and ctx.versions != versions(ctx.weight):
             raise RuntimeError(
                 "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a "
                 "merge). Run forward again."
             )
-        return *_gradients(ctx, dy, _linear_backward_impl, x, y, ctx.weight or tuple(weight)), None, None
+        *weight, log2 = ctx.weight or weight
+        need_x, need_log2 = ctx.needs_input_grad[0], ctx.need_log2
+        grads = _gradients(ctx, dy, _linear_backward_impl, x, y, tuple(weight), need_x or need_log2)
+        dx, dlog2 = grads[0], None
+        if given is not None:
+            dx, dlog2 = rounding_gradients(dx, given, LearnedScale(log2, *ctx.how), need_x, need_log2)
+        return dx, *grads[1:], None, None, dlog2, None
 
 
 def quantized_linear(
@@ -261,6 +279,7 @@ def quantized_linear(
     downcast: str,
     scale_dtype: str,
     values: Tensor | None = None,
+    learned: LearnedScale | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias with W^ = s * (clip(round(Phi + c B A)) - z) and s = snap(s0 (1 + shift)) (LR-QAT, arXiv
     2406.06385, eq. 8).
@@ -282,6 +301,8 @@ def quantized_linear(
         values: of x's shape, in the compute dtype, without a graph: what x was rounded to. They are multiplied in its
             place, and the gradient passes straight through to x, whose dtype may be another. None: x itself; so it must
             be in a compiled region.
+        learned: the fixed scale that made `values`, which receives a gradient, and none of what it cut passes to x.
+            None: the gradient passes straight through all values.
 
     Returns:
         (..., out) in the compute dtype. For backward it keeps x (or `values`), the stored base, the small tensors, and
@@ -291,4 +312,5 @@ def quantized_linear(
     if torch.compiler.is_compiling():
         return _linear_op(x, base, scale0, shift, zero_point, A, B, bias, *constants)
     # torch looks at every argument in Python
-    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants, values)
+    log2, *how = (None,) if learned is None else learned
+    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants, values, log2, how)

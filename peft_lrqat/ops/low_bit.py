@@ -20,6 +20,7 @@ from ..packing import unpack
 from . import reference
 from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
 from .reference import low_bit_levels
+from .static_inputs import LearnedScale, rounding_gradients
 
 __all__ = ["low_bit_levels", "low_bit_linear", "low_bit_weight", "mean_code"]
 
@@ -123,32 +124,43 @@ def _(dy, x, packed, scale, ternary_scale, bits, need_x, need_weight, need_scale
     )
 
 
+#: Which argument of `_LowBitLinear` is log2 of the fixed scale of inputs.
+_LOG2 = 10
+
+
 class _LowBitLinear(torch.autograd.Function):
     """Ties the two ops to the parameter: `weight` has no float storage, and receives a gradient of its full size."""
 
     @staticmethod
-    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits, values):
-        x = x if values is None else values
+    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits, values, log2, how):
+        rounds = log2 is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[_LOG2])
+        given, x = x if rounds else None, x if values is None else values
+        ctx.how = how
         ctx.bits, ctx.x_shape, ctx.x_dtype = bits, x.shape, x.dtype
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor)
+        ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor, given, log2)
         run = _linear_op if torch.compiler.is_compiling() else _linear_impl
         return run(x, packed, scale, ternary_scale, bias, bits)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivatives()
-        x, packed, scale, ternary_scale, factor = ctx.saved_tensors
+        x, packed, scale, ternary_scale, factor, given, log2 = ctx.saved_tensors
         need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]
+        need_log2 = ctx.needs_input_grad[_LOG2]
         if x is None:
             x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
         run = _linear_backward_op if torch.compiler.is_compiling() else _linear_backward_impl
-        dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, need_x, need_weight, need_scale)
+        needs = (need_x or need_log2, need_weight, need_scale)
+        dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, *needs)
+        dlog2 = None
+        if given is not None:
+            dx, dlog2 = rounding_gradients(dx, given, LearnedScale(log2, *ctx.how), need_x, need_log2)
         if need_weight and factor is not None:
             dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
-        nothing = (None,) * 6
-        return dx if need_x else None, dw if need_weight else None, ds if need_scale else None, db, *nothing
+        own = dx if need_x else None, dw if need_weight else None, ds if need_scale else None, db
+        return *own, *(None,) * 6, dlog2, None
 
 
 def low_bit_linear(
@@ -161,6 +173,7 @@ def low_bit_linear(
     bias: Tensor | None,
     bits: int,
     values: Tensor | None = None,
+    learned: LearnedScale | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
@@ -174,11 +187,13 @@ def low_bit_linear(
         factor: fp32 (rows, groups) or None: what dL/dW^ is multiplied with to become the parameter's gradient.
         bias: (out,), x's dtype, or None. Differentiable.
         bits: width of a packed code.
-        values: what x was rounded to, see `quantized_linear`.
+        values, learned: what x was rounded to, and by which fixed scale: see `quantized_linear`.
 
     Returns:
         (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
     """
-    learned = scale if ternary_scale is None else ternary_scale
+    trained = scale if ternary_scale is None else ternary_scale
     detached = None if ternary_scale is None else ternary_scale.detach()
-    return _LowBitLinear.apply(x, weight, learned, bias, packed, scale.detach(), detached, factor, bits, values)
+    log2, *how = (None,) if learned is None else learned
+    constants = (packed, scale.detach(), detached, factor, bits, values)
+    return _LowBitLinear.apply(x, weight, trained, bias, *constants, log2, how)

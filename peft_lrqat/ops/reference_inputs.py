@@ -16,6 +16,8 @@ With a fixed scale there is compressed-tensors' rule alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,48 +63,62 @@ def rounded_inputs(x: Tensor, rule: str, bits: int, group_size: int) -> Tensor:
 
 
 def input_scale(log2: Tensor, scale_dtype: str) -> Tensor:
-    """Compute the fixed scale that a checkpoint stores, as `static_scale` returns it. The reference of the kernel.
+    """Compute the fixed scale that a checkpoint stores.
 
     In fp64: whatever device computes it, the fp32 number that is snapped is the same.
 
     Args:
-        log2, scale_dtype: as in `static_scale`.
+        log2: (1,), any float dtype: log2 of the scale before it is snapped.
+        scale_dtype: what it is snapped to, see `grid.snap_scale`.
+
+    Returns:
+        fp32 (1,), units of the input per grid step.
     """
     return snap_scale(log2.double().exp2().float(), scale_dtype)
 
 
-def rounded_static(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Compute what `round_static` returns. The reference of the kernel.
+def rounded_static(x: Tensor, scale: Tensor, bits: int, scale_dtype: str | None = None) -> Tensor:
+    """Compute what `round_static` and `round_learned` return. The reference of the kernel.
 
     Args:
-        x, scale, bits: as in `round_static`.
+        x, bits: as there.
+        scale: (1,), any float dtype: the scale itself, or log2 of it.
+        scale_dtype: None: the scale itself; else log2 of it, and what it is snapped to.
     """
-    step = scale.to(x.dtype)
+    step = _step(scale, scale_dtype).to(x.dtype)
     return (x / step).round().clamp(*_ends(bits)) * step
 
 
 def static_gradients(
-    dy: Tensor, x: Tensor, scale: Tensor, bits: int, need_x: bool, need_scale: bool
+    dy: Tensor, x: Tensor, scale: Tensor, bits: int, scale_dtype: str | None, need_x: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `round_static`'s input and scale. The reference of the kernel.
+    """Compute the gradients of the input, and of the scale or log2 of it. The reference of the kernel.
 
     Args:
         dy: x's shape and dtype.
-        x, scale, bits: as in `round_static`.
+        x, scale, bits, scale_dtype: as in `rounded_static`.
         need_x, need_scale: which gradients are needed.
 
     Returns:
-        dx, in dy's dtype, and that of the scale, fp32 and of its shape; empty where one is not needed.
+        dx, in dy's dtype, and that of `scale`, in its dtype and of its shape; empty where one is not needed.
     """
     low, high = _ends(bits)
-    levels = x / scale.to(x.dtype)
+    step = _step(scale, scale_dtype)
+    levels = x / step.to(x.dtype)
     rounded = levels.round()
     inside = (rounded >= low) & (rounded <= high)
     dx = dy * inside if need_x else dy.new_empty(0)
     if not need_scale:
-        return dx, scale.new_empty(0, dtype=torch.float32)
+        return dx, scale.new_empty(0)
     slope = torch.where(inside, rounded - levels, rounded.clamp(low, high))
-    return dx, (dy.float() * slope.float()).sum().view(scale.shape)
+    dscale = (dy.float() * slope.float()).sum().view(scale.shape)
+    if scale_dtype is not None:  # d scale / d log2, straight through the snapping
+        dscale = dscale * step * math.log(2)
+    return dx, dscale.to(scale.dtype)
+
+
+def _step(scale: Tensor, scale_dtype: str | None) -> Tensor:
+    return scale if scale_dtype is None else input_scale(scale, scale_dtype)
 
 
 def _ends(bits: int) -> tuple[float, float]:

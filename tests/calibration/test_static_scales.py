@@ -15,6 +15,8 @@ from peft_lrqat import LowBitSRConfig, LRQATConfig, calibrate_activations, can_e
 from peft_lrqat.checkpoint.open import open_source
 from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.modules.rounded_input import Int8Linear
+from peft_lrqat.ops import use_kernels
+from peft_lrqat.tuners.common import layer as layer_module
 from tests.files import read
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 
@@ -67,6 +69,50 @@ def test_trained_merged_and_reloaded_are_equal(make, tmp_path: Path):
     assert sum(isinstance(module, Int8Linear) for module in loaded.modules()) == 6
     assert torch.equal(logits(loaded, tokens()), trained)
     assert verify(tmp_path / "out", against=again)  # what transformers computes, too
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("make", [adapted, low_bit])
+def test_a_product_rounds_its_input_as_the_rounding_alone_does(make, autocast, kernels, monkeypatch):
+    """All gradients: what a layer's product does with the numbers that its input was rounded to, autograd does of two
+    operations."""
+    model = make(tiny(num_hidden_layers=1), **STATIC).train()
+    calibrate_activations(model, [tokens()])
+    with torch.no_grad():  # so that something is cut
+        for name, parameter in model.named_parameters():
+            if "_act_scale" in name:
+                parameter.sub_(1.3)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(layer_module, "shared_values", lambda *args: None)
+        model.zero_grad()
+        with use_kernels(kernels), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(input_ids=tokens(), labels=tokens())
+            out.loss.backward()
+        found.append([out.logits, *[p.grad for p in model.parameters() if p.requires_grad]])
+    assert all(gradient is not None for gradient in found[0])
+    assert sum(bool(p.grad.any()) for n, p in model.named_parameters() if "_act_scale" in n) == 6
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("trained", ["log2", "x"])
+def test_only_what_is_asked_for(trained: str):
+    model = adapted(tiny(num_hidden_layers=1), **STATIC)
+    calibrate_activations(model, [tokens()])
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(1, 3, layer.in_features)
+    wanted = x.requires_grad_() if trained == "x" else layer.lora_act_scale["default"].weight
+    (all_of_it,) = torch.autograd.grad(layer(x).square().sum(), wanted)
+    model.requires_grad_(False)
+    wanted.requires_grad_()
+    (alone,) = torch.autograd.grad(layer(x).square().sum(), wanted)
+    assert torch.equal(alone, all_of_it)
+    assert alone.any()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
 inputs.py     inputs rounded per token or group
-static_inputs.py  inputs rounded with a fixed scale, the gradients, and the scale
+static_inputs.py  inputs rounded with a fixed scale, and the gradients
 cache.py      keys and values rounded by vLLM's rule
 """
 
@@ -27,7 +27,7 @@ from .experts import (
 from .inputs import rounded_inputs
 from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
-from .static_inputs import input_scale, rounded_static, static_gradients
+from .static_inputs import rounded_static, static_gradients
 from .weight import linear_weight
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "expert_weights",
     "expert_weights_backward",
     "experts_keep_output",
-    "input_scale",
     "keeps_output",
     "linear_backward",
     "linear_weight",

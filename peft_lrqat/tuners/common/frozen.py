@@ -20,6 +20,7 @@ from ...ops.inputs import linear_input
 from ...ops.linear import linear_weight
 from ...ops.shared_inputs import round_shared
 from ...ops.staging import Schedule, Stored, in_memory
+from ...ops.static_inputs import LearnedScale
 from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
@@ -415,11 +416,13 @@ class FrozenWeight(nn.Module, KeepsWeight):
         B: torch.Tensor | None = None,
         c: float = 1.0,
         values: torch.Tensor | None = None,
+        learned: LearnedScale | None = None,
     ) -> torch.Tensor:
         """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
         bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         base, scale0, zero_point = self.stored()
-        return quantized_linear(x, base, scale0, shift, zero_point, A, B, bias, c, bits, downcast, kept, values)
+        weight = (base, scale0, shift, zero_point, A, B)
+        return quantized_linear(x, *weight, bias, c, bits, downcast, kept, values, learned)
 
     def kept_weight(
         self,

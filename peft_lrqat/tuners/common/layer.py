@@ -30,7 +30,7 @@ from ...modules.packed import merged_layer
 from ...ops.activations import Activations, round_activations
 from ...ops.inputs import linear_input
 from ...ops.shared_inputs import shared_values
-from ...ops.static_inputs import static_scale
+from ...ops.static_inputs import LearnedScale, round_learned, static_scale
 from .packed_parameter import whole
 from .plain import user_attributes
 
@@ -181,25 +181,37 @@ class MergingLayer(LoraLayer):
 
     def _rounded(
         self, x: torch.Tensor, activations: Activations | None, adapters: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LearnedScale | None]:
         """What the layer multiplies with these adapters: an input, checked, in autocast's dtype and rounded. Or the
-        input as it was, which the gradient belongs to, and the numbers that it was rounded to."""
-        if activations is not None and not activations.static:
-            values = shared_values(x, activations, self.frozen)
-            if values is not None:
-                return x, values
-        x = linear_input(x, self.frozen)
+        input as it was, which the gradient belongs to, the numbers that it was rounded to, and the fixed scale that did
+        it, if one did."""
         if activations is None:
-            return x, None
-        if not activations.static:
-            return round_activations(x, activations), None
-        if self._observed is not None:
-            self._observed = torch.maximum(self._observed, x.detach().abs().amax().float())
-            return x, None
-        return round_activations(x, activations, self._input_scale(adapters)), None
+            return linear_input(x, self.frozen), None, None
+        learned = None
+        if activations.static:
+            if self._observed is not None:
+                x = linear_input(x, self.frozen)
+                self._observed = torch.maximum(self._observed, x.detach().abs().amax().float())
+                return x, None, None
+            learned = self._learned_scale(adapters, activations.bits)
+        values = shared_values(x, activations, self.frozen, learned)
+        if values is not None:
+            return x, values, learned
+        x = linear_input(x, self.frozen)
+        return (round_activations(x, activations) if learned is None else round_learned(x, learned)), None, None
 
     def _input_scale(self, adapters: list[str]) -> torch.Tensor | None:
-        """The fixed scale of inputs with these adapters, fp32 (1,), differentiable; None: inputs have none."""
+        """The fixed scale of inputs with these adapters, fp32 (1,), as it is stored; None: inputs have none."""
+        log2 = self._log2_scale(adapters)
+        return None if log2 is None else static_scale(log2, self.frozen.scale_dtype)
+
+    def _learned_scale(self, adapters: list[str], bits: int) -> LearnedScale | None:
+        """The fixed scale of inputs with these adapters, to be learned; None: inputs have none."""
+        log2 = self._log2_scale(adapters)
+        return None if log2 is None else LearnedScale(log2, self.frozen.scale_dtype, bits)
+
+    def _log2_scale(self, adapters: list[str]) -> torch.Tensor | None:
+        """The parameter of the fixed scale of inputs with these adapters, (1,); None: inputs have none."""
         present = [name for name in adapters if name in self.act_scales]
         if len(present) != 1:  # which is seen at once; options, in every forward, would cost Python
             own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
@@ -215,7 +227,7 @@ class MergingLayer(LoraLayer):
                 f"The fixed scale of the input of layer {self.name!r} is not set. Call "
                 "`calibrate_activations(model, batches)` before training, or load a trained adapter."
             )
-        return static_scale(whole(self.act_scales[present[0]].weight), self.frozen.scale_dtype)
+        return whole(self.act_scales[present[0]].weight)
 
     @torch.compiler.assume_constant_result  # torch.compile asks once, while it compiles
     def _is_calibrated(self, adapter: str) -> bool:

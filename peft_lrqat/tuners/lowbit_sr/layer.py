@@ -39,8 +39,9 @@ from ...grid import GridTensor, dequantize, snap_scale
 from ...modules.generation import KeepsWeight
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
-from ...ops.activations import Activations, straight_through
+from ...ops.activations import Activations
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
+from ...ops.shared_inputs import through_rounding
 from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
@@ -303,22 +304,23 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
                     "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
                 )
-        x, values = self._rounded(x, self.adapter_activations[adapter], [adapter])
+        x, values, learned = self._rounded(x, self.adapter_activations[adapter], [adapter])
         dtype = x.dtype if values is None else values.dtype
         bias = None if self.frozen.bias is None else self.frozen.bias.to(dtype)
         kept = self._kept_weight(dtype, adapter)
         if kept is not None:
             dense, scale = kept
-            out = nn.functional.linear(x if values is None else straight_through(x, values), dense, bias)
+            out = nn.functional.linear(x if values is None else through_rounding(x, values, learned), dense, bias)
             return out if scale is None else out * scale.to(out.dtype)
         scale, ternary, factor = self._scales(adapter)
         bits = weight.grid.code_bits
         if options.export_format == "bitnet":
             # levels times one scale, which multiplies the output, where its gradient is autograd's
             relative, projected, scale = self._levels_and_scale(scale, ternary)
-            out = low_bit_linear(x, weight, weight.packed, relative, projected, 1 / weight.scale, None, bits, values)
+            how = (relative, projected, 1 / weight.scale, None, bits, values, learned)
+            out = low_bit_linear(x, weight, weight.packed, *how)
             return out * scale.to(out.dtype)
-        return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits, values)
+        return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits, values, learned)
 
     @staticmethod
     def _levels_and_scale(

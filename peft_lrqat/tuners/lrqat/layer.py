@@ -59,8 +59,8 @@ from transformers.pytorch_utils import Conv1D
 from ...grid import GridTensor
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
-from ...ops.activations import straight_through
 from ...ops.reference import adapter_units, codes
+from ...ops.shared_inputs import through_rounding
 from ..common.frozen import FrozenWeight
 from ..common.layer import AdapterWeight, MergingLayer
 from ..common.packed_parameter import share, whole
@@ -297,15 +297,15 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen = self.base_layer
-        x, values = self._rounded(x, self.activations, adapters)
+        x, values, learned = self._rounded(x, self.activations, adapters)
         dtype = x.dtype if values is None else values.dtype
         bias: torch.Tensor | None = frozen.bias
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         weight = self._kept_weight(dtype, adapters)
         if weight is not None:
-            return nn.functional.linear(x if values is None else straight_through(x, values), weight, bias)
-        return frozen.product(x, bias, *self._operands(adapters), values)
+            return nn.functional.linear(x if values is None else through_rounding(x, values, learned), weight, bias)
+        return frozen.product(x, bias, *self._operands(adapters), values, learned)
 
     def _kept_weight(self, dtype: torch.dtype, adapters: list[str]) -> torch.Tensor | None:
         """W^ with these adapters, (out, in) in `dtype`, where the layer keeps it: while the model generates."""

@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat.grid import SCALE_DTYPES
 from peft_lrqat.ops import kernels, reference_inputs, use_kernels
-from peft_lrqat.ops.static_inputs import round_static, static_scale
+from peft_lrqat.ops.kernels import static_inputs
+from peft_lrqat.ops.static_inputs import LearnedScale, round_learned, round_static
 from tests.problems import DEVICE
 
 
@@ -28,33 +29,45 @@ def inputs(dtype: torch.dtype, scale: float) -> torch.Tensor:
 def test_the_numbers_are_the_references(dtype: torch.dtype, bits: int):
     for number in (0.0195, 0.25, 3.1):  # the first and the last are rounded where the dtype is not fp32
         scale, x = torch.tensor([number], device=DEVICE), inputs(dtype, number)
-        found, expected = (code.rounded_static(x, scale, bits) for code in (kernels, reference_inputs))
-        assert found.dtype == dtype
-        assert torch.equal(found.nan_to_num(7e3), expected.nan_to_num(7e3))
+        for given in ((scale, bits), (scale.log2(), bits, "auto")):
+            found, expected = (code.rounded_static(x, *given) for code in (kernels, reference_inputs))
+            assert found.dtype == dtype
+            assert torch.equal(found.nan_to_num(7e3), expected.nan_to_num(7e3))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_gradients_are_the_references(dtype: torch.dtype, needs: tuple[bool, bool]):
+@pytest.mark.parametrize("scale_dtype", [None, "auto", "fp32"])
+def test_the_gradients_are_the_references(scale_dtype, dtype: torch.dtype, needs: tuple[bool, bool]):
     scale, x = torch.tensor([0.0195], device=DEVICE), inputs(dtype, 0.0195)
+    scale = scale if scale_dtype is None else scale.log2()
     dy = torch.randn_like(x)
     for given in (x, x.nan_to_num(1.0)):
-        found, expected = (code.static_gradients(dy, given, scale, 8, *needs) for code in (kernels, reference_inputs))
+        how = (scale, 8, scale_dtype, *needs)
+        found, expected = (code.static_gradients(dy, given, *how) for code in (kernels, reference_inputs))
         assert [f.dtype for f in found] == [e.dtype for e in expected] == [dtype, torch.float32]
         assert torch.equal(found[0], expected[0])  # what is no number has no gradient
         assert found[1].shape == expected[1].shape
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-2, equal_nan=True)
-        again = kernels.static_gradients(dy, given, scale, 8, *needs)[1]
+        again = kernels.static_gradients(dy, given, *how)[1]
         assert torch.equal(again.nan_to_num(), found[1].nan_to_num())
 
 
-def test_the_scales_gradient_has_no_error_of_its_own():
-    """Whole numbers, whose sum is exact in any order: all of them are counted, and once."""
-    x = torch.randint(-300, 300, (7, 1501), device=DEVICE).float()
-    dy, scale = torch.randint(-4, 5, x.shape, device=DEVICE).float(), torch.ones(1, device=DEVICE)
-    found, expected = (code.static_gradients(dy, x, scale, 8, True, True) for code in (kernels, reference_inputs))
-    assert all(map(torch.equal, found, expected))
-    assert found[1].abs() > 1000
+@pytest.mark.parametrize("programs", [2048, 3, 1])
+@pytest.mark.parametrize("shape", [(7, 1501), (1,), (2, 4096), (3, 2048)], ids=str)
+def test_the_scales_gradient_has_no_error_of_its_own(shape, programs: int, monkeypatch: pytest.MonkeyPatch):
+    """Whole numbers, whose sum is exact in any order: all of them are counted, and once, however few programs do it."""
+    monkeypatch.setattr(static_inputs, "_PROGRAMS", programs)
+    static_inputs._launch.cache_clear()
+    x = torch.randint(-300, 300, shape, device=DEVICE).float()
+    dy = torch.randint(-4, 5, shape, device=DEVICE).float() if x.numel() > 1 else torch.tensor([3.0], device=DEVICE)
+    for scale, scale_dtype in ((torch.ones(1, device=DEVICE), None), (torch.zeros(1, device=DEVICE), "auto")):
+        how = (scale, 8, scale_dtype)
+        assert torch.equal(*(code.rounded_static(x, *how) for code in (kernels, reference_inputs)))
+        found, expected = (code.static_gradients(dy, x, *how, True, True) for code in (kernels, reference_inputs))
+        assert all(map(torch.equal, found, expected))
+        assert x.numel() == 1 or found[1].abs() > 100
+    static_inputs._launch.cache_clear()
 
 
 def test_however_they_lie():
@@ -62,7 +75,8 @@ def test_however_they_lie():
     for given in (x.transpose(0, 1), x[:, ::2], x.transpose(1, 2), x[:, :0], x[0, 0], x[:1].expand(3, 6, 8)):
         for dy in (torch.randn_like(given), torch.randn(1, device=DEVICE).expand(given.shape)):
             assert torch.equal(*(code.rounded_static(given, scale, 8) for code in (kernels, reference_inputs)))
-            found, expected = (c.static_gradients(dy, given, scale, 8, True, True) for c in (kernels, reference_inputs))
+            how = (scale, 8, None, True, True)
+            found, expected = (code.static_gradients(dy, given, *how) for code in (kernels, reference_inputs))
             assert torch.equal(found[0], expected[0])
             torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-3)
 
@@ -70,16 +84,19 @@ def test_however_they_lie():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 def test_the_scale_is_the_references(scale_dtype: str, dtype: torch.dtype):
-    log2 = torch.cat([torch.linspace(-30, 20, 700), torch.tensor([-200.0, 200.0, torch.nan, -24, 15.995])])
-    log2 = log2.to(DEVICE, dtype)
-    found, expected = (code.input_scale(log2, scale_dtype) for code in (kernels, reference_inputs))
-    assert found.dtype == torch.float32
-    assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+    """Half a grid of 4 bits is seven scales: what a huge input is rounded to, without a rounding of its own."""
+    log2 = torch.cat([torch.linspace(-30, 20, 200), torch.tensor([-200.0, 200.0, torch.nan, -24, 15.995])])
+    huge = torch.full((1,), 3e38, device=DEVICE)
+    for one in log2.to(DEVICE, dtype).split(1):
+        found, expected = (code.rounded_static(huge, one, 4, scale_dtype) for code in (kernels, reference_inputs))
+        assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1)), one
+        scale = reference_inputs.input_scale(one, scale_dtype)
+        assert not scale.isfinite() or torch.equal(expected, 7 * scale), one
 
 
 def test_they_run_where_kernels_do(monkeypatch: pytest.MonkeyPatch):
     calls, found = [], []
-    names = ["input_scale", "rounded_static", "static_gradients"]
+    names = ["rounded_static", "static_gradients"]
 
     def counted(name, run, *args):
         calls.append(name)
@@ -91,7 +108,7 @@ def test_they_run_where_kernels_do(monkeypatch: pytest.MonkeyPatch):
     for use in (True, False):
         given, log2 = x.clone().requires_grad_(), torch.tensor([-5.03], device=DEVICE, requires_grad=True)
         with use_kernels(use):
-            y = round_static(given, static_scale(log2, "auto"), 8)
+            y = round_learned(given, LearnedScale(log2, "auto", 8))
             found.append([y, *torch.autograd.grad(y, [given, log2], dy)])
     assert calls == names
     (y, dx, dlog2), (y2, dx2, dlog22) = found
@@ -100,4 +117,4 @@ def test_they_run_where_kernels_do(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(dlog2, dlog22, rtol=1e-5, atol=1e-4)
     with use_kernels(True):  # fp64 has none
         assert round_static(x.double(), torch.ones(1, device=DEVICE), 8).dtype == torch.float64
-    assert len(calls) == 3
+    assert len(calls) == 2
