@@ -3,6 +3,7 @@
     python benchmarks/counted.py 7B       # or: mixture; prints the table that tables.py writes into a page
     python benchmarks/counted.py ranks    # what each of several GPUs holds
     python benchmarks/counted.py sent     # what each of 8 GPUs sends in a step
+    python benchmarks/counted.py offloaded    # what a mixture holds whose base lies in the CPU's memory
 
 The parts that last are counted. What is left of the peak that was measured lives for a part of a step: activations of
 the block that runs, its gradients, the rounded weight of a layer.
@@ -231,7 +232,41 @@ def sent_by_ranks() -> str:
     return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
-PLANS = {"ranks": held_by_ranks, "sent": sent_by_ranks}
+def held_offloaded() -> str:
+    """Markdown: what a mixture holds whose base lies in the CPU's memory, at several ranks; GiB."""
+    from tables import figure
+
+    model, columns = shapes("mixture"), {}
+    for rank, state in ((8, 8), (4, 8), (2, 8), (8, 2)):  # bytes of optimizer state for a trained number
+        found = parts(model, Method(4, 128, rank, "channel", ""), 1024)
+        weights, scales = found["weights of the blocks"], found["their scales, fp32"]
+        trained = found["adapters and changes of scales, fp32"]
+        on_gpu = {
+            "two layers of the base": 2 * (weights + scales) / model.config.num_hidden_layers,
+            "embeddings, output layer, norms, routers": found["embeddings, output layer, norms, routers"],
+            "adapters and changes of scales, with gradients": 2 * trained,
+            "the optimizer's state": state * trained / 4,
+        }
+        measured = _OFFLOADED.get((rank, state))
+        columns[f"rank {rank}" + (", 8-bit Adam" if state == 2 else "")] = [
+            *on_gpu.values(),
+            sum(on_gpu.values()),
+            None if measured is None else GIB * figure(measured),
+        ]
+    names = [*on_gpu, "together", "measured at the peak"]
+    lines = [f"| GiB on the GPU, 1 x 1024 tokens | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name, numbers in zip(names, zip(*columns.values(), strict=True), strict=True):
+        lines.append(f"| {name} | {' | '.join('' if n is None else f'{n / GIB:.1f}' for n in numbers)} |")
+    held = f"{weights / GIB:.1f} GiB of codes and {scales / GIB:.1f} of scales"
+    return "\n".join([*lines, "", f"The CPU's memory holds {held}."]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+#: rank, bytes of optimizer state -> where the peak stands
+_OFFLOADED = {
+    (8, 8): "moe_offload: runs/[offload_base=true rank=8]/steps/1x1024/peak_gib",
+    (4, 8): "moe_8gib: runs/0/steps/1x1024/peak_gib",
+}
+PLANS = {"ranks": held_by_ranks, "sent": sent_by_ranks, "offloaded": held_offloaded}
 
 
 def main() -> None:

@@ -131,3 +131,19 @@ def test_what_is_counted_is_what_fsdp2_gathers_and_holds(name: str, four_ranks, 
         _backward(model)
     assert (sent.gathered, sent.scattered) == (2 * ranks.blocks + ranks.root, ranks.gradients)
     assert (sent.gathered + sent.scattered) * 3 / 4 == ranks.fsdp_sent(4)
+
+
+def test_a_base_in_the_cpus_memory_leaves_two_layers_and_what_is_trained(monkeypatch: pytest.MonkeyPatch):
+    """What is counted lies below what was measured, by what lives for a part of a step; and ranks make the difference."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    counted = importlib.import_module("counted")
+    rows = {}
+    for line in counted.held_offloaded().splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells and cells[0].replace(".", "").isdigit():
+            rows[name] = [float(cell) if cell else None for cell in cells]
+    together, measured = rows["together"], rows["measured at the peak"]
+    assert 0.5 < measured[0] - together[0] < 1.5
+    assert measured[0] - together[0] == pytest.approx(measured[1] - together[1], abs=0.15)
+    parts = [cells for name, cells in rows.items() if name not in ("together", "measured at the peak")]
+    assert [sum(cells) for cells in zip(*parts, strict=True)] == pytest.approx(together, abs=0.2)
