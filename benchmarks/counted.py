@@ -258,7 +258,9 @@ def held_offloaded() -> str:
     for name, numbers in zip(names, zip(*columns.values(), strict=True), strict=True):
         lines.append(f"| {name} | {' | '.join('' if n is None else f'{n / GIB:.1f}' for n in numbers)} |")
     held = f"{weights / GIB:.1f} GiB of codes and {scales / GIB:.1f} of scales"
-    return "\n".join([*lines, "", f"The CPU's memory holds {held}."]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+    return (
+        "\n".join([*lines, "", f"The CPU's memory holds {held}."]).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+    )
 
 
 #: rank, bytes of optimizer state -> where the peak stands

@@ -18,6 +18,7 @@ Scales have shape (rows, groups): (out, in / group_size) per group, (out, 1) per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -159,6 +160,17 @@ class GridTensor:
 def grouped(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """View an (out, in) matrix as (out, groups, in / groups), so that `scale[:, :, None]` broadcasts against it."""
     return matrix.view(matrix.shape[0], scale.shape[1], -1)
+
+
+def join_rows(tensors: Sequence[GridTensor]) -> GridTensor:
+    """Weights on one grid as one weight: the rows of each behind those of the one before, each row with its scales."""
+
+    def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([p.expand(t.codes.shape[0], -1) for p, t in zip(parts, tensors, strict=True)])
+
+    zeros = [t.zero_point for t in tensors if t.zero_point is not None]
+    codes, scale = torch.cat([t.codes for t in tensors]), joined([t.scale for t in tensors])
+    return GridTensor(codes, scale, joined(zeros) if zeros else None, tensors[0].grid)
 
 
 @overload

@@ -134,7 +134,7 @@ def test_what_is_counted_is_what_fsdp2_gathers_and_holds(name: str, four_ranks, 
 
 
 def test_a_base_in_the_cpus_memory_leaves_two_layers_and_what_is_trained(monkeypatch: pytest.MonkeyPatch):
-    """What is counted lies below what was measured, by what lives for a part of a step; and ranks make the difference."""
+    """What is counted lies below what was measured, by what lives for a part of a step, the same at each rank."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     counted = importlib.import_module("counted")
     rows = {}

@@ -36,7 +36,7 @@ from ..tuners.common.fingerprint import float_checksum, in_order
 from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
-from .calibrate import AnyConfig, BlockInputs, decoder_blocks, read_batches
+from .calibrate import AnyConfig, BlockInputs, decoder_blocks, read_batches, some
 from .offloaded import all_tensors, arrive, bring_in, by_block
 
 #: Fields of a model's configuration on which no result depends.
@@ -144,8 +144,8 @@ def preprocess_blockwise(
             f"`downcast` is {_downcast(config)!r}, but block-wise training leaves 8-bit fixed point ('fx8') or "
             "integers ('int')."
         )
-    with by_block(model, config, "block-wise training", model_init_kwargs, experts=True) as model:
-        name, blocks, layers = decoder_blocks(model, config, "block-wise training", experts=True)
+    with by_block(model, config, "block-wise training", model_init_kwargs) as model:
+        name, blocks, layers = decoder_blocks(model, config, "block-wise training")
         bring_in(model, without=blocks)
         batches = list(_steps(read_batches(model, calibration, tokenizer, length), batch))
         results = None
@@ -313,15 +313,11 @@ def _train(
         parameter.copy_(value)
     if spared := sorted({expert for experts in hit.values() for expert in (~experts).nonzero().flatten().tolist()}):
         warnings.warn(
-            f"No calibration token reached {len(spared)} of the experts of block {index} ({_some(spared)}). They are "
+            f"No calibration token reached {len(spared)} of the experts of block {index} ({some(spared)}). They are "
             "rounded as without calibration; more text reaches more of them.",
             stacklevel=3,
         )
     return {key: weight.fixed_point() for key, weight in weights.items()}, (before, best)
-
-
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
 
 
 def _optimizer(weights: Iterable[BlockWeight], settings: _Settings) -> torch.optim.Optimizer:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..modules.experts import Experts, ExpertStack
 from ..modules.packed import MERGED
-from ..tuners.common.experts import check_without_experts
 from ..tuners.common.frozen import FrozenWeight
 from ..tuners.common.plain import is_offloaded
 from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
@@ -162,17 +163,27 @@ def _skip(out: Any, hidden: torch.Tensor) -> Callable | None:
 
 
 class _Hessians:
-    """Hooks that add up x^T x. Layers that receive the same tensor (query, key, value) share one sum."""
+    """Hooks that add up x^T x. Layers that receive the same tensor (query, key, value) share one sum.
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    Those of experts have one sum an expert, of the tokens that the router sends it.
+    """
+
+    def __init__(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.leader: dict[str, str] = {}  # layer -> the layer that holds the sum of its input
         self.mask: torch.Tensor | None = None
         self._seen: dict[int, tuple[str, torch.Tensor]] = {}  # the tensors too: their ids are theirs while they live
+        self.tokens: dict[str, torch.Tensor] = {}  # of experts: int64 (experts,), how many reached each
         self._handles = [
             layer.register_forward_pre_hook(lambda module, args, name=name: self._add(name, args[0]))
             for name, layer in layers.items()
+            if not isinstance(layer, ExpertStack)
         ]
+        names = {id(layer): name for name, layer in layers.items()}
+        for module in block.modules():
+            if isinstance(module, Experts) and any(id(stack) in names for stack in module.stacks.values()):
+                called = {projection: names[id(stack)] for projection, stack in module.stacks.items()}
+                self._handles.append(module.register_forward_pre_hook(partial(self._route, called)))
 
     def start(self, mask: torch.Tensor | None) -> None:
         """Before each batch."""
@@ -188,18 +199,52 @@ class _Hessians:
             before = self.sums.get(name)
             self.sums[name] = rows.t() @ rows if before is None else before.addmm_(rows.t(), rows)
 
-    def finish(self) -> dict[str, torch.Tensor]:
+    def _route(self, called: Mapping[str, str], experts: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if self.mask is not None and self.mask.numel() == len(args[0]):
+            args = tuple(each[self.mask.flatten()] for each in args)
+        if len(args[0]):
+            experts.observe(lambda projection, x, ends: self._add_experts(called[projection], x, ends), *args)
+
+    def _add_experts(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> None:
+        if name not in self.sums:
+            self.leader[name] = name
+            self.sums[name] = torch.zeros(len(ends), x.shape[1], x.shape[1], device=x.device)
+            self.tokens[name] = torch.zeros(len(ends), dtype=torch.int64)
+        for expert, rows in enumerate(x.float().tensor_split(ends[:-1].long().cpu())):
+            self.sums[name][expert].addmm_(rows.t(), rows)
+            self.tokens[name][expert] += len(rows)
+
+    def finish(self) -> Hessians:
         for handle in self._handles:
             handle.remove()
         self._seen.clear()
-        return {name: self.sums[leader] for name, leader in self.leader.items()}
+        few: set[int] = set()
+        for name, tokens in self.tokens.items():
+            missing = (self.sums[name].shape[-1] - tokens).clamp(min=0)
+            mean = self.sums[name].sum(0) / tokens.sum()
+            for expert in missing.nonzero().flatten().tolist():
+                self.sums[name][expert].add_(mean, alpha=missing[expert].item())
+                few.add(expert)
+        return Hessians({name: self.sums[leader] for name, leader in self.leader.items()}, few)
 
 
-def collect_hessians(
-    inputs: BlockInputs, index: int, block: nn.Module, layers: Mapping[str, nn.Module]
-) -> dict[str, torch.Tensor]:
-    """The sum of x^T x over the inputs of each layer, fp32 (in, in); a layer that no token reached has none."""
-    hessians = _Hessians(layers)
+class Hessians(NamedTuple):
+    """What GPTQ goes by, of the layers of a block.
+
+    Attributes:
+        sums: the sum of x^T x over the inputs of each layer, fp32 (in, in), or (experts, in, in) of a stack of experts;
+            a layer that no token reached has none. An expert that fewer tokens reached than it has inputs, which say
+            nothing of some directions, has the mean token of all experts for each that is missing.
+        few: the numbers of these experts.
+    """
+
+    sums: dict[str, torch.Tensor]
+    few: set[int]
+
+
+def collect_hessians(inputs: BlockInputs, index: int, block: nn.Module, layers: Mapping[str, nn.Module]) -> Hessians:
+    """What the layers of block number `index` receive."""
+    hessians = _Hessians(block, layers)
     try:
         for hidden, calls, mask in zip(inputs.hidden, inputs.calls, inputs.masks, strict=True):
             hessians.start(mask)
@@ -211,28 +256,25 @@ def collect_hessians(
 
 
 def decoder_blocks(
-    model: nn.Module, config: AnyConfig, method: str, *, loading: bool = False, experts: bool = False
+    model: nn.Module, config: AnyConfig, method: str, *, loading: bool = False
 ) -> tuple[str, nn.ModuleList, dict[str, nn.Linear]]:
     """The name of the list of decoder blocks, that list, and the layers that `config` targets, by name.
+
+    A projection of experts is an ExpertStack, which is not in the model.
 
     Args:
         method: what goes through the blocks, for messages.
         loading: the weights are not there yet, and are not judged. An offloaded model is treated alike.
-        experts: the method takes the experts of mixtures: a projection of them is an ExpertStack, which is not in the
-            model.
 
     Raises:
-        ValueError: the model is quantized already, `config` means experts that the method does not take, the targeted
-            layers are not all in one list, or one of them cannot be quantized; or the model is offloaded, and the rest
-            of it is on several devices.
+        ValueError: the model is quantized already, the targeted layers are not all in one list, or one of them cannot
+            be quantized; or the model is offloaded, and the rest of it is on several devices.
     """
     if any(isinstance(module, (*MERGED, FrozenWeight)) for module in model.modules()):
         raise ValueError(f"`model` is quantized already; {method} starts from the float model.")
-    if not experts:
-        check_without_experts(model, config, method)
     kind = LRQATModel if isinstance(config, LRQATConfig) else LowBitSRModel
     offloaded = is_offloaded(model)
-    targets = kind.find_targets(model, config, loading=loading or offloaded, experts=experts)
+    targets = kind.find_targets(model, config, loading=loading or offloaded)
     if offloaded and len(devices := _devices(model)) > 1:
         raise ValueError(
             f"`model` is offloaded in part, and the rest of it is on several devices ({', '.join(devices)}), but "
@@ -253,6 +295,11 @@ def decoder_blocks(
         f"{method} goes through the decoder blocks one by one, but the targeted modules are not all inside one list of "
         "blocks. Leave out embeddings and the output layer, for instance with `target_modules='all-linear'`."
     )
+
+
+def some(numbers: Collection[int]) -> str:
+    """The first of them, for messages."""
+    return ", ".join(map(str, sorted(numbers)[:8])) + (" ..." if len(numbers) > 8 else "")
 
 
 def _devices(model: nn.Module) -> list[str]:

@@ -35,8 +35,6 @@ def by_block(
     config: AnyConfig,
     method: str,
     options: Mapping[str, Any] | None,
-    *,
-    experts: bool = False,
 ) -> Iterator[nn.Module]:
     """A model whose blocks `bring_in` brings in; at the end, all of it is there and nothing is offloaded any more.
 
@@ -45,7 +43,6 @@ def by_block(
         config: what it will be quantized with.
         method: what goes through the blocks, for messages.
         options: `from_pretrained`'s, for a model that is loaded here.
-        experts: see `decoder_blocks`.
 
     Raises:
         ValueError: the model cannot be quantized as `config` says (before any weight is read), or there are options
@@ -61,13 +58,13 @@ def by_block(
             yield model
         return
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = _load_without_blocks(model, config, method, {"offload_folder": scratch, **(options or {})}, experts)
+        loaded = _load_without_blocks(model, config, method, {"offload_folder": scratch, **(options or {})})
         with _settled(loaded):
             yield loaded
 
 
 def _load_without_blocks(
-    pretrained: str | os.PathLike, config: AnyConfig, method: str, options: dict[str, Any], experts: bool
+    pretrained: str | os.PathLike, config: AnyConfig, method: str, options: dict[str, Any]
 ) -> nn.Module:
     trusted = options["trust_remote_code"] = bool(options.get("trust_remote_code"))  # None: transformers would ask
     described = options.pop("config", None)
@@ -79,7 +76,7 @@ def _load_without_blocks(
             f"config.json of {str(pretrained)!r} does not say which class the model is of. Load it with "
             f"`from_pretrained`, the blocks offloaded by a `device_map`, and give the model."
         )
-    name, _, _ = decoder_blocks(skeleton, config, method, loading=True, experts=experts)
+    name, _, _ = decoder_blocks(skeleton, config, method, loading=True)
     options["device_map"] = _device_map(skeleton, name, _device(options.get("device_map", "auto")))
     with _unsurprised():
         return kind.from_pretrained(pretrained, config=described, **options).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,8 +13,11 @@ from tqdm import tqdm
 
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
+from ..grid import join_rows
+from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
-from .calibrate import AnyConfig, BlockInputs, collect_hessians, decoder_blocks, read_batches
+from ..tuners.common.experts import settle_experts
+from .calibrate import AnyConfig, BlockInputs, collect_hessians, decoder_blocks, read_batches, some
 from .gptq import gptq_round
 from .offloaded import arrive, bring_in, by_block
 
@@ -39,9 +43,12 @@ def preprocess_gptq(
     the accelerator if there is one, with the same result. A model that was loaded with its blocks offloaded is treated
     alike.
 
+    The experts of a mixture are each rounded for the tokens that the router sends them. One that fewer tokens reach
+    than it has inputs takes, for each that is missing, the mean token of all experts of its layer; a warning names it.
+
     Memory above the float model: the hidden states of the calibration tokens and, for one block at a time, an fp32 (in,
-    in) matrix for each distinct input of a layer. Of a model that is loaded here, only one block is float, and what
-    lies outside the blocks.
+    in) matrix for each distinct input of a layer, and for each expert. Of a model that is loaded here, only one block
+    is float, and what lies outside the blocks.
 
     Args:
         model (nn.Module | str | os.PathLike): a float causal language model of transformers, or what `from_pretrained`
@@ -80,19 +87,33 @@ def preprocess_gptq(
         was_training = model.training
         model.eval()
         inputs = BlockInputs(model, blocks, batches)
+        short: list[str] = []
         described = tqdm(list(enumerate(blocks)), desc="GPTQ", disable=not progressbar)
         for index, block in described:
             # taken out, so that nothing keeps the float weights of a block that is done
             own = {key: layers.pop(key) for key in list(layers) if key.startswith(f"{name}.{index}.")}
             own = arrive(model, block, own, config)
-            hessians = collect_hessians(inputs, index, block, own)
-            for key, layer in own.items():
-                if key not in hessians:
-                    raise ValueError(f"No calibration token reached layer {key!r} (an expert, perhaps). Leave it out "
-                                     "of `target_modules`, or give more text.")  # fmt: skip
-                replace_layer(model, key, _quantized(layer, hessians.pop(key), config, damping))
-                del layer
+            try:
+                hessians, few = collect_hessians(inputs, index, block, own)
+                if missed := sorted(own.keys() - hessians.keys()):
+                    raise ValueError(f"No calibration token reached layer {missed[0]!r} (an expert, perhaps). Leave it "
+                                     "out of `target_modules`, or give more text.")  # fmt: skip
+                quantized = {k: _quantized(layer, hessians.pop(k), config, damping) for k, layer in own.items()}
+                del own
+                for key in list(quantized):
+                    replace_layer(model, key, quantized.pop(key))
+            finally:
+                settle_experts(block)
+            if few:
+                short.append(f"{len(few)} in block {index} ({some(few)})")
             inputs.advance(index, block)
+        if short:
+            warnings.warn(
+                f"Fewer calibration tokens than an expert has inputs reached {'; '.join(short[:8])}"
+                f"{' ...' * (len(short) > 8)}. For each token that is missing they took the mean token of all experts "
+                "of their layer; more text reaches more of them.",
+                stacklevel=2,
+            )
         model.train(was_training)
         if getattr(model, "config", None) is not None:
             describe(model, Record(config.grid, config.scale_dtype, "GPTQ (arXiv 2210.17323)"))
@@ -100,14 +121,20 @@ def preprocess_gptq(
 
 
 def _quantized(layer: nn.Linear, hessian: torch.Tensor, config: AnyConfig, damping: float) -> nn.Module:
-    weight = gptq_round(
-        layer.weight,
-        hessian,
-        config.grid,
-        range_method=config.range_method or "lp",
-        range_p=config.range_p,
-        scale_dtype=config.scale_dtype,
-        signed_scales=config.signed_scales,
-        damping=damping,
-    )
-    return merged_layer(weight, layer.bias, config.container_bits or config.grid.code_bits, layer.weight.dtype)
+    experts = layer.experts if isinstance(layer, ExpertStack) else 1
+    weights = [
+        gptq_round(
+            weight,
+            own,
+            config.grid,
+            range_method=config.range_method or "lp",
+            range_p=config.range_p,
+            scale_dtype=config.scale_dtype,
+            signed_scales=config.signed_scales,
+            damping=damping,
+        )
+        for weight, own in zip(layer.weight.chunk(experts), hessian.view(experts, *hessian.shape[-2:]), strict=True)
+    ]
+    bits = config.container_bits or config.grid.code_bits
+    weight = weights[0] if experts == 1 else join_rows(weights)
+    return merged_layer(weight, layer.bias, bits, layer.weight.dtype, experts=experts)

@@ -28,10 +28,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops.dispatch import in_autocast_dtype
 from .carry import carry_hooks
@@ -286,14 +288,38 @@ class Experts(nn.Module):
             found[name] = None if any(hooked) or not hasattr(source, "grouped") else source.grouped(dtype)
         return {} if None in found.values() else found
 
+    def observe(self, see: Callable[[str, torch.Tensor, torch.Tensor], None], *inputs: torch.Tensor) -> None:
+        """Tell what each projection multiplies, of float stacks; whichever of its functions transformers uses.
+
+        Args:
+            see: is called with the name of a projection, its inputs (T, in), those of an expert behind those of the one
+                before, and where they end, int (experts,).
+            inputs: those of `forward`.
+        """
+
+        def product(name: str, stack: ExpertStack, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            see(name, x, ends)
+            of_each = zip(x.tensor_split(ends[:-1].long().cpu()), stack.stacked, strict=True)
+            return torch.cat([nn.functional.linear(rows, weight.to(x.dtype)) for rows, weight in of_each])
+
+        seen = {
+            name: Grouped(partial(product, name, s), s.weight.dtype, s.weight.device) for name, s in self.stacks.items()
+        }
+        ALL_EXPERTS_FUNCTIONS["grouped_mm"](self._stand_in(seen, self.num_experts), *inputs)
+
     def _run(self, weights: Mapping[str, Any], count: int, *inputs: torch.Tensor) -> torch.Tensor:
         """transformers' function, with these weights of so many experts."""
+        stand_in = self._stand_in(weights, count)
+        return type(stand_in).forward(stand_in, *inputs)
+
+    def _stand_in(self, weights: Mapping[str, Any], count: int) -> Any:
+        """transformers' module, with these weights of so many experts."""
         shell = vars(self)["_shell"]
         stand_in = object.__new__(type(shell))
         children = {name: child for name, child in self._modules.items() if name in shell._modules}
         own = {"_parameters": self._parameters, "_buffers": self._buffers, "_modules": children}
         vars(stand_in).update({**vars(shell), **own, **weights, "num_experts": count})
-        return type(shell).forward(stand_in, *inputs)
+        return stand_in
 
     def take_apart(self) -> None:
         """Have a float layer without values for each expert and part, for files to fill."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..formats.source import LayerInfo
-from ..grid import GridTensor, rows_of
+from ..grid import GridTensor, join_rows, rows_of
 from .experts import Experts
 from .packed import QuantizedLinear, QuantizedStack, merged_layer
 
@@ -104,11 +104,8 @@ def joined_experts(experts: Experts) -> Experts:
                 f"{projection!r}: {sorted(map(str, kinds))[:3]}. Leave them out with `exclude_modules=['experts']`."
             )
         first, tensors = layers[0], [layer.grid_tensor() for layer in layers]
-        zero_points = None if tensors[0].zero_point is None else torch.cat([t.zero_point for t in tensors])
-        scale = torch.cat([t.scale.expand(t.codes.shape[0], -1) for t in tensors])
-        weight = GridTensor(torch.cat([t.codes for t in tensors]), scale, zero_points, first.grid)
         stack = merged_layer(
-            weight,
+            join_rows(tensors),
             None,
             first.bits,
             first.compute_dtype,

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_lrqat import LRQATConfig, load_quantized, preprocess_gptq
+from peft_lrqat import LowBitSRConfig, LRQATConfig, load_quantized, preprocess_gptq
+from peft_lrqat.calibration.gptq import gptq_round
 from peft_lrqat.modules.packed import QuantizedLinear
-from tests.mixtures import mixture
+from tests.mixtures import CHOSEN, EXPERTS, FIRST, mixture
 from tests.models import adapted, logits, tiny, tokens, train
 
 IDS = tokens()
@@ -124,16 +126,117 @@ def test_gpt2_and_a_quantized_model_are_refused():
         preprocess_gptq(model, config(), TEXT, progressbar=False)
 
 
+def of_mixture(options: dict | None = None, model: nn.Module | None = None, calibration=TEXT) -> nn.Module:
+    wanted = config(**{"bits": 3, "target_modules": ["experts"], **(options or {})})
+    model = mixture(num_hidden_layers=1) if model is None else model
+    return preprocess_gptq(model, wanted, calibration, progressbar=False)
+
+
+def stacks(model: nn.Module) -> dict[str, list[QuantizedLinear]]:
+    """Projection -> the layers of each expert, in the order of its rows."""
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    return {
+        projection: [model.get_submodule(f"{FIRST}.{e}.{name}") for e in range(EXPERTS) for name in names]
+        for projection, names in parts.items()
+    }
+
+
 @pytest.mark.parametrize(
-    "targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"], ["q_proj", "experts"]], ids=str
+    "options", [{}, {"bits": 2, "group_size": 8, "symmetric": False}, {"target_modules": "all-linear"}], ids=str
 )
-def test_experts_are_refused_before_anything_is_done(targets: str | list[str]):
-    model = mixture()
-    before = logits(model, tokens(1, 4))
-    config = LRQATConfig(bits=4, group_size=8, target_modules=targets)
-    with pytest.raises(ValueError, match=r"means the experts of 2 layers.*exclude_modules=\['experts'\]"):
-        preprocess_gptq(model, config, [tokens(1, 8)], progressbar=False)
-    assert torch.equal(logits(model, tokens(1, 4)), before)
+def test_experts(options: dict, tmp_path: Path):
+    wanted, text = config(**{"bits": 3, "target_modules": ["experts"], **options}), torch.cat(TEXT)
+    peft_model = get_peft_model(of_mixture(options), wanted)
+    rounded = get_peft_model(mixture(num_hidden_layers=1), wanted)
+    expected = logits(mixture(num_hidden_layers=1), text)
+    error, of_rounding = ((logits(m, text) - expected).pow(2).mean() for m in (peft_model, rounded))
+    assert error < 0.9 * of_rounding
+    start = logits(peft_model, IDS)
+    base = peft_model.unload()
+    base.save_pretrained(tmp_path / "base")
+    again = get_peft_model(load_quantized(tmp_path / "base"), wanted)
+    assert torch.equal(logits(again, IDS), start)
+    merged = again.merge_and_unload()
+    assert torch.equal(logits(merged, IDS), start)
+    pairs = zip(merged.modules(), of_mixture(options).modules(), strict=True)
+    assert all(torch.equal(a.codes, b.codes) for a, b in pairs if isinstance(a, QuantizedLinear))
+    if wanted.symmetric:  # transformers reads no zero points of experts
+        merged.save_pretrained(tmp_path / "merged")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), IDS), start)
+
+
+def codes_of(weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    wanted = config(bits=3)
+    how = {"range_method": wanted.range_method or "lp", "signed_scales": wanted.signed_scales}
+    return gptq_round(weight, inputs.t() @ inputs, wanted.grid, **how).codes
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
+def test_each_expert_goes_by_the_tokens_that_it_gets(how: str):
+    """Padding is nobody's token, and whichever function of transformers multiplies makes no difference."""
+    words = torch.cat(TEXT)
+    model = mixture(num_hidden_layers=1)
+    module, routed = model.get_submodule(FIRST), []
+    module.register_forward_pre_hook(lambda module, args: routed.append(args))
+    logits(model, words)
+    ((x, chosen, _),) = routed
+    padded = {
+        "input_ids": torch.nn.functional.pad(words, (0, 3), value=5),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(words), (0, 3)),
+    }
+    found = stacks(of_mixture(model=mixture(num_hidden_layers=1, how=how), calibration=[padded]))
+    for e in range(EXPERTS):
+        own = x[(chosen == e).any(1)]
+        assert len(own) > 32
+        gate_up, down = module.gate_up_proj[e], module.down_proj[e]
+        gate, up = torch.nn.functional.linear(own, gate_up).chunk(2, -1)
+        of_each = {"gate_up_proj": (gate_up, own), "down_proj": (down, module.act_fn(gate) * up)}
+        for projection, (weight, inputs) in of_each.items():
+            expected = codes_of(weight, inputs)
+            count = len(found[projection]) // EXPERTS
+            codes = torch.cat([layer.codes for layer in found[projection][e * count : (e + 1) * count]])
+            assert (codes == expected).float().mean() > 0.99  # sums in another order
+
+
+def test_an_expert_that_few_tokens_reached_has_the_mean_of_the_others_for_the_rest():
+    def model() -> nn.Module:
+        made = mixture(num_hidden_layers=1)
+        gate = made.model.layers[0].mlp.gate.weight.data
+        gate[:] = gate[0] * torch.tensor([1, -1, 2, -2, 0.5]).unsqueeze(1)  # of the last others are always ahead
+        return made
+
+    made, routed = model(), []
+    module = made.get_submodule(FIRST)
+    module.register_forward_pre_hook(lambda module, args: routed.append(args[0].repeat_interleave(CHOSEN, 0)))
+    logits(made, torch.cat(TEXT))
+    with pytest.warns(UserWarning, match=r"Fewer calibration tokens .* reached 1 in block 0 \(4\)\. "):
+        found = stacks(of_mixture(model=model()))
+    inputs = torch.cat(routed)
+    expected = codes_of(module.gate_up_proj[4], inputs)
+    assert (torch.cat([layer.codes for layer in found["gate_up_proj"][-2:]]) == expected).float().mean() > 0.99
+
+
+def test_a_mixture_that_comes_in_by_blocks(tmp_path: Path):
+    mixture().save_pretrained(tmp_path)
+    expected = of_mixture(model=AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert torch.equal(logits(of_mixture(model=tmp_path), IDS), logits(expected, IDS))
+
+
+def test_experts_are_as_they_were_after_an_error():
+    model = mixture(num_hidden_layers=1)
+    model.model.layers[0].post_attention_layernorm.weight.data[0] = torch.nan
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="NaN"):
+        of_mixture(model=model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_low_bit_sr_leaves_experts_float():
+    wanted = LowBitSRConfig(bits=3, group_size=8, target_modules="all-linear")
+    with pytest.warns(UserWarning, match="stay as they are"):
+        model = preprocess_gptq(mixture(num_hidden_layers=1), wanted, TEXT, progressbar=False)
+    assert model.get_parameter(f"{FIRST}.down_proj").ndim == 3
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
 
 
 def test_a_mixture_whose_experts_are_left_out():

@@ -93,35 +93,6 @@ def restore_experts(model: nn.Module, adopted: dict[str, Adopted]) -> None:
         _put(model, name, before)
 
 
-def check_without_experts(model: nn.Module, config: Any, method: str) -> None:
-    """Raise ValueError if `config` means experts, for methods that quantize a model before it is adapted.
-
-    Args:
-        method: which does not quantize experts, for the message.
-    """
-    wanted, config = _Wanted(copy.deepcopy(config)), copy.deepcopy(config)
-    names: list[str] = []
-    refused: dict[str, list[str]] = {}
-    for name, module in _candidates(model):
-        found = _Found.of(model, name, module)
-        meant = wanted.meant(found)
-        if not meant or wanted.excludes(found, True):
-            continue
-        if problem := _problem(model, name, module, found.parts, config):
-            refused.setdefault(problem, []).append(name)
-        else:
-            names.append(name)
-    if names:
-        raise ValueError(
-            f"{method} is for linear layers, but `target_modules` means the experts of {_listed(names)} too. They "
-            "would stay float, and LR-QAT takes no float experts of a model that is quantized. Leave them out with "
-            "`exclude_modules=['experts']`, or begin with `preprocess_blockwise`, or with `get_peft_model` and the "
-            "float model, which put them on the grid."
-        )
-    for problem, some in refused.items():
-        warnings.warn(f"The experts of {_listed(some)} stay as they are: {problem}.", stacklevel=2)
-
-
 def expose_stacks(model: nn.Module, names: Iterable[str]) -> dict[str, ExpertStack]:
     """Make layers of float experts, until `settle_experts`.
 

@@ -215,18 +215,17 @@ class QuantizingModel(LoraModel):
         check_cache(targets, config)
 
     @classmethod
-    def find_targets(
-        cls, model: nn.Module, config: Any, *, loading: bool = False, experts: bool = False
-    ) -> dict[str, nn.Module]:
+    def find_targets(cls, model: nn.Module, config: Any, *, loading: bool = False) -> dict[str, nn.Module]:
         """Name -> module of what `config` names in a model; raises ValueError if they cannot be quantized.
+
+        A projection of experts is an ExpertStack, which is not in the model.
 
         Args:
             loading: their weights are not there yet, and are not judged.
-            experts: those of mixtures too. A projection of them is an ExpertStack, which is not in the model.
         """
         finder, config = cls.__new__(cls), copy.deepcopy(config)
         nn.Module.__init__(finder)  # PEFT's methods for this read nothing that __init__ sets
-        adopted = adopt_experts(model, config) if experts else {}
+        adopted = adopt_experts(model, config)
         try:
             release_experts(model, adopted, finder._targets(model, config, None))
             targets = finder._targets(model, config, None)
