@@ -96,8 +96,10 @@ def preprocess_gptq(
             try:
                 hessians, few = collect_hessians(inputs, index, block, own)
                 if missed := sorted(own.keys() - hessians.keys()):
-                    raise ValueError(f"No calibration token reached layer {missed[0]!r} (an expert, perhaps). Leave it "
-                                     "out of `target_modules`, or give more text.")  # fmt: skip
+                    raise ValueError(
+                        f"No calibration token reached layer {missed[0]!r}, or the model reads its weight without "
+                        "calling it (Jamba's `dt_proj`). Leave it out with `exclude_modules`, or give more text."
+                    )
                 quantized = {k: _quantized(layer, hessians.pop(k), config, damping) for k, layer in own.items()}
                 del own
                 for key in list(quantized):
