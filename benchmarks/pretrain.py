@@ -63,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"dqt-{bits:g}": {"kind": "low-bit", "bits": bits, **_PUBLISHED} for bits in (1.58, 3, 4, 8)},
     **{f"ours-{bits}": {"kind": "low-bit", "bits": bits, "range_method": "minmax", **_OURS} for bits in (3, 4, 8)},
     "ours-1.58": {"kind": "low-bit", "bits": 1.58, "learn_scales": True, **_OURS},
+    "ours-1.58-latent": {"kind": "low-bit", "bits": 1.58, **_OURS, "state": "factored", "latent_weights": True},
     **{
         f"ternary-inference{name}": {
             "kind": "low-bit",
@@ -74,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         for bits, name in ((8, ""), (4, "-4"))
     },
 }
-_OPTIMIZER = ("betas", "eps", "weight_decay", "state", "lr_unit", "fused_backward")
+_OPTIMIZER = ("betas", "eps", "weight_decay", "state", "lr_unit", "latent_weights", "fused_backward")
 _COMMON = {
     "lr": 1e-3, "float_lr": 1e-3, "floor": 0.0, "betas": (0.9, 0.98), "weight_decay": 0.0, "init": "normal",
     "act_bits": None,

@@ -6,6 +6,7 @@ import torch
 
 from . import reference_step
 from .dispatch import kernels_for, on_device_of
+from .latent import mean_magnitude, new_latent, scale_that_follows, usual_magnitude
 from .reference_step import FACTORS, Rule, update_factors
 
 
@@ -24,10 +25,12 @@ def step_codes(
     Args:
         packed, scale, grad, lr: as for `low_bit_update`.
         stream: int64 (2,), key and step of the random numbers. The latter moves on by one.
-        state: the tensors of `new_state`, by name. All are updated; "step" counts on by one.
+        state: the tensors of `new_state`, by name. All are updated; "step" counts on by one. Latent weights are added
+            to it, or dropped, as the rule says.
     """
     state["step"] += 1
     with on_device_of(packed):
+        scale_before = _keep_latent(packed, scale, stream, state, lr, rule)
         operands = dict(state)
         if rule.state == "factored":
             if rule.error_feedback:
@@ -37,5 +40,31 @@ def step_codes(
         # the kernel writes in place, to where tensors without gaps have their elements
         kernels = kernels_for(packed) if packed.is_contiguous() and scale.is_contiguous() else None
         implementation = kernels or reference_step
-        implementation.low_bit_update(packed, scale, stream, grad, operands, lr, state["step"], rule)
+        implementation.low_bit_update(packed, scale, stream, grad, operands, lr, state["step"], rule, scale_before)
     stream[1].add_(1)  # `+= 1` would be copied to where it is
+
+
+def _keep_latent(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    stream: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    lr: torch.Tensor,
+    rule: Rule,
+) -> torch.Tensor | None:
+    """Begin with latent weights, or end with them; let a ternary scale follow them, and return what it was."""
+    if not rule.latent_weights:
+        state.pop("latent_codes", None)
+        state.pop("latent_start", None)
+        return None
+    begins = "latent_codes" not in state
+    if begins:
+        state["latent_codes"] = new_latent(packed, stream, rule.columns)
+    if not rule.scale_follows:
+        return None
+    mean = mean_magnitude(packed, state["latent_codes"], scale, rule.grid)
+    if begins:
+        state["latent_start"] = usual_magnitude(mean)
+    before = scale.clone()
+    scale.copy_(scale_that_follows(scale, mean, state["latent_start"], lr))
+    return before

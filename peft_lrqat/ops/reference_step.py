@@ -21,6 +21,9 @@ LaProp's, arXiv 2002.04839.)
 The remainder e is taken inside the grid, so that a weight at the end of its range does not wind up a momentum that
 points outwards. With eta = 0 nothing moves, and nothing is fed back.
 
+With latent weights (`latent.py`) x = q + k / 64 takes the place of q in these lines, but for the rounding: d moves x,
+which goes to the nearest code, and e is what the rounding of k loses, a 64th of a step at most within the range of k.
+
 The 8-bit state. Blocks of 256 neighbours of a row share one number:
 
     m   int8: a sign and k of 7 bits mean +-k^3 units, of which the block's largest magnitude has 127^3. So neighbours
@@ -48,6 +51,7 @@ from ..chunks import row_chunks
 from ..grid import Grid, grouped, rows_of, with_sign_of
 from ..packing import pack, unpack
 from ..rounding import poison, random_words, round_stochastically, spare_dither, uniform
+from .latent import PARTS, REACH, round_latent
 
 BLOCK = 256
 #: A block's largest momentum, in its units.
@@ -63,6 +67,7 @@ class Rule(NamedTuple):
         columns: in_features.
         lr_unit: "weight" or "grid".
         state: the kind of second moment, see `new_state`.
+        latent_weights: whether the state has latent weights (`latent.py`).
         compile: whether the reference goes through torch.compile.
     """
 
@@ -75,7 +80,13 @@ class Rule(NamedTuple):
     error_feedback: bool
     lr_unit: str
     state: str
+    latent_weights: bool = False
     compile: bool = False
+
+    @property
+    def scale_follows(self) -> bool:
+        """Whether scales follow the latent weights; with a rate in grid steps it would grow with them."""
+        return self.latent_weights and self.grid.ternary and self.lr_unit == "weight"
 
 
 def _root(v: torch.Tensor) -> torch.Tensor:
@@ -186,6 +197,7 @@ def update_rows(
     lr: torch.Tensor,
     step: torch.Tensor,
     rule: Rule,
+    scale_before: torch.Tensor | None = None,
 ) -> None:
     """Update some rows in place: the formulas above.
 
@@ -199,6 +211,7 @@ def update_rows(
         row: int64 (n,), row numbers.
         lr: fp32 scalar.
         step: fp32 scalar, this step's number t, from 1.
+        scale_before: fp32 (n or 1, groups), see `low_bit_update`.
     """
     grad = grad.float()
     words = random_words(row, rule.columns, stream[1], stream[0])
@@ -214,17 +227,29 @@ def update_rows(
     m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
 
     codes = unpack(packed, rule.grid.code_bits, rule.columns).float()
-    step_size = scale.unsqueeze(-1)
+    latent = state.get("latent_codes")
+    here = codes if latent is None else codes + latent.float() * (1 / PARTS)
+    step_size = (scale if scale_before is None else scale_before).unsqueeze(-1)
     adam = m / denominator
     if rule.beta1:
         adam = adam / correction1
     adam = grouped(adam, scale)
     adam = with_sign_of(step_size, adam) if rule.lr_unit == "grid" else adam / step_size
-    move = -lr * (adam.reshape_as(codes) + rule.weight_decay * codes)
-    rounded = round_stochastically(codes, move, uniform(words), rule.grid)
+    move = -lr * (adam.reshape_as(codes) + rule.weight_decay * here)
+    target = here + move
+    if latent is None:
+        rounded = round_stochastically(codes, move, uniform(words), rule.grid)
+        reach, kept = 0.0, rounded
+    else:
+        if scale_before is not None:
+            target = (grouped(target, scale) * (step_size / scale.unsqueeze(-1))).reshape_as(codes)
+            step_size = scale.unsqueeze(-1)
+        rounded, left = round_latent(codes, target, uniform(words), rule.grid)
+        latent.copy_(left)
+        reach, kept = REACH, rounded + left * (1 / PARTS)
 
     if rule.error_feedback:
-        lost = (codes + move).clamp(rule.grid.qmin, rule.grid.qmax) - rounded
+        lost = target.clamp(rule.grid.qmin - reach, rule.grid.qmax + reach) - kept
         lost = grouped(lost, scale)
         lost = with_sign_of(step_size, lost) if rule.lr_unit == "grid" else lost * step_size
         lost = lost.reshape_as(codes)
@@ -311,6 +336,7 @@ def low_bit_update(
     lr: torch.Tensor,
     step: torch.Tensor,
     rule: Rule,
+    scale_before: torch.Tensor | None = None,
 ) -> None:
     """Update a weight in place: the reference of `kernels.low_bit_update`.
 
@@ -324,10 +350,13 @@ def low_bit_update(
             columns and mean as the step before had them.
         lr: fp32 scalar.
         step: fp32 scalar, this step's number t, from 1.
+        scale_before: fp32, as `scale`: what the codes and latent weights are multiples of until this step, where that
+            is not `scale` (with latent weights only).
     """
     update = _compiled() if rule.compile else update_rows
     numbers = torch.arange(packed.shape[0], device=packed.device)
-    parts = {name: value for name, value in state.items() if name != "step"}
+    parts = {name: value for name, value in state.items() if name not in ("step", "latent_start")}
     for rows in row_chunks(packed.shape[0], rule.columns, packed.device):
         some = {name: value if name in _OF_ALL_ROWS else value[rows] for name, value in parts.items()}
-        update(packed[rows], rows_of(scale, rows), stream, grad[rows], some, numbers[rows], lr, step, rule)
+        before = rows_of(scale_before, rows)
+        update(packed[rows], rows_of(scale, rows), stream, grad[rows], some, numbers[rows], lr, step, rule, before)

@@ -107,7 +107,8 @@ def stepped(grid: Grid, state: str, *, strided: bool = False, times: int = 3) ->
     if strided:
         packed, scale = (t.t().contiguous().t() for t in (packed, scale))
     stream = torch.tensor([-(2**60) - 7, 3])
-    rule = Rule(grid, columns, 0.9, 0.98, 1e-8, 0.1, True, "grid", state)
+    unit = "weight" if grid.ternary else "grid"
+    rule = Rule(grid, columns, 0.9, 0.98, 1e-8, 0.1, True, unit, state, latent_weights=grid.ternary)
     held = new_state(torch.Size((rows, columns)), state, True, packed.device)
     for _ in range(times):
         step_codes(packed, scale, stream, torch.randn(rows, columns), held, torch.tensor(0.3), rule)
@@ -116,10 +117,12 @@ def stepped(grid: Grid, state: str, *, strided: bool = False, times: int = 3) ->
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("grid", [Grid(3, 10), Grid(4, 0)], ids=lambda grid: grid.describe())
+@pytest.mark.parametrize(
+    "grid", [Grid(3, 10), Grid(4, 0), Grid(1.58, 0), Grid(1.58, -1)], ids=lambda grid: grid.describe()
+)
 def test_row_chunks_and_strides_change_nothing(grid: Grid, state: str, monkeypatch: pytest.MonkeyPatch):
     whole = stepped(grid, state)
-    assert whole["stream"].tolist() == [-(2**60) - 7, 6]
+    assert whole["stream"].tolist() == [-(2**60) - 7, 6 + grid.ternary]  # latent weights start with a rounding
     assert whole["step"] == 3
     with use_kernels(True):  # which write to where tensors without gaps have their elements
         runs = [stepped(grid, state, strided=True)]

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from ...rounding import SHARED_BITS
+from ..latent import PARTS, REACH
 from ..reference_step import BLOCK, CUBES, Rule
 from .launch import Launch, launched
-from .tiles import ceil_div, scale_stride
+from .tiles import ceil_div, round_half_even, scale_stride
 
 ROWS = 4
 
@@ -97,6 +98,20 @@ def _store_codes(row, unsigned, block, row_ok, words, BITS: tl.constexpr, BM: tl
 
 
 @triton.jit
+def _load_scale(
+    scale, scale_stride, wide, block, i, row_ok, inside, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Load the scales of BM rows and one block of columns: fp32 (BM, 1) or (BM, BLOCK)."""
+    if GROUP == 0:  # one scale a row
+        s = tl.load(scale + wide * scale_stride, mask=row_ok, other=1.0)[:, None]
+    elif GROUP % BLOCK == 0:
+        s = tl.load(scale + wide * scale_stride + block * BLOCK // GROUP, mask=row_ok, other=1.0)[:, None]
+    else:
+        s = tl.load(scale + wide[:, None] * scale_stride + (i // GROUP)[None, :], mask=inside, other=1.0)
+    return s
+
+
+@triton.jit
 def _encode_second_moment(v, dither, inside):
     """Encode as `reference_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
     low = tl.sqrt_rn(v).to(tl.int32, bitcast=True) >> 19
@@ -147,6 +162,8 @@ def _update_kernel(
     correction2,
     correction2_before,
     poison,
+    latent,
+    scale_before,
     scale_stride,
     rows,
     columns,
@@ -167,6 +184,8 @@ def _update_kernel(
     FEEDBACK: tl.constexpr,
     SHARED: tl.constexpr,
     CUBES: tl.constexpr,
+    PARTS: tl.constexpr,
+    REACH: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -187,12 +206,13 @@ def _update_kernel(
     g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
     random = _random_words(stream, j, block, BM, BLOCK)
     rate, c1, c2 = tl.load(lr), tl.load(correction1), tl.load(correction2)
-    if GROUP == 0:  # one scale a row
-        s = tl.load(scale + wide * scale_stride, mask=row_ok, other=1.0)[:, None]
-    elif GROUP % BLOCK == 0:
-        s = tl.load(scale + wide * scale_stride + block * BLOCK // GROUP, mask=row_ok, other=1.0)[:, None]
-    else:
-        s = tl.load(scale + wide[:, None] * scale_stride + (i // GROUP)[None, :], mask=inside, other=1.0)
+    s = _load_scale(scale, scale_stride, wide, block, i, row_ok, inside, GROUP, BLOCK)
+    s_before = s
+    if scale_before is not None:
+        s_before = _load_scale(scale_before, scale_stride, wide, block, i, row_ok, inside, GROUP, BLOCK)
+    x = q
+    if latent is not None:
+        x = q + tl.load(latent + at, mask=inside, other=0).to(tl.float32) * (1.0 / PARTS)
 
     if m_values is None:
         m = g
@@ -234,16 +254,28 @@ def _update_kernel(
     adam = tl.div_rn(m, denominator)
     if m_values is not None:
         adam = tl.div_rn(adam, c1)
-    adam = tl.where(s < 0, -adam, adam) if GRID_UNIT else tl.div_rn(adam, s)
-    move = -rate * (adam + weight_decay * q)
-    target = q + tl.floor(move + _uniform(random))
-    rounded = tl.clamp(tl.where(target == target, target, 0.0), QMIN, QMAX)
+    adam = tl.where(s < 0, -adam, adam) if GRID_UNIT else tl.div_rn(adam, s_before)
+    move = -rate * (adam + weight_decay * x)
+    target = x + move
+    if latent is None:
+        rounded = q + tl.floor(move + _uniform(random))
+        rounded = tl.clamp(tl.where(rounded == rounded, rounded, 0.0), QMIN, QMAX)
+        kept = rounded
+    else:
+        if scale_before is not None:
+            target = target * tl.div_rn(s_before, s)
+        rounded = q + round_half_even(target - q)
+        rounded = tl.clamp(tl.where(rounded == rounded, rounded, 0.0), QMIN, QMAX)
+        left = tl.floor((target - rounded) * PARTS + _uniform(random))
+        left = tl.clamp(tl.where(left == left, left, 0.0), -127.0, 127.0)
+        tl.store(latent + at, left.to(tl.int8), mask=inside)
+        kept = rounded + left * (1.0 / PARTS)
     unsigned = tl.where(inside, rounded.to(tl.int32) + (1 << (BITS - 1)), 0)
     _store_codes(row, unsigned, block, row_ok, words, BITS, BM, BLOCK)
 
     if m_values is not None:
         if FEEDBACK:
-            lost = tl.clamp(q + move, QMIN, QMAX, propagate_nan=tl.PropagateNan.ALL) - rounded
+            lost = tl.clamp(target, QMIN - REACH, QMAX + REACH, propagate_nan=tl.PropagateNan.ALL) - kept
             lost = tl.where(s < 0, -lost, lost) if GRID_UNIT else lost * s
             factor = tl.div_rn(c1 * feedback, tl.where(rate > 0, rate, float("inf")))
             m = m + factor * denominator * lost
@@ -285,6 +317,8 @@ def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launc
         FEEDBACK=rule.error_feedback,
         SHARED=SHARED_BITS,
         CUBES=CUBES,
+        PARTS=PARTS,
+        REACH=REACH if rule.latent_weights else 0.0,
         BM=ROWS,
         BLOCK=BLOCK,
     )
@@ -299,6 +333,7 @@ def low_bit_update(
     lr: torch.Tensor,
     step: torch.Tensor,
     rule: Rule,
+    scale_before: torch.Tensor | None = None,
 ) -> None:
     """Do what `reference_step.low_bit_update` does, bit for bit; never waits for the device.
 
@@ -330,5 +365,7 @@ def low_bit_update(
         correction2,
         1 - rule.beta2 ** (step - 1),
         poison,
+        state.get("latent_codes"),
+        scale_before,
     )
     scale.add_(poison)

@@ -89,6 +89,7 @@ class LowBitAdamW(Optimizer):
 
         state                           "8bit"  2;  "factored"  1;  "fp32"  8
         state with betas=(0, ...)       "8bit"  1;  "factored"  0.01;  "fp32"  4
+        latent_weights=True             1 more
         gradients                       4, of all weights until `step()`
         gradients, fused_backward=True  4, of one layer at a time
 
@@ -110,6 +111,11 @@ class LowBitAdamW(Optimizer):
             configuration of each weight says; if that does not say either, yes, where there is a momentum.
         lr_unit (str): "weight": weight units, as everywhere. "grid": grid steps, so that coarse and fine grids change
             as many codes in a step; scales do not grow then (`grow_scales`).
+        latent_weights (bool): keep an int8 behind each code: where between, and beyond, the levels the weight belongs,
+            in 64ths of a step. Codes are then rounded to nearest, as those of a straight-through estimator are from
+            float masters, and scales of ternary weights follow the latent weights' mean magnitude (with
+            `lr_unit="weight"`). For ternary weights from scratch: with `state="factored"` it takes what "8bit" takes
+            without it. Not for 8-bit codes, which are as fine.
         fused_backward (bool): update a low-bit weight when its gradient arrives in backward, and free the gradient.
         gradient_accumulation_steps (int | None): with `fused_backward`: after how many backward passes to update, 1 or
             more. Until the last of them the gradients are kept. None: when accelerate says that gradients are complete,
@@ -150,6 +156,7 @@ class LowBitAdamW(Optimizer):
         state: str = "8bit",
         error_feedback: bool | None = None,
         lr_unit: str = "weight",
+        latent_weights: bool = False,
         fused_backward: bool = False,
         gradient_accumulation_steps: int | None = None,
         compile: bool = False,
@@ -174,7 +181,10 @@ class LowBitAdamW(Optimizer):
                 "`fused_backward=True` only: otherwise call step() as often as you like."
             )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "state": state, "error_feedback": error_feedback, "lr_unit": lr_unit})
+        if not isinstance(latent_weights, bool):
+            raise ValueError(f"`latent_weights` is {latent_weights!r}; it must be True or False.")
+        compact = {"state": state, "error_feedback": error_feedback, "lr_unit": lr_unit}
+        super().__init__(params, {**defaults, **compact, "latent_weights": latent_weights})
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._compile = compile
         self._arrived: dict[torch.Tensor, int] = {}
@@ -254,6 +264,11 @@ class LowBitAdamW(Optimizer):
                 f"`betas` is {group['betas']}, but `error_feedback` keeps the rounding remainder in the momentum. Use "
                 "betas[0] > 0, or error_feedback=False."
             )
+        if group["latent_weights"] and parameter.grid.bits == 8:
+            raise ValueError(
+                "`latent_weights` is True, but there are low-bit weights of 8 bits, which are as fine themselves. Use "
+                "it for coarser grids, or for parameter groups without 8-bit weights."
+            )
         return Rule(
             parameter.grid,
             parameter.shape[1],
@@ -264,6 +279,7 @@ class LowBitAdamW(Optimizer):
             feedback,
             group["lr_unit"],
             group["state"],
+            group["latent_weights"],
             self._compile,
         )
 
@@ -316,15 +332,22 @@ class LowBitAdamW(Optimizer):
 
     # -- saving
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of earlier files
+            group.setdefault("latent_weights", False)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, which casts all state to the parameter's dtype. The state's codes become integers again.
 
-        An 8-bit momentum in the linear code of earlier files is put on today's code.
+        An 8-bit momentum in the linear code of earlier files is put on today's code. The options are the file's, as
+        with torch's optimizers.
         """
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
                 kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
+                kinds["latent_codes"] = torch.empty(0, dtype=torch.int8)
                 for name, value in state.items():
                     state[name] = value.to(parameter.device, kinds[name].dtype) if name in kinds else value
                 if (step := state.pop("exp_avg_step", None)) is not None:

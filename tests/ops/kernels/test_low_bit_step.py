@@ -74,9 +74,27 @@ def test_steps_are_the_references_bit_for_bit(bits, state):
         assert found["stream"][1] == 2
 
 
+@pytest.mark.parametrize(
+    ("bits", "state"), [(1.58, "factored"), (1.58, "8bit"), (2, "fp32"), (3, "8bit"), (4, "factored")]
+)
+def test_latent_weights_are_the_references_bit_for_bit(bits, state):
+    for number, (group_size, shape) in enumerate(SHAPES.items()):
+        start = weight(bits, group_size, shape)
+        options = {"latent_weights": True, "error_feedback": number % 2 == 0, "lr_unit": "weight" if number else "grid"}
+        options["lr"] = 0.01 if number else 0.3
+        found = check(start, gradients(shape, 3), state=state, weight_decay=0.1, **options)
+        after = LowBitTensor(found["packed"], start.scale, start.stream, start.grid, shape[1])
+        assert 0.01 < (after.codes() != start.codes()).float().mean() < 0.99
+        assert found["latent_codes"].unique().numel() > 20
+        follows = bits == 1.58 and number
+        assert torch.equal(found["scale"], start.scale) != follows
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_without_momentum(state):
-    check(weight(3, 9, (3, 45)), gradients((3, 45), 2), lr=0.01, state=state, betas=(0.0, 0.98), error_feedback=False)
+    options = {"lr": 0.01, "state": state, "betas": (0.0, 0.98), "error_feedback": False}
+    check(weight(3, 9, (3, 45)), gradients((3, 45), 2), **options)
+    check(weight(1.58, 9, (3, 45)), gradients((3, 45), 2), **options, latent_weights=True)
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -59,6 +59,9 @@ def test_state_takes_the_bytes_it_promises(state: str):
     held = bytes_of_state(optimizer) / p.numel()
     low, high = {"8bit": (2, 2.03), "factored": (1, 1.04), "fp32": (8, 8.001)}[state]
     assert low <= held <= high
+    optimizer = LowBitAdamW([p], state=state, latent_weights=True)
+    optimizer.step()
+    assert low + 1 <= bytes_of_state(optimizer) / p.numel() <= high + 1
     optimizer = LowBitAdamW([p], state=state, betas=(0.0, 0.95))
     optimizer.step()
     held = bytes_of_state(optimizer) / p.numel()
@@ -239,6 +242,47 @@ def test_state_is_saved_and_goes_on_bit_for_bit(state: str, feedback: bool, tmp_
     assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
 
 
+@pytest.mark.parametrize("state", ["8bit", "factored"])
+def test_latent_weights_are_saved_and_go_on_bit_for_bit(state: str, tmp_path):
+    def make():
+        model = low_bit(tiny(num_hidden_layers=1), bits=1.58)
+        return model, LowBitAdamW(trainable(model), lr=1e-2, state=state, latent_weights=True)
+
+    model, optimizer = make()
+    run(model, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    held = copy.deepcopy(model.state_dict())
+    other, _ = make()
+    other.load_state_dict(held)
+    second = LowBitAdamW(trainable(other))  # the options are the file's
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    run(model, optimizer, 3)
+    run(other, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
+    scales = [[p.scale for p in weights(m).values()] for m in (model, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
+
+
+def test_a_state_from_before_latent_weights_goes_on_without_them():
+    p = nn.Parameter(low_bit_weights.weight(1.58, -1, (5, 300)))
+    optimizer = LowBitAdamW([p])
+    p.grad = torch.randn(5, 300)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["latent_weights"]
+    twin = copy.deepcopy(p)
+    second = LowBitAdamW([twin], latent_weights=True)
+    second.load_state_dict(saved)
+    twin.grad = p.grad.clone()
+    for one in (optimizer, second):
+        one.step()
+    assert "latent_codes" not in second.state[twin]
+    assert torch.equal(twin.codes(), p.codes())
+    second.param_groups[0]["latent_weights"] = True  # whoever wants them says so again
+    second.step()
+    assert second.state[twin]["latent_codes"].dtype == torch.int8
+
+
 def test_a_momentum_that_was_stored_linearly_goes_on():
     """As optimizer states before today's code have it."""
     p = nn.Parameter(low_bit_weights.weight(4, -1, (5, 300)))
@@ -376,6 +420,8 @@ def test_fused_backward_is_refused_under_data_parallelism(monkeypatch: pytest.Mo
         ({"betas": (0.0, 0.9), "error_feedback": True}, r"`betas` is .* keeps the rounding remainder in the momentum"),
         ({"state": "4bit"}, "`state` is '4bit'; allowed are"),
         ({"lr_unit": "step"}, "`lr_unit` is 'step'; allowed are"),
+        ({"latent_weights": "8bit"}, "`latent_weights` is '8bit'; it must be True or False"),
+        ({"latent_weights": True}, r"`latent_weights` is True, but there are low-bit weights of 8 bits"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
         ({"gradient_accumulation_steps": 2}, r"`gradient_accumulation_steps` is 2, which matters with"),
     ],

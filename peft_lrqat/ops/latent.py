@@ -1,0 +1,105 @@
+"""Latent weights: an int8 behind each packed code, which remembers where between (and beyond) the levels it belongs.
+
+    x = q + k / 64        grid steps; q the packed code, k int8 of the optimizer's state
+
+The forward sees q alone. A step moves x, rounds it to the nearest code, and keeps what is left:
+
+    x' = x + d            q' = clip(q + round(x' - q))            k' = floor(64 (x' - q') + u), in [-127, 127]
+
+So a weight does not tremble between two levels, as stochastic rounding of the code has it, and inside one it has the
+inertia of a float master (a straight-through estimator's): it may lie almost two steps beyond the last level, and takes
+as long to come back. x' = x changes nothing: a weight midway between two levels stays where it is.
+
+A ternary grid follows its latent weights, as BitNet b1.58 (arXiv 2402.17764) takes the mean magnitude of its masters:
+
+    s' = snap(s mean|x| / c)        c = mean|x| when training began, so that the first s' is s
+    x' = (x + d) s / s'             the step above, in steps of s'
+
+where the means are of the weights that share a scale. The masters grow in training; with a fixed scale they would leave
+the level 0 empty. mean|x| is a sum of integers, equal on every device. A scale whose codes are next to all 0 at the
+start (a layer that begins at zero) has no distribution to keep; its c is that of a usual one, 3/4.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..chunks import row_chunks
+from ..grid import Grid, rows_of, snap_scale, sum_per_scale
+from ..packing import unpack
+from ..rounding import random_words, uniform
+
+#: Parts of a grid step that a latent weight counts in.
+PARTS = 64
+#: How far it may lie beyond the outermost levels, and from its code: grid steps.
+REACH = 127 / PARTS
+
+
+def new_latent(packed: torch.Tensor, stream: torch.Tensor, columns: int) -> torch.Tensor:
+    """Start latent weights: anywhere that rounds to the code, with equal chance. Counts as a rounding.
+
+    All at their codes would have to go half a step before the first of them changes, and would arrive together.
+
+    Args:
+        packed, stream: of the weight, as for `step_codes`. The stream moves on by one.
+        columns: in_features.
+
+    Returns:
+        int8 (out, in), in 64ths of a step from the code, at most 31.
+    """
+    latent = torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
+    for rows in row_chunks(packed.shape[0], columns, packed.device):
+        numbers = torch.arange(rows.start, rows.stop, device=packed.device)
+        u = uniform(random_words(numbers, columns, stream[1], stream[0]))
+        latent[rows] = ((u * (PARTS - 1)).floor() - (PARTS // 2 - 1)).to(torch.int8)
+    stream[1].add_(1)
+    return latent
+
+
+def mean_magnitude(packed: torch.Tensor, latent: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Average |x| over the weights that share a scale: fp64, in the shape of `scale`, grid steps.
+
+    Args:
+        packed, scale: of the weight, as for `step_codes`.
+        latent: int8 (out, in).
+    """
+    sums = torch.zeros(scale.shape, dtype=torch.int64, device=packed.device)
+    for rows in row_chunks(packed.shape[0], latent.shape[1], packed.device):
+        x = unpack(packed[rows], grid.code_bits, latent.shape[1]).to(torch.int16) * PARTS + latent[rows]
+        rows_of(sums, rows).add_(sum_per_scale(x.abs_(), rows_of(sums, rows)))
+    return sums.double() * (scale.numel() / (PARTS * latent.numel()))
+
+
+def usual_magnitude(mean: torch.Tensor) -> torch.Tensor:
+    """Choose c, fp32, from `mean_magnitude` at the start: 1/4 is that of zeros alone."""
+    return torch.where(mean < 1 / 3, 0.75, mean).float()
+
+
+def scale_that_follows(scale: torch.Tensor, mean: torch.Tensor, start: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+    """Compute s' = snap(s mean|x| / c): fp32, as `scale`. With a learning rate of 0 it is s.
+
+    Any checkpoint stores it exactly, whatever its `scale_dtype` is.
+
+    Args:
+        scale: fp32 (rows, groups).
+        mean: fp64, `mean_magnitude` now.
+        start: fp32, c.
+        lr: scalar.
+    """
+    return torch.where(lr > 0, snap_scale((scale.double() * mean / start).float(), "auto"), scale)
+
+
+def round_latent(codes: torch.Tensor, target: torch.Tensor, u: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, ...]:
+    """Round x' to the code nearest to it, and to 64ths.
+
+    Args:
+        codes: fp32 (...), the codes before the step.
+        target: fp32 (...), x', grid steps.
+        u: fp32 (...), uniform in (0, 1).
+
+    Returns:
+        fp32 (...), q' and k': integers. Where `target` is not finite, both are in range.
+    """
+    rounded = (codes + (target - codes).round()).nan_to_num(nan=0.0).clamp(grid.qmin, grid.qmax)
+    left = ((target - rounded) * PARTS + u).floor().nan_to_num(nan=0.0).clamp(-127, 127)
+    return rounded, left
