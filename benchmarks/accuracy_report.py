@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 from accuracy_methods import DEFAULTS, LEARNING_RATES
 
 _HIDDEN = {"method", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters", "start_windows"}
-_OPTIONS = {("signed", "True"): "signed scales", ("downcast", "int"): "packed base"}
+_OPTIONS = {
+    ("signed", "True"): "signed scales",
+    ("downcast", "int"): "packed base",
+    ("learn_scales", "channel"): "scales by channel",
+}
 _METHODS = {
     "round": "rounded to nearest",
     "lsq": "full QAT (LSQ)",

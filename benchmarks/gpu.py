@@ -267,11 +267,12 @@ def forward_backward(
     return replay
 
 
-#: Kinds of kernels, and what their names hold; the first that fits.
+#: Kinds of kernels, and what their names hold; the first that fits. Ours build W^ ("weights"), round the factors of its
+#: change, and sum up what scales and factors want.
 KERNELS = {
-    "W^": ("_weight_kernel",),
-    "small kernels of ours": ("_prepare_kernel", "_clipped_kernel"),
-    "sums for scales and B, G": ("_row_sums_kernel", "_dense_kernel"),
+    "weights": ("_weight_kernel",),
+    "factors": ("_prepare_kernel", "_clipped_kernel"),
+    "sums": ("_row_sums_kernel", "_dense_kernel", "_by_g_kernel"),
     "attention": ("sdpa", "flash", "fmha", "cudnn"),
     "products": ("gemm", "nvjet", "cutlass", "splitk"),
     "elementwise": ("elementwise", "reduce", "cat", "copy", "fill"),
