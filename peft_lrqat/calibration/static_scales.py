@@ -1,13 +1,17 @@
-"""The fixed scales of activations (`act_scale="static"`), from what the layers receive on calibration text."""
+"""The fixed scales of activations (`act_scale="static"`), from what the layers receive on calibration text: how large
+they start, and which layers have one in common."""
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..tuners.common.input_scale import set_scales
 from ..tuners.common.layer import MergingLayer
 from .modes import in_eval
 
@@ -16,8 +20,9 @@ from .modes import in_eval
 def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
     """Set the fixed scales of the active adapter, so that the grid holds the largest inputs of some text.
 
-    Call it after `get_peft_model` and before training, which then learns the scales. While it runs, weights are rounded
-    and inputs are not. With several processes, give each the same batches.
+    Call it after `get_peft_model` and before an optimizer is made, which then learns the scales. Layers that are given
+    one input (q, k and v; gate and up) get one scale, one parameter, as engines have it. While it runs, weights are
+    rounded and inputs are not. With several processes, give each the same batches.
 
     Args:
         model (nn.Module): a model with an adapter of `act_scale="static"`.
@@ -43,25 +48,62 @@ def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Map
             "The model has no single active, unmerged adapter with fixed scales of activations. Make one with "
             "`act_scale='static'`, or leave the calibration out."
         )
+    inputs = _Inputs()
+    seen = {name: _Observer(inputs, layer.frozen.device) for name, layer in layers.items()}
     try:
-        for layer in layers.values():
-            layer._observed = torch.zeros((), device=layer.frozen.device)
+        for name, layer in layers.items():
+            layer._observer = seen[name]
         with in_eval(model):
             for batch in batches:
                 here = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
                 device = next(iter(layers.values())).frozen.device
                 model(**{name: value.to(device) if hasattr(value, "to") else value for name, value in here.items()})
-        largest = {name: layer._observed for name, layer in layers.items()}
     finally:
         for layer in layers.values():
-            layer._observed = None
-    for name, value in largest.items():
+            layer._observer = None
+    for name, observer in seen.items():
+        value = observer.largest
         if not bool(torch.isfinite(value) & (value > 0)):
             raise ValueError(
                 f"The largest input of layer {name!r} on the calibration text is {float(value)}. Give text that "
                 f"reaches every layer, or leave this one float: `act_bits_pattern={{{name!r}: None}}`."
             )
+    found = []
     for name, layer in layers.items():
         (adapter,) = [a for a in layer.active_adapters if a in layer.act_scales]
         steps = 2.0 ** (layer.adapter_options[adapter].activations_of(layer.name).bits - 1) - 0.5
-        layer.act_scales[adapter].weight.copy_((largest[name] / steps).log2().view(1))
+        found.append((layer.act_scales[adapter], (seen[name].largest / steps).log2(), seen[name].given))
+    set_scales(found)
+
+
+class _Inputs:
+    """Numbers of the tensors that layers are given: a layer that follows another may be given the same."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._latest: tuple[Any, int, int] | None = None  # a reference to it, its version, its number
+
+    def number(self, x: torch.Tensor) -> int:
+        if x.is_inference():  # without a version
+            return next(self._numbers)
+        if self._latest is None or self._latest[0]() is not x or self._latest[1] != x._version:
+            self._latest = weakref.ref(x), x._version, next(self._numbers)
+        return self._latest[2]
+
+
+class _Observer:
+    """What one layer is given.
+
+    Attributes:
+        largest: the largest magnitude, fp32 ().
+        given: the number of each tensor.
+    """
+
+    def __init__(self, inputs: _Inputs, device: torch.device) -> None:
+        self._inputs = inputs
+        self.largest, self.given = torch.zeros((), device=device), list[int]()
+
+    def see(self, x: torch.Tensor) -> None:
+        """Take note of an input."""
+        self.largest = torch.maximum(self.largest, x.detach().abs().amax().float())
+        self.given.append(self._inputs.number(x))

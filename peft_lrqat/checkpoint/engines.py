@@ -17,6 +17,13 @@ from ..ops.kv_cache import CacheRounding
 
 # With AVX2 it loads them and fails with the first request.
 _AVX512 = "where the CPU has AVX-512"
+# Both read in vLLM 0.32: `CompressedTensorsW8A8Int8` has one number for all layers of a fused one, into which each is
+# copied as it is read; `_apply_weights_sgl` hands no scale to its kernel.
+_VLLM_FIXED = (
+    "layers that it fuses (q, k and v) get the fixed scale of the one that it reads last; `calibrate_activations` gives "
+    "them one"
+)
+_AMX_FIXED = "on a CPU with AMX it takes a scale for each token instead"
 _VLLM_STEPS = "its largest activation has 127 steps, not the 127.5 of training (`act_rule='vllm'` trains 127)"
 
 
@@ -191,8 +198,9 @@ def _with_rounded_inputs(rounded: list[LayerInfo]) -> list[Engine]:
     fixed = any(info.activations.static for info in rounded if info.activations)
     steps = _VLLM_STEPS if any(map(_rounds_as_transformers, rounded)) and not fixed else ""
     if all(multiplies_int8(info.grid, info.container_bits, info.activations) for info in rounded):
-        why = "of layers that it fuses (q, k and v) it takes the largest fixed scale" if fixed else steps
-        return [Engine("vLLM on a CPU", True, why), Engine("vLLM on a GPU", True, why, run=False)]
+        why = _VLLM_FIXED if fixed else steps
+        cpu = f"{why}; {_AMX_FIXED}" if fixed else why
+        return [Engine("vLLM on a CPU", True, cpu), Engine("vLLM on a GPU", True, why, run=False)]
     why = "it leaves the activations of packed weights float; write them with container_bits=8, per channel"
     gpu = "with the package humming-kernels, and --linear-backend humming: other kernels leave activations float"
     gpu = "; ".join(filter(None, (gpu, steps)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_lrqat import calibrate_activations
 from peft_lrqat.modules import block_graphs
 from peft_lrqat.modules.block_graphs import BlockGraphs
 from tests.graphs import RunsAgain, attached, checkpointed, equal, lora, lrqat, step, trained
@@ -20,11 +21,18 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr(block_graphs, "recorder_for", lambda device: RunsAgain())
 
 
+def fixed_scales() -> nn.Module:
+    model = lrqat("qwen3", act_bits=8, act_scale="static")
+    calibrate_activations(model, [tokens()])
+    return model
+
+
 MODELS = {
     "LoRA": lora,
     "LR-QAT": lambda: lrqat(),
     "LR-QAT in groups, rounded cache": lambda: lrqat(group_size=16, downcast="int", kv_bits=8),
     "LR-QAT, rounded inputs": lambda: lrqat("qwen3", act_bits=8),
+    "LR-QAT, fixed scales of inputs": fixed_scales,
     "two kinds of attention": lambda: lora(tiny("gemma3")),
     "GPT-2": lambda: lora(tiny("gpt2"), fan_in_fan_out=True),
     "experts": lambda: on_experts(mixture(), range_method="minmax"),

@@ -51,9 +51,9 @@ class GridConfig(PeftConfigMixin):
         act_rule (str): Whose arithmetic rounds inputs. "transformers": compressed-tensors', with 127.5 steps (4 bits:
             7.5) for the largest magnitude. "vllm": that of vLLM's kernels, with 127 (7) steps. Default:
             `"transformers"`.
-        act_scale (str): "dynamic": the scales of inputs are found anew for every token. "static": every layer has one
-            scale, which `calibrate_activations` sets before training, which is trained (LSQ, arXiv 1902.08153), and
-            which is stored. "static" is for W8A8 only. Default: `"dynamic"`.
+        act_scale (str): "dynamic": the scales of inputs are found anew for every token. "static": the input of a
+            layer has one scale, which layers with one input have in common, `calibrate_activations` sets, training
+            learns (LSQ, arXiv 1902.08153), and the checkpoint stores. "static" is for W8A8 only. Default: `"dynamic"`.
         kv_bits (int | None): 8 or 4: keys and values are rounded to so many bits where they are written to the cache,
             with a scale for every token and head. It happens in training and wherever the merged model runs. Default:
             `None`, a float cache.

@@ -31,6 +31,7 @@ from ...ops.activations import Activations, round_activations
 from ...ops.inputs import linear_input
 from ...ops.shared_inputs import shared_values
 from ...ops.static_inputs import LearnedScale, round_learned, static_scale
+from .input_scale import InputScale
 from .packed_parameter import whole
 from .plain import user_attributes
 
@@ -57,20 +58,6 @@ def describe_lost(scale_dtype: str) -> str:
     )
 
 
-class AdapterWeight(nn.Module):
-    """One adapter's `weight`, a parameter of a layer, with no forward of its own.
-
-    It is a module so that the parameter's name is `<what>.<adapter>.weight`, as lora_A's is: TRL copies an adapter by
-    names that hold ".default.".
-    """
-
-    weight: nn.Parameter
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
 def parameters_become_meta() -> bool:
     """Whether PEFT puts new parameters on the meta device just now: within its `low_cpu_mem_usage`."""
     probe = nn.Module()
@@ -93,9 +80,9 @@ class MergingLayer(LoraLayer):
     named_parameters: Any  # of nn.Module, which a subclass is as well
     _before_merge: Any = None
     adapter_options: dict[str, Any]
-    act_scales: Any  # ModuleDict, adapter -> AdapterWeight (1,): log2 of the fixed scale of inputs, where there is one
+    act_scales: Any  # ModuleDict, adapter -> InputScale, where inputs have a fixed scale
     _calibrated: set[str]  # the adapters whose fixed scale is known to be set
-    _observed: torch.Tensor | None = None  # while `calibrate_activations` runs: the largest magnitude of inputs so far
+    _observer: Any = None  # while `calibrate_activations` runs: its `see` is called with the inputs
 
     other_param_names = (*LoraLayer.other_param_names, "adapter_options")
 
@@ -177,7 +164,7 @@ class MergingLayer(LoraLayer):
         """Give an adapter its fixed scale of inputs, if it has one: not a number until it is calibrated or loaded."""
         if config.learns_input_scale(self.name):
             self._calibrated.discard(adapter)
-            self.act_scales[adapter] = AdapterWeight(torch.full((1,), torch.nan, device=self.frozen.device))
+            self.act_scales[adapter] = InputScale(self.frozen.device)
 
     def _rounded(
         self, x: torch.Tensor, activations: Activations | None, adapters: list[str]
@@ -189,10 +176,9 @@ class MergingLayer(LoraLayer):
             return linear_input(x, self.frozen), None, None
         learned = None
         if activations.static:
-            if self._observed is not None:
-                x = linear_input(x, self.frozen)
-                self._observed = torch.maximum(self._observed, x.detach().abs().amax().float())
-                return x, None, None
+            if self._observer is not None:
+                self._observer.see(x)
+                return linear_input(x, self.frozen), None, None
             learned = self._learned_scale(adapters, activations.bits)
         values = shared_values(x, activations, self.frozen, learned)
         if values is not None:

@@ -23,6 +23,7 @@ from .experts import adopt_experts, release_experts, restore_experts, settle_exp
 from .extras import adopt_labels, check_extras, check_reference, head_of, task_heads
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
 from .frozen import FrozenWeight
+from .input_scale import know_neighbours
 from .layer import MergingLayer, merging
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
@@ -170,6 +171,7 @@ class QuantizingModel(LoraModel):
                 "report it, with your configuration."
             )
         self._check_converted(targets, config)
+        know_neighbours({name: model.get_submodule(name) for name in targets}, adapter_name)
         arrange(model, config.offload_base)
         if cache is not None:
             round_cache(model, cache)

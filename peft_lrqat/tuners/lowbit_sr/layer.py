@@ -45,7 +45,8 @@ from ...ops.shared_inputs import through_rounding
 from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
-from ..common.layer import AdapterWeight, MergingLayer, parameters_become_meta
+from ..common.input_scale import AdapterWeight
+from ..common.layer import MergingLayer, parameters_become_meta
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LowBitSRConfig
 from .dropped import DroppedBase
@@ -64,7 +65,7 @@ class LowBitSRLayer(MergingLayer):
             trained codes, which read as s q in fp32.
         lowbitsr_scale_shift (nn.ModuleDict): adapter -> AdapterWeight, fp32 (rows, groups), the relative change of the
             scales. Entries exist with `learn_scales=True` only.
-        lowbitsr_act_scale (nn.ModuleDict): adapter -> AdapterWeight, fp32 (1,), log2 of the fixed scale of inputs.
+        lowbitsr_act_scale (nn.ModuleDict): adapter -> InputScale, fp32 (1,), log2 of the fixed scale of inputs.
             Entries exist with `act_scale="static"` only.
         weight (torch.Tensor): float (out, in), the weight that the forward multiplies with, built anew whenever it is
             read.

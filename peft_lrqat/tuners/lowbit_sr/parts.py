@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.layer import AdapterWeight
+from ..common.input_scale import AdapterWeight
 from .tensor import LowBitTensor
 
 #: Name in a state dict -> attribute of `LowBitTensor`.

@@ -62,7 +62,8 @@ from ...ops import trained_scale
 from ...ops.reference import adapter_units, codes
 from ...ops.shared_inputs import through_rounding
 from ..common.frozen import FrozenWeight
-from ..common.layer import AdapterWeight, MergingLayer
+from ..common.input_scale import AdapterWeight
+from ..common.layer import MergingLayer
 from ..common.packed_parameter import share, whole
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
@@ -91,7 +92,7 @@ class LRQATLayer(MergingLayer):
             that the checkpoint will hold.
         lora_scale_shift (nn.ModuleDict): adapter -> AdapterWeight, fp32 (rows, groups), the relative change of the
             scales. With `learn_scales="channel"` it is (rows, 1); with `learn_scales=False` it has no entry.
-        lora_act_scale (nn.ModuleDict): adapter -> AdapterWeight, fp32 (1,), log2 of the fixed scale of inputs. Entries
+        lora_act_scale (nn.ModuleDict): adapter -> InputScale, fp32 (1,), log2 of the fixed scale of inputs. Entries
             exist with `act_scale="static"` only.
         weight (torch.Tensor): float (out, in), the weight that the forward multiplies with, built anew whenever it is
             read.

@@ -1,0 +1,122 @@
+"""The learned fixed scale of a layer's input, and which layers have it in common: those that are given one input.
+
+An engine makes one product of q, k and v, and of gate and up, and has one fixed scale for what goes in: vLLM 0.32 has
+one place for it, and copies the scale of each of the layers there as it reads the file, so that the last one stays
+(`CompressedTensorsW8A8Int8` in its source). A scale for each of them would be trained, and not served. One also spares
+two of three roundings (`ops/shared_inputs.py`).
+
+Which layers that are is seen while `calibrate_activations` runs: neighbours in one module that were given the same
+tensors. They then have one parameter, under the name of each of them, in the model as in its files. A file is read back
+so: neighbours whose scales are equal in it have one parameter again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .packed_parameter import share
+
+
+class AdapterWeight(nn.Module):
+    """One adapter's `weight`, a parameter of a layer, with no forward of its own.
+
+    It is a module so that the parameter's name is `<what>.<adapter>.weight`, as lora_A's is: TRL copies an adapter by
+    names that hold ".default.".
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class InputScale(AdapterWeight):
+    """log2 of the fixed scale of a layer's input, fp32 (1,): not a number until it is set.
+
+    Attributes:
+        before: that of the neighbour before this layer, which may be given the same input. In a tuple, so that it is
+            no submodule.
+    """
+
+    before: tuple[InputScale, ...] = ()
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.full((1,), torch.nan, device=device))
+
+    @property
+    def in_common(self) -> bool:
+        """Whether it is the parameter of a layer before."""
+        return any(other.weight is self.weight for other in self._all_before())
+
+    def join(self) -> None:
+        """Have the parameter of the layer before."""
+        self.weight = self.before[0].weight
+
+    def part(self) -> None:
+        """Have a parameter of its own, of the same value."""
+        if self.in_common:
+            self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
+
+    def _all_before(self) -> Iterator[InputScale]:
+        for other in self.before:
+            yield other
+            yield from other._all_before()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        loaded = prefix + "weight" in state_dict
+        if loaded:  # the value of another layer shall not be overwritten
+            self.part()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if loaded and self.before and _equal(self.weight, self.before[0].weight):
+            self.join()
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = share(one.detach()), share(other.detach())
+    return one.device == other.device and not one.is_meta and torch.equal(one, other)
+
+
+def know_neighbours(layers: dict[str, Any], adapter: str) -> None:
+    """Let the scales of an adapter know those of their neighbours.
+
+    Where the scales of the layers' other adapters are in common, those of this one are, too: which layers are given one
+    input is a matter of the model.
+
+    Args:
+        layers: name of the module -> layer, in the model's order.
+        adapter: has just been added.
+    """
+    parents: dict[str, list[Any]] = {}
+    for name, layer in layers.items():
+        if adapter in layer.act_scales:
+            parents.setdefault(name.rpartition(".")[0], []).append(layer)
+    for children in parents.values():
+        for layer, after in itertools.pairwise(children):
+            if layer.frozen.in_features != after.frozen.in_features:
+                continue
+            scale = after.act_scales[adapter]
+            scale.before = (layer.act_scales[adapter],)
+            if any(other.in_common for name, other in after.act_scales.items() if name != adapter):
+                scale.join()
+
+
+def set_scales(scales: Iterable[tuple[InputScale, torch.Tensor, list[int]]]) -> None:
+    """Set scales to what was found in calibration.
+
+    Args:
+        scales: in the model's order, each with log2 of its value, and numbers of the tensors that its layer was given.
+    """
+    given: dict[InputScale, list[int]] = {}
+    for scale, log2, tensors in scales:
+        given[scale] = tensors
+        if scale.before and given.get(scale.before[0]) == tensors:
+            scale.join()
+        else:
+            scale.part()
+            scale.weight.copy_(log2.view(1))
