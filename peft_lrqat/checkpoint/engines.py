@@ -20,8 +20,8 @@ _AVX512 = "where the CPU has AVX-512"
 # Both read in vLLM 0.32: `CompressedTensorsW8A8Int8` has one number for all layers of a fused one, into which each is
 # copied as it is read; `_apply_weights_sgl` hands no scale to its kernel.
 _VLLM_FIXED = (
-    "layers that it fuses (q, k and v) get the fixed scale of the one that it reads last; `calibrate_activations` gives "
-    "them one"
+    "layers that it fuses (q, k and v) get the fixed scale of the one that it reads last; `calibrate_activations` "
+    "gives them one"
 )
 _AMX_FIXED = "on a CPU with AMX it takes a scale for each token instead"
 _VLLM_STEPS = "its largest activation has 127 steps, not the 127.5 of training (`act_rule='vllm'` trains 127)"
