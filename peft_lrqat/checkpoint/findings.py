@@ -41,7 +41,7 @@ class Check:
         if not self.problems:
             return f"{self.format}: exact."
         alike: dict[tuple[str, str], list[str]] = {}
-        for problem in self.problems:
+        for problem in self.blocking or self.problems:
             alike.setdefault((problem.reason, problem.suggestion), []).extend([problem.layer] if problem.layer else [])
         lines = [f"{self.format}: " + ("not possible." if self.blocking else "possible with a loss.")]
         for (reason, suggestion), layers in alike.items():

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from ..files import check_utf8, read_json
 from ..formats.source import Source
 from .damage import naming
@@ -48,7 +50,7 @@ def _open_folder(folder: Path, trust_remote_code: bool) -> Source:
     if not (folder / "config.json").exists():
         raise ValueError(
             f"The folder {str(folder)!r} holds neither config.json nor adapter_config.json, so it is neither a merged "
-            "checkpoint nor an adapter. (A GGUF file is named itself.)"
+            f"checkpoint nor an adapter. (A GGUF file is named itself.){_inside(folder)}"
         )
     with naming(folder):
         return FolderSource(folder, trust_remote_code=trust_remote_code)
@@ -64,11 +66,20 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
     if not (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{str(folder)!r} holds no adapter (no adapter_config.json). A checkpoint that is merged already is "
-            "written in other formats by `export`."
+            f"written in other formats by `export`.{_inside(folder)}"
         )
     read_json(folder / "adapter_config.json")  # PEFT reads it again, and says less
     with naming(folder):
         return load_adapter(folder, trust_remote_code)
+
+
+def _inside(folder: Path) -> str:
+    """A sentence on the checkpoints of a Trainer in its `output_dir`, or nothing."""
+    there = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/adapter_config.json")]
+    if not there:
+        return ""
+    last = max(there, key=lambda path: (len(path.name), path.name))  # by the number of its step
+    return f" {str(last)!r} holds one. (`trainer.save_model()` writes the last one into the folder itself.)"
 
 
 def check_folder(folder: Path) -> None:

@@ -179,7 +179,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--option {pair!r} must be NAME=VALUE.")
         with contextlib.suppress(json.JSONDecodeError):  # numbers, true, null; anything else is a string
-            value = json.loads(value)
+            value = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         parsed[name.replace("-", "_")] = value
     return parsed
 

@@ -10,10 +10,10 @@ _FLAGS = {
     for name in ("against", "allow_inexact", "container_bits", "engine", "format", "max_shard_size", "overwrite",
                  "tokenizer", "trust_remote_code")
 }  # fmt: skip
-_OWN = ("checkpoint_format", "embedding_type", "type")  # of the formats: -o NAME=VALUE
+_OWN = ("checkpoint_format", "embedding_type", "tokenizer_pre", "type", "vocabulary")  # of the formats: -o NAME=VALUE
 _NAMES = "|".join([*_FLAGS, *_OWN])
 _GIVEN = re.compile(rf"""(`?)(?<![\w.(])({_NAMES})=('[^']*'|"[^"]*"|[\w.+-]*\w)\1(?!\w)""")
-_QUOTED = re.compile(rf"`({_NAMES})`")
+_QUOTED = re.compile(rf"`({_NAMES})=?`")
 _BARE = re.compile(rf"(?<![\w.`/-])({'|'.join(name for name in _FLAGS if '_' in name)})(?![\w=/]|\.\w)")
 
 
@@ -31,6 +31,6 @@ def _name(name: str) -> str:
 
 def _given(name: str, value: str) -> str:
     if name in _OWN:
-        return f"-o {name}={value}"
+        return f"-o {name}={value.lower() if value in ('True', 'False') else value}"
     flag = _FLAGS[name]
     return {"True": flag, "False": flag.replace("--", "--no-", 1), "None": f"no {flag}"}.get(value, f"{flag} {value}")

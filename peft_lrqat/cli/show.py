@@ -137,7 +137,10 @@ def plot(found: Inspection, path: Path) -> None:
     axes.set_xlabel("code")
     axes.set_ylabel("% of the weights")
     axes.set_title(f"{Path(found.folder).resolve().name}: {found.grid}", fontsize=10)
-    figure.savefig(os.fspath(path), dpi=150)
+    try:
+        figure.savefig(os.fspath(path), dpi=150)
+    except ValueError as error:
+        raise ValueError(f"--plot {path}: {error}. Take .png or .svg.") from None
 
 
 def verification(found: Verification) -> None:

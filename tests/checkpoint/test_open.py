@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_lrqat.checkpoint.open import open_source
+from peft_lrqat.checkpoint.open import open_adapter, open_source
 from peft_lrqat.formats.source import Source
 from peft_lrqat.grid import GridTensor
 from tests.files import read
@@ -74,6 +74,16 @@ class TestRefusals:
             open_source(tmp_path / "nowhere")
         with pytest.raises(ValueError, match=r"neither config\.json"):
             open_source(tmp_path)
+
+    def test_what_a_trainer_writes_without_save_model(self, tmp_path):
+        """Its checkpoints lie one folder deeper than the user looks for the adapter."""
+        for step in (9, 10):
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "adapter_config.json").write_text("{}")
+        for opening in (open_source, open_adapter):
+            with pytest.raises(ValueError, match=r"checkpoint-10' holds one.*save_model"):
+                opening(tmp_path)
 
     def test_other_things(self):
         with pytest.raises(ValueError, match="dict"):

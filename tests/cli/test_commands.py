@@ -81,6 +81,21 @@ class TestExport:
         assert "is not empty. Name another, or use --overwrite." in run(*args, code=2)
         assert "gptq, 4 bits" in run(*args, "--overwrite")
 
+    def test_a_loss_that_is_allowed_is_not_advised_again(self, merged, tmp_path):
+        said = run("export", merged, tmp_path / "out", "-f", "bitnet", "--allow-inexact", code=2)
+        assert "not possible" in said
+        assert "--allow-inexact" not in said
+
+    @pytest.mark.parametrize("no", ["False", "false"])
+    def test_a_file_without_a_vocabulary(self, tmp_path, no):
+        """What the message says to type is what can be typed."""
+        model = on_grid(Grid(4, 32), family="llama")
+        model.save_pretrained(tmp_path / "merged")
+        args = ("export", tmp_path / "merged", tmp_path / "out", "-f", "gguf", "-q")
+        assert "Give `--tokenizer` (or -o vocabulary=false for a file" in run(*args, code=2)
+        assert "exact" in run(*args, "-o", f"vocabulary={no}")
+        assert "`-o vocabulary` is 'no'" in run(*args, "--overwrite", "-o", "vocabulary=no", code=2)
+
     @pytest.mark.parametrize(("args", "said"), [
         (("nowhere", "out"), "There is no folder 'nowhere'"),
         (("MERGED", "out", "-f", "awq"), "'compressed-tensors', 'gptq', 'bitnet', 'torchao', 'gguf'"),
@@ -139,6 +154,11 @@ class TestInspect:
         said = run("inspect", "nowhere", "--plot", tmp_path / "missing" / "codes.svg", code=2)
         assert "missing" in said
         assert "Make it first" in said
+
+    def test_a_picture_of_an_unknown_kind(self, merged, tmp_path):
+        pytest.importorskip("matplotlib")
+        said = run("inspect", merged, "--plot", tmp_path / "codes.foo", code=2)
+        assert f"--plot {tmp_path / 'codes.foo'}: Format 'foo' is not supported" in said
 
     def test_json_and_plot(self, merged, tmp_path, monkeypatch):
         offline_cache(tmp_path / "cache", monkeypatch).put("me/model", merged)
@@ -291,6 +311,7 @@ finally:
         said = self.at_once("--help")
         for command in ("export", "merge", "inspect", "verify", "autoload"):
             assert f"\n  {command} " in said
+            assert f"Usage: peft-lrqat {command} [OPTIONS] " in self.at_once(command, "--help")
         assert "    2    the input cannot be used" in said
         assert self.at_once("--version").startswith(f"peft-lrqat {__version__}\nwith peft ")
 

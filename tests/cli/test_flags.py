@@ -17,7 +17,8 @@ from peft_lrqat.cli.flags import flags
     ("pass trust_remote_code=True.", "pass --trust-remote-code."),
     ("compare the files only, with engine=False.", "compare the files only, with --no-engine."),
     ("`format='gguf'` needs the package", "--format gguf needs the package"),
-    ("Give `tokenizer=` (a folder)", "Give `tokenizer=` (a folder)"),
+    ("Give `tokenizer=` (or `vocabulary=False`)", "Give `--tokenizer` (or -o vocabulary=false)"),
+    ("`tokenizer_pre` is 'x'", "`-o tokenizer_pre` is 'x'"),
     # a training configuration has no flags, and names of files are nobody's to change
     ("train with LowBitSRConfig(bits=1.58, group_size=0)", "train with LowBitSRConfig(bits=1.58, group_size=0)"),
     ("the format of the engine, against 3 types", "the format of the engine, against 3 types"),

@@ -60,6 +60,8 @@ class Options(Writer.Options):
         for name, allowed in (("type", TYPES), ("embedding_type", floats.FLOAT_TYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        if not isinstance(self.vocabulary, bool):
+            raise ValueError(f"`vocabulary` is {self.vocabulary!r}; allowed are True and False.")
 
 
 class GGUFWriter(Writer):
