@@ -15,6 +15,9 @@ import torch
 _forced: bool | None = None
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 @functools.cache
 def _kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
@@ -32,7 +35,7 @@ def _capable(device: torch.device) -> bool:
 
 def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
     """Choose for a tensor: the module `ops.kernels`, or None where the reference is to work on it."""
-    if _forced is False or (_forced is None and (tensor.device.type != "cuda" or not _capable(tensor.device))):
+    if _forced is False or (_forced is None and not (tensor.is_cuda and _capable(tensor.device))):
         return None
     return _kernels()
 
@@ -65,8 +68,8 @@ def use_kernels(use: bool) -> Iterator[None]:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Return a context in which the tensor's device is the current one, where kernels are launched."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+        return _NOTHING
     return torch.cuda.device(tensor.device)
 
 
@@ -75,7 +78,8 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
 
     Every layer does so first (`inputs.py`), and so rounds and multiplies alike under autocast before and after merging.
     """
-    return x.to(autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)  # which would take a microsecond to do nothing
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

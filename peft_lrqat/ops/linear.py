@@ -9,7 +9,7 @@ On a GPU with Triton the work is done by `kernels/`, elsewhere by `reference.py`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +78,11 @@ def _linear_impl(
     downcast: str,
     scale_dtype: str,
 ) -> Tensor:
-    constants = (c, bits, downcast, scale_dtype, x.shape[-1], x.dtype)
-    with no_autocast(x, x.dtype):
-        weight = linear_weight(base, scale0, shift, zero_point, A, B, *constants, near=x)
+    dtype, fmt = x.dtype, BaseFormat(bits, x.shape[-1], downcast)
+    # what the reference multiplies in fp32, to build W^, it keeps from autocast itself
+    with staged(base, scale0, zero_point, x) as (base, scale0, zero_point), no_autocast(x, dtype):
+        build = (kernels_for(x) or reference).linear_weight
+        weight = build(base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype, dtype)
         return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -97,17 +99,13 @@ def linear_weight(
     scale_dtype: str,
     in_features: int,
     dtype: torch.dtype,
-    near: Tensor | None = None,
 ) -> Tensor:
     """Build the W^ that `quantized_linear` multiplies an input of this dtype with: (out, in), without gradient.
 
     See there for the other arguments.
-
-    Args:
-        near: see `staging.staged`.
     """
     fmt = BaseFormat(bits, in_features, downcast)
-    with staged(base, scale0, zero_point, near) as (base, scale0, zero_point), no_autocast(base):
+    with staged(base, scale0, zero_point) as (base, scale0, zero_point), no_autocast(base):
         implementation = kernels_for(base) or reference
         return implementation.linear_weight(base, scale0, shift, zero_point, A, B, c, fmt, scale_dtype, dtype)
 
@@ -164,71 +162,91 @@ def _(dy, x, y, base, scale0, shift, zero_point, A, B, c, bits, downcast, scale_
     )
 
 
-def _note(ctx: Any, inputs: tuple, output: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+class _Needs(NamedTuple):
+    """Of what gradients are wanted."""
+
+    x: bool
+    shift: bool
+    A: bool
+    B: bool
+    bias: bool
+
+
+def _note(ctx: Any, inputs: tuple, output: Tensor, needs: _Needs) -> tuple[Tensor | None, Tensor | None, tuple]:
     """Put what is no tensor into ctx, and return x and y as far as backward wants them, and the weight's side."""
-    x, base, scale0, shift, zero_point, A, B, bias, ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype = inputs
-    need = ctx.needs_input_grad
+    x, base, scale0, shift, zero_point, A, B, bias, *ctx.constants = inputs
+    ctx.needs = needs
     # Y spares the scale gradient the product dY^T X where a scale belongs to a whole row. With a bias, Y - bias would
     # cancel in low precision, so there the product is made.
-    keep_y = need[3] and bias is None and (kernels_for(x) or reference).keeps_output(scale0, shift, ctx.bits)
+    keep_y = needs.shift and bias is None and (kernels_for(x) or reference).keeps_output(scale0, shift, inputs[9])
     # without gradients of the weight's side, X itself is not needed: only its shape and dtype, for dX
     ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    x = x if need[3] or need[5] or need[6] else None
+    x = x if needs.shift or needs.A or needs.B else None
     return x, output if keep_y else None, (base, scale0, shift, zero_point, A, B)
 
 
-def _gradients(
-    ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple, need_x: bool
-) -> tuple:
-    """Compute the gradients of all tensors; `backward` is the op, or the function that it registers."""
-    need_shift = ctx.needs_input_grad[3]
+def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor | None, weight: tuple) -> tuple:
+    """Compute the gradients of x, shift, A, B and bias; `backward` is the op, or the function that it registers."""
+    needs: _Needs = ctx.needs
     _, _, shift, _, A, B = weight
-    need_AB = A is not None and (ctx.needs_input_grad[5] or ctx.needs_input_grad[6])
+    need_AB = A is not None and (needs.A or needs.B)
     if x is None:
         x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
-    constants = (ctx.c, ctx.bits, ctx.downcast, ctx.scale_dtype, need_x, need_shift, need_AB)
-    dx, dshift, dA, dB = backward(dy, x, y, *weight, *constants)
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[7] else None
+    dx, dshift, dA, dB = backward(dy, x, y, *weight, *ctx.constants, needs.x, needs.shift, need_AB)
     return (
-        dx if need_x else None,
-        None,
-        None,
-        dshift.to(shift.dtype) if need_shift else None,
-        None,
+        dx if needs.x else None,
+        dshift.to(shift.dtype) if needs.shift else None,
         dA.to(A.dtype) if need_AB else None,
         dB.to(B.dtype) if need_AB else None,
-        dbias,
+        dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs.bias else None,
     )
 
 
 def _op_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, y, weight = _note(ctx, inputs, output)
+    need = ctx.needs_input_grad
+    x, y, weight = _note(ctx, inputs, output, _Needs(need[0], need[3], need[5], need[6], need[7]))
     ctx.save_for_backward(x, y, *weight)
 
 
 def _op_backward(ctx: Any, dy: Tensor) -> tuple:
     x, y, *weight = ctx.saved_tensors
-    grads = _gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight), ctx.needs_input_grad[0])
-    return *grads, None, None, None, None
+    dx, dshift, dA, dB, dbias = _gradients(ctx, dy, _linear_backward_op, x, y, tuple(weight))
+    return dx, None, None, dshift, None, dA, dB, dbias, None, None, None, None
 
 
 _linear_op.register_autograd(_op_backward, setup_context=_op_setup)
 
 
-#: Which argument of `_Linear` is log2 of the fixed scale of inputs.
-_LOG2 = 10
+class _Others(NamedTuple):
+    """The arguments of `_Linear` that have no gradient."""
+
+    stored: tuple[Tensor, Tensor, Tensor | None]  # base, scale0, zero_point
+    constants: tuple[float, int, str, str]
+    values: Tensor | None
+    how: list[Any]  # of `LearnedScale`, all but log2
 
 
 class _Linear(torch.autograd.Function):
+    # torch looks at every argument in Python, so what has no gradient comes as one; with `setup_context`, it would
+    # inspect the signature in every call
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:  # with `setup_context`, torch inspects the signature in every call
-        given, *tensors, constants, values, log2, ctx.how = args
-        inputs = (given if values is None else values, *tensors, *constants)
+    def forward(
+        ctx: Any,
+        given: Tensor,
+        shift: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        bias: Tensor | None,
+        log2: Tensor | None,
+        others: _Others,
+    ) -> Tensor:
+        (base, scale0, zero_point), constants, values, ctx.how = others
+        inputs = (given if values is None else values, base, scale0, shift, zero_point, A, B, bias, *constants)
         output = _linear_impl(*inputs)
-        x, y, weight = _note(ctx, inputs, output)
-        ctx.need_log2 = ctx.needs_input_grad[_LOG2]
-        rounds = log2 is not None and (ctx.needs_input_grad[0] or ctx.need_log2)
+        need_x, *need, ctx.need_log2, _ = ctx.needs_input_grad
+        x, y, weight = _note(ctx, inputs, output, _Needs(need_x or ctx.need_log2, *need))
+        rounds = log2 is not None and (need_x or ctx.need_log2)
         weight = (*weight, log2)
         # Gradient checkpointing runs two Python hooks for every saved tensor. What lives as long as the layer itself
         # (parameters, and views of them) is not its business; anything else is saved as it should be.
@@ -257,12 +275,12 @@ class _Linear(torch.autograd.Function):
                 "merge). Run forward again."
             )
         *weight, log2 = ctx.weight or weight
-        need_x, need_log2 = ctx.needs_input_grad[0], ctx.need_log2
-        grads = _gradients(ctx, dy, _linear_backward_impl, x, y, tuple(weight), need_x or need_log2)
-        dx, dlog2 = grads[0], None
+        dx, *grads = _gradients(ctx, dy, _linear_backward_impl, x, y, tuple(weight))
+        dlog2 = None
         if given is not None:
-            dx, dlog2 = rounding_gradients(dx, given, LearnedScale(log2, *ctx.how), need_x, need_log2)
-        return dx, *grads[1:], None, None, dlog2, None
+            learned = LearnedScale(log2, *ctx.how)
+            dx, dlog2 = rounding_gradients(dx, given, learned, ctx.needs_input_grad[0], ctx.need_log2)
+        return dx, *grads, dlog2, None
 
 
 def quantized_linear(
@@ -311,6 +329,5 @@ def quantized_linear(
     constants = (c, bits, downcast, scale_dtype)
     if torch.compiler.is_compiling():
         return _linear_op(x, base, scale0, shift, zero_point, A, B, bias, *constants)
-    # torch looks at every argument in Python
     log2, *how = (None,) if learned is None else learned
-    return _Linear.apply(x, base, scale0, shift, zero_point, A, B, bias, constants, values, log2, how)
+    return _Linear.apply(x, shift, A, B, bias, log2, _Others((base, scale0, zero_point), constants, values, how))

@@ -6,8 +6,8 @@ them. Here everything but the tensors is fixed once for each geometry (`Kernel.l
 `Launch` calls the compiled kernel's own function, as Inductor does.
 
 That function is no interface of Triton's, and takes everything by position: in another order it would take a pointer
-for a size. So it is called only where its order is known (`takes_known_order`); elsewhere every launch is
-`kernel[grid](...)`.
+for a size. So it is called only where its order is known (`takes_known_order`), and with addresses in the place of
+tensors, as those versions allow; elsewhere every launch is `kernel[grid](...)`.
 """
 
 from __future__ import annotations
@@ -86,10 +86,17 @@ class Launch:
             self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
             return
         device = torch._C._cuda_getDevice()
-        key = (
-            device,
-            *[None if t is None else (t.dtype if t.data_ptr() & 15 == 0 else (t.dtype,)) for t in tensors],
-        )
+        known: list[Any] = [device]
+        pointers: list[int | None] = []  # the launcher would ask each tensor again, and then the driver
+        for tensor in tensors:
+            if tensor is None:
+                known.append(None)
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                known.append(tensor.dtype if pointer & 15 == 0 else (tensor.dtype,))
+                pointers.append(pointer)
+        key = tuple(known)
         found = self.compiled.get(key)
         if found is None:
             compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
@@ -99,7 +106,7 @@ class Launch:
                 self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         else:
             run, after_stream = found
-            run(*self.blocks, torch._C._cuda_getCurrentRawStream(device), *after_stream, *tensors, *self.rest)
+            run(*self.blocks, torch._C._cuda_getCurrentRawStream(device), *after_stream, *pointers, *self.rest)
 
 
 class Kernel:

@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import warnings
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -65,6 +66,13 @@ def parameters_become_meta() -> bool:
     return probe.get_parameter("parameter").is_meta
 
 
+class _NoDropout(dict):
+    """PEFT's `lora_dropout`, which stays empty: PEFT adds an nn.Identity to it for each adapter."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
@@ -85,6 +93,18 @@ class MergingLayer(LoraLayer):
     _observer: Any = None  # while `calibrate_activations` runs: its `see` is called with the inputs
 
     other_param_names = (*LoraLayer.other_param_names, "adapter_options")
+
+    # What PEFT's layer has for embeddings, DoRA and dropout, and reads. They are no modules of each layer, because a
+    # Trainer walks through all modules of a model five times a step, while the GPU waits.
+    lora_embedding_A: Any = MappingProxyType({})
+    lora_embedding_B: Any = MappingProxyType({})
+    lora_magnitude_vector: Any = MappingProxyType({})
+    lora_dropout: Any = _NoDropout()
+
+    def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
+        super().__init__(base_layer, ephemeral_gpu_offload, **kwargs)
+        for name in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_dropout"):
+            delattr(self, name)
 
     @property
     def frozen(self) -> Any:

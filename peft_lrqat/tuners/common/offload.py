@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ...ops.staging import Schedule
 from .frozen import FrozenWeight
 from .layer import MergingLayer
-from .parallel import announced_fsdp, announced_zero
+from .parallel import announced_fsdp, announced_zero, has_peers
 
 _WHY = "`offload_base=True` keeps the base of every layer whole in the memory of the CPU, but {who}. {instead}"
 FSDP = _WHY.format(
@@ -60,6 +60,8 @@ def offloaded_parameters(model: nn.Module) -> list[str]:
 
 def check_offload_sharded(model: nn.Module) -> None:
     """Raise ValueError if FSDP has taken a model with offloaded layers."""
+    if not has_peers():  # before a walk through the model, in every step
+        return
     bases = [layer.frozen for layer in _layers(model).values()]
     if any(base.offloaded and hasattr(base.base, "full_tensor") for base in bases):
         raise ValueError(FSDP)

@@ -36,6 +36,18 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def weight_of(container: Any, name: str) -> Any:
+    """All of the weight of one entry of an nn.ModuleDict; None where there is no such entry.
+
+    As `container[name].weight`, but every forward asks for some, and torch looks modules and parameters up in Python.
+    """
+    module = container._modules.get(name)
+    if module is None:
+        return None
+    weight = module._parameters.get("weight")
+    return whole(module.weight if weight is None else weight)  # parametrized, it is computed
+
+
 def share(tensor: Any) -> Any:
     """This rank's part of a tensor that FSDP2 may have sharded (no collective call)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -117,13 +117,18 @@ def check_loaded(model: Any) -> None:
         raise ValueError(LOADED.format(ranks=mesh.size()))
 
 
+def has_peers() -> bool:
+    """Whether this process is one of a group, without which nothing is sharded."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def check_sharded(model: nn.Module, prefix: str) -> None:
     """Raise ValueError if FSDP2 shards the model in a way that trains other integers than will be merged.
 
     Args:
         prefix: in the names of the parameters that are rounded with the weight.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not has_peers():
         return
     from torch.distributed.fsdp import FSDPModule
 

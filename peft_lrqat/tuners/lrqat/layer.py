@@ -64,7 +64,7 @@ from ...ops.shared_inputs import through_rounding
 from ..common.frozen import FrozenWeight
 from ..common.input_scale import AdapterWeight
 from ..common.layer import MergingLayer
-from ..common.packed_parameter import share, whole
+from ..common.packed_parameter import share, weight_of, whole
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
 from .learning_rate import watch
@@ -228,10 +228,11 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _operands(self, adapters: list[str]) -> Operands:
         """What these adapters make together, whole even if FSDP2 shards them."""
-        if len(adapters) == 1 and (name := adapters[0]) in self.lora_A:  # nearly always: with little Python
-            shift = whole(self.lora_scale_shift[name].weight) if name in self.lora_scale_shift else None
-            A, B = whole(self.lora_A[name].weight), whole(self.lora_B[name].weight)
-            return Operands(shift, A, B, self.scaling[name])
+        if len(adapters) == 1 and (A := weight_of(self._modules["lora_A"], adapters[0])) is not None:
+            # nearly always: with little Python
+            name, parts = adapters[0], self._modules
+            shift = weight_of(parts["lora_scale_shift"], name)
+            return Operands(shift, A, weight_of(parts["lora_B"], name), self.scaling[name])
         shifts = [whole(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
         shift = None
         if shifts:
@@ -297,10 +298,10 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return self._run(x, self.active_adapters)
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        frozen = self.base_layer
+        frozen: Any = self._modules["base_layer"]
         x, values, learned = self._rounded(x, self.activations, adapters)
         dtype = x.dtype if values is None else values.dtype
-        bias: torch.Tensor | None = frozen.bias
+        bias: torch.Tensor | None = frozen._parameters["bias"]
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         weight = self._kept_weight(dtype, adapters)
@@ -310,7 +311,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _kept_weight(self, dtype: torch.dtype, adapters: list[str]) -> torch.Tensor | None:
         """W^ with these adapters, (out, in) in `dtype`, where the layer keeps it: while the model generates."""
-        frozen = self.base_layer
+        frozen: Any = self._modules["base_layer"]
         slot = frozen.slot()
         if slot is None:
             return None

@@ -34,6 +34,17 @@ def test_merging_and_unmerging_change_nothing(method: ModuleType, base: PreTrain
         model.unmerge_adapter()
 
 
+def test_layers_have_no_modules_that_nothing_uses(method: ModuleType, base: PreTrainedModel):
+    """A Trainer walks through all modules in every step."""
+    model = method.random_adapter(base)
+    for layer in method.layers(model).values():
+        assert not any(kind in name for name, _ in layer.named_modules() for kind in ("embedding", "dropout", "magnit"))
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied, IDS), logits(model, IDS))
+    copied.delete_adapter("default")
+    assert all(layer.active_adapters == [] for layer in method.layers(copied).values())
+
+
 def test_disabling_a_merged_adapter_gives_the_base(method: ModuleType, base: PreTrainedModel):
     before = logits(base, IDS)
     model = method.random_adapter(base)

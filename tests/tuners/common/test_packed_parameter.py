@@ -8,7 +8,7 @@ import pickle
 import torch
 from torch import nn
 
-from peft_lrqat.tuners.common.packed_parameter import PackedParameter, packed_state_dict, packs_state_dicts
+from peft_lrqat.tuners.common.packed_parameter import PackedParameter, packed_state_dict, packs_state_dicts, weight_of
 
 
 def test_it_stays_as_it_is():
@@ -27,3 +27,17 @@ def test_state_dicts_are_packed_within_the_context_only():
     with packed_state_dict():
         assert packs_state_dicts()
     assert not packs_state_dicts()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_the_weight_of_an_entry_is_what_its_module_says():
+    entries = nn.ModuleDict({"default": nn.Linear(3, 2)})
+    assert weight_of(entries, "other") is None
+    assert weight_of(entries, "default") is entries["default"].weight
+    plain = entries["default"].weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(entries["default"], "weight", Doubled())
+    assert torch.equal(weight_of(entries, "default"), 2 * plain)
