@@ -178,11 +178,21 @@ def _outputs(model: Any, source: Source, exact: bool) -> Finding:
     """The engine's outputs beside those of the model as it was trained: logits, as a rule."""
     reference = _reference(source, model.dtype)
     inputs = _inputs(model)
-    got, expected = model(**inputs)[0].float(), reference(**inputs)[0].float()
+    got, expected = _answer(model, inputs).float(), _answer(reference, inputs).float()
     difference, size = float((got - expected).abs().max()), float(expected.abs().max())
     best = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
     detail = f"largest difference {difference:.2e} (logits reach {size:.2f}), same best token at {best:.0%}"
     return Finding("logits", torch.equal(got, expected) if exact else difference < 0.02 * size, detail)
+
+
+def _answer(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a model is for: logits where it has some, else the first of what it returns.
+
+    They need not come first: a mixture puts the router's loss before them if `output_router_logits` is set, as TRL
+    does.
+    """
+    out = model(**inputs)
+    return out["logits"] if "logits" in out else out[0]
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor]:

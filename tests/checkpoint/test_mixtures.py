@@ -18,7 +18,7 @@ from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.grid import Grid
 from tests.architectures import ARCHITECTURES
 from tests.mixtures import EXPERTS, FIRST, mixture, of_family, on_experts
-from tests.models import logits, tokens
+from tests.models import VOCAB, logits, tokens
 
 IDS = tokens(1, 5)
 SIZES = {"moe_intermediate_size": 32, "num_key_value_heads": 4}
@@ -90,6 +90,19 @@ def test_a_folder_is_verified(merged: PreTrainedModel, tmp_path: Path):
     assert not changed["codes, scales, zero points"].equal
     total = 2 * (4 + 3 * EXPERTS)
     assert changed["the engine's weights"].detail.startswith(f"{total - 1} of {total} layers equal")
+
+
+@pytest.mark.parametrize("of_folder", [True, False])
+def test_logits_are_compared_where_the_router_has_a_loss(of_folder: bool, merged: PreTrainedModel, tmp_path: Path):
+    """TRL sets `output_router_logits` on what it trains, and transformers returns that loss before the logits then."""
+    merged.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["output_router_logits"] = True
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    found = {finding.what: finding for finding in verify(tmp_path, None if of_folder else merged).findings}
+    reach = logits(merged, torch.randint(0, VOCAB, (1, 24), generator=torch.Generator().manual_seed(0))).abs().max()
+    assert found["logits"].equal
+    assert f"(logits reach {reach:.2f})" in found["logits"].detail
 
 
 @pytest.mark.parametrize("name", ["Qwen 3 MoE", "Mixtral"])
