@@ -218,7 +218,10 @@ class MergingLayer(LoraLayer):
 
     def _log2_scale(self, adapters: list[str]) -> torch.Tensor | None:
         """The parameter of the fixed scale of inputs with these adapters, (1,); None: inputs have none."""
-        present = [name for name in adapters if name in self.act_scales]
+        scales = self.act_scales
+        if len(adapters) == 1 and (name := adapters[0]) in self._calibrated and name in scales:  # with little Python
+            return whole(scales[name].weight)
+        present = [name for name in adapters if name in scales]
         if len(present) != 1:  # which is seen at once; options, in every forward, would cost Python
             own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
             if not any(self.adapter_options[name].learns_input_scale(self.name) for name in own):
