@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .packed_parameter import share
@@ -62,6 +63,16 @@ class InputScale(AdapterWeight):
         """Have a parameter of its own, of the same value."""
         if self.in_common:
             self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
+
+    def settle(self) -> None:
+        """Have the parameter of the layer before if it has the same value: before the first use of an adapter that
+        somebody has put into the model by setting parameters, as transformers' `load_adapter` does.
+
+        Not among several processes, where DDP and FSDP2 know the parameters by then, nor while torch.compile traces.
+        """
+        alone = not (dist.is_available() and dist.is_initialized()) and not torch.compiler.is_compiling()
+        if alone and self.before and not self.in_common and _equal(self.weight, self.before[0].weight):
+            self.join()
 
     def _all_before(self) -> Iterator[InputScale]:
         for other in self.before:

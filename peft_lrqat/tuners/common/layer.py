@@ -236,7 +236,8 @@ class MergingLayer(LoraLayer):
                 f"The fixed scale of the input of layer {self.name!r} is not set. Call "
                 "`calibrate_activations(model, batches)` before training, or load a trained adapter."
             )
-        return whole(self.act_scales[present[0]].weight)
+        scales[present[0]].settle()
+        return whole(scales[present[0]].weight)
 
     @torch.compiler.assume_constant_result  # torch.compile asks once, while it compiles
     def _is_calibrated(self, adapter: str) -> bool:

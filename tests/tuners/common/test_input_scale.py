@@ -105,6 +105,18 @@ def test_a_loaded_adapter_goes_on_as_the_saved_one(low_memory: bool, tmp_path: P
     assert torch.equal(logits(into, tokens()), logits(model, tokens()))
 
 
+def test_transformers_own_loading_sets_parameters(tmp_path: Path):
+    model = calibrated()
+    train(model, tokens(), lr=1e-2)
+    model.save_pretrained(tmp_path)
+    again = tiny(num_hidden_layers=2)
+    again.load_adapter(tmp_path, is_trainable=True)
+    for one in (model, again):
+        train(one, tokens(seed=5), lr=1e-2)
+    assert who_shares(again) == 2 * SHARED
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
 def test_scales_that_differ_in_a_file_are_each_layers_own(tmp_path: Path):
     """As they were trained before layers had one; whatever the model has that they are loaded into."""
     model = calibrated()
