@@ -73,13 +73,17 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast to a dtype. `tensor.to(dtype)` takes a microsecond where there is nothing to do, which is nearly always."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
     """Cast `x` to the dtype that autocast computes in, as torch's own linear layer does; without autocast return `x`.
 
     Every layer does so first (`inputs.py`), and so rounds and multiplies alike under autocast before and after merging.
     """
-    dtype = autocast_dtype(x)
-    return x if x.dtype == dtype else x.to(dtype)  # which would take a microsecond to do nothing
+    return cast(x, autocast_dtype(x))
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
+from .dispatch import cast, kernels_for, no_autocast, refuse_second_derivatives
 from .staging import staged, versions
 from .static_inputs import LearnedScale, rounding_gradients
 from .stored_base import BaseFormat
@@ -196,9 +196,9 @@ def _gradients(ctx: Any, dy: Tensor, backward: Any, x: Tensor | None, y: Tensor 
     dx, dshift, dA, dB = backward(dy, x, y, *weight, *ctx.constants, needs.x, needs.shift, need_AB)
     return (
         dx if needs.x else None,
-        dshift.to(shift.dtype) if needs.shift else None,
-        dA.to(A.dtype) if need_AB else None,
-        dB.to(B.dtype) if need_AB else None,
+        cast(dshift, shift.dtype) if needs.shift else None,
+        cast(dA, A.dtype) if need_AB else None,
+        cast(dB, B.dtype) if need_AB else None,
         dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs.bias else None,
     )
 

@@ -149,7 +149,7 @@ def _row_launches(
     sums = _row_sums_kernel.launch(
         (ceil_div(rows, 64) * stack, padded // BR),
         float(c),
-        1 if offsets.by_channel else offsets.scale_stride,
+        *_steps_at(offsets, rows * stack),
         tokens,
         rows,
         RANK=rank,
@@ -159,8 +159,9 @@ def _row_launches(
         STAGES=3,
     )
     tiles = tiling(rows, fmt.in_features, groups, stack=stack)
+    programs = min(tiles.total, _CLIPPED_PROGRAMS)
     clipped = _clipped_kernel.launch(
-        (min(tiles.total, _CLIPPED_PROGRAMS),),
+        (programs,),
         float(c),
         *offsets,
         words,
@@ -171,8 +172,15 @@ def _row_launches(
         fused=not offsets.by_channel,
         **tiles.constants(fmt, rank, offsets.by_channel),
         BT=32,
+        FLAGS=power_of_2(ceil_div(tiles.total, programs)),
     )
     return _RowLaunches(sums, clipped)
+
+
+def _steps_at(offsets: Offsets, rows: int) -> tuple[int, int, int]:
+    """Tell where `_row_sums_kernel` finds the steps of rows (`Prepared.row_steps`): of s0 and s the first entries, by
+    channel t and u in the buffer; and how many entries there are from row to row."""
+    return (offsets.step + rows, offsets.step, 1) if offsets.by_channel else (0, 0, offsets.scale_stride)
 
 
 def row_gradients(
@@ -209,21 +217,21 @@ def row_gradients(
     constants = (base.shape[1], scale0.shape[1], fmt, prepared.offsets, rank, c, dy.dtype == torch.float32, stack)
     tokens = dy.shape[0] if bounds is None else 0  # where `bounds` say it, launches are the same for any number
     launches = _row_launches(tokens, dy.shape[1], *constants)
-    step0, step = prepared.row_steps(scale0)
-    launches.sums(dB, dshift, dy, y, xA, step0, step, bounds)
+    channels = prepared.offsets.by_channel
+    launches.sums(dB, dshift, dy, y, xA, prepared.scale if channels else scale0, prepared.scale, bounds)
     if flags is not None:
         launches.clipped(dA, dB, dy, x, flags, base, prepared.scale, prepared.buffer, bounds)
-    return None if dshift is None else sum_per_scale(dshift, step0), dB
+    return dshift if dshift is None or channels else sum_per_scale(dshift, scale0), dB
 
 
 @launched
 @triton.jit
 def _row_sums_kernel(
-    dB, dshift, dy, y, xA, scale0, scale, bounds, c, scale_stride, tokens, rows, RANK: tl.constexpr,
+    dB, dshift, dy, y, xA, scale0, scale, bounds, c, at0, at1, scale_stride, tokens, rows, RANK: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dB = c s dY^T (X A~^T), and dshift = s0 ds with ds = (sum_t dY Y) / s, since sum_t dY Y = s sum_i G Q.
-    By channel, s0 and s are the row's largest.
+    By channel, s0 and s are the row's largest. They begin at `at0` and `at1`.
 
     A program owns BC rows of W and BR columns of dB, so the order of the sums does not vary.
     """
@@ -247,9 +255,9 @@ def _row_sums_kernel(
             if INTERPRETED:
                 d, v = d.to(tl.float32), v.to(tl.float32)
             product = tl.dot(tl.trans(d), v, product, input_precision="tf32x3")
-    s = tl.load(scale + j * scale_stride, mask=row_ok, other=1.0)
+    s = tl.load(scale + at1 + j * scale_stride, mask=row_ok, other=1.0)
     if y is not None:
-        s0 = tl.load(scale0 + j * scale_stride, mask=row_ok, other=1.0)
+        s0 = tl.load(scale0 + at0 + j * scale_stride, mask=row_ok, other=1.0)
         tl.store(dshift + j, tl.sum(total, 0) / s * s0, mask=first)
     if xA is not None:
         inside = row_ok[:, None] & k_ok[None, :]
@@ -290,10 +298,17 @@ def _clipped_kernel(
     BN: tl.constexpr,
     FULL: tl.constexpr,
     BT: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
-    """Take out of dA and dB what clipped entries put there: dZ is 0 where round(Z) lies outside of the grid."""
+    """Take out of dA and dB what clipped entries put there: dZ is 0 where round(Z) lies outside of the grid.
+
+    A program has up to FLAGS tiles, and first looks at the flags of all: one by one, each would be waited for.
+    """
     columns = in_features // GROUP * ((GROUP + BN - 1) // BN)
     tiles = columns * tl.cdiv(out_features, BM) * stack
+    own = tl.program_id(0) + tl.arange(0, FLAGS) * tl.num_programs(0)
+    if tl.max(tl.load(flags + own, mask=own < tiles, other=0), 0) == 0:
+        return
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         if tl.load(flags + tile) != 0:
             n, m = tile % columns, tile // columns
