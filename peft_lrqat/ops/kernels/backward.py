@@ -33,6 +33,7 @@ from .tiles import (
     b_tile,
     ceil_div,
     clip,
+    first_a,
     load,
     power_of_2,
     rounded_levels,
@@ -156,7 +157,7 @@ def _row_launches(
         BT=32 if wide else 64,
         BC=64,
         BR=BR,
-        STAGES=3,
+        STAGES=5 if BR <= 32 else 4,  # which fit into the 99 KiB that the smallest GPUs share
     )
     tiles = tiling(rows, fmt.in_features, groups, stack=stack)
     programs = min(tiles.total, _CLIPPED_PROGRAMS)
@@ -326,23 +327,21 @@ def _clipped_kernel(
                 if INTERPRETED:
                     d, v = d.to(tl.float32), v.to(tl.float32)
                 G = tl.dot(tl.trans(d), v, G, input_precision="tf32x3")
+            a, a_steps = first_a(factors, a_int, a_step, expert, i, column_ok, in_features, RANK, FULL)
             z = rounded_levels(
-                base, factors, scale_stride, units, a_step, b_step, a_int, b_int, expert, j, i, group, first, row_ok,
-                column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
+                base, factors, scale_stride, units, b_step, a_int, b_int, a, a_steps, expert, j, i, group, first,
+                row_ok, column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
             )  # fmt: skip
             clipped = (clip(z, BITS) != z) & row_ok[:, None] & column_ok[None, :]
             s = adapter_step(scale, factors, scale_stride, step, j, group, row_ok, BY_CHANNEL, FULL)
             dZ = tl.where(clipped, G * s[:, None], 0.0)
-            of_a = load(factors + a_step + expert * in_features + i, column_ok, FULL)
             of_b = load(factors + b_step + j, row_ok, FULL)
             BR: tl.constexpr = 16 if RANK <= 16 else 32
             for first_k in tl.static_range(0, RANK, BR):
                 k = first_k + tl.arange(0, BR)
                 k_ok = k < RANK
-                a = (
-                    a_tile(factors, a_int, expert * RANK + k, i, k_ok, column_ok, in_features, False).to(tl.float32)
-                    * of_a[None, :]
-                )
+                a = a_tile(factors, a_int, expert * RANK + k, i, k_ok, column_ok, in_features, False)
+                a = a.to(tl.float32) * a_steps[None, :]
                 share = tl.dot(dZ, tl.trans(a), input_precision="tf32x3")  # (BM, BR)
                 tl.atomic_add(dB + j[:, None] * RANK + k[None, :], -c * share, mask=row_ok[:, None] & k_ok[None, :])
                 b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, False).to(tl.float32) * of_b[:, None]
@@ -359,14 +358,13 @@ def _launch_by_G(
     rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offsets, rank: int, write: bool, stack: int
 ) -> tuple[Launch, int]:
     """Fix the launch; also returns how many sums a row gets."""
-    tiles = tiling(rows, fmt.in_features, groups, BM=64, loops=False, stack=stack)
+    tiles = tiling(rows, fmt.in_features, groups, BM=16, loops=False, stack=stack)
     launch = _by_G_kernel.launch(
         tiles.grid,
         *offsets,
         words,
         fmt.in_features,
         rows,
-        warps=8,
         fused=not offsets.by_channel,
         **tiles.constants(fmt, rank, offsets.by_channel),
         WRITE=write,
@@ -465,9 +463,10 @@ def _by_G_kernel(
     n, m = tl.program_id(0), tl.program_id(1)
     j, row_ok, expert = tile_rows(m, out_features, bounds, BM)
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
+    a, a_steps = first_a(factors, a_int, a_step, expert, i, column_ok, in_features, RANK, FULL)
     z = rounded_levels(
-        base, factors, scale_stride, units, a_step, b_step, a_int, b_int, expert, j, i, group, first, row_ok, column_ok,
-        words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
+        base, factors, scale_stride, units, b_step, a_int, b_int, a, a_steps, expert, j, i, group, first, row_ok,
+        column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
     )  # fmt: skip
     q = clip(z, BITS)
     inside = row_ok[:, None] & column_ok[None, :]

@@ -123,7 +123,8 @@ def stored_levels(
     row = base + j.to(tl.int64)[:, None] * words
     ok = row_ok[:, None] & column_ok[None, :]
     if DOWNCAST == "fx8":
-        return (load(row + i[None, :], ok, FULL).to(tl.float32) + 0.5) * (1.0 / (1 << (8 - BITS)))
+        # (n + 1/2) / 2^(8 - BITS); nothing is rounded, so it is one operation
+        return tl.fma(load(row + i[None, :], ok, FULL).to(tl.float32), 1.0 / (1 << (8 - BITS)), 0.5 / (1 << (8 - BITS)))
     elif DOWNCAST == "int":
         MASK: tl.constexpr = (1 << BITS) - 1
         if FULL and 32 % BITS == 0:  # whole words: each is read once and opened in registers
@@ -175,6 +176,21 @@ def a_tile(factors, a_int, k, i, k_ok, column_ok, in_features, EVEN: tl.constexp
 
 
 @triton.jit
+def first_a(factors, a_int, a_step, expert, i, column_ok, in_features, RANK: tl.constexpr, FULL: tl.constexpr):
+    """Load what `rounded_levels` needs of A for some columns: the first rows of a_int (BR, BN), and a_step (BN,).
+
+    A program that works on tiles one below the other loads it once.
+    """
+    if RANK == 0:
+        return i, i  # nobody reads them
+    else:
+        BR: tl.constexpr = 16 if RANK <= 16 else 32
+        k = tl.arange(0, BR)
+        a = a_tile(factors, a_int, expert * RANK + k, i, k < RANK, column_ok, in_features, FULL and RANK % BR == 0)
+        return a, load(factors + a_step + expert * in_features + i, column_ok, FULL)
+
+
+@triton.jit
 def b_tile(factors, b_int, j, k, row_ok, k_ok, RANK: tl.constexpr, EVEN: tl.constexpr):
     """Load b_int[j, k] (BM, BR), fp16."""
     pointer = (factors + b_int).to(tl.pointer_type(tl.float16))
@@ -187,10 +203,11 @@ def rounded_levels(
     factors,
     scale_stride,
     units,
-    a_step,
     b_step,
     a_int,
     b_int,
+    a,
+    a_steps,
     expert,
     j,
     i,
@@ -208,7 +225,8 @@ def rounded_levels(
 ):
     """Build round(Phi + units B~ A~) (BM, BN) before clipping, fp32. RANK 0: no adapter.
 
-    `factors` and the offsets in it: `prepare.py`. With BY_CHANNEL, launch it without fused operations.
+    `factors` and the offsets in it: `prepare.py`; `a` and `a_steps`: `first_a`. With BY_CHANNEL, launch it without
+    fused operations.
     """
     z = stored_levels(base, j, i, first, row_ok, column_ok, words, BITS, DOWNCAST, FULL)
     if RANK > 0:
@@ -219,14 +237,14 @@ def rounded_levels(
             k = start + tl.arange(0, BR)
             k_ok = k < RANK
             b = b_tile(factors, b_int, j, k, row_ok, k_ok, RANK, EVEN)
-            a = a_tile(factors, a_int, expert * RANK + k, i, k_ok, column_ok, in_features, EVEN)
+            if start > 0:
+                a = a_tile(factors, a_int, expert * RANK + k, i, k_ok, column_ok, in_features, EVEN)
             product = tl.dot(b, a, product)  # integers below 2^24: exact in any order
-        a_steps = load(factors + a_step + expert * in_features + i, column_ok, FULL)
-        steps = load(factors + b_step + j, row_ok, FULL)[:, None] * a_steps[None, :]
-        product = product * steps  # powers of two: nothing is rounded, so fused or not with what follows
+        # the steps are powers of two: the product with the units is rounded, if there are any, and nothing else
+        steps = load(factors + b_step + j, row_ok, FULL)
         if BY_CHANNEL:
-            product = product * load(factors + units + j * scale_stride + group, row_ok, FULL)[:, None]
-        z = z + product
+            steps = steps * load(factors + units + j * scale_stride + group, row_ok, FULL)
+        z = z + product * a_steps[None, :] * steps[:, None]
     return round_half_even(z)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared, prepare
-from .tiles import clip, load, rounded_levels, store, tile_columns, tile_rows, tiling
+from .tiles import clip, first_a, load, rounded_levels, store, tile_columns, tile_rows, tiling
 
 
 @launched
@@ -45,16 +45,16 @@ def _weight_kernel(
     LOOP: tl.constexpr,
 ):
     n = tl.program_id(0)
-    if bounds is not None:  # the tiles of a program are one expert's
-        whose = tl.program_id(1) * LOOP // tl.cdiv(out_features, BM)
-        if tl.load(bounds + whose) == tl.load(bounds + whose + 1):
-            return
+    whose = tl.program_id(1) * LOOP // tl.cdiv(out_features, BM)  # the tiles of a program are one expert's
+    if bounds is not None and tl.load(bounds + whose) == tl.load(bounds + whose + 1):
+        return
     i, column_ok, group, first = tile_columns(n, GROUP, BN)
+    a, a_steps = first_a(factors, a_int, a_step, whose, i, column_ok, in_features, RANK, FULL)
     for turn in tl.range(0, LOOP, num_stages=3):
         m = tl.program_id(1) * LOOP + turn
         j, row_ok, expert = tile_rows(m, out_features, bounds, BM)
         z = rounded_levels(
-            base, factors, scale_stride, units, a_step, b_step, a_int, b_int, expert, j, i, group, first, row_ok,
+            base, factors, scale_stride, units, b_step, a_int, b_int, a, a_steps, expert, j, i, group, first, row_ok,
             column_ok, words, in_features, RANK, BITS, DOWNCAST, BY_CHANNEL, FULL,
         )  # fmt: skip
         q = clip(z, BITS)
