@@ -16,8 +16,9 @@ A ternary grid follows its latent weights, as BitNet b1.58 (arXiv 2402.17764) ta
     x' = (x + d) s / s'             the step above, in steps of s'
 
 where the means are of the weights that share a scale. The masters grow in training; with a fixed scale they would leave
-the level 0 empty. mean|x| is a sum of integers, equal on every device. A scale whose codes are next to all 0 at the
-start (a layer that begins at zero) has no distribution to keep; its c is that of a usual one, 3/4.
+the level 0 empty. mean|x| is a sum of integers, equal on every device. A scale whose codes are all 0 at the start (a
+layer that begins at zero) has no distribution to keep; its c is that of a usual one, 3/4. One code that is not is a
+distribution, however sparse: another c would make a third of a step of noise out of every zero of a trained weight.
 """
 
 from __future__ import annotations
@@ -70,9 +71,17 @@ def mean_magnitude(packed: torch.Tensor, latent: torch.Tensor, scale: torch.Tens
     return sums.double() * (scale.numel() / (PARTS * latent.numel()))
 
 
-def usual_magnitude(mean: torch.Tensor) -> torch.Tensor:
-    """Choose c, fp32, from `mean_magnitude` at the start: 1/4 is that of zeros alone."""
-    return torch.where(mean < 1 / 3, 0.75, mean).float()
+def first_magnitude(
+    mean: torch.Tensor, packed: torch.Tensor, latent: torch.Tensor, scale: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Choose c: fp32, in the shape of `scale`.
+
+    Args:
+        mean: `mean_magnitude` at the start.
+        packed, latent, scale: what it was computed from.
+    """
+    of_codes = mean_magnitude(packed, latent.new_zeros(()).expand_as(latent), scale, grid)
+    return torch.where(of_codes == 0, 0.75, mean).float()
 
 
 def scale_that_follows(scale: torch.Tensor, mean: torch.Tensor, start: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from . import reference_step
 from .dispatch import kernels_for, on_device_of
-from .latent import mean_magnitude, new_latent, scale_that_follows, usual_magnitude
+from .latent import first_magnitude, mean_magnitude, new_latent, scale_that_follows
 from .reference_step import FACTORS, Rule, update_factors
 
 
@@ -57,14 +57,14 @@ def _keep_latent(
         state.pop("latent_codes", None)
         state.pop("latent_start", None)
         return None
-    begins = "latent_codes" not in state
-    if begins:
+    if "latent_codes" not in state:
         state["latent_codes"] = new_latent(packed, stream, rule.columns)
     if not rule.scale_follows:
         return None
-    mean = mean_magnitude(packed, state["latent_codes"], scale, rule.grid)
-    if begins:
-        state["latent_start"] = usual_magnitude(mean)
+    latent = state["latent_codes"]
+    mean = mean_magnitude(packed, latent, scale, rule.grid)
+    if "latent_start" not in state:  # they may have begun with a rate in grid steps
+        state["latent_start"] = first_magnitude(mean, packed, latent, scale, rule.grid)
     before = scale.clone()
     scale.copy_(scale_that_follows(scale, mean, state["latent_start"], lr))
     return before

@@ -130,6 +130,31 @@ def test_weights_that_are_all_zero_can_leave():
     assert (p.codes() == 0).float().mean() < 0.5
 
 
+@pytest.mark.parametrize("group_size", [-1, 0, 64])
+def test_a_weight_that_is_nearly_all_zero_stays_what_it_is(group_size: int):
+    """A pruned row, or one with outliers: however few its codes, they are what was trained."""
+    codes = torch.zeros(4, 512)
+    codes[0, 7], codes[1, :20], codes[2, ::11], codes[3, -1] = 1, -1, 1, 1
+    p = parameter(codes, Grid(1.58, group_size))
+    before = p.to_float()
+    steps(p, LowBitAdamW([p], lr=1e-9, latent_weights=True), torch.randn(p.shape), 3)
+    groups = (-1, 64) if group_size == 64 else (-1, 512)
+    known = before.view(groups).any(dim=1)  # scales of zeros alone have nothing to stay
+    assert torch.equal(p.to_float().view(groups)[known], before.view(groups)[known])
+
+
+def test_scales_follow_from_when_the_rate_counts_weights():
+    p = parameter(torch.randint(-1, 2, (16, 64)), Grid(1.58, -1))
+    optimizer = LowBitAdamW([p], lr=0.01, lr_unit="grid", latent_weights=True, **SIGN)
+    steps(p, optimizer, 1.0, 3)
+    optimizer.param_groups[0]["lr_unit"] = "weight"
+    steps(p, optimizer, 0.0, 2)
+    assert torch.equal(p.scale, torch.full_like(p.scale, 0.5))
+    outwards = -p.codes().float()
+    steps(p, optimizer, outwards, 20)
+    assert (p.scale > 0.55).all()
+
+
 def test_a_gradient_that_is_not_finite_poisons_the_scale():
     p = parameter(torch.ones(4, 64), Grid(1.58, -1))
     optimizer = LowBitAdamW([p], latent_weights=True)
