@@ -14,6 +14,11 @@ from .prepare import Offsets, Prepared, prepare
 from .tiles import clip, first_a, load, rounded_levels, store, tile_columns, tile_rows, tiling
 
 
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
 @launched
 @triton.jit
 def _weight_kernel(
@@ -60,7 +65,9 @@ def _weight_kernel(
         q = clip(z, BITS)
         inside = row_ok[:, None] & column_ok[None, :]
         if flags is not None:
-            tl.store(flags + m * tl.num_programs(0) + n, tl.max(tl.max((inside & (q != z)).to(tl.int32), 1), 0))
+            changed = q.to(tl.int32, bitcast=True) ^ z.to(tl.int32, bitcast=True)
+            changed = tl.reshape(tl.where(inside, changed, 0), (BM * BN,), can_reorder=True)
+            tl.store(flags + m * tl.num_programs(0) + n, (tl.reduce(changed, 0, _either) != 0).to(tl.int32))
         if zero_point is not None:
             q = q - load(zero_point + j * scale_stride + group, row_ok, FULL).to(tl.float32)[:, None]
         s = load(scale + j * scale_stride + group, row_ok, FULL)

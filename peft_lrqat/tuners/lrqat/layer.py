@@ -160,6 +160,12 @@ class LRQATLinear(nn.Module, LRQATLayer):
         finally:
             del self._float_weight
 
+    def train(self, mode: bool = True) -> LRQATLinear:
+        """Set the mode, as torch's `train` does."""
+        # A Trainer does in every step, and the GPU waits: there is nearly never something to set, and to see that takes
+        # a fraction of the time that torch takes.
+        return self if all(part.training == mode for part in self.modules()) else super().train(mode)
+
     # -- adapters
 
     def update_layer(  # type: ignore[override]  # the config is the one that the layer was made with

@@ -45,6 +45,16 @@ def test_layers_have_no_modules_that_nothing_uses(method: ModuleType, base: PreT
     assert all(layer.active_adapters == [] for layer in method.layers(copied).values())
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_reaches_every_part(method: ModuleType, base: PreTrainedModel, mode: bool):
+    model = method.random_adapter(base).train(mode)
+    for layer in method.layers(model).values():
+        for part in layer.modules():
+            part.training = not mode
+            model.train(mode)
+            assert all(module.training == mode for module in model.modules())
+
+
 def test_disabling_a_merged_adapter_gives_the_base(method: ModuleType, base: PreTrainedModel):
     before = logits(base, IDS)
     model = method.random_adapter(base)
