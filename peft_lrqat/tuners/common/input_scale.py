@@ -13,6 +13,7 @@ so: neighbours whose scales are equal in it have one parameter again.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -46,6 +47,7 @@ class InputScale(AdapterWeight):
     """
 
     before: tuple[InputScale, ...] = ()
+    _loaded_in: list | None = None  # the call of `load_state_dict` that had it last
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.full((1,), torch.nan, device=device))
@@ -79,13 +81,50 @@ class InputScale(AdapterWeight):
             yield other
             yield from other._all_before()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        loaded = prefix + "weight" in state_dict
-        if loaded:  # the value of another layer shall not be overwritten
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list, *args: Any
+    ) -> None:
+        """As torch's, of a parameter that may be several layers': where what is loaded has it under one name only, as
+        after `safetensors.torch.save_model`, it is that of all of them."""
+        given = state_dict.get(prefix + "weight")
+        self._loaded_in = None if given is None else missing
+        if given is not None and self._written_in(missing) and not self._has(given):
+            if _is_sharded(self.weight):
+                args[-1].append(_DIFFER.format(name=prefix, remedy="Load it before the model is sharded."))
+                return
+            if self.weight.requires_grad:
+                warnings.warn(_DIFFER.format(name=prefix, remedy=_OWN_AGAIN), stacklevel=2)
             self.part()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if loaded and self.before and _equal(self.weight, self.before[0].weight):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        if given is None or not self.before or _is_sharded(self.weight):  # FSDP2 has noted who has which
+            return
+        if _equal(self.weight, self.before[0].weight):
             self.join()
+
+    def _has(self, value: torch.Tensor) -> bool:
+        return _equal(value.to(self.weight.device, self.weight.dtype), self.weight)
+
+    def _written_in(self, missing: list) -> bool:
+        """Whether the parameter has its value already from this call of `load_state_dict`, as another layer's.
+
+        Args:
+            missing: torch's list of missing keys, which each call makes anew.
+        """
+        return any(other.weight is self.weight and other._loaded_in is missing for other in self._all_before())
+
+
+_DIFFER = (
+    "What is loaded has other fixed scales of inputs for layers that are given one input, as they were trained before "
+    "layers had one in common ({name} ...). {remedy}"
+)
+_OWN_AGAIN = (
+    "Each layer has its own again, a new parameter: make the optimizer, and wrap the model for several processes, "
+    "after loading. Engines have one for all of these layers."
+)
+
+
+def _is_sharded(weight: Any) -> bool:
+    return hasattr(weight, "to_local")
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

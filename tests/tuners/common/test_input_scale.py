@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from peft_lrqat import calibrate_activations
 from peft_lrqat.ops import shared_inputs
 from peft_lrqat.tuners.common.input_scale import InputScale, set_scales
 from tests.files import read
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
+from tests.parallel import in_two_processes
 
 STATIC = {"bits": 4, "act_bits": 8, "act_scale": "static"}
 SHARED = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
@@ -127,13 +130,68 @@ def test_scales_that_differ_in_a_file_are_each_layers_own(tmp_path: Path):
     tensors |= {name: tensors[name] + number / 8 for number, name in enumerate(names)}
     save_file(tensors, file, {"format": "pt"})
     fresh = PeftModel.from_pretrained(tiny(num_hidden_layers=2), tmp_path)
-    model.load_adapter(tmp_path, "default")
+    with pytest.warns(UserWarning, match=r"other fixed scales .* make the optimizer.*after loading"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)  # an optimizer would not know the new parameters
     for one in (fresh, model):
         assert len(who_shares(one)) == 14
         found = {name: tensor for name, tensor in one.state_dict().items() if "lora_act_scale" in name}
         for name, tensor in found.items():
             assert torch.equal(tensor, tensors[name.replace(".default", "")])
     assert torch.equal(logits(fresh, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("kept", ["q_proj", "k_proj", "v_proj"])
+def test_a_file_that_has_each_parameter_once_is_read_for_all_of_its_layers(kept: str, tmp_path: Path):
+    """safetensors' `save_model`, and accelerate's, leave out all names of a parameter but one."""
+    model = calibrated()
+    train(model, tokens(), lr=1e-2)
+    shared = {"q_proj", "k_proj", "v_proj"} - {kept} | {"gate_proj"}
+    tensors = model.state_dict()
+    once = {n: t for n, t in tensors.items() if "act_scale" not in n or n.split(".")[-4] not in shared}
+    assert len(once) == len(tensors) - 2 * 3
+    into = calibrated()
+    held = {id(p) for p in into.parameters()}
+    into.load_state_dict(once, strict=False)
+    assert {id(p) for p in into.parameters()} == held
+    assert torch.equal(logits(into, tokens()), logits(model, tokens()))
+    save_model(model, tmp_path / "model.safetensors")
+    into = calibrated()
+    assert not load_model(into, tmp_path / "model.safetensors")[0]
+    assert torch.equal(logits(into, tokens()), logits(model, tokens()))
+
+
+def _load_sharded(rank: int, folder: Path) -> tuple[list[set[str]], str]:
+    """Who shares after equal scales came into a model that FSDP2 has, and what it says of other ones."""
+    torch.manual_seed(0)
+    model = calibrated()
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for block in model.get_base_model().model.layers:
+        fully_shard(block)
+    fully_shard(model)
+
+    def load(change: float) -> None:
+        state = model.state_dict()
+        for number, (name, there) in enumerate(state.items()):
+            here = values[name] + change * number if "act_scale" in name else values[name]
+            whole = not isinstance(there, DTensor)
+            state[name] = here if whole else distribute_tensor(here, there.device_mesh, there.placements)
+        model.load_state_dict(state)
+
+    load(0.0)
+    shared, said = who_shares(model), ""
+    try:
+        load(1 / 8)
+    except RuntimeError as error:
+        said = str(error)
+    return shared, said
+
+
+def test_a_model_that_is_sharded_keeps_who_shares(tmp_path: Path):
+    """FSDP2 sets the parameters that it found; the second process has nothing of a single number."""
+    (shared, said), (of_second, _) = in_two_processes(_load_sharded, tmp_path)
+    assert shared == of_second == 2 * SHARED
+    assert "other fixed scales of inputs" in said
+    assert "Load it before the model is sharded" in said
 
 
 def test_another_adapter_of_the_model_has_them_in_common_too():
