@@ -88,6 +88,9 @@ class Kernels(TrainerCallback):
             self.longest = [(spent, count, name[:80]) for spent, count, name in found[:24]]
             self.record = None
 
+    def found(self) -> dict[str, Any]:
+        return {"gpu_ms": sum(self.spent.values()), "kernels_ms": self.spent, "longest_ms": self.longest}
+
 
 def tokenizer() -> Any:
     """`SFTTrainer` wants one, for padding; the rows are token ids already."""
@@ -187,7 +190,7 @@ def measure(name: str, args: argparse.Namespace, device: str, folder: str) -> li
             "seconds": statistics.median(clock.seconds(args.steps)),
             "peak_gib": peak(device) + clock.pools,
             "loss": loss,
-            **({"kernels_ms": kernels.spent, "longest_ms": kernels.longest} if args.profile else {}),
+            **(kernels.found() if args.profile else {}),
         }
         trainer.accelerator.free_memory()
         del trainer, clock, kernels, callbacks
@@ -242,7 +245,7 @@ def main() -> None:
             print(f"{called:48} static {row['static_gib']:.2f}  {'  '.join(parts)}", flush=True)
             for shape, v in row["steps"].items() if args.profile else ():
                 shown = ", ".join(f"{kind} {spent:.0f}" for kind, spent in v["kernels_ms"].items() if spent >= 0.5)
-                print(f"  {shape}, {sum(v['kernels_ms'].values()):.0f} ms of the GPU: {shown}", flush=True)
+                print(f"  {shape}, {v['gpu_ms']:.0f} ms of the GPU: {shown}", flush=True)
 
 
 if __name__ == "__main__":
