@@ -16,7 +16,6 @@ from ..tuners.common.layer import MergingLayer
 from .modes import in_eval
 
 
-@torch.no_grad()
 def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
     """Set the fixed scales of the active adapter, so that the grid holds the largest inputs of some text.
 
@@ -48,6 +47,13 @@ def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Map
             "The model has no single active, unmerged adapter with fixed scales of activations. Make one with "
             "`act_scale='static'`, or leave the calibration out."
         )
+    # tensors of inference mode do not tell whether they were written to, so who is given the same is not seen in it
+    made_in_it = any(scale.is_inference() for layer in layers.values() for scale in layer.act_scales.parameters())
+    with torch.inference_mode(made_in_it), torch.no_grad():
+        _calibrate(model, layers, batches)
+
+
+def _calibrate(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any]) -> None:
     inputs = _Inputs()
     seen = {name: _Observer(inputs, layer.frozen.device) for name, layer in layers.items()}
     try:

@@ -217,6 +217,19 @@ def test_a_copy_has_scales_of_its_own():
     assert all(map(torch.equal, values(model), before))
 
 
+def test_inference_mode_does_not_hide_who_is_given_the_same():
+    model = adapted(tiny(num_hidden_layers=2), **STATIC)
+    for _ in range(2):
+        with torch.inference_mode():
+            calibrate_activations(model, [tokens(seed=3), tokens(seed=4)])
+        assert who_shares(model) == 2 * SHARED
+        assert torch.equal(logits(model, tokens()), logits(calibrated(), tokens()))
+    train(model, tokens())
+    with torch.inference_mode():  # it may have been made in
+        model = calibrated()
+        assert torch.equal(logits(model, tokens()), logits(calibrated(), tokens()))
+
+
 class _OtherInputs(nn.Module):
     """Three layers in one module: the second is given a tensor of the same values, the third the second's."""
 
