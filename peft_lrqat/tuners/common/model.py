@@ -45,6 +45,7 @@ from .scale_range import warn_of_lost_scales
 from .summary import report, say_how_to_serve
 from .targets import inside_experts, left_out, routers, tell_left_out, warn_of_unknown_names
 from .undo import Undo
+from .walking import QuickWalks
 
 # How an adapter's file names, after the method's prefix, the checksum of the base.
 _CHECKSUM = "base_checksum"
@@ -58,7 +59,7 @@ class _Conversion(NamedTuple):
     bar: Any  # counts the layers
 
 
-class QuantizingModel(LoraModel):
+class QuantizingModel(QuickWalks, LoraModel):
     """PEFT's LoRA tuner with another kind of layer, over a base that is converted to a grid.
 
     An error leaves the model, the configuration and the other adapters as they were. Where memory is short, conversion
