@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .decay import watch
 from .packed_parameter import share
 
 
@@ -51,6 +52,7 @@ class InputScale(AdapterWeight):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.full((1,), torch.nan, device=device))
+        watch(self.weight)
 
     @property
     def in_common(self) -> bool:
@@ -65,6 +67,7 @@ class InputScale(AdapterWeight):
         """Have a parameter of its own, of the same value."""
         if self.in_common:
             self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
+            watch(self.weight)
 
     def settle(self) -> None:
         """Have the parameter of the layer before if it has the same value: before the first use of an adapter that

@@ -21,7 +21,7 @@ def create_lrqat_optimizer(
     """Make an optimizer with the scales in a parameter group of their own, for `Trainer(optimizers=(optimizer, None))`.
 
     The Trainer's own optimizer is fine as well: scales are trained as relative changes, which the adapter's learning
-    rate suits.
+    rate suits. But weight decay would pull fixed scales of inputs (`act_scale="static"`) towards 1.
 
     Args:
         model (nn.Module): a PeftModel with LR-QAT adapters.
