@@ -4,12 +4,12 @@ they start, and which layers have one in common."""
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..tuners.common.input_scale import set_scales
 from ..tuners.common.layer import MergingLayer
@@ -83,18 +83,20 @@ def _calibrate(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[An
 
 
 class _Inputs:
-    """Numbers of the tensors that layers are given: a layer that follows another may be given the same."""
+    """Numbers of the tensors that layers are given: several may be given the same."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
-        self._latest: tuple[Any, int, int] | None = None  # a reference to it, its version, its number
+        self._known: Any = WeakTensorKeyDictionary()  # tensor -> its version, its number
 
     def number(self, x: torch.Tensor) -> int:
         if x.is_inference():  # without a version
             return next(self._numbers)
-        if self._latest is None or self._latest[0]() is not x or self._latest[1] != x._version:
-            self._latest = weakref.ref(x), x._version, next(self._numbers)
-        return self._latest[2]
+        version, number = self._known.get(x, (None, None))
+        if version != x._version:
+            number = next(self._numbers)
+            self._known[x] = x._version, number
+        return number
 
 
 class _Observer:

@@ -1,20 +1,19 @@
 """The learned fixed scale of a layer's input, and which layers have it in common: those that are given one input.
 
-An engine makes one product of q, k and v, and of gate and up, and has one fixed scale for what goes in: vLLM 0.32 has
-one place for it, and copies the scale of each of the layers there as it reads the file, so that the last one stays
-(`CompressedTensorsW8A8Int8` in its source). A scale for each of them would be trained, and not served. One also spares
-two of three roundings (`ops/shared_inputs.py`).
+An engine makes one product of q, k and v, of gate and up, and of DeepSeek's q_a and kv_a (between which q_b stands),
+and has one fixed scale for what goes in: vLLM 0.32 has one place for it, and copies the scale of each of the layers
+there as it reads the file, so that the last one stays (`CompressedTensorsW8A8Int8` in its source). A scale for each of
+them would be trained, and not served. One also spares two of three roundings (`ops/shared_inputs.py`).
 
-Which layers that are is seen while `calibrate_activations` runs: neighbours in one module that were given the same
-tensors. They then have one parameter, under the name of each of them, in the model as in its files. A file is read back
-so: neighbours whose scales are equal in it have one parameter again.
+Which layers that are is seen while `calibrate_activations` runs: those of one module that were given the same tensors.
+They then have one parameter, under the name of each of them, in the model as in its files. A file is read back so:
+layers of a module whose scales are equal in it have one parameter again.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,8 +42,8 @@ class InputScale(AdapterWeight):
     """log2 of the fixed scale of a layer's input, fp32 (1,): not a number until it is set.
 
     Attributes:
-        before: that of the neighbour before this layer, which may be given the same input. In a tuple, so that it is
-            no submodule.
+        before: those of the layers before this one in their module, as far as they may be given the same input. In a
+            tuple, so that they are no submodules.
     """
 
     before: tuple[InputScale, ...] = ()
@@ -57,11 +56,17 @@ class InputScale(AdapterWeight):
     @property
     def in_common(self) -> bool:
         """Whether it is the parameter of a layer before."""
-        return any(other.weight is self.weight for other in self._all_before())
+        return any(other.weight is self.weight for other in self.before)
 
-    def join(self) -> None:
-        """Have the parameter of the layer before."""
-        self.weight = self.before[0].weight
+    def join(self, other: InputScale) -> None:
+        """Have the parameter of a layer before."""
+        self.weight = other.weight
+
+    def join_equal(self) -> None:
+        """Have the parameter of the first layer before that has the same value, if one has."""
+        equal = next((other for other in self.before if _equal(self.weight, other.weight)), None)
+        if equal is not None:
+            self.join(equal)
 
     def part(self) -> None:
         """Have a parameter of its own, of the same value."""
@@ -70,19 +75,14 @@ class InputScale(AdapterWeight):
             watch(self.weight)
 
     def settle(self) -> None:
-        """Have the parameter of the layer before if it has the same value: before the first use of an adapter that
+        """Have the parameter of a layer before that has the same value: before the first use of an adapter that
         somebody has put into the model by setting parameters, as transformers' `load_adapter` does.
 
         Not among several processes, where DDP and FSDP2 know the parameters by then, nor while torch.compile traces.
         """
         alone = not (dist.is_available() and dist.is_initialized()) and not torch.compiler.is_compiling()
-        if alone and self.before and not self.in_common and _equal(self.weight, self.before[0].weight):
-            self.join()
-
-    def _all_before(self) -> Iterator[InputScale]:
-        for other in self.before:
-            yield other
-            yield from other._all_before()
+        if alone and not self.in_common:
+            self.join_equal()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list, *args: Any
@@ -99,10 +99,8 @@ class InputScale(AdapterWeight):
                 warnings.warn(_DIFFER.format(name=prefix, remedy=_OWN_AGAIN), stacklevel=2)
             self.part()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
-        if given is None or not self.before or _is_sharded(self.weight):  # FSDP2 has noted who has which
-            return
-        if _equal(self.weight, self.before[0].weight):
-            self.join()
+        if given is not None and not _is_sharded(self.weight):  # FSDP2 has noted who has which
+            self.join_equal()
 
     def _has(self, value: torch.Tensor) -> bool:
         return _equal(value.to(self.weight.device, self.weight.dtype), self.weight)
@@ -113,7 +111,7 @@ class InputScale(AdapterWeight):
         Args:
             missing: torch's list of missing keys, which each call makes anew.
         """
-        return any(other.weight is self.weight and other._loaded_in is missing for other in self._all_before())
+        return any(other.weight is self.weight and other._loaded_in is missing for other in self.before)
 
 
 _DIFFER = (
@@ -150,13 +148,19 @@ def know_neighbours(layers: dict[str, Any], adapter: str) -> None:
         if adapter in layer.act_scales:
             parents.setdefault(name.rpartition(".")[0], []).append(layer)
     for children in parents.values():
-        for layer, after in itertools.pairwise(children):
-            if layer.frozen.in_features != after.frozen.in_features:
-                continue
-            scale = after.act_scales[adapter]
-            scale.before = (layer.act_scales[adapter],)
-            if any(other.in_common for name, other in after.act_scales.items() if name != adapter):
-                scale.join()
+        for number, layer in enumerate(children):
+            before = [one for one in children[:number] if one.frozen.in_features == layer.frozen.in_features]
+            scale = layer.act_scales[adapter]
+            scale.before = tuple(one.act_scales[adapter] for one in before)
+            known = next((one for one in before if _in_common(one, layer, adapter)), None)
+            if known is not None:
+                scale.join(known.act_scales[adapter])
+
+
+def _in_common(one: Any, other: Any, without: str) -> bool:
+    """Whether two layers have the scale of an adapter in common, other than one adapter's."""
+    scales, others = one.act_scales, other.act_scales
+    return any(scales[name].weight is others[name].weight for name in scales if name in others and name != without)
 
 
 def set_scales(scales: Iterable[tuple[InputScale, torch.Tensor, list[int]]]) -> None:
@@ -168,8 +172,9 @@ def set_scales(scales: Iterable[tuple[InputScale, torch.Tensor, list[int]]]) -> 
     given: dict[InputScale, list[int]] = {}
     for scale, log2, tensors in scales:
         given[scale] = tensors
-        if scale.before and given.get(scale.before[0]) == tensors:
-            scale.join()
+        same = next((other for other in scale.before if given.get(other) == tensors), None)
+        if same is not None:
+            scale.join(same)
         else:
             scale.part()
             scale.weight.copy_(log2.view(1))

@@ -17,6 +17,7 @@ from peft_lrqat import calibrate_activations
 from peft_lrqat.ops import shared_inputs
 from peft_lrqat.tuners.common.input_scale import InputScale, set_scales
 from tests.files import read
+from tests.mixtures import of_family
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 from tests.parallel import in_two_processes
 
@@ -259,15 +260,32 @@ def test_only_the_same_tensor_counts(again: bool, expected: list[set[str]]):
     assert torch.equal(two, three) is not again
 
 
-def test_a_chain_that_parts_in_the_middle():
+def test_layers_that_another_one_stands_between(tmp_path: Path):
+    """DeepSeek's q_a and kv_a, of which vLLM makes one product."""
+    layers = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    expected = 2 * [{"q_a_proj", "kv_a_proj_with_mqa"}, {"q_b_proj"}, {"kv_b_proj"}, {"o_proj"}]
+    model = adapted(of_family("deepseek_v3"), **STATIC, target_modules=layers)
+    calibrate_activations(model, [tokens(seed=3), tokens(seed=4)])
+    assert who_shares(model) == expected
+    model.add_adapter("ref", model.peft_config["default"])
+    assert who_shares(model, "ref") == expected
+    train(model, tokens(), lr=1e-2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(of_family("deepseek_v3"), tmp_path)
+    assert who_shares(again) == expected
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_layers_that_part_in_the_middle():
     scales = [InputScale(torch.device("cpu")) for _ in range(3)]
-    for scale, before in zip(scales[1:], scales, strict=False):
-        scale.before = (before,)
+    for number, scale in enumerate(scales):
+        scale.before = tuple(scales[:number])
     log2 = torch.tensor(-3.0)
     with torch.no_grad():
         set_scales((scale, log2, [0, 1]) for scale in scales)
         assert len({id(scale.weight) for scale in scales}) == 1
-        set_scales(
-            (scale, log2 + n, given) for n, (scale, given) in enumerate(zip(scales, ([0], [1], [0]), strict=True))
-        )
-    assert [float(scale.weight) for scale in scales] == [-3, -2, -1]
+        set_scales((scale, log2 + n, [n % 2]) for n, scale in enumerate(scales))
+        assert [float(scale.weight) for scale in scales] == [-3, -2, -3]
+        assert scales[2].weight is scales[0].weight
+        set_scales((scale, log2 + n, [n]) for n, scale in enumerate(scales))
+        assert [float(scale.weight) for scale in scales] == [-3, -2, -1]
