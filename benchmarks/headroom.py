@@ -94,8 +94,9 @@ def measured(bits: float | None, options: dict[str, Any], init: str, args: argpa
         model = get_peft_model(model, config)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    kind = LowBitAdamW if bits else torch.optim.AdamW
-    optimizer = kind(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    rule = {"lr": args.rate, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    # scales that follow latent weights need no room
+    optimizer = LowBitAdamW(trained, **rule, latent_weights=False) if bits else torch.optim.AdamW(trained, **rule)
     order = torch.Generator().manual_seed(1)
     at_first = None
 

@@ -55,14 +55,14 @@ from training import Step, loss_of, targets
 _OURS = {"error_feedback": True, "state": "8bit", "betas": (0.9, 0.98)}
 _PUBLISHED = {  # DQT: one scale per tensor that clips at the mean magnitude, fp32 AdamW state, 8-bit activations
     "range_method": "absmean", "group_size": 0, "act_bits": 8, "state": "fp32", "betas": (0.9, 0.999),
-    "error_feedback": False, "weight_decay": 0.01, "lr": 5e-4, "float_lr": 5e-4,
+    "error_feedback": False, "latent_weights": False, "weight_decay": 0.01, "lr": 5e-4, "float_lr": 5e-4,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "float": {"kind": "float", "lr": 1e-3},
     "bitnet": {"kind": "bitnet", "lr": 1e-3, "act_bits": 8},
     **{f"dqt-{bits:g}": {"kind": "low-bit", "bits": bits, **_PUBLISHED} for bits in (1.58, 3, 4, 8)},
     **{f"ours-{bits}": {"kind": "low-bit", "bits": bits, "range_method": "minmax", **_OURS} for bits in (3, 4, 8)},
-    "ours-1.58": {"kind": "low-bit", "bits": 1.58, "learn_scales": True, **_OURS},
+    "ours-1.58": {"kind": "low-bit", "bits": 1.58, "learn_scales": True, **_OURS, "latent_weights": False},
     "ours-1.58-latent": {"kind": "low-bit", "bits": 1.58, **_OURS, "state": "factored", "latent_weights": True},
     **{
         f"ternary-inference{name}": {

@@ -40,7 +40,7 @@ from smollm2 import smollm2_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_lrqat import LowBitSRConfig, LowBitSRLayer, LRQATConfig, LRQATLayer
+from peft_lrqat import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LRQATConfig, LRQATLayer
 
 
 @dataclass
@@ -168,7 +168,8 @@ def sft_trainer(
     args: argparse.Namespace,
     scratch: str,
 ) -> SFTTrainer:
-    """TRL's own trainer: nothing in it knows about quantization."""
+    """TRL's own trainer: nothing in it knows about quantization. Integers are trained by this package's optimizer."""
+    integers = isinstance(peft_config, LowBitSRConfig)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -193,6 +194,7 @@ def sft_trainer(
         train_dataset=documents,
         processing_class=tokenizer,
         peft_config=peft_config,
+        optimizer_cls_and_kwargs=(LowBitAdamW, {"lr": learning_rate}) if integers else None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(type(peft_config).__name__.removesuffix("Config")))

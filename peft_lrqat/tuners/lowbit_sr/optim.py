@@ -8,6 +8,7 @@ gradient, so that no two dense gradients exist at a time.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -89,7 +90,7 @@ class LowBitAdamW(Optimizer):
 
         state                           "8bit"  2;  "factored"  1;  "fp32"  8
         state with betas=(0, ...)       "8bit"  1;  "factored"  0.01;  "fp32"  4
-        latent_weights=True             1 more
+        latent weights (ternary)        1 more
         gradients                       4, of all weights until `step()`
         gradients, fused_backward=True  4, of one layer at a time
 
@@ -111,11 +112,11 @@ class LowBitAdamW(Optimizer):
             configuration of each weight says; if that does not say either, yes, where there is a momentum.
         lr_unit (str): "weight": weight units, as everywhere. "grid": grid steps, so that coarse and fine grids change
             as many codes in a step; scales do not grow then (`grow_scales`).
-        latent_weights (bool): keep an int8 behind each code: where between, and beyond, the levels the weight belongs,
-            in 64ths of a step. Codes are then rounded to nearest, as those of a straight-through estimator are from
-            float masters, and scales of ternary weights follow the latent weights' mean magnitude (with
-            `lr_unit="weight"`). For ternary weights from scratch: with `state="factored"` it takes what "8bit" takes
-            without it. Not for 8-bit codes, which are as fine.
+        latent_weights (bool | None): keep an int8 behind each code: where between, and beyond, the levels the weight
+            belongs, in 64ths of a step. Codes are then rounded to nearest, as those of a straight-through estimator are
+            from float masters, and scales of ternary weights follow the latent weights' mean magnitude (with
+            `lr_unit="weight"`). None: for ternary weights, and not for others. True: for those of 2, 3 and 4 bits too;
+            not for 8-bit codes, which are as fine. With `state="factored"` it takes what "8bit" takes without it.
         fused_backward (bool): update a low-bit weight when its gradient arrives in backward, and free the gradient.
         gradient_accumulation_steps (int | None): with `fused_backward`: after how many backward passes to update, 1 or
             more. Until the last of them the gradients are kept. None: when accelerate says that gradients are complete,
@@ -156,7 +157,7 @@ class LowBitAdamW(Optimizer):
         state: str = "8bit",
         error_feedback: bool | None = None,
         lr_unit: str = "weight",
-        latent_weights: bool = False,
+        latent_weights: bool | None = None,
         fused_backward: bool = False,
         gradient_accumulation_steps: int | None = None,
         compile: bool = False,
@@ -181,8 +182,8 @@ class LowBitAdamW(Optimizer):
                 "`fused_backward=True` only: otherwise call step() as often as you like."
             )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        if not isinstance(latent_weights, bool):
-            raise ValueError(f"`latent_weights` is {latent_weights!r}; it must be True or False.")
+        if not (latent_weights is None or isinstance(latent_weights, bool)):
+            raise ValueError(f"`latent_weights` is {latent_weights!r}; it must be True, False or None.")
         compact = {"state": state, "error_feedback": error_feedback, "lr_unit": lr_unit}
         super().__init__(params, {**defaults, **compact, "latent_weights": latent_weights})
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -267,7 +268,7 @@ class LowBitAdamW(Optimizer):
         if group["latent_weights"] and parameter.grid.bits == 8:
             raise ValueError(
                 "`latent_weights` is True, but there are low-bit weights of 8 bits, which are as fine themselves. Use "
-                "it for coarser grids, or for parameter groups without 8-bit weights."
+                "it for coarser grids, or for parameter groups without 8-bit weights; None means ternary weights only."
             )
         return Rule(
             parameter.grid,
@@ -279,7 +280,7 @@ class LowBitAdamW(Optimizer):
             feedback,
             group["lr_unit"],
             group["state"],
-            group["latent_weights"],
+            _has_latent_weights(parameter, group),
             self._compile,
         )
 
@@ -341,9 +342,18 @@ class LowBitAdamW(Optimizer):
         """Load as torch does, which casts all state to the parameter's dtype. The state's codes become integers again.
 
         An 8-bit momentum in the linear code of earlier files is put on today's code. The options are the file's, as
-        with torch's optimizers.
+        with torch's optimizers: ternary weights that were trained without latent weights go on without them, which is
+        warned of where this optimizer would have them.
         """
+        before = self._count_latent()
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
+        if (missing := before - self._count_latent()) > 0:
+            warnings.warn(
+                f"The optimizer's state was saved without latent weights, and {missing} weights go on without them, as "
+                "their training began. To begin with them here, set `latent_weights` of the optimizer's parameter "
+                "groups to True after loading; to hear nothing of it, use `LowBitAdamW(latent_weights=False)`.",
+                stacklevel=2,
+            )
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
                 kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
@@ -354,10 +364,19 @@ class LowBitAdamW(Optimizer):
                     linear = state["exp_avg_codes"], step.to(parameter.device, torch.float32)
                     state["exp_avg_codes"], state["exp_avg_unit"] = momentum_of_linear_codes(*linear)
 
+    def _count_latent(self) -> int:
+        weights = ((p, g) for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor))
+        return sum(_has_latent_weights(parameter, group) for parameter, group in weights)
+
     def __repr__(self) -> str:
         kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}
         names = ", ".join("ternary" if bits == TERNARY else f"{bits} bits" for bits in sorted(kinds))
         return f"{super().__repr__()}\nlow-bit weights: {names or 'none'}"
+
+
+def _has_latent_weights(parameter: LowBitTensor, group: dict[str, Any]) -> bool:
+    wanted: bool | None = group["latent_weights"]
+    return parameter.grid.ternary if wanted is None else wanted
 
 
 # a learning rate, as torch takes it

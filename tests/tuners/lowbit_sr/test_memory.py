@@ -56,14 +56,25 @@ def test_bytes_at_rest(bits: float, keep_base: bool):
         ({"bits": 8}, {"fused_backward": True}, 4),
         ({"bits": 8, "keep_base": False}, {"fused_backward": True}, 3),
         ({"bits": 4, "keep_base": False}, {"fused_backward": True, "state": "factored"}, 1.5),
-        ({"bits": 1.58, "keep_base": False}, {"fused_backward": True, "state": "factored", "betas": (0.0, 0.98)}, 0.25),
+        ({"bits": 1.58}, {}, 7.5),
+        ({"bits": 1.58, "keep_base": False}, {"fused_backward": True, "state": "factored"}, 2.25),
         (
             {"bits": 1.58, "keep_base": False},
-            {"fused_backward": True, "state": "factored", "latent_weights": True},
-            2.25,
+            {"fused_backward": True, "state": "factored", "latent_weights": False},
+            1.25,
         ),
+        ({"bits": 1.58, "keep_base": False}, {"fused_backward": True, "state": "factored", "betas": (0.0, 0.98)}, 1.25),
     ],
-    ids=["defaults", "fused", "fused, no base", "4 bits, factored", "ternary, no momentum", "ternary, latent weights"],
+    ids=[
+        "defaults",
+        "fused",
+        "fused, no base",
+        "4 bits, factored",
+        "ternary, defaults",
+        "ternary, factored",
+        "ternary, no latent weights",
+        "ternary, no momentum",
+    ],
 )
 def test_bytes_of_codes_state_and_gradients(options: dict, optimizer: dict, total: float):
     model = wide(**options)
