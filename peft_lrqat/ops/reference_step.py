@@ -327,6 +327,16 @@ def _compiled() -> Callable[..., None]:
     return torch.compile(update_rows, dynamic=False)
 
 
+def _compiles_well(state: dict[str, torch.Tensor], rule: Rule) -> bool:
+    """Tell whether `_compiled` computes what `update_rows` does.
+
+    What torch 2.13 makes of it on a CPU reads the unit of a row's last block before it is written, where the block is
+    padded and not the only one: other numbers in these columns, or none.
+    """
+    in_blocks = "exp_avg_unit" in state or "exp_avg_sq_top" in state
+    return not in_blocks or rule.columns < BLOCK or rule.columns % BLOCK == 0
+
+
 def low_bit_update(
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -353,7 +363,7 @@ def low_bit_update(
         scale_before: fp32, as `scale`: what the codes and latent weights are multiples of until this step, where that
             is not `scale` (with latent weights only).
     """
-    update = _compiled() if rule.compile else update_rows
+    update = _compiled() if rule.compile and _compiles_well(state, rule) else update_rows
     numbers = torch.arange(packed.shape[0], device=packed.device)
     parts = {name: value for name, value in state.items() if name not in ("step", "latent_start")}
     for rows in row_chunks(packed.shape[0], rule.columns, packed.device):

@@ -84,6 +84,12 @@ class InputScale(AdapterWeight):
         if alone and not self.in_common:
             self.join_equal()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As torch's, but each layer's value is a tensor of its own: transformers saves no tensor under two names."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_common and not keep_vars:
+            destination[prefix + "weight"] = destination[prefix + "weight"].clone()
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list, *args: Any
     ) -> None:

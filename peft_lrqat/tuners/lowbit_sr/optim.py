@@ -121,7 +121,8 @@ class LowBitAdamW(Optimizer):
         gradient_accumulation_steps (int | None): with `fused_backward`: after how many backward passes to update, 1 or
             more. Until the last of them the gradients are kept. None: when accelerate says that gradients are complete,
             as Trainer has it say; without accelerate, after each pass.
-        compile (bool): `torch.compile` the update where Triton's kernel for it does not run.
+        compile (bool): `torch.compile` the update where Triton's kernel for it does not run, except for an 8-bit state
+            of more than 256 inputs that are no multiple of 256, which torch 2.13 gets wrong.
 
     Raises:
         ValueError: an argument is out of range or contradicts another one; `fused_backward` with more than one

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from peft_lrqat import calibrate_activations
+from peft_lrqat import LRQATConfig, calibrate_activations
 from peft_lrqat.ops import shared_inputs
 from peft_lrqat.tuners.common.input_scale import InputScale, set_scales
 from tests.files import read
@@ -109,6 +109,19 @@ def test_a_loaded_adapter_goes_on_as_the_saved_one(low_memory: bool, tmp_path: P
     assert torch.equal(logits(into, tokens()), logits(model, tokens()))
 
 
+def test_transformers_own_saving_takes_no_tensor_under_two_names(tmp_path: Path):
+    model = tiny(num_hidden_layers=2)
+    model.add_adapter(LRQATConfig(**STATIC, group_size=-1, target_modules="all-linear"))
+    calibrate_activations(model, [tokens(seed=3), tokens(seed=4)])
+    assert who_shares(model) == 2 * SHARED
+    train(model, tokens(), lr=1e-2)
+    model.save_pretrained(tmp_path)
+    assert sum("lora_act_scale" in name for name in read(tmp_path)) == 14
+    again = tiny(num_hidden_layers=2)
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
 def test_transformers_own_loading_sets_parameters(tmp_path: Path):
     model = calibrated()
     train(model, tokens(), lr=1e-2)
@@ -143,7 +156,7 @@ def test_scales_that_differ_in_a_file_are_each_layers_own(tmp_path: Path):
 
 @pytest.mark.parametrize("kept", ["q_proj", "k_proj", "v_proj"])
 def test_a_file_that_has_each_parameter_once_is_read_for_all_of_its_layers(kept: str, tmp_path: Path):
-    """safetensors' `save_model`, and accelerate's, leave out all names of a parameter but one."""
+    """Some ways of saving leave out all names of a parameter but one."""
     model = calibrated()
     train(model, tokens(), lr=1e-2)
     shared = {"q_proj", "k_proj", "v_proj"} - {kept} | {"gate_proj"}
