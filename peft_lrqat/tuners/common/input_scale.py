@@ -99,10 +99,10 @@ class InputScale(AdapterWeight):
         self._loaded_in = None if given is None else missing
         if given is not None and self._written_in(missing) and not self._has(given):
             if _is_sharded(self.weight):
-                args[-1].append(_DIFFER.format(name=prefix, remedy="Load it before the model is sharded."))
+                args[-1].append(f"{prefix}weight: {_DIFFER} Load it before the model is sharded.")
                 return
             if self.weight.requires_grad:
-                warnings.warn(_DIFFER.format(name=prefix, remedy=_OWN_AGAIN), stacklevel=2)
+                warnings.warn(f"{_DIFFER} {_OWN_AGAIN}", stacklevel=2)  # without names: once for all layers
             self.part()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         if given is not None and not _is_sharded(self.weight):  # FSDP2 has noted who has which
@@ -122,7 +122,7 @@ class InputScale(AdapterWeight):
 
 _DIFFER = (
     "What is loaded has other fixed scales of inputs for layers that are given one input, as they were trained before "
-    "layers had one in common ({name} ...). {remedy}"
+    "layers had one in common."
 )
 _OWN_AGAIN = (
     "Each layer has its own again, a new parameter: make the optimizer, and wrap the model for several processes, "

@@ -144,8 +144,9 @@ def test_scales_that_differ_in_a_file_are_each_layers_own(tmp_path: Path):
     tensors |= {name: tensors[name] + number / 8 for number, name in enumerate(names)}
     save_file(tensors, file, {"format": "pt"})
     fresh = PeftModel.from_pretrained(tiny(num_hidden_layers=2), tmp_path)
-    with pytest.warns(UserWarning, match=r"other fixed scales .* make the optimizer.*after loading"):
+    with pytest.warns(UserWarning, match=r"other fixed scales .* make the optimizer.*after loading") as said:
         model.load_adapter(tmp_path, "default", is_trainable=True)  # an optimizer would not know the new parameters
+    assert len({str(one.message) for one in said if "fixed scales" in str(one.message)}) == 1  # Python says it once
     for one in (fresh, model):
         assert len(who_shares(one)) == 14
         found = {name: tensor for name, tensor in one.state_dict().items() if "lora_act_scale" in name}
