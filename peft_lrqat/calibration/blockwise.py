@@ -36,7 +36,7 @@ from ..tuners.common.fingerprint import float_checksum, in_order
 from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
-from .calibrate import AnyConfig, BlockInputs, decoder_blocks, read_batches, some
+from .calibrate import AnyConfig, BlockInputs, check_config, decoder_blocks, read_batches, some
 from .offloaded import all_tensors, arrive, bring_in, by_block
 
 #: Fields of a model's configuration on which no result depends.
@@ -120,10 +120,11 @@ def preprocess_blockwise(
         The model; `model` itself if it was one.
 
     Raises:
-        ValueError: there is no calibration text, the targeted layers are not those of decoder blocks, an option is out
-            of range, or `resume_from` holds another run: nothing was changed then. Or no token reached a layer (some
-            experts may go without), or outputs of a block, or weights of one that came in, are not finite: blocks
-            before it are quantized by then, so load the model again.
+        ValueError: `config` is of another method, there is no calibration text or less than one window, the targeted
+            layers are not those of decoder blocks, an option is out of range, or `resume_from` holds another run:
+            nothing was changed then. Or no token reached a layer (some experts may go without), or outputs of a block,
+            or weights of one that came in, are not finite: blocks before it are quantized by then, so load the model
+            again.
 
     Examples:
         >>> from peft import get_peft_model
@@ -134,6 +135,7 @@ def preprocess_blockwise(
         >>> model = get_peft_model(quantized, config)  # to train on; or merge at once
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
+    check_config(config)
     if config.rounds_inputs:
         raise ValueError(
             f"`act_bits` is {config.act_bits}, but block-wise training does not round activations. Leave it out here; "

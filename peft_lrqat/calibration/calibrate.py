@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from ..modules.experts import Experts, ExpertStack
 from ..modules.packed import MERGED
+from ..tuners.common.config import GridConfig
 from ..tuners.common.frozen import FrozenWeight
 from ..tuners.common.plain import is_offloaded
 from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
@@ -308,24 +309,69 @@ def _devices(model: nn.Module) -> list[str]:
     return sorted({str(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None) is not None})
 
 
+def check_config(config: Any) -> None:
+    """Raise ValueError for what is no configuration of this package, such as a LoraConfig, or a class."""
+    if not isinstance(config, GridConfig):
+        raise ValueError(
+            f"`config` is {config if isinstance(config, type) else type(config)}, which has no grid. Give an "
+            "LRQATConfig or a LowBitSRConfig, the one of the training that follows."
+        )
+
+
+def each(given: Any, parameter: str) -> Iterable[Any]:
+    """The batches or texts that a caller gave. One alone is one of them: iterating over it would take it apart.
+
+    Raises:
+        ValueError: it cannot be iterated over.
+    """
+    if isinstance(given, (str, torch.Tensor, Mapping)):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise ValueError(
+            f"`{parameter}` is of type {type(given).__name__}; give a list of batches, or another iterable."
+        )
+    return given
+
+
+def by_name(batch: Any, parameter: str) -> dict[str, Any]:
+    """A batch as a model's forward takes it, by name. Token ids of one row, (length,), become (1, length).
+
+    Raises:
+        ValueError: it is neither token ids nor a mapping.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, torch.Tensor) and batch.ndim in (1, 2) and not batch.is_floating_point():
+        return {"input_ids": batch if batch.ndim == 2 else batch.unsqueeze(0)}
+    found = f"a tensor of {batch.dtype} {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else repr(batch)
+    raise ValueError(
+        f"`{parameter}` holds {found[:80]}; it may hold token ids, int64 tensors (batch, length), and what the model's "
+        "forward takes by name. A text becomes such by `tokenizer(text, return_tensors='pt')`."
+    )
+
+
 def read_batches(
     model: Any, calibration: Iterable[Any], tokenizer: Any, length: int
 ) -> Iterable[dict[str, torch.Tensor]]:
     """Make what the model takes from calibration text in any form that `preprocess_gptq` names. Raise ValueError if
-    there is no text.
+    there is no text, or it is in another form.
     """
-    whole = isinstance(calibration, (str, torch.Tensor, Mapping))  # iterating over it would take it apart
-    items: list[Any] = [calibration] if whole else list(calibration)
+    items: list[Any] = list(each(calibration, "calibration"))
+    if not items:
+        raise ValueError("`calibration` is empty. Give texts and a `tokenizer`, or token ids.")
     texts = [item for item in items if isinstance(item, str)]
     if texts:
         if tokenizer is None or len(texts) < len(items):
             raise ValueError("`calibration` holds texts: give a `tokenizer`, and texts only.")
         items = _windows(texts, tokenizer, length)
-    if not items:
-        raise ValueError(f"`calibration` is empty, or has fewer tokens than one window (`length={length}`).")
     device = model.get_input_embeddings().weight.device
     for item in items:
-        batch = item if isinstance(item, Mapping) else {"input_ids": item}
+        batch = by_name(item, "calibration")
+        if not isinstance(batch.get("input_ids"), torch.Tensor):
+            raise ValueError(
+                f"`calibration` holds a mapping with {sorted(batch)}; it needs `input_ids`, an int64 tensor (batch, "
+                "length). Of a dataset with a column of texts, give that column and a `tokenizer`."
+            )
         kept = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
         yield {key: value if value.ndim > 1 else value.unsqueeze(0) for key, value in kept.items()}
 
@@ -334,4 +380,9 @@ def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[torch.Te
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer(text)["input_ids"], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    if len(ids) < length:
+        raise ValueError(
+            f"`calibration` has {len(ids)} tokens, fewer than one window (`length={length}`). Give more text, or a "
+            "smaller `length`."
+        )
     return list(torch.tensor(ids[: len(ids) // length * length]).view(-1, 1, length))

@@ -17,7 +17,7 @@ from ..grid import join_rows
 from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
 from ..tuners.common.experts import settle_experts
-from .calibrate import AnyConfig, BlockInputs, collect_hessians, decoder_blocks, read_batches, some
+from .calibrate import AnyConfig, BlockInputs, check_config, collect_hessians, decoder_blocks, read_batches, some
 from .gptq import gptq_round
 from .offloaded import arrive, bring_in, by_block
 
@@ -68,9 +68,10 @@ def preprocess_gptq(
         The model; `model` itself if it was one.
 
     Raises:
-        ValueError: there is no calibration text, or the targeted layers are not those of decoder blocks: nothing was
-            changed then. Or no token reached a layer, its Hessian could not be factored, or a weight of a block that
-            came in was not finite: blocks before it are quantized by then, so load the model again.
+        ValueError: `config` is of another method; there is no calibration text, or less than one window; or the
+            targeted layers are not those of decoder blocks: nothing was changed then. Or no token reached a layer, its
+            Hessian could not be factored, or a weight of a block that came in was not finite: blocks before it are
+            quantized by then, so load the model again.
 
     Examples:
         >>> from peft import get_peft_model
@@ -80,6 +81,7 @@ def preprocess_gptq(
         >>> quantized.save_pretrained("base-w4")  # adapters belong to this base
         >>> model = get_peft_model(quantized, config)
     """
+    check_config(config)
     with by_block(model, config, "GPTQ", model_init_kwargs) as model:
         name, blocks, layers = decoder_blocks(model, config, "GPTQ")
         bring_in(model, without=blocks)

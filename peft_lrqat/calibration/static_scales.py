@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..tuners.common.input_scale import set_scales
 from ..tuners.common.layer import MergingLayer
+from .calibrate import by_name, each
 from .modes import in_eval
 
 
@@ -28,8 +29,9 @@ def calibrate_activations(model: nn.Module, batches: Iterable[torch.Tensor | Map
         batches (Iterable): token ids, int64 (batch, length), or what the model's forward takes by name.
 
     Raises:
-        ValueError: no active adapter has fixed scales; the model is merged; a layer received no input, only zeros, or
-            values that are not finite. No scale was changed then.
+        ValueError: no active adapter has fixed scales; the model is merged; there are no batches, or one is neither
+            token ids nor a mapping, such as a text; a layer received no input, only zeros, or values that are not
+            finite. No scale was changed then.
 
     Examples:
         >>> from peft import get_peft_model
@@ -60,16 +62,20 @@ def _calibrate(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[An
         for name, layer in layers.items():
             layer._observer = seen[name]
         with in_eval(model):
-            for batch in batches:
-                here = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+            empty = True
+            for batch in each(batches, "batches"):
+                here, empty = by_name(batch, "batches"), False
                 device = next(iter(layers.values())).frozen.device
                 model(**{name: value.to(device) if hasattr(value, "to") else value for name, value in here.items()})
     finally:
         for layer in layers.values():
             layer._observer = None
+    if empty:
+        raise ValueError("`batches` is empty. Give token ids, int64 (batch, length), of some text.")
     for name, observer in seen.items():
         value = observer.largest
         if not bool(torch.isfinite(value) & (value > 0)):
+            name = layers[name].name  # the one that patterns match, without PEFT's prefix
             raise ValueError(
                 f"The largest input of layer {name!r} on the calibration text is {float(value)}. Give text that "
                 f"reaches every layer, or leave this one float: `act_bits_pattern={{{name!r}: None}}`."

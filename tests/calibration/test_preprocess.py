@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_lrqat import LowBitSRConfig, LRQATConfig, load_quantized, preprocess_gptq
+from peft_lrqat import LowBitSRConfig, LRQATConfig, load_quantized, preprocess_blockwise, preprocess_gptq
 from peft_lrqat.calibration.gptq import gptq_round
 from peft_lrqat.modules.packed import QuantizedLinear
 from tests.mixtures import CHOSEN, EXPERTS, FIRST, mixture
 from tests.models import adapted, logits, tiny, tokens, train
+from tests.tokenizers import bytewise
 
 IDS = tokens()
 TEXT = [tokens(4, 32, seed=seed) for seed in range(2, 8)]
@@ -247,3 +248,24 @@ def test_a_mixture_whose_experts_are_left_out():
     with pytest.warns(UserWarning, match="Most of the model stays float"):
         model = get_peft_model(model, config).eval()
     assert torch.equal(logits(model, tokens(1, 4)), expected)
+
+
+@pytest.mark.parametrize("preprocess", [preprocess_gptq, preprocess_blockwise])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config": LoraConfig()}, "`config` is .*LoraConfig.*Give an LRQATConfig or a LowBitSRConfig"),
+        ({"calibration": []}, "`calibration` is empty"),
+        ({"calibration": bytewise("gpt-2")}, "`calibration` is of type .*; give a list"),
+        ({"calibration": ["a few words"]}, r"`calibration` has \d+ tokens, fewer than one window \(`length=1024`\)"),
+        ({"calibration": [{"text": "words"}]}, r"a mapping with \['text'\]; it needs `input_ids`"),
+        ({"calibration": [{"input_ids": [1, 2]}]}, "it needs `input_ids`, an int64 tensor"),
+        ({"calibration": [[1, 2]]}, r"`calibration` holds \[1, 2\]; it may hold token ids"),
+    ],
+    ids=str,
+)
+def test_what_is_no_text_is_named_before_anything_is_changed(preprocess, given: dict, message: str):
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        preprocess(model, **{"config": config(bits=3), "calibration": TEXT, "tokenizer": bytewise("gpt-2"), **given})
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())

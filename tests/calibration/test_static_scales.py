@@ -139,10 +139,29 @@ def test_what_has_no_fixed_scales_is_not_calibrated():
     model = adapted(tiny(num_hidden_layers=1), **STATIC).train()
     model.base_model.model.model.layers[0].mlp.eval()
     modes = [module.training for module in model.modules()]
-    with pytest.raises(ValueError, match=r"largest input of layer '.*' on the calibration text is 0\.0"):
-        calibrate_activations(model, [])
+    no_batches = {
+        "`batches` is empty": [],
+        r"`batches` holds 'a text'.*tokenizer\(text": "a text",
+        "`batches` holds 'text'": ["text"],
+        r"`batches` holds \[1, 2\]": [[1, 2]],
+        "`batches` is of type int": 7,
+        r"torch.float32 \(1, 4\)": [torch.rand(1, 4)],
+    }
+    for message, wrong in no_batches.items():
+        with pytest.raises(ValueError, match=message):
+            calibrate_activations(model, wrong)
+    embeddings = model.get_input_embeddings().weight.data
+    kept = embeddings.clone()
+    embeddings.zero_()
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.0.*is 0\.0.*act_bits_pattern=\{'model\.layers"):
+        calibrate_activations(model, [tokens()])
+    embeddings.copy_(kept)
     assert all(scale.isnan() for scale in scales(model))
     assert [module.training for module in model.modules()] == modes
+    calibrate_activations(model, tokens())  # one batch, not a list of its rows
+    of_one = scales(model)
+    calibrate_activations(model, [tokens()])
+    assert all(torch.equal(a, b) for a, b in zip(of_one, scales(model), strict=True))
 
 
 def test_compiled_scales_that_are_not_set_are_refused():
