@@ -57,6 +57,34 @@ def head_of(model: Any, config: Any) -> dict[str, Any] | None:
     return {"labels": labels, "problem_type": getattr(own, "problem_type", None)}
 
 
+def warn_of_unsaved(model: nn.Module, config: Any) -> None:
+    """Warn of weights that are trained and that no adapter's file holds: those outside of adapted and copied modules.
+
+    Whoever resumes the training, or loads the adapter, has those of the base again, without a word. PEFT saves biases
+    outside where `bias` is "all".
+    """
+    held = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for parameter in module.parameters()
+    }
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not parameter.is_meta and id(parameter) not in held
+        if not (getattr(config, "bias", None) == "all" and name.endswith("bias"))
+    ]
+    if lost:
+        modules = sorted({name.split(".")[-2] for name in lost if "." in name})
+        warnings.warn(
+            f"{len(lost)} weights outside of the adapter are trained, e.g. {lost[0]!r}, and its file does not hold "
+            "them: a training that is resumed from it, and whatever loads it, has the base's again. Name them in the "
+            f"configuration instead (`modules_to_save={modules}`), or save the whole model with `merge_and_unload()`.",
+            stacklevel=2,
+        )
+
+
 def adopt_labels(model: Any, config: Any) -> None:
     """Give a model the names of classes that an adapter brings along, where it has none of its own.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -159,3 +160,23 @@ def test_a_model_with_another_number_of_classes_is_warned_of(tmp_path: Path):
 def test_models_without_classes_have_none(save: list[str] | None, tmp_path: Path):
     adapted(tiny(), modules_to_save=save).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_head"] is None
+
+
+def test_weights_that_no_file_holds_are_warned_of(method: ModuleType, tmp_path: Path):
+    model = method.random_adapter(tiny(num_hidden_layers=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "quiet")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_(True)
+    said = (
+        r"3 weights outside of the adapter.*modules_to_save=\['input_layernorm', 'norm', 'post_attention_layernorm'\]"
+    )
+    with pytest.warns(UserWarning, match=said):
+        model.save_pretrained(tmp_path / "lost")
+
+    named = method.random_adapter(tiny(num_hidden_layers=1), modules_to_save=["norm", "embed_tokens", "lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named.save_pretrained(tmp_path / "named")
