@@ -85,7 +85,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        _refuse_adapter(Path(pretrained_model_name_or_path))
+        _refuse_others(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
     quantization = getattr(config, "quantization_config", None)
     quantization = quantization if quantization is None or isinstance(quantization, dict) else quantization.to_dict()
@@ -115,13 +115,23 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     return (model, info) if wants_info else model
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """Raise ValueError for the folder of an adapter: transformers would only say that it does not know the model."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+def _refuse_others(folder: Path) -> None:
+    """Raise ValueError for GGUF, for the folder of an adapter, and for one without a model: transformers would only say
+    that it does not know the model.
+    """
+    without = folder.is_dir() and not (folder / "config.json").is_file()
+    if folder.suffix == ".gguf" or (without and any(file.suffix == ".gguf" for file in folder.iterdir())):
+        raise ValueError(
+            f"{str(folder)!r} is GGUF, which `load_quantized` does not read. Give the checkpoint or the adapter that "
+            "it was written from; transformers reads it as floats (`from_pretrained(folder, gguf_file=...)`)."
+        )
+    if without and (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{str(folder)!r} holds an adapter, and no checkpoint. Load it on its base with "
             "`PeftModel.from_pretrained`, or give the folder of a merged model."
         )
+    if without:
+        raise ValueError(f"The folder {str(folder)!r} has no config.json, so it is no checkpoint of a model.")
 
 
 class _Stored(nn.Module):

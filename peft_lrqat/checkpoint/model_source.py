@@ -72,7 +72,7 @@ class ModelSource(Source):
         self._quantized: dict[str, Any] = {n: m for n, m in self._modules.items() if _is_quantized(m)}
         self._stack: tuple[Any, GridTensor | None] = (None, None)  # the experts that were read last
         if not self._quantized:
-            hint = ""
+            hint = " Train it with LRQATConfig or LowBitSRConfig first, and give the trained or the merged model."
             if getattr(base.config, "quantization_config", None) is not None:
                 hint = " It was loaded from a quantized checkpoint; give that checkpoint's folder instead."
             raise ValueError(f"The model ({type(base).__name__}) has no layer of this package's merged kinds.{hint}")
@@ -295,6 +295,12 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
                 loader = type(loader.__name__, (loader,), own)
         classes = _classes(folder, config, loader._target_class, described, trusted)
         if config.wants_quantized_base:
+            if described is not None and getattr(described, "quantization_config", None) is None:
+                raise ValueError(
+                    f"The adapter in {str(folder)!r} was trained on a quantized base, but `base_model_name_or_path` in "
+                    f"its adapter_config.json is {place!r}, a float model. Put the folder there that the quantized "
+                    "base was saved to. (`model.name_or_path = FOLDER` before an adapter is made writes it.)"
+                )
             if classes is not None and described is not None:
                 described.num_labels = classes
             base = load_quantized(

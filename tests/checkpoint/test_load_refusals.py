@@ -103,6 +103,15 @@ def test_a_float_checkpoint_and_a_configuration_of_the_caller(tmp_path: Path):
         load_quantized(tmp_path, quantization_config={})
 
 
+def test_folders_without_a_checkpoint(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is no checkpoint"):
+        load_quantized(tmp_path)
+    (tmp_path / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    for place in (tmp_path, tmp_path / "model-Q4_0.gguf"):
+        with pytest.raises(ValueError, match=r"is GGUF, which `load_quantized` does not read\. Give the checkpoint"):
+            load_quantized(place)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from peft_lrqat import LRQATConfig, preprocess_gptq
 from peft_lrqat.checkpoint.open import open_source
 from tests.files import read
-from tests.models import adapted, tiny
+from tests.models import adapted, tiny, tokens
 from tests.trained import trained
 
 
@@ -44,13 +45,30 @@ def test_models_whose_files_are_cut_otherwise(tmp_path):
 
 
 def test_float_models():
-    with pytest.raises(ValueError, match="no layer of this package"):
+    with pytest.raises(ValueError, match=r"no layer of this package.*Train it with LRQATConfig"):
         open_source(tiny())
 
 
 def test_float_adapters():
     with pytest.raises(ValueError, match="floats"):
         open_source(get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_adapters_of_a_quantized_base_that_name_a_float_one(tmp_path):
+    tiny().save_pretrained(tmp_path / "float")
+    model = tiny()
+    preprocess_gptq(model, LRQATConfig(group_size=-1, task_type="CAUSAL_LM"), [tokens()], progressbar=False)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "float")  # as it is of a model that was loaded from there
+    trained_on_it = get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM"))
+    trained_on_it.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"trained on a quantized base, but `base_model_name_or_path`.*float'.*Put the"
+    ):
+        open_source(tmp_path / "adapter")
+    trained_on_it.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trained_on_it.save_pretrained(tmp_path / "adapter")
+    assert open_source(tmp_path / "adapter").grids()
 
 
 def test_adapters_without_their_base(tmp_path):

@@ -17,7 +17,7 @@ from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import CODES, FACTOR, SCALE, STREAM
 from ..common.config import ALL_LINEAR, GridConfig
-from ..common.field_help import with_help
+from ..common.field_help import with_help, with_suggestions
 from ..common.rules import FLAG, INTEGER, SHARED, Rule, is_positive, one_of, optional
 
 #: The grids that can be trained.
@@ -26,6 +26,7 @@ EXPORT_FORMATS = ("compressed-tensors", "bitnet")
 
 
 @with_help
+@with_suggestions
 @dataclass
 class LowBitSRConfig(GridConfig, PeftConfig):
     """Configuration of low-bit SR: direct training of integers with stochastic rounding (DQT, arXiv 2412.04787).

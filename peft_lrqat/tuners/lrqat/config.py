@@ -18,7 +18,7 @@ from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import FACTOR
 from ..common.config import ALL_LINEAR, GridConfig
-from ..common.field_help import with_help
+from ..common.field_help import with_help, with_suggestions
 from ..common.loading import LoadingConfig
 from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, Rule, one_of, optional, pattern
 
@@ -52,6 +52,7 @@ _GRID_DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "symmetric": Tru
 
 
 @with_help
+@with_suggestions
 @dataclass
 class LRQATConfig(GridConfig, LoraConfig):
     """Configuration of LR-QAT (arXiv 2406.06385): a `LoraConfig` with a grid.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from peft import LoraConfig, LoraRuntimeConfig
+from peft import LoraConfig, LoraRuntimeConfig, PeftConfig
 
 from peft_lrqat import LowBitSRConfig, LRQATConfig
 from peft_lrqat.tuners.common.field_help import attributes_of, with_help
@@ -134,3 +136,22 @@ def test_a_docstring_is_completed():
     entries = "    name (str): Its own.\n    width (int): In bytes.\n    bits (int): From 2\n        to 8.\n\nMore."
     assert inspect.getdoc(Config) == f"A configuration.\n\nAttributes:\n{entries}"
     assert [field.metadata["help"] for field in dataclasses.fields(Config)] == ["Its own.", "From 2 to 8.", "In bytes."]
+
+
+def test_an_option_that_there_is_not_is_answered_with_the_nearest(config: Any):
+    kind = type(config)
+    with pytest.raises(
+        TypeError, match=r"got an unexpected keyword argument `groupsize`\. Did you mean `group_size`\?"
+    ):
+        kind(groupsize=64)
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument `xyz`\. `help\({kind.__name__}\)` describes"):
+        kind(bits=4, xyz=1)
+    assert list(inspect.signature(kind).parameters) == [f.name for f in dataclasses.fields(kind) if f.init]
+
+
+def test_an_option_of_a_later_version_is_left_out_of_a_file(config: Any, tmp_path: Path):
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": 1}))
+    with pytest.warns(UserWarning, match="of_tomorrow"):
+        assert PeftConfig.from_pretrained(tmp_path).bits == config.bits
