@@ -86,7 +86,7 @@ METHODS: dict[str, Callable[[argparse.Namespace], PeftConfig]] = {
 }
 #: What the table calls them, and a learning rate for a short run: of an adapter in grid steps, and of whole weights.
 NAMES = {"lrqat": "LR-QAT", "lowbit-sr": "low-bit SR"}
-LEARNING_RATES = {"lrqat": 3e-3, "lowbit-sr": 3e-5}
+LEARNING_RATES = {"lrqat": 3e-3, "lowbit-sr": 3e-5, "ternary": 1e-3}
 
 
 def round_to_nearest(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
@@ -117,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rank", type=int, default=16)
     add("--alpha", type=int, help="lora_alpha; alpha / rank counts grid steps; default: 16 * rank")
-    add("--lr", type=float, help="default: 3e-3; low-bit SR: 3e-5, as in full fine-tuning")
+    add("--lr", type=float, help="default: 3e-3; low-bit SR: 3e-5, as in full fine-tuning; ternary: 1e-3")
     add("--steps", type=int, default=24)
     add("--batch-size", type=int, default=1)
     add("--seq-len", type=int, default=256)
@@ -136,7 +136,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.method == "lowbit-sr" and (args.asymmetric or args.downcast or args.alpha or args.act_bits):
         parser.error("--asymmetric, --downcast, --alpha and --act-bits are options of --method lrqat")
     args.bits = int(args.bits) if args.bits.is_integer() else args.bits
-    args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    args.lr = LEARNING_RATES["ternary" if args.bits == 1.58 else args.method] if args.lr is None else args.lr
     if args.device == "auto":
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if args.dtype == "auto":

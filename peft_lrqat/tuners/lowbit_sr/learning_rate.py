@@ -5,6 +5,9 @@ the rate over the weights' size says how much of a trained weight a step replace
 grid step how many of the codes flip. Full fine-tuning takes rates that move weights by some thousandths of their size;
 LR-QAT's rates, which are meant for low-rank factors, move them by some hundredths, and six such steps have ruined a
 model.
+
+Ternary weights are left out: their first rounding has taken the model apart already, and what they want is a rate as
+from scratch (docs/guides/low-bit-sr.md).
 """
 
 from __future__ import annotations
@@ -29,14 +32,14 @@ _CHECKED = "_peft_lrqat_rate_checked"
 def check_rate(optimizer: Optimizer) -> None:
     """Warn, once for an optimizer, if its learning rate is far above what fine-tuning takes.
 
-    It looks at weights that were pretrained (`LowBitTensor.fine_tunes`), and at rules with `betas`, whose updates are
-    about as large as the rate. A scheduler's highest rate counts, also while it warms up.
+    It looks at weights that were pretrained (`LowBitTensor.fine_tunes`) and are not ternary, and at rules with
+    `betas`, whose updates are about as large as the rate. A scheduler's highest rate counts, also while it warms up.
     """
     if optimizer.__dict__.get(_CHECKED):
         return
     setattr(optimizer, _CHECKED, True)
     for group in optimizer.param_groups:
-        weights: list[Any] = [p for p in group["params"] if getattr(p, "fine_tunes", False)]
+        weights: list[Any] = [p for p in group["params"] if getattr(p, "fine_tunes", False) and not p.grid.ternary]
         if not weights or "betas" not in group:
             continue
         some = weights[:: max(1, len(weights) // 16)]

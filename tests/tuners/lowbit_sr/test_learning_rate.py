@@ -86,6 +86,13 @@ def test_from_scratch_such_rates_are_usual():
         step(model, torch.optim.AdamW(trained(model), lr=1e-2))
 
 
+def test_ternary_weights_begin_anew_and_want_such_rates():
+    model = pretrained(bits=1.58)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=SAID)
+        step(model, LowBitAdamW(trained(model), lr=5e-3))
+
+
 def test_copies_of_a_weight_know_it_too():
     weight = next(iter(layers(pretrained()).values())).lowbitsr_weight["default"].weight
     for copied in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight.detach().to("meta")):
