@@ -106,10 +106,15 @@ class Grid:
         """Largest code, in grid steps."""
         return code_range(self.code_bits)[1]
 
-    def check_divides(self, in_features: int, where: str = "the weight") -> None:
-        """Raise ValueError if `group_size` does not divide `in_features`, naming what would."""
+    def check_divides(self, in_features: int, where: str = "the weight", common: int | None = None) -> None:
+        """Raise ValueError if `group_size` does not divide `in_features`, naming what would.
+
+        Args:
+            common: the largest number that divides the input features of all weights that are to have this grid. Sizes
+                that divide it are named, so that none of these is refused next. Default: those of this weight.
+        """
         if self.group_size > 0 and in_features % self.group_size:
-            fitting = [g for g in (256, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2) if in_features % g == 0]
+            fitting = [g for g in (256, 128, 96, 64, 48, 32, 24, 16, 8, 4, 2) if (common or in_features) % g == 0]
             hint = f"one of {fitting} or " if fitting else ""
             raise ValueError(
                 f"`group_size` is {self.group_size}, which does not divide the {in_features} input features of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -118,6 +119,7 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
         )
     owners = _owners(model)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) if loading else {}
+    widths: dict[str, int] = {}
     for name, module in targets.items():
         where = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, MergingLayer):
@@ -141,7 +143,10 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
             weight = _float_weight(module, config, where, loading)
             _check_scale_dtype(weight.dtype, config, where)
             _check_untied(name, where, owners[id(weight)] + _tied_to(f"{name}.weight", ties))
-            config.grid.check_divides(weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1], where)
+            widths[where] = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+    common = math.gcd(*widths.values())
+    for where, width in widths.items():
+        config.grid.check_divides(width, where, common)
 
 
 def check_writable(model: nn.Module, targets: dict[str, nn.Module], method: str) -> None:

@@ -8,6 +8,7 @@ gradient, so that no two dense gradients exist at a time.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -163,8 +164,11 @@ class LowBitAdamW(Optimizer):
         gradient_accumulation_steps: int | None = None,
         compile: bool = False,
     ) -> None:
-        if isinstance(lr, (int, float)) and lr < 0:
-            raise ValueError(f"`lr` is {lr}; it must not be negative.")
+        if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
+            raise ValueError(
+                f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
+                "and 1.0e-3 as a number.)"
+            )
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"`betas` is {betas}; both must be in [0, 1).")
         if state not in STATES:

@@ -89,7 +89,7 @@ def test_options_out_of_range(method: ModuleType, options: dict, match: str):
         ({"target_modules": "all-linear", "exclude_modules": ".*"}, "excluded"),
         ({"act_bits": 8, "act_group_size": 7}, "`act_group_size` is 7, which does not divide the 32 input features"),
         ({"act_bits": 8, "act_bits_pattern": {"down": 4}}, "`act_bits_pattern` has 'down', but that is the name of no"),
-        ({"group_size": 32}, r"does not divide the 48 input features.*down_proj.*Use one of \[48, 24, 16"),
+        ({"group_size": 32}, r"does not divide the 48 input features.*down_proj.*Use one of \[16, 8, 4, 2\] or -1"),
     ],
 )
 def test_options_that_do_not_fit_the_model(method: ModuleType, options: dict, match: str):

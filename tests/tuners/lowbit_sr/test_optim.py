@@ -459,6 +459,8 @@ def test_fused_backward_is_refused_under_data_parallelism(monkeypatch: pytest.Mo
     ("options", "match"),
     [
         ({"lr": -1.0}, "`lr` is -1.0"),
+        ({"lr": "1e-3"}, "`lr` is '1e-3'; it must be a number"),
+        ({"lr": float("nan")}, "`lr` is nan"),
         ({"betas": (0.9, 1.0)}, "`betas` is"),
         ({"betas": (0.0, 0.9), "error_feedback": True}, r"`betas` is .* keeps the rounding remainder in the momentum"),
         ({"state": "4bit"}, "`state` is '4bit'; allowed are"),
