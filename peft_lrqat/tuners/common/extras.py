@@ -118,6 +118,7 @@ def check_extras(model: nn.Module, targets: dict[str, nn.Module], config: Any) -
     """Raise ValueError if what is trained beside the adapter does not fit the model, or the adapter's file."""
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_modules_to_save(modules, targets, config)
+    _warn_of_parted_embeddings(model, modules, config)
     _check_tokens(model, modules, targets, config)
 
 
@@ -142,6 +143,26 @@ def _check_modules_to_save(modules: dict[str, nn.Module], targets: dict[str, nn.
                     "cannot be trained both ways. Leave one of them out (`exclude_modules`)."
                 )
             _check_saved(name, module, config)
+
+
+def _warn_of_parted_embeddings(model: nn.Module, modules: dict[str, nn.Module], config: Any) -> None:
+    """PEFT trains a copy of what it is to save; what was tied to it then keeps its weight, frozen, without a word."""
+    ends = tuple(config.modules_to_save or ())
+    pair = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    weights = [getattr(module, "weight", None) for module in pair]
+    if not ends or weights[0] is None or weights[0] is not weights[1] or getattr(config, "ensure_weight_tying", False):
+        return
+    names = [name for module in pair for name, other in modules.items() if other is module]
+    saved = [name for name in names if name.endswith(ends)]
+    kept = [name for name in names if not name.endswith(ends)]
+    if saved and kept:
+        tying = ", or say `ensure_weight_tying=True`" if hasattr(config, "ensure_weight_tying") else ""
+        warnings.warn(
+            f"`modules_to_save` names {saved[0]!r}, to which {kept[0]!r} is tied: a copy of the first is trained, and "
+            "the second keeps its weight, frozen. To train both, untie them before (docs/guides/troubleshooting.md) "
+            f"and name both{tying}.",
+            stacklevel=2,
+        )
 
 
 def _check_saved(name: str, module: nn.Module, config: Any) -> None:

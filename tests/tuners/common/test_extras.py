@@ -180,3 +180,23 @@ def test_weights_that_no_file_holds_are_warned_of(method: ModuleType, tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         named.save_pretrained(tmp_path / "named")
+
+
+def test_what_stays_behind_of_tied_embeddings_is_warned_of(method: ModuleType):
+    with pytest.warns(
+        UserWarning, match=r"names 'model\.embed_tokens', to which 'lm_head' is tied.*keeps its weight, frozen"
+    ):
+        model = method.random_adapter(tiny(num_hidden_layers=1, tie=True), modules_to_save=["embed_tokens"])
+    assert not model.get_output_embeddings().weight.requires_grad
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is tied")
+        model = method.random_adapter(tiny(num_hidden_layers=1), modules_to_save=["embed_tokens", "lm_head"])
+        method.random_adapter(tiny(num_hidden_layers=1, tie=True), modules_to_save=["norm"])
+    assert model.get_output_embeddings().weight.requires_grad
+
+
+def test_embeddings_that_stay_tied_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is tied")
+        model = adapted(tiny(num_hidden_layers=1, tie=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
