@@ -164,17 +164,6 @@ class LowBitAdamW(Optimizer):
         gradient_accumulation_steps: int | None = None,
         compile: bool = False,
     ) -> None:
-        if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
-            raise ValueError(
-                f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
-                "and 1.0e-3 as a number.)"
-            )
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"`betas` is {betas}; both must be in [0, 1).")
-        if state not in STATES:
-            raise ValueError(f"`state` is {state!r}; allowed are {STATES}.")
-        if lr_unit not in LR_UNITS:
-            raise ValueError(f"`lr_unit` is {lr_unit!r}; allowed are {LR_UNITS}.")
         if gradient_accumulation_steps is not None and (
             not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1
         ):
@@ -187,10 +176,10 @@ class LowBitAdamW(Optimizer):
                 "`fused_backward=True` only: otherwise call step() as often as you like."
             )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        if not (latent_weights is None or isinstance(latent_weights, bool)):
-            raise ValueError(f"`latent_weights` is {latent_weights!r}; it must be True, False or None.")
         compact = {"state": state, "error_feedback": error_feedback, "lr_unit": lr_unit}
-        super().__init__(params, {**defaults, **compact, "latent_weights": latent_weights})
+        every = {**defaults, **compact, "latent_weights": latent_weights}
+        _check_options(every)
+        super().__init__(params, every)
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._compile = compile
         self._arrived: dict[torch.Tensor, int] = {}
@@ -202,6 +191,19 @@ class LowBitAdamW(Optimizer):
         if fused_backward:
             _refuse_data_parallel()
             self._register()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as torch does; `__init__` adds the first ones.
+
+        Args:
+            param_group (dict): `params`, and options of their own: any of `lr`, `betas`, `eps`, `weight_decay`,
+                `state`, `error_feedback`, `lr_unit` and `latent_weights`.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     # -- the step
 
@@ -347,18 +349,12 @@ class LowBitAdamW(Optimizer):
         """Load as torch does, which casts all state to the parameter's dtype. The state's codes become integers again.
 
         An 8-bit momentum in the linear code of earlier files is put on today's code. The options are the file's, as
-        with torch's optimizers: ternary weights that were trained without latent weights go on without them, which is
-        warned of where this optimizer would have them.
+        with torch's optimizers: weights that were trained without latent weights, or with them, go on as they were,
+        which is warned of where this optimizer would have it otherwise.
         """
-        before = self._count_latent()
+        asked = self._latent_weights()
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
-        if (missing := before - self._count_latent()) > 0:
-            warnings.warn(
-                f"The optimizer's state was saved without latent weights, and {missing} weights go on without them, as "
-                "their training began. To begin with them here, set `latent_weights` of the optimizer's parameter "
-                "groups to True after loading; to hear nothing of it, use `LowBitAdamW(latent_weights=False)`.",
-                stacklevel=2,
-            )
+        _warn_of_latent_weights(asked, self._latent_weights())
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
                 kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
@@ -369,9 +365,10 @@ class LowBitAdamW(Optimizer):
                     linear = state["exp_avg_codes"], step.to(parameter.device, torch.float32)
                     state["exp_avg_codes"], state["exp_avg_unit"] = momentum_of_linear_codes(*linear)
 
-    def _count_latent(self) -> int:
+    def _latent_weights(self) -> list[tuple[bool, bool | None]]:
+        """Tell of each low-bit weight whether it has latent weights, and the option that says so."""
         weights = ((p, g) for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor))
-        return sum(_has_latent_weights(parameter, group) for parameter, group in weights)
+        return [(_has_latent_weights(parameter, group), group["latent_weights"]) for parameter, group in weights]
 
     def __repr__(self) -> str:
         kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}
@@ -382,6 +379,46 @@ class LowBitAdamW(Optimizer):
 def _has_latent_weights(parameter: LowBitTensor, group: dict[str, Any]) -> bool:
     wanted: bool | None = group["latent_weights"]
     return parameter.grid.ternary if wanted is None else wanted
+
+
+def _warn_of_latent_weights(asked: list[tuple[bool, bool | None]], loaded: list[tuple[bool, bool | None]]) -> None:
+    """Say where weights go on as a file has them, and not as the optimizer was made.
+
+    Args:
+        asked: `_latent_weights` before loading.
+        loaded: the same afterwards.
+    """
+    for has, word, change in ((False, "without", "begin"), (True, "with", "end")):
+        pairs = zip(asked, loaded, strict=True)
+        other = [(wanted, kept) for (was, wanted), (now, kept) in pairs if now is has and was is not has]
+        if other:
+            columns = zip(*other, strict=True)
+            wanted, kept = (" or ".join(sorted({str(option) for option in options})) for options in columns)
+            warnings.warn(
+                f"The optimizer's state was saved {word} latent weights, and {len(other)} weights go on {word} them, "
+                f"as their training began. To {change} with them here, set `latent_weights` of the optimizer's "
+                f"parameter groups to {wanted} after loading; to hear nothing of it, make it with "
+                f"`latent_weights={kept}`.",
+                stacklevel=3,
+            )
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """Refuse options of a parameter group, or of all, that are out of range."""
+    lr, betas = group["lr"], group["betas"]
+    if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
+        raise ValueError(
+            f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
+            "and 1.0e-3 as a number.)"
+        )
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"`betas` is {betas}; both must be in [0, 1).")
+    for name, allowed in (("state", STATES), ("lr_unit", LR_UNITS)):
+        if group[name] not in allowed:
+            raise ValueError(f"`{name}` is {group[name]!r}; allowed are {allowed}.")
+    for name in ("error_feedback", "latent_weights"):
+        if not (group[name] is None or isinstance(group[name], bool)):
+            raise ValueError(f"`{name}` is {group[name]!r}; it must be True, False or None.")
 
 
 # a learning rate, as torch takes it

@@ -242,30 +242,6 @@ def test_state_is_saved_and_goes_on_bit_for_bit(state: str, feedback: bool, tmp_
     assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
 
 
-@pytest.mark.parametrize("feedback", [None, True, False])
-@pytest.mark.parametrize("fused", [False, True])
-def test_latent_weights_are_the_default_of_ternary_weights_alone(feedback: bool | None, fused: bool):
-    grads = torch.randn(2, 5, 300)
-    start = {bits: low_bit_weights.weight(bits, -1, (5, 300)) for bits in (1.58, 2, 3, 4, 8)}
-
-    def train(*bits: float, **options) -> list[dict]:
-        held = [nn.Parameter(start[b].clone()) for b in bits]
-        optimizer = LowBitAdamW(held, lr=1e-2, error_feedback=feedback, fused_backward=fused, **options)
-        for grad in grads:
-            torch.stack([(p * grad).sum() for p in held]).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        tensors = ({k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)} for p in held)
-        return [{**state, "codes": p.codes(), "scale": p.scale} for state, p in zip(tensors, held, strict=True)]
-
-    ternary, *finer = train(*start)  # one optimizer for all widths
-    assert not any("latent_codes" in state for state in finer)
-    (alone,) = train(1.58, latent_weights=True)
-    assert alone.keys() == ternary.keys() >= {"latent_codes", "latent_start"}
-    assert all(torch.equal(alone[name], ternary[name]) for name in alone)
-    assert "latent_codes" not in train(1.58, latent_weights=False)[0]
-
-
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_ternary_scales_follow_in_the_trained_adapter_alone(keep_base: bool):
     model = low_bit(tiny(num_hidden_layers=1), bits=1.58, keep_base=keep_base)
@@ -302,28 +278,6 @@ def test_latent_weights_are_saved_and_go_on_bit_for_bit(state: str, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
     scales = [[p.scale for p in weights(m).values()] for m in (model, other)]
     assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
-
-
-def test_a_state_from_before_latent_weights_goes_on_without_them():
-    p = nn.Parameter(low_bit_weights.weight(1.58, -1, (5, 300)))
-    optimizer = LowBitAdamW([p], latent_weights=False)
-    p.grad = torch.randn(5, 300)
-    optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    del saved["param_groups"][0]["latent_weights"]
-    twin = copy.deepcopy(p)
-    LowBitAdamW([twin], latent_weights=False).load_state_dict(saved)  # whoever knows is not told
-    second = LowBitAdamW([twin])
-    with pytest.warns(UserWarning, match="saved without latent weights, and 1 weights go on without them"):
-        second.load_state_dict(saved)
-    twin.grad = p.grad.clone()
-    for one in (optimizer, second):
-        one.step()
-    assert "latent_codes" not in second.state[twin]
-    assert torch.equal(twin.codes(), p.codes())
-    second.param_groups[0]["latent_weights"] = True  # whoever wants them says so again
-    second.step()
-    assert second.state[twin]["latent_codes"].dtype == torch.int8
 
 
 def test_a_momentum_that_was_stored_linearly_goes_on():
@@ -466,14 +420,19 @@ def test_fused_backward_is_refused_under_data_parallelism(monkeypatch: pytest.Mo
         ({"state": "4bit"}, "`state` is '4bit'; allowed are"),
         ({"lr_unit": "step"}, "`lr_unit` is 'step'; allowed are"),
         ({"latent_weights": "8bit"}, "`latent_weights` is '8bit'; it must be True, False or None"),
+        ({"error_feedback": "no"}, "`error_feedback` is 'no'; it must be True, False or None"),
         ({"latent_weights": True}, r"`latent_weights` is True, but there are low-bit weights of 8 bits"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
         ({"gradient_accumulation_steps": 2}, r"`gradient_accumulation_steps` is 2, which matters with"),
     ],
 )
 def test_arguments_out_of_range(options: dict, match: str):
+    held = trainable(low_bit(tiny(num_hidden_layers=1)))
     with pytest.raises(ValueError, match=match):
-        LowBitAdamW(trainable(low_bit(tiny(num_hidden_layers=1))), **options)
+        LowBitAdamW(held, **options)
+    if "gradient_accumulation_steps" not in options:
+        with pytest.raises(ValueError, match=match):
+            LowBitAdamW([{"params": held, **options}])
 
 
 @pytest.mark.parametrize("state", ["8bit", "factored"])
