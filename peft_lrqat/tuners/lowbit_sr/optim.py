@@ -405,7 +405,8 @@ def _warn_of_latent_weights(asked: list[tuple[bool, bool | None]], loaded: list[
 
 def _check_options(group: dict[str, Any]) -> None:
     """Refuse options of a parameter group, or of all, that are out of range."""
-    lr, betas = group["lr"], group["betas"]
+    lr: Rate = group["lr"]
+    betas = group["betas"]
     if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
         raise ValueError(
             f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
