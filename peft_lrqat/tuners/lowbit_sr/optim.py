@@ -351,7 +351,17 @@ class LowBitAdamW(Optimizer):
         An 8-bit momentum in the linear code of earlier files is put on today's code. The options are the file's, as
         with torch's optimizers: weights that were trained without latent weights, or with them, go on as they were,
         which is warned of where this optimizer would have it otherwise.
+
+        Raises:
+            ValueError: another optimizer saved the state of low-bit weights.
         """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):  # torch counts them
+            if "state" not in saved and any(isinstance(parameter, LowBitTensor) for parameter in group["params"]):
+                raise ValueError(
+                    "The state was saved by another optimizer, as its options say: LowBitAdamW cannot go on with it. "
+                    "Resume with that optimizer, or load the model without the optimizer's state (Trainer: delete "
+                    "optimizer.pt from the checkpoint)."
+                )
         asked = self._latent_weights()
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
         _warn_of_latent_weights(asked, self._latent_weights())

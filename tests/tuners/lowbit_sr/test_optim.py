@@ -280,6 +280,15 @@ def test_latent_weights_are_saved_and_go_on_bit_for_bit(state: str, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    p = nn.Parameter(low_bit_weights.weight(1.58, -1, (5, 300)))
+    other = torch.optim.AdamW([p])
+    p.grad = torch.randn(5, 300)
+    other.step()
+    with pytest.raises(ValueError, match=r"saved by another optimizer.*delete optimizer\.pt"):
+        LowBitAdamW([p]).load_state_dict(other.state_dict())
+
+
 def test_a_momentum_that_was_stored_linearly_goes_on():
     """As optimizer states before today's code have it."""
     p = nn.Parameter(low_bit_weights.weight(4, -1, (5, 300)))
