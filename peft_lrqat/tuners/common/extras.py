@@ -148,7 +148,7 @@ def _check_modules_to_save(modules: dict[str, nn.Module], targets: dict[str, nn.
 def _warn_of_parted_embeddings(model: nn.Module, modules: dict[str, nn.Module], config: Any) -> None:
     """PEFT trains a copy of what it is to save; what was tied to it then keeps its weight, frozen, without a word."""
     ends = tuple(config.modules_to_save or ())
-    pair = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    pair = [_embeddings(model, side) for side in ("input", "output")]
     weights = [getattr(module, "weight", None) for module in pair]
     if not ends or weights[0] is None or weights[0] is not weights[1] or getattr(config, "ensure_weight_tying", False):
         return
@@ -163,6 +163,13 @@ def _warn_of_parted_embeddings(model: nn.Module, modules: dict[str, nn.Module], 
             f"and name both{tying}.",
             stacklevel=2,
         )
+
+
+def _embeddings(model: Any, side: str) -> nn.Module | None:
+    """Return the model's "input" or "output" embeddings; None where it has none, or transformers does not know them."""
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        return getattr(model, f"get_{side}_embeddings")()
+    return None
 
 
 def _check_saved(name: str, module: nn.Module, config: Any) -> None:
@@ -184,10 +191,8 @@ def _check_tokens(model: Any, modules: dict[str, nn.Module], targets: dict[str, 
     if wanted is None:
         return
     if not isinstance(wanted, dict):
-        embedding = None
-        with contextlib.suppress(AttributeError, NotImplementedError):  # then PEFT takes it for `embed_tokens`
-            embedding = model.get_input_embeddings()
-        name = next((name for name, module in modules.items() if module is embedding), "embed_tokens")
+        embedding = _embeddings(model, "input")
+        name = next((name for name, module in modules.items() if module is embedding), "embed_tokens")  # as PEFT has it
         wanted = {name: wanted}
     for layer, indices in wanted.items():
         found = {name: module for name, module in modules.items() if name and name.endswith(layer)}
