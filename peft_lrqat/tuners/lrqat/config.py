@@ -290,9 +290,11 @@ class LRQATConfig(GridConfig, LoraConfig):
         ranges += " with signed scales" if self.signed_scales else ""
         if self.wants_quantized_base:
             ranges = "integers and scales of a quantized base"
+        divisor = "sqrt(r)" if self.use_rslora else "r"
         return (
             f"LR-QAT (arXiv 2406.06385): rank {self.r}, "
-            f"lora_alpha {self.lora_alpha} ({self.adapter_unit}), base kept as {self.downcast}, {ranges}"
+            f"lora_alpha {self.lora_alpha} (over {divisor}, in {self.adapter_unit}), "
+            f"base kept as {self.downcast}, {ranges}"
             + (f", {self.describe_activations()}" if self.rounds_inputs else "")
             + (f", {self.kv_bits}-bit KV cache as {self.kv_rule} has it" if self.kv_bits is not None else "")
         )

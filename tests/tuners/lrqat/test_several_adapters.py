@@ -187,7 +187,7 @@ def test_by_channel_merged_is_trained(base: PreTrainedModel, symmetric: bool):
         assert shift.any()
         factor = layer.grid_tensor().scale / before[name]
         assert (factor / (1 + shift) - 1).abs().max() <= 2**-8  # of the smallest of a group, as it is stored
-    assert "(steps of the row's largest scale)" in model.peft_config["default"].recipe()
+    assert "(over r, in steps of the row's largest scale)" in model.peft_config["default"].recipe()
     trained = logits(model, IDS)
     model.merge_adapter()
     assert torch.equal(logits(model, IDS), trained)
