@@ -12,6 +12,7 @@ an optimizer keeps anyway. `LowBitAdamW` pays none of them.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .learning_rate import check_rate
 
 # attribute of an optimizer within `step()`: [(group, index, low-bit parameter, its float stand-in)]
 _SWAPPED = "_peft_lrqat_swapped"
+# attribute of an optimizer that was found to train ternary weights
+_MENTIONED = "_peft_lrqat_latent_weights_mentioned"
 
 
 @torch.no_grad()
@@ -55,6 +58,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             "closure; LBFGS and other line searches cannot train them: use torch.optim.AdamW or "
             "peft_lrqat.LowBitAdamW."
         )
+    _mention_latent_weights(optimizer, [parameter for _, _, parameter in found])
     swapped: list[tuple[dict[str, Any], int, Any, nn.Parameter]] = []
     for group, index, parameter in found:
         stand_in = nn.Parameter(parameter.to_float(), parameter.requires_grad)
@@ -64,6 +68,19 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             optimizer.state[stand_in] = optimizer.state.pop(parameter)
         swapped.append((group, index, parameter, stand_in))
     setattr(optimizer, _SWAPPED, swapped)
+
+
+def _mention_latent_weights(optimizer: Optimizer, parameters: list[Any]) -> None:
+    """Say, once for an optimizer, that another one trains ternary weights much better."""
+    if optimizer.__dict__.get(_MENTIONED) or not any(parameter.grid.ternary for parameter in parameters):
+        return
+    setattr(optimizer, _MENTIONED, True)
+    warnings.warn(
+        f"{type(optimizer).__name__} trains ternary weights, whose updates are rounded at random in every step. "
+        "peft_lrqat.LowBitAdamW gives them latent weights, with which they train much better: hand it to the Trainer "
+        "as `optimizers=(optimizer, None)` (docs/guides/low-bit-sr.md, Ternary).",
+        stacklevel=3,
+    )
 
 
 def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

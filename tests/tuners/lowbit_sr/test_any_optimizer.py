@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from peft_lrqat import Grid
+from peft_lrqat import Grid, LowBitAdamW
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from tests.models import low_bit, tiny
 from tests.processes import run
 
 _COUNT = """
@@ -48,3 +50,19 @@ def test_hooks_come_with_the_first_weight(code: str, tmp_path: Path):
     weight = torch.nn.Parameter(LowBitTensor.from_codes(codes, torch.ones(4, 1), Grid(8, -1), key=1))
     (tmp_path / "weight.pkl").write_bytes(pickle.dumps(weight))
     run(_COUNT + code, str(tmp_path / "weight.pkl"))
+
+
+@pytest.mark.parametrize("bits", [1.58, 4])
+def test_ternary_weights_name_the_optimizer_that_trains_them_better(bits: float):
+    model = low_bit(tiny(), bits=bits)
+    weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
+    torch_s, ours = torch.optim.AdamW(weights, lr=1e-3), LowBitAdamW(weights, lr=1e-3)
+    said = []
+    for optimizer in (ours, torch_s, torch_s):
+        for weight in weights:
+            weight.grad = torch.ones(weight.shape)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said.append(sum("LowBitAdamW gives them latent weights" in str(one.message) for one in caught))
+    assert said == [0, bits == 1.58, 0]
