@@ -17,13 +17,30 @@ from statistics import median
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..common.first_step import FirstStep
 
 # updates until a typical weight has moved by half a grid step
 _FAR_TOO_MANY = 10_000
 
-# whether the hook is there, and whether it has something to look for: torch does not like it if it removes itself
-_installed = _waiting = False
+
+def _look(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[float]]]) -> None:
+    group, steps = found[0]
+    rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
+    if "betas" not in group or "d" in group or not rate:
+        return
+    updates = 0.5 / (rate * median(steps))
+    if updates > _FAR_TOO_MANY:
+        warnings.warn(
+            f"The learning rate of LR-QAT's adapters is {rate:.2g}: {type(optimizer).__name__} would take about "
+            f"{updates:.0f} updates to move a typical weight by half a grid step, so hardly any becomes another "
+            "integer, and only the scales learn. 1e-3 with the default `lora_alpha` is a good start "
+            "(docs/guides/sft.md); for a lower rate raise `lora_alpha`.",
+            stacklevel=3,
+        )
+
+
+_first_step = FirstStep("_grid_steps_per_unit", _look)
 
 
 def watch(B: Any, in_features: int, strength: float) -> None:
@@ -33,33 +50,4 @@ def watch(B: Any, in_features: int, strength: float) -> None:
         B: (out, r), the parameter.
         strength: c, in grid steps (in a row's largest with `learn_scales="channel"`: at least so many then).
     """
-    global _installed, _waiting
-    B._grid_steps_per_unit = strength * (B.shape[1] / (3 * in_features)) ** 0.5
-    if not _installed:
-        register_optimizer_step_pre_hook(_check)
-    _installed = _waiting = True
-
-
-def _check(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """torch calls it before the steps of all optimizers; it waits for the one that trains an adapter."""
-    global _waiting
-    if not _waiting:
-        return
-    for group in optimizer.param_groups:
-        found = [p._grid_steps_per_unit for p in group["params"] if hasattr(p, "_grid_steps_per_unit")]
-        if not found:
-            continue
-        _waiting = False
-        rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
-        if "betas" not in group or "d" in group or not rate:
-            return
-        updates = 0.5 / (rate * median(found))
-        if updates > _FAR_TOO_MANY:
-            warnings.warn(
-                f"The learning rate of LR-QAT's adapters is {rate:.2g}: {type(optimizer).__name__} would take about "
-                f"{updates:.0f} updates to move a typical weight by half a grid step, so hardly any becomes another "
-                "integer, and only the scales learn. 1e-3 with the default `lora_alpha` is a good start "
-                "(docs/guides/sft.md); for a lower rate raise `lora_alpha`.",
-                stacklevel=2,
-            )
-        return
+    _first_step.watch(B, strength * (B.shape[1] / (3 * in_features)) ** 0.5)
