@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import LLAMA, provenance, write_json
-from full import KINDS, full_model, full_optimizer, missing
+from full import KINDS, Stepper, full_model, full_optimizer, missing
 from full import METHODS as FULL_METHODS
 from torch import nn
 
@@ -152,7 +152,7 @@ def held(device: str) -> float:
     return torch.cuda.memory_allocated() / GIB if device == "cuda" else 0.0
 
 
-def optimizer_for(model: nn.Module, kind: str, options: dict[str, Any], lean: bool) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, kind: str, options: dict[str, Any], lean: bool) -> Stepper:
     trained = [p for p in model.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))]
     if kind in KINDS:
         return full_optimizer(kind, options, trained)
@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = json.loads(out.read_text()) if args.append and out.exists() else {"runs": []}
     command = {k: v for k, v in vars(args).items() if k not in ("do", "out")}
     for name in chosen:
-        if package := missing(methods[name][0]):
+        if package := missing(*methods[name]):
             print(f"{name:28} left out: {package} is not installed")
             continue
         try:
