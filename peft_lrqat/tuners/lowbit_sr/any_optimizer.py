@@ -78,7 +78,7 @@ def _mention_latent_weights(optimizer: Optimizer, parameters: list[Any]) -> None
     warnings.warn(
         f"{type(optimizer).__name__} trains ternary weights, whose updates are rounded at random in every step. "
         "peft_lrqat.LowBitAdamW gives them latent weights, with which they train much better: hand it to the Trainer "
-        "as `optimizers=(optimizer, None)` (docs/guides/low-bit-sr.md, Ternary).",
+        "as `optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args)` (docs/guides/low-bit-sr.md, Ternary).",
         stacklevel=3,
     )
 

@@ -8,6 +8,7 @@ gradient, so that no two dense gradients exist at a time.
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import warnings
 import weakref
@@ -19,12 +20,14 @@ import torch.distributed as dist
 from accelerate.state import GradientState
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+from transformers import TrainingArguments
 
 from ...grid import TERNARY
 from ...ops.low_bit_step import step_codes
 from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
 from .growth import grow
 from .tensor import LowBitTensor
+from .trainer_arguments import options_of
 
 STATES = ("8bit", "factored", "fp32")
 LR_UNITS = ("weight", "grid")
@@ -143,7 +146,7 @@ class LowBitAdamW(Optimizer):
         >>> optimizer.step()  # and everything else here
         >>> optimizer.zero_grad()
 
-        A Trainer takes it as `optimizer_cls_and_kwargs=(LowBitAdamW, {"lr": 3e-5, "fused_backward": True})`.
+        A Trainer takes it as `optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args)`.
     """
 
     handles_low_bit = True
@@ -191,6 +194,43 @@ class LowBitAdamW(Optimizer):
         if fused_backward:
             _refuse_data_parallel()
             self._register()
+
+    @classmethod
+    def for_trainer(cls, args: TrainingArguments, **options: Any) -> tuple[type[LowBitAdamW], dict[str, Any]]:
+        """Make what a Trainer takes as `optimizer_cls_and_kwargs`, for the least memory.
+
+        A Trainer passes nothing of its arguments to an optimizer that it is given so, not even the learning rate.
+
+        Args:
+            args (TrainingArguments): the arguments of the same Trainer. `learning_rate` and `adam_epsilon` are taken
+                from them, and `adam_beta1` and `adam_beta2` if one is not transformers' default (0.9, 0.999).
+                `max_grad_norm` is set to 0 in them if it is the default of 1 and `fused_backward` is on. Weight decay
+                and the schedule the Trainer sets itself.
+            **options (Any): options of `LowBitAdamW`, in place of those. `fused_backward` is on where there is one
+                process.
+
+        Returns:
+            (LowBitAdamW, its options).
+
+        Raises:
+            TypeError: `LowBitAdamW` has no such option.
+            ValueError: `args` are no arguments of a Trainer; or they ask for clipping (a `max_grad_norm` that is
+                neither 0 nor the default), and `fused_backward` is on.
+
+        Examples:
+            >>> from peft_lrqat import LowBitAdamW, LowBitSRConfig
+            >>> from trl import SFTConfig, SFTTrainer
+            >>> args = SFTConfig("adapter", learning_rate=3e-5, max_steps=10)
+            >>> trainer = SFTTrainer(
+            ...     "Qwen/Qwen3-0.6B",
+            ...     args,
+            ...     train_dataset=dataset,
+            ...     peft_config=LowBitSRConfig(bits=8, keep_base=False, task_type="CAUSAL_LM"),
+            ...     optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args),
+            ... )
+        """
+        inspect.signature(cls).bind([], **options)
+        return cls, options_of(args, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as torch does; `__init__` adds the first ones.

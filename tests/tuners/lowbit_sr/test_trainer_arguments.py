@@ -1,0 +1,77 @@
+"""`LowBitAdamW.for_trainer`: one argument of a Trainer, and its own arguments count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from peft_lrqat import LowBitAdamW
+from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from tests.models import low_bit, tiny
+from tests.trainer import arguments, ids_dataset
+
+
+def trained(args: TrainingArguments, optimizer: Any) -> Trainer:
+    model = low_bit(tiny(num_hidden_layers=1), bits=8, group_size=-1, target_modules="all-linear", learn_scales=True)
+    trainer = Trainer(model, args, train_dataset=ids_dataset(), optimizer_cls_and_kwargs=optimizer)
+    trainer.train()
+    return trainer
+
+
+def test_the_trainers_rate_and_decay_train_without_a_gradient_that_waits(tmp_path: Path):
+    args = arguments(tmp_path, learning_rate=3e-3, weight_decay=0.1, adam_beta2=0.95, max_steps=3)
+    ours = trained(args, LowBitAdamW.for_trainer(args))
+    options = {"lr": 3e-3, "betas": (0.9, 0.95), "fused_backward": False}
+    unclipped = arguments(tmp_path, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.0, max_steps=3)
+    by_hand = trained(unclipped, (LowBitAdamW, options))
+    inner = ours.optimizer.optimizer
+    assert inner.fused_backward
+    assert {group["weight_decay"] for group in inner.param_groups} == {0.1, 0.0}
+    assert all(group["initial_lr"] == 3e-3 for group in inner.param_groups)
+    pairs = list(zip(ours.model.parameters(), by_hand.model.parameters(), strict=True))
+    assert sum(isinstance(p, LowBitTensor) for p, _ in pairs) == 7
+    assert all(
+        torch.equal(p.codes(), q.codes()) if isinstance(p, LowBitTensor) else torch.equal(p, q) for p, q in pairs
+    )
+
+
+def test_what_nobody_has_chosen_is_the_optimizers_own(tmp_path: Path):
+    args = arguments(tmp_path)
+    kind, options = LowBitAdamW.for_trainer(args, state="factored", lr=1e-3)
+    assert kind is LowBitAdamW
+    assert options == {"lr": 1e-3, "eps": 1e-8, "fused_backward": True, "state": "factored"}
+    with pytest.raises(TypeError, match="stat"):
+        LowBitAdamW.for_trainer(args, stat="factored")
+
+
+def test_clipping_ends_where_it_is_the_default_and_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    args = arguments(tmp_path)
+    LowBitAdamW.for_trainer(args, fused_backward=False)
+    assert args.max_grad_norm == 1.0
+    LowBitAdamW.for_trainer(args)
+    assert args.max_grad_norm == 0.0
+    assert caplog.text.count("`max_grad_norm`") == 1
+
+
+def test_clipping_that_was_asked_for_is_not_dropped(tmp_path: Path):
+    args = arguments(tmp_path, max_grad_norm=0.5)
+    with pytest.raises(ValueError, match=r"0\.5.*`max_grad_norm=0`.*`fused_backward=False`"):
+        LowBitAdamW.for_trainer(args)
+    assert not LowBitAdamW.for_trainer(args, fused_backward=False)[1]["fused_backward"]
+    assert args.max_grad_norm == 0.5
+
+
+def test_several_processes_average_gradients_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    args = arguments(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert not LowBitAdamW.for_trainer(args)[1]["fused_backward"]
+    assert args.max_grad_norm == 1.0
+
+
+def test_other_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"`args` is dict.*SFTConfig"):
+        LowBitAdamW.for_trainer({"learning_rate": 3e-5})
