@@ -37,3 +37,14 @@ def test_copies_and_pickles_compute_the_same(method: ModuleType, base: PreTraine
     torch.save(model, buffer)
     buffer.seek(0)
     assert torch.equal(logits(torch.load(buffer, weights_only=False), method.IDS), expected)
+
+
+def test_layers_are_exported_by_torch_and_compute_the_same(method: ModuleType, base: PreTrainedModel):
+    model = method.random_adapter(base)
+    layers = [next(iter(method.layers(model).values()))]
+    x = torch.randn(2, 3, layers[0].in_features)
+    expected = layers[0](x)
+    name = next(name for name, module in model.base_model.model.named_modules() if module is layers[0])
+    layers.append(model.merge_and_unload().get_submodule(name))
+    for layer in layers:
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
