@@ -19,6 +19,7 @@ from peft_lrqat.ops.static_inputs import LearnedScale, round_learned
 from peft_lrqat.tuners.common.frozen import FrozenWeight
 from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.graphs import trained
+from tests.low_bit_weights import weight
 from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 from tests.problems import ours, problem, results
@@ -153,6 +154,33 @@ def test_low_bit_sr_on_a_gpu(config, tmp_path):
     losses = train(model, ids, steps=8, lr=1e-2, kind=LowBitAdamW)
     assert losses[-1] < losses[0]
     check_merged(model, ids, tmp_path)
+
+
+@pytest.mark.parametrize("group_size", [-1, 0, 128, 25])
+def test_ternary_scales_follow_on_a_gpu_as_on_a_cpu(group_size):
+    """By the kernel, eager and as a CUDA graph, which waits for nothing, and by torch."""
+    from peft_lrqat.ops import kernels, latent
+
+    start = weight(1.58, group_size, (2050, 5600 if group_size == 25 else 5632)).to("cpu")
+    codes, lr = torch.randint(-127, 128, start.shape, dtype=torch.int8), torch.tensor(0.01)
+    mean = latent.mean_magnitude(start.packed, codes, start.scale, start.grid, start.shape[1])
+    c, expected = mean.float() * (torch.rand(mean.shape) + 0.5), start.scale.clone()
+    latent.follow_magnitude(start.packed, codes, expected, c, lr, start.grid)
+    packed, codes, c, lr = (t.cuda() for t in (start.packed, codes, c, lr))
+    for module in (kernels, latent):
+        assert torch.equal(
+            module.mean_magnitude(packed, codes, start.scale.cuda(), start.grid, start.shape[1]).cpu(), mean
+        )
+        scale = start.scale.cuda()
+        before = module.follow_magnitude(packed, codes, scale, c, lr, start.grid)
+        assert torch.equal(before.cpu(), start.scale)
+        assert torch.equal(scale.cpu(), expected)
+    graph, scale = torch.cuda.CUDAGraph(), start.scale.cuda()
+    with torch.cuda.graph(graph):
+        kernels.follow_magnitude(packed, codes, scale, c, lr, start.grid)
+    assert torch.equal(scale.cpu(), start.scale)
+    graph.replay()
+    assert torch.equal(scale.cpu(), expected)
 
 
 @pytest.mark.parametrize("learn_scales", [True, "channel"])

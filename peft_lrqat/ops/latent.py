@@ -57,45 +57,57 @@ def new_latent(packed: torch.Tensor, stream: torch.Tensor, columns: int) -> torc
     return latent
 
 
-def mean_magnitude(packed: torch.Tensor, latent: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+def mean_magnitude(
+    packed: torch.Tensor, latent: torch.Tensor | None, scale: torch.Tensor, grid: Grid, columns: int
+) -> torch.Tensor:
     """Average |x| over the weights that share a scale: fp64, in the shape of `scale`, grid steps.
 
     Args:
         packed, scale: of the weight, as for `step_codes`.
-        latent: int8 (out, in).
+        latent: int8 (out, in). None: all 0.
+        columns: in_features.
     """
     sums = torch.zeros(scale.shape, dtype=torch.int64, device=packed.device)
-    for rows in row_chunks(packed.shape[0], latent.shape[1], packed.device):
-        x = unpack(packed[rows], grid.code_bits, latent.shape[1]).to(torch.int16) * PARTS + latent[rows]
+    for rows in row_chunks(packed.shape[0], columns, packed.device):
+        x = unpack(packed[rows], grid.code_bits, columns).to(torch.int16) * PARTS
+        if latent is not None:
+            x += latent[rows]
         rows_of(sums, rows).add_(sum_per_scale(x.abs_(), rows_of(sums, rows)))
-    return sums.double() * (scale.numel() / (PARTS * latent.numel()))
+    return sums.double() * (scale.numel() / (PARTS * packed.shape[0] * columns))
 
 
-def first_magnitude(
-    mean: torch.Tensor, packed: torch.Tensor, latent: torch.Tensor, scale: torch.Tensor, grid: Grid
-) -> torch.Tensor:
-    """Choose c: fp32, in the shape of `scale`.
+def first_magnitude(mean: torch.Tensor, of_codes: torch.Tensor) -> torch.Tensor:
+    """Choose c: fp32, in the shape of `mean`.
 
     Args:
         mean: `mean_magnitude` at the start.
-        packed, latent, scale: what it was computed from.
+        of_codes: the same without latent weights.
     """
-    of_codes = mean_magnitude(packed, latent.new_zeros(()).expand_as(latent), scale, grid)
     return torch.where(of_codes == 0, 0.75, mean).float()
 
 
-def scale_that_follows(scale: torch.Tensor, mean: torch.Tensor, start: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-    """Compute s' = snap(s mean|x| / c): fp32, as `scale`. With a learning rate of 0 it is s.
+def follow_magnitude(
+    packed: torch.Tensor, latent: torch.Tensor, scale: torch.Tensor, start: torch.Tensor, lr: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Let scales follow, in place: s' = snap(s mean|x| / c). With a learning rate of 0 they stay.
 
-    Any checkpoint stores it exactly, whatever its `scale_dtype` is.
+    Any checkpoint stores s' exactly, whatever its `scale_dtype` is.
 
     Args:
-        scale: fp32 (rows, groups).
-        mean: fp64, `mean_magnitude` now.
-        start: fp32, c.
-        lr: scalar.
+        packed: of the weight, as for `step_codes`.
+        latent: int8 (out, in).
+        scale: fp32 (rows, groups). Updated.
+        start: fp32 (rows, groups), c.
+        lr: fp32 scalar.
+
+    Returns:
+        fp32 (rows, groups): what `scale` was.
     """
-    return torch.where(lr > 0, snap_scale((scale.double() * mean / start).float(), "auto"), scale)
+    mean = mean_magnitude(packed, latent, scale, grid, latent.shape[1])
+    before = scale.clone()
+    followed = snap_scale((scale.double() * mean / start).float(), "auto")
+    scale.copy_(torch.where(lr > 0, followed, scale))
+    return before
 
 
 def round_latent(codes: torch.Tensor, target: torch.Tensor, u: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import reference_step
+from . import latent, reference_step
 from .dispatch import kernels_for, on_device_of
-from .latent import first_magnitude, mean_magnitude, new_latent, scale_that_follows
 from .reference_step import FACTORS, Rule, update_factors
 
 
@@ -58,13 +57,13 @@ def _keep_latent(
         state.pop("latent_start", None)
         return None
     if "latent_codes" not in state:
-        state["latent_codes"] = new_latent(packed, stream, rule.columns)
+        state["latent_codes"] = latent.new_latent(packed, stream, rule.columns)
     if not rule.scale_follows:
         return None
-    latent = state["latent_codes"]
-    mean = mean_magnitude(packed, latent, scale, rule.grid)
+    # the kernel writes in place, to where tensors without gaps have their elements
+    implementation = (kernels_for(packed) if scale.is_contiguous() else None) or latent
+    codes = state["latent_codes"]
     if "latent_start" not in state:  # they may have begun with a rate in grid steps
-        state["latent_start"] = first_magnitude(mean, packed, latent, scale, rule.grid)
-    before = scale.clone()
-    scale.copy_(scale_that_follows(scale, mean, state["latent_start"], lr))
-    return before
+        means = (implementation.mean_magnitude(packed, k, scale, rule.grid, rule.columns) for k in (codes, None))
+        state["latent_start"] = latent.first_magnitude(*means)
+    return implementation.follow_magnitude(packed, codes, scale, state["latent_start"], lr, rule.grid)

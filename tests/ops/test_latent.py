@@ -94,17 +94,17 @@ def test_ternary_scales_follow_the_mean_magnitude(group_size: int):
     steps(p, optimizer, 0.0, 1)  # nothing moves
     assert torch.equal(p.scale, torch.full_like(p.scale, 0.5))
     assert torch.equal(p.codes(), codes.to(torch.int8))
-    start = mean_magnitude(p.packed, optimizer.state[p]["latent_codes"], p.scale, grid)
+    start = mean_magnitude(p.packed, optimizer.state[p]["latent_codes"], p.scale, grid, p.shape[1])
     expected = latent(p, optimizer).abs()
     expected = expected.mean() if group_size == 0 else expected.view(*start.shape, -1).mean(dim=-1)
     torch.testing.assert_close(start, expected.double().view(start.shape))
     steps(p, optimizer, -codes.float(), 20)  # all outwards, by nearly a step; then the scale looks back
-    before = mean_magnitude(p.packed, optimizer.state[p]["latent_codes"], p.scale, grid) * p.scale
+    before = mean_magnitude(p.packed, optimizer.state[p]["latent_codes"], p.scale, grid, p.shape[1]) * p.scale
     steps(p, optimizer, 0.0, 1)
     assert (p.scale > 0.7).all()
     assert torch.equal(p.scale, snap_scale((before / start).float(), "auto"))
     # the weights are where they were, in whatever steps they count; codes still come from them
-    after = mean_magnitude(p.packed, optimizer.state[p]["latent_codes"], p.scale, grid) * p.scale
+    after = mean_magnitude(p.packed, optimizer.state[p]["latent_codes"], p.scale, grid, p.shape[1]) * p.scale
     torch.testing.assert_close(after, before, rtol=0.02, atol=0)
 
 

@@ -1,7 +1,8 @@
 """Triton kernels. Each function listed here has its reference's name, arguments and results (a test compares them).
 
 References: `ops/reference.py`; of experts `ops/reference_experts.py`, of the optimizer step `ops/reference_step.py`, of
-rounded inputs `ops/reference_inputs.py`, of a rounded cache `ops/reference_cache.py`. Files:
+rounded inputs `ops/reference_inputs.py`, of a rounded cache `ops/reference_cache.py`, of scales that follow latent
+weights `ops/latent.py`. Files:
 
 tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
 prepare.py    a layer's small operands: the stored scale, A and B as fixed point
@@ -10,6 +11,7 @@ backward.py   masks, scales and sums of the backward, around the vendor library'
 experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
+latent.py     ternary scales that follow their latent weights
 inputs.py     inputs rounded per token or group
 static_inputs.py  inputs rounded with a fixed scale, and the gradients
 cache.py      keys and values rounded by vLLM's rule
@@ -25,6 +27,7 @@ from .experts import (
     experts_keep_output,
 )
 from .inputs import rounded_inputs
+from .latent import follow_magnitude, mean_magnitude
 from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
 from .static_inputs import rounded_static, static_gradients
@@ -36,11 +39,13 @@ __all__ = [
     "expert_weights",
     "expert_weights_backward",
     "experts_keep_output",
+    "follow_magnitude",
     "keeps_output",
     "linear_backward",
     "linear_weight",
     "low_bit_update",
     "low_bit_weight",
+    "mean_magnitude",
     "rounded_inputs",
     "rounded_states",
     "rounded_static",

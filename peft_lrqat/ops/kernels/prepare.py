@@ -82,7 +82,7 @@ class Prepared(NamedTuple):
 
 
 @triton.jit
-def _snap(s, SNAP: tl.constexpr):
+def snap(s, SNAP: tl.constexpr):
     """Snap as `grid.snap_magnitude` does, bit for bit; NaN stays NaN."""
     if SNAP == 0:  # exact in bf16 and fp16
         kept = tl.clamp(s, 5.9604644775390625e-08, 65280.0)
@@ -108,7 +108,7 @@ def trained_scale(scale0, shift, at, ok, SNAP: tl.constexpr):
     """Compute s = snap(s0 (1 + shift)) of some entries, with the sign of s0."""
     s = tl.load(scale0 + at, mask=ok, other=1.0)
     if shift is not None:
-        kept = _snap(tl.abs(s) * _change(shift, at, ok), SNAP)
+        kept = snap(tl.abs(s) * _change(shift, at, ok), SNAP)
         s = tl.where(s < 0, -kept, kept)
     return s
 
@@ -126,11 +126,11 @@ def _rows_by_channel(
     ok = row_ok[:, None] & (g < GROUPS)[None, :]
     s0 = tl.load(scale0 + at, mask=ok, other=0.0)
     largest, change = tl.max(tl.abs(s0), 1), _change(shift, j, row_ok)
-    s = _snap(tl.abs(s0) * change[:, None], SNAP)
+    s = snap(tl.abs(s0) * change[:, None], SNAP)
     tl.store(buffer + at, tl.where(s0 < 0, -s, s), mask=ok)
     count = tl.div_rn(tl.broadcast_to(largest[:, None], (ROWS, PADDED)), tl.where(ok, s0, 1.0))
     tl.store(buffer + units + at, tl.clamp(count, -MOST, MOST), mask=ok)
-    tl.store(buffer + step + j, _snap(largest * change, SNAP), mask=row_ok)
+    tl.store(buffer + step + j, snap(largest * change, SNAP), mask=row_ok)
     tl.store(buffer + step + out_features + j, largest, mask=row_ok)
 
 
@@ -143,7 +143,7 @@ def _row_step(scale0, shift, j, row_ok, GROUPS: tl.constexpr, SNAP: tl.constexpr
         ok = row_ok[:, None] & (g < GROUPS)[None, :]
         s0 = tl.load(scale0 + j[:, None] * GROUPS + g[None, :], mask=ok, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(s0), 1))
-    return _snap(largest * _change(shift, j, row_ok), SNAP)
+    return snap(largest * _change(shift, j, row_ok), SNAP)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat.ops import (
     kernels,
+    latent,
     reference,
     reference_cache,
     reference_experts,
@@ -15,7 +16,7 @@ from peft_lrqat.ops import (
     reference_step,
 )
 
-REFERENCES = (reference, reference_cache, reference_experts, reference_inputs, reference_step)
+REFERENCES = (reference, reference_cache, reference_experts, reference_inputs, reference_step, latent)
 
 
 @pytest.mark.parametrize("name", kernels.__all__)
