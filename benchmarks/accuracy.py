@@ -26,8 +26,9 @@ file is a method and its options (accuracy_methods.py has both); a comma makes a
     lowbit  LowBitSRConfig with LowBitAdamW     lora          LoRA in float, merged and rounded (both norms)
 
 `start=gptq` and `start=blockwise` begin with what `preprocess_gptq` and `preprocess_blockwise` leave; with `steps=0`
-that is the row. `rotate=true` begins with what `preprocess_rotation` makes of the float model, whose outputs, the
-teacher's, are the same; `start=rotation` is that and nothing else. Runs share GPUs: the times are those of a busy GPU.
+that is the row. `lora then=gptq` (or blockwise, autoround, hqq, llmcompressor) rounds the merged LoRA in that way.
+`rotate=true` begins with what `preprocess_rotation` makes of the float model, whose outputs, the teacher's, are the
+same; `start=rotation` is that and nothing else. Runs share GPUs: the times are those of a busy GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +50,17 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_measure import against_float, eval_rows, hellaswag
-from accuracy_methods import Text, complete, float_model, make_start, prepare, read_job, round_model, start_key
+from accuracy_methods import (
+    Text,
+    complete,
+    float_model,
+    make_start,
+    prepare,
+    read_job,
+    round_by,
+    round_model,
+    start_key,
+)
 from common import provenance, visible_gpu, write_json
 from torch import nn
 from training import SEQ, Step, loss_of, schedule
@@ -158,6 +169,10 @@ def run_job(bench: Bench, job: dict[str, Any], starts: Path) -> tuple[dict[str, 
     if job["method"] == "lora":
         result["float"] = bench.measure(model, {**job, "hellaswag": False})
         merged = model.merge_and_unload()
+        if job["then"]:
+            model = round_by(merged, job, bench.text)
+            result.update(bench.measure(model, job))
+            return result, model
         for p in (2.4, 4.0):
             rounded = copy.deepcopy(merged)
             round_model(rounded, {**job, "p": p})

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "rotate_seed": 0,
     "start": None,  # gptq, blockwise: what the weights are before training; start_*: its options
     "start_windows": 128,
+    "then": None,  # lora: gptq, blockwise or a peer rounds the merged model; None: to nearest, the better of two norms
     "iters": 200,  # autoround
     "hellaswag": False,
     "seed": 0,
@@ -85,6 +86,8 @@ def complete(job: dict[str, Any]) -> dict[str, Any]:
     full = {**DEFAULTS, **job}
     if full["start"] == "rotation":
         full |= {"start": None, "rotate": True}
+    if full["then"] and job["method"] != "lora":
+        raise ValueError(f"then={full['then']} is for lora: {job['method']} is rounded while it is trained.")
     full["lr"] = LEARNING_RATES.get(job["method"]) if full["lr"] is None else full["lr"]
     if job["method"] not in LEARNING_RATES:
         full["steps"] = 0
@@ -210,6 +213,13 @@ def _llmcompressor(model: nn.Module, job: dict[str, Any], text: Text) -> nn.Modu
 
 
 PEERS = {"hqq": _hqq, "autoround": _autoround, "llmcompressor": _llmcompressor}
+
+
+def round_by(model: nn.Module, job: dict[str, Any], text: Text) -> nn.Module:
+    """What a float model becomes by `then`, a peer or one of our own starts without training after it."""
+    if job["then"] in PEERS:
+        return PEERS[job["then"]](model, job, text)
+    return make_start(model, {**job, "method": "lrqat", "start": job["then"], "downcast": "int"}, text)
 
 
 # -- what is trained

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from accuracy_methods import DEFAULTS, LEARNING_RATES
 
-_HIDDEN = {"method", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters", "start_windows"}
+_HIDDEN = {"method", "then", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters", "start_windows"}
 _OPTIONS = {
     ("signed", "True"): "signed scales",
     ("downcast", "int"): "packed base",
@@ -30,6 +30,9 @@ _METHODS = {
     "llmcompressor": "GPTQ (llm-compressor)",
     "float": "full fine-tuning in float",
 }
+
+#: What rounds a float model, as the rows call it.
+_ROUNDED_BY = {"gptq": "GPTQ", "blockwise": "block-wise", **_METHODS}
 
 _NBSP = "\N{NO-BREAK SPACE}"
 
@@ -54,13 +57,17 @@ class Row(NamedTuple):
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def _name(job: dict[str, Any]) -> str:
+    return f"LoRA, merged, then {_ROUNDED_BY[job['then']]}" if job["then"] else _METHODS[job["method"]]
+
+
 def label_of(job: dict[str, Any]) -> str:
     """The method and what differs from its defaults."""
     words = []
     if job["steps"] == 0 and job["start"]:
-        name = {"gptq": "GPTQ", "blockwise": "block-wise"}.get(job["start"], job["start"])
+        name = _ROUNDED_BY.get(job["start"], job["start"])
     else:
-        name = _METHODS[job["method"]]
+        name = _name(job)
         if job["start"]:
             words.append({"gptq": "from GPTQ", "blockwise": "from block-wise"}.get(job["start"], job["start"]))
         if job["steps"] not in (0, DEFAULTS["steps"]):
@@ -350,8 +357,8 @@ def plot(args: argparse.Namespace) -> None:
 def family(job: dict[str, Any]) -> str:
     """What shares a mark in the plot."""
     if job["steps"] == 0 and job["start"]:
-        return {"gptq": "GPTQ", "blockwise": "block-wise"}.get(job["start"], job["start"])
-    name = _METHODS[job["method"]]
+        return _ROUNDED_BY.get(job["start"], job["start"])
+    name = _name(job)
     if job["method"] == "round" and job["signed"]:
         return name + ", signed scales"
     if job["method"] == "scales" and job["start"] == "blockwise":
