@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "bits": 4,
     "group": 64,  # -1: one scale a channel
     "symmetric": True,
-    "signed": False,  # whether the sign of a scale chooses the side with one level more
+    "signed": False,  # whether the sign of a scale chooses the side with one level more; the configs' default is True
     "p": 2.5,  # the range norm
     "steps": 300,
     "batch": 8,
