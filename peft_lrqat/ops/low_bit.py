@@ -11,6 +11,8 @@ than a product.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from ..packing import unpack
 from . import reference
 from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
 from .reference import low_bit_levels
+from .staging import versions
 from .static_inputs import LearnedScale, rounding_gradients
 
 __all__ = ["low_bit_levels", "low_bit_linear", "low_bit_weight", "mean_code"]
@@ -93,26 +96,43 @@ def _linear_backward_impl(
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     in_features = x.shape[-1]
-    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, in_features)
-    dx, dw, ds = x.new_empty(0), scale.new_empty(0), scale.new_empty(0)
+    flat_dy = dy.reshape(-1, dy.shape[-1])
+    dx = dw = ds = None
     implementation = kernels_for(packed) or reference
     with no_autocast(dy, dy.dtype):
         if need_x:
             weight = implementation.low_bit_weight(packed, scale, ternary_scale, bits, in_features, dy.dtype)
-            dx = (flat_dy @ weight).view(x.shape)
+            dx = torch.mm(flat_dy, weight).view(x.shape)
             del weight
         if need_weight or need_scale:
-            dw = (flat_dy.t() @ flat_x).float()
+            dw = torch.mm(flat_dy.t(), x.reshape(-1, in_features)).float()
         if need_scale:
             ds = implementation.scale_gradient(dw, packed, scale, ternary_scale, bits)
-    return dx, dw if need_weight else scale.new_empty(0), ds
+    return dx, dw if need_weight else None, ds
 
 
-_linear_backward_op = torch.library.custom_op(
-    f"{_NAMESPACE}::low_bit_linear_backward", _linear_backward_impl, mutates_args=()
-)
+@torch.library.custom_op(f"{_NAMESPACE}::low_bit_linear_backward", mutates_args=())
+def _linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    ternary_scale: Tensor | None,
+    bits: int,
+    need_x: bool,
+    need_weight: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = need_x, need_weight, need_scale
+    dx, dw, ds = _linear_backward_impl(dy, x, packed, scale, ternary_scale, bits, *needs)
+    # an op returns tensors
+    return (
+        x.new_empty(0) if dx is None else dx,
+        scale.new_empty(0) if dw is None else dw,
+        scale.new_empty(0) if ds is None else ds,
+    )
 
 
 @_linear_backward_op.register_fake
@@ -124,34 +144,61 @@ def _(dy, x, packed, scale, ternary_scale, bits, need_x, need_weight, need_scale
     )
 
 
-#: Which argument of `_LowBitLinear` is log2 of the fixed scale of inputs.
-_LOG2 = 10
+class _Others(NamedTuple):
+    """The arguments of `_LowBitLinear` that have no gradient."""
+
+    stored: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, scale, ternary_scale, factor
+    bits: int
+    values: Tensor | None
+    how: list[Any]  # of `LearnedScale`, all but log2
 
 
 class _LowBitLinear(torch.autograd.Function):
     """Ties the two ops to the parameter: `weight` has no float storage, and receives a gradient of its full size."""
 
+    # as `_Linear` in `linear.py`: torch looks at every argument in Python, so what has no gradient comes as one
     @staticmethod
-    def forward(ctx, x, weight, learned, bias, packed, scale, ternary_scale, factor, bits, values, log2, how):
-        rounds = log2 is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[_LOG2])
-        given, x = x if rounds else None, x if values is None else values
-        ctx.how = how
-        ctx.bits, ctx.x_shape, ctx.x_dtype = bits, x.shape, x.dtype
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if needs_x else None, packed, scale, ternary_scale, factor, given, log2)
-        run = _linear_op if torch.compiler.is_compiling() else _linear_impl
-        return run(x, packed, scale, ternary_scale, bias, bits)
+    def forward(
+        ctx: Any,
+        given: Tensor,
+        weight: Tensor,
+        learned: Tensor,
+        bias: Tensor | None,
+        log2: Tensor | None,
+        others: _Others,
+    ) -> Tensor:
+        stored, ctx.bits, values, ctx.how = others
+        packed, scale, ternary_scale, factor = stored
+        x = given if values is None else values
+        need_x, need_weight, need_learned, _, need_log2, _ = ctx.needs_input_grad
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        rounds = log2 is not None and (need_x or need_log2)
+        kept = (*stored, log2)
+        compiling = torch.compiler.is_compiling()
+        # Gradient checkpointing runs two Python hooks for every saved tensor. Codes, and scales that are the weight's
+        # own, live as long as the layer itself, and are not its business; scales that a forward made are.
+        own = ternary_scale is None and factor is None and not compiling
+        ctx.kept, ctx.versions = (kept, versions(kept)) if own else (None, None)
+        needs_values = need_weight or need_learned
+        ctx.save_for_backward(x if needs_values else None, given if rounds else None, *(() if own else kept))
+        run = _linear_op if compiling else _linear_impl
+        return run(x, packed, scale, ternary_scale, bias, ctx.bits)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         refuse_second_derivatives()
-        x, packed, scale, ternary_scale, factor, given, log2 = ctx.saved_tensors
-        need_x, need_weight, need_scale, need_bias = ctx.needs_input_grad[:4]
-        need_log2 = ctx.needs_input_grad[_LOG2]
+        x, given, *kept = ctx.saved_tensors
+        if ctx.kept is not None and ctx.versions != versions(ctx.kept):
+            raise RuntimeError(
+                "The codes or the scales of a low-bit weight were changed in place between forward and backward (an "
+                "optimizer step, a load, a merge). Run forward again."
+            )
+        packed, scale, ternary_scale, factor, log2 = ctx.kept or kept
+        need_x, need_weight, need_learned, need_bias, need_log2, _ = ctx.needs_input_grad
         if x is None:
             x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
-        run = _linear_backward_op if torch.compiler.is_compiling() else _linear_backward_impl
-        needs = (need_x or need_log2, need_weight, need_scale)
+        run: Any = _linear_backward_op if torch.compiler.is_compiling() else _linear_backward_impl
+        needs = (need_x or need_log2, need_weight, need_learned)
         dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, *needs)
         dlog2 = None
         if given is not None:
@@ -159,8 +206,8 @@ class _LowBitLinear(torch.autograd.Function):
         if need_weight and factor is not None:
             dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
-        own = dx if need_x else None, dw if need_weight else None, ds if need_scale else None, db
-        return *own, *(None,) * 6, dlog2, None
+        own = dx if need_x else None, dw if need_weight else None, ds if need_learned else None, db
+        return *own, dlog2, None
 
 
 def low_bit_linear(
@@ -193,7 +240,10 @@ def low_bit_linear(
         (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
     """
     trained = scale if ternary_scale is None else ternary_scale
-    detached = None if ternary_scale is None else ternary_scale.detach()
+    if scale.requires_grad:
+        scale = scale.detach()
+    if ternary_scale is not None:
+        ternary_scale = ternary_scale.detach()
     log2, *how = (None,) if learned is None else learned
-    constants = (packed, scale.detach(), detached, factor, bits, values)
-    return _LowBitLinear.apply(x, weight, trained, bias, *constants, log2, how)
+    others = _Others((packed, scale, ternary_scale, factor), bits, values, how)
+    return _LowBitLinear.apply(x, weight, trained, bias, log2, others)

@@ -78,3 +78,25 @@ def test_ops_are_registered_as_torch_wants_them(ternary: bool):
     torch.library.opcheck(ops.mean_code.default, (packed, *scale.shape, 4, COLS))
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(ops.low_bit_linear_backward.default, (dy, x, packed, scale, t, 4, *needs))
+
+
+def test_of_a_weight_of_its_own_scales_only_the_input_is_saved():
+    """What lives as long as the layer does not go through the hooks of checkpointing and offloading."""
+    _, packed, scale = operands(Grid(4, -1))
+    x, weight = torch.randn(5, COLS, requires_grad=True), torch.zeros(ROWS, COLS, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        low_bit_linear(x, weight, packed, scale, None, None, None, 4)
+    assert [t.data_ptr() for t in seen] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("changed", ["packed", "scale"])
+def test_codes_and_scales_that_changed_since_forward_are_refused(changed: str, learned: bool):
+    _, packed, scale = operands(Grid(4, -1))
+    factor = torch.ones_like(scale) if learned else None
+    weight = torch.zeros(ROWS, COLS, requires_grad=True)
+    y = low_bit_linear(torch.randn(5, COLS), weight, packed, scale, None, factor, None, 4)
+    {"packed": packed, "scale": scale}[changed].add_(1)
+    with pytest.raises(RuntimeError, match=r"in ?place"):
+        y.sum().backward()

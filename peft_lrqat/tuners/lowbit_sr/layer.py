@@ -40,6 +40,7 @@ from ...modules.generation import KeepsWeight
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import Activations
+from ...ops.dispatch import cast
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...ops.shared_inputs import through_rounding
 from ...packing import unpack
@@ -47,6 +48,7 @@ from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
 from ..common.input_scale import AdapterWeight
 from ..common.layer import MergingLayer, parameters_become_meta
+from ..common.packed_parameter import weight_of
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LowBitSRConfig
 from .dropped import DroppedBase
@@ -199,7 +201,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         super().set_adapter(names, inference_mode=inference_mode)
 
     def _the_one(self, names: list[str]) -> str | None:
-        present = [name for name in names if name in self.lowbitsr_weight]
+        # every forward asks, and torch looks modules up in Python
+        weights: Any = self._modules["lowbitsr_weight"]
+        present = [name for name in names if name in weights._modules]
         if len(present) > 1:
             raise ValueError(
                 f"The adapters {present} are sets of integers for the same layer, and the sum of two is on no grid. "
@@ -230,13 +234,19 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             frozen.refuse()
         return frozen
 
+    def _weight(self, adapter: str) -> Any:
+        """The adapter's `LowBitTensor`."""
+        return weight_of(self._modules["lowbitsr_weight"], adapter)
+
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
-        weight: Any = self.lowbitsr_weight[adapter].weight
+        weight = self._weight(adapter)
+        shift = weight_of(self._modules["lowbitsr_scale_shift"], adapter)
+        if shift is None and self.adapter_options[adapter].forward_bits is None:
+            return weight.scale, None, None
         kept = self.frozen.scale_dtype
-        scale, shift, factor, ternary = weight.scale, None, None, None
-        if adapter in self.lowbitsr_scale_shift:
-            shift = self.lowbitsr_scale_shift[adapter].weight
+        scale, factor, ternary = weight.scale, None, None
+        if shift is not None:
             # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
             scale = trained_scale(weight.scale.clone(), shift, kept)
             factor = (scale / weight.scale).detach()
@@ -274,8 +284,10 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layer's output, with the active adapter's codes: x (..., in) to (..., out)."""
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = None
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -291,23 +303,29 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         return self._kept()(x)
 
     def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        weight: Any = self.lowbitsr_weight[adapter].weight
+        weight = self._weight(adapter)
         options = self.adapter_options[adapter]
         if not hasattr(weight, "packed"):
             raise ValueError(
                 "Something has replaced a low-bit weight by a float tensor, as FSDP does: sharding packed weights is "
                 "not supported. Use data parallelism (DDP), or LR-QAT (`LRQATConfig`), whose packed base FSDP2 shards."
             )
-        if torch.is_autocast_enabled(x.device.type):
-            half = torch.get_autocast_dtype(x.device.type) == torch.float16
-            if half and weight.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
-                    "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
-                )
+        kind = x.device.type
+        if (
+            torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind) == torch.float16
+            and weight.requires_grad
+            and torch.is_grad_enabled()
+        ):
+            raise ValueError(
+                "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
+                "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
+            )
         x, values, learned = self._rounded(x, self.adapter_activations[adapter], [adapter])
         dtype = x.dtype if values is None else values.dtype
-        bias = None if self.frozen.bias is None else self.frozen.bias.to(dtype)
+        bias = self.frozen._parameters["bias"]
+        if bias is not None:
+            bias = cast(bias, dtype)
         kept = self._kept_weight(dtype, adapter)
         if kept is not None:
             dense, scale = kept
