@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -117,6 +118,15 @@ def requirements(wheel: Path) -> list[str]:
         if project not in _LEFT_OUT and "extra ==" not in line:
             wanted.append(line)
     return wanted
+
+
+def machine() -> str:
+    """What figures were taken on: "2 cores, AMD EPYC, no GPU"."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return f"{os.cpu_count()} cores, {cpu}, no GPU"
 
 
 def clean_environment() -> dict[str, str]:

