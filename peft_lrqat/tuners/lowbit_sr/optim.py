@@ -203,7 +203,7 @@ class LowBitAdamW(Optimizer):
 
         Args:
             args (TrainingArguments): the arguments of the same Trainer. `learning_rate` and `adam_epsilon` are taken
-                from them, and `adam_beta1` and `adam_beta2` if one is not transformers' default (0.9, 0.999).
+                from them, and `adam_beta1` and `adam_beta2` if one is not their default (0.9, 0.999).
                 `max_grad_norm` is set to 0 in them if it is the default of 1 and `fused_backward` is on. Weight decay
                 and the schedule the Trainer sets itself.
             **options (Any): options of `LowBitAdamW`, in place of those. `fused_backward` is on where there is one

@@ -19,7 +19,7 @@ def options_of(args: TrainingArguments, options: dict[str, Any]) -> dict[str, An
             "DPOConfig or another of their kind."
         )
     found: dict[str, Any] = {"lr": args.learning_rate, "eps": args.adam_epsilon}
-    usual = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    usual = {field.name: field.default for field in dataclasses.fields(args)}
     betas = {"adam_beta1": args.adam_beta1, "adam_beta2": args.adam_beta2}
     if any(value != usual[name] for name, value in betas.items()):  # somebody has chosen them
         found["betas"] = tuple(betas.values())
