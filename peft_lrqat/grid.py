@@ -24,6 +24,8 @@ from typing import Any, overload
 
 import torch
 
+from .arguments import check_flags
+
 PER_CHANNEL = -1
 PER_TENSOR = 0
 
@@ -78,6 +80,7 @@ class Grid:
         whole = not isinstance(self.bits, bool) and isinstance(self.bits, int) and 2 <= self.bits <= 8
         if not whole and not (isinstance(self.bits, float) and self.bits == TERNARY):
             raise ValueError(f"`bits` is {self.bits!r}; it must be an integer from 2 to 8.")
+        check_flags(symmetric=self.symmetric)
         if self.ternary and not self.symmetric:
             raise ValueError("`symmetric` is False, but the ternary grid (`bits=1.58`) is symmetric by definition.")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < PER_CHANNEL:

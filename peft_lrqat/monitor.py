@@ -17,8 +17,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
+from .arguments import check_flags, with_suggestions
 from .installing import how_to_install
 from .tuners.common.layer import MergingLayer
+from .tuners.common.rules import is_positive
 from .tuners.common.trainers import log_before_trackers, resumed_from
 from .tuners.lrqat.layer import LRQATLayer
 
@@ -173,6 +175,7 @@ def watch(model: Any, rows: int) -> list[_Watched]:
     return [_Watched(layers, rows) for layers in alike.values()]
 
 
+@with_suggestions
 class QuantizationCallback(TrainerCallback):
     """Tell what training does to the integers of a quantized model: a callback for any Trainer, and for both methods.
 
@@ -219,8 +222,9 @@ class QuantizationCallback(TrainerCallback):
     def __init__(self, *, rows: int = 8, time_share: float | None = 0.01, plot: bool = True) -> None:
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ValueError(f"`rows` is {rows!r}; a positive integer is allowed. 8 is the default.")
-        if time_share is not None and not 0 < time_share <= 1:
+        if time_share is not None and not (is_positive(time_share) and time_share <= 1):
             raise ValueError(f"`time_share` is {time_share!r}; numbers above 0 up to 1 are allowed, or None.")
+        check_flags(plot=plot)
         self.rows, self.time_share, self.plot = rows, time_share, plot
         self._watched: list[_Watched] = []
         self._curves: dict[int, Shares] = {}

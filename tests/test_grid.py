@@ -28,6 +28,11 @@ def test_bits_out_of_range(bits):
         Grid(bits)
 
 
+def test_symmetric_is_true_or_false():
+    with pytest.raises(ValueError, match="`symmetric` is 'no'; allowed are True, False"):
+        Grid(4, 128, "no")
+
+
 @pytest.mark.parametrize("group_size", [-2, 64.0, False, None])
 def test_group_size_out_of_range(group_size):
     with pytest.raises(ValueError, match="group_size"):

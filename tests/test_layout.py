@@ -24,6 +24,7 @@ FLOORS = (
     ("formats",),
     ("ops",),
     (
+        "arguments",
         "grid",
         "lattice",
         "packing",

@@ -137,6 +137,10 @@ def test_refusals(tmp_path):
         QuantizationCallback(rows=0)
     with pytest.raises(ValueError, match="`time_share` is 2"):
         QuantizationCallback(time_share=2)
+    with pytest.raises(ValueError, match="`time_share` is '1%'"):
+        QuantizationCallback(time_share="1%")
+    with pytest.raises(ValueError, match=r"`plot` is 'curves\.png'; allowed are True, False"):
+        QuantizationCallback(plot="curves.png")
 
 
 def test_resumed_training_goes_on_counting(tmp_path):

@@ -27,12 +27,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..arguments import check_flags, with_suggestions
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
 from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
 from ..tuners.common.experts import settle_experts
 from ..tuners.common.fingerprint import float_checksum, in_order
+from ..tuners.common.rules import INTEGER, NOT_NEGATIVE, NUMBER, WHOLE, Rule, check_value
 from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
@@ -41,6 +43,14 @@ from .offloaded import all_tensors, arrive, bring_in, by_block
 
 #: Fields of a model's configuration on which no result depends.
 _NO_RESULT = {"_name_or_path", "transformers_version", "use_cache"}
+
+
+_RULES = {
+    ("epochs", "batch"): WHOLE,
+    ("learning_rate", "scale_learning_rate"): NOT_NEGATIVE,
+    ("held_out",): Rule("it must be a number from 0 to below 1", lambda v: NUMBER.allows(v) and 0 <= v < 1),
+    ("seed",): INTEGER,
+}
 
 
 @dataclass(frozen=True)
@@ -55,16 +65,12 @@ class _Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be an integer, 1 or more.")
-        for name in ("learning_rate", "scale_learning_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a number, 0 or more.")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"`held_out` is {self.held_out!r}; it must be a number from 0 to below 1.")
+        for names, rule in _RULES.items():
+            for name in names:
+                check_value(name, getattr(self, name), rule)
 
 
+@with_suggestions
 @torch.inference_mode(False)
 @torch.no_grad()
 def preprocess_blockwise(
@@ -135,6 +141,7 @@ def preprocess_blockwise(
         >>> model = get_peft_model(quantized, config)  # to train on; or merge at once
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
+    check_flags(offload=offload, progressbar=progressbar)
     check_config(config)
     if config.rounds_inputs:
         raise ValueError(

@@ -17,6 +17,7 @@ from ..modules.packed import MERGED
 from ..tuners.common.config import GridConfig
 from ..tuners.common.frozen import FrozenWeight
 from ..tuners.common.plain import is_offloaded
+from ..tuners.common.rules import WHOLE, check_value
 from ..tuners.lowbit_sr import LowBitSRConfig, LowBitSRModel
 from ..tuners.lrqat import LRQATConfig, LRQATModel
 
@@ -356,6 +357,7 @@ def read_batches(
     """Make what the model takes from calibration text in any form that `preprocess_gptq` names. Raise ValueError if
     there is no text, or it is in another form.
     """
+    check_value("length", length, WHOLE)
     items: list[Any] = list(each(calibration, "calibration"))
     if not items:
         raise ValueError("`calibration` is empty. Give texts and a `tokenizer`, or token ids.")
@@ -363,6 +365,10 @@ def read_batches(
     if texts:
         if tokenizer is None or len(texts) < len(items):
             raise ValueError("`calibration` holds texts: give a `tokenizer`, and texts only.")
+        if not callable(tokenizer):
+            raise ValueError(
+                f"`tokenizer` is {tokenizer!r}; it must be a tokenizer: `AutoTokenizer.from_pretrained(...)`."
+            )
         items = _windows(texts, tokenizer, length)
     device = model.get_input_embeddings().weight.device
     for item in items:

@@ -11,17 +11,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..arguments import check_flags, with_suggestions
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
 from ..grid import join_rows
 from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
 from ..tuners.common.experts import settle_experts
+from ..tuners.common.rules import POSITIVE, check_value
 from .calibrate import AnyConfig, BlockInputs, check_config, collect_hessians, decoder_blocks, read_batches, some
 from .gptq import gptq_round
 from .offloaded import arrive, bring_in, by_block
 
 
+@with_suggestions
 @torch.no_grad()
 def preprocess_gptq(
     model: nn.Module | str | os.PathLike,
@@ -82,6 +85,8 @@ def preprocess_gptq(
         >>> model = get_peft_model(quantized, config)
     """
     check_config(config)
+    check_flags(progressbar=progressbar)
+    check_value("damping", damping, POSITIVE)
     with by_block(model, config, "GPTQ", model_init_kwargs) as model:
         name, blocks, layers = decoder_blocks(model, config, "GPTQ")
         bring_in(model, without=blocks)

@@ -30,10 +30,12 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..arguments import check_flags, with_suggestions
 from ..chunks import row_chunks
 from ..files import bytes_in_words
 from ..modules.packed import MERGED
 from ..tuners.common.frozen import FrozenWeight
+from ..tuners.common.rules import INTEGER, check_value
 from .modes import in_eval
 from .residual_stream import Change, Unit, changes_of, tied, units
 
@@ -50,6 +52,7 @@ _DRAWS = 3
 _PLAIN_KERNELS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 
+@with_suggestions
 @torch.inference_mode(False)
 @torch.no_grad()
 def preprocess_rotation(
@@ -97,6 +100,8 @@ def preprocess_rotation(
         >>> model = get_peft_model(base, config)
     """
     _check_model(model)
+    check_flags(residual=residual, values=values, progressbar=progressbar)
+    check_value("seed", seed, INTEGER)
     if not residual and not values:
         raise ValueError("`residual` and `values` are both False, so there is nothing to rotate. Set one of them.")
     found = units(model, residual=residual, values=values, generator=torch.Generator().manual_seed(seed))

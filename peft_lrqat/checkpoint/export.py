@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
+from ..arguments import check_flags, options_of
 from ..files import new_folder, write_atomically
 from ..formats import writer_of
 from ..formats.gguf.reader import GGUFFile
@@ -71,6 +72,7 @@ def can_export(
         >>> bool(can_export(model, "bitnet"))  # it holds ternary weights only
         False
     """
+    check_flags(trust_remote_code=trust_remote_code)
     chosen, settings = _settings(format, container_bits, allow_inexact, options)
     return Check(format, tuple(chosen.problems(open_source(model_or_dir, trust_remote_code), settings)), allow_inexact)
 
@@ -134,6 +136,7 @@ def export(
     """
     out = Path(out)
     size = parse_size(max_shard_size)
+    check_flags(overwrite=overwrite, progress=progress, trust_remote_code=trust_remote_code)
     chosen, settings = _settings(format, container_bits, allow_inexact, options)
     check_apart(out, model_or_dir, tokenizer)
     with new_folder(out, overwrite) as folder:
@@ -166,8 +169,9 @@ def _serving(source: Source, folder: Path) -> Serving:
 def _settings(
     format: str, container_bits: Any, allow_inexact: bool, options: dict[str, Any]
 ) -> tuple[Writer, Settings]:
+    check_flags(allow_inexact=allow_inexact)
     chosen = writer_of(format)
-    made = make_options(chosen, options)
+    made = make_options(chosen, options, options_of(export))
     whole = isinstance(container_bits, int) and not isinstance(container_bits, bool) and 2 <= container_bits <= 8
     if container_bits is not None and not whole:
         raise ValueError(f"`container_bits` is {container_bits!r}; it must be 2 to 8, or left out.")

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..arguments import check_flags
 from ..formats import reading
 from ..formats.record import Record
 from ..formats.scheme import Scheme
@@ -81,6 +82,18 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     """
     if "quantization_config" in kwargs:
         raise ValueError("`quantization_config` is not for `load_quantized`: the checkpoint's own one is used.")
+    if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {pretrained_model_name_or_path!r}; it must be a folder, or the name "
+            "of a repository of the Hub."
+        )
+    if model_class is not None and not hasattr(model_class, "from_pretrained"):
+        raise ValueError(
+            f"`model_class` is {model_class!r}; it must be a model's class or an `AutoModel...` of transformers, or "
+            "None."
+        )
+    if kwargs.get("trust_remote_code") is not None:
+        check_flags(trust_remote_code=kwargs["trust_remote_code"])
     trusted = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None: transformers would ask
     config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:

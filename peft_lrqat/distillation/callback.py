@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..arguments import with_suggestions
 from ..tuners.common import loss as lean
 from ..tuners.common.trainers import log_before_trackers
 from .loss import TokenLosses, TopK, check_options, token_losses
 from .segments import without_padding
 from .sft import fused_output
 from .stored import MANIFEST, StoredLogits
-from .teacher import ModelTeacher, causal_lm, check_keep, load_teacher, named_inputs
+from .teacher import ModelTeacher, causal_lm, check_keep, check_teacher, load_teacher, named_inputs
 
 # Which callback a causal language model learns from at the moment
 _active: WeakKeyDictionary[nn.Module, Distillation] = WeakKeyDictionary()
@@ -43,6 +44,7 @@ class _Call(NamedTuple):
     """the model's own."""
 
 
+@with_suggestions
 class Distillation(TrainerCallback):
     """Let a Trainer's model learn from the probabilities of a teacher: a callback for transformers' Trainer and TRL's
     SFTTrainer, with any causal language model.
@@ -93,6 +95,7 @@ class Distillation(TrainerCallback):
         keep: str | None = None,
     ) -> None:
         check_options(temperature, weight)
+        check_teacher(teacher)
         check_keep(keep, teacher)
         self.teacher, self.weight, self.temperature, self.keep = teacher, weight, temperature, keep
         self._student: Any = None

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..arguments import with_suggestions
 from ..tuners.common import loss as lean
+from ..tuners.common.rules import NUMBER, Rule, check_value, is_positive
+
+_TEMPERATURE = Rule("it must be positive. 1 compares the models' probabilities", is_positive)
+_WEIGHT = Rule(
+    "it must be from 0 (the model's own loss) to 1 (the teacher's only)",
+    lambda value: NUMBER.allows(value) and 0 <= value <= 1,
+)
 
 
 class TopK(NamedTuple):
@@ -209,12 +217,11 @@ def token_losses(
 
 def check_options(temperature: float, weight: float) -> None:
     """Raise ValueError unless `temperature` and `weight` are in their ranges."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"`temperature` is {temperature}; it must be positive. 1 compares the models' probabilities.")
-    if not 0 <= weight <= 1:
-        raise ValueError(f"`weight` is {weight}; it must be from 0 (the model's own loss) to 1 (the teacher's only).")
+    check_value("temperature", temperature, _TEMPERATURE)
+    check_value("weight", weight, _WEIGHT)
 
 
+@with_suggestions
 def distillation_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -262,12 +269,27 @@ def distillation_loss(
         >>> loss = distillation_loss(model(**batch).logits, batch["input_ids"], teacher, temperature=2.0, weight=0.5)
         >>> loss.backward()
     """
+    _check_labels(logits, labels, shift_labels)
     targets = lean.shifted(labels, shift_labels, ignore_index).to(logits.device)
     rows = logits.reshape(-1, logits.shape[-1])
+    if not isinstance(teacher, (TopK, torch.Tensor)):
+        raise ValueError(
+            f"`teacher` is a {type(teacher).__name__}; it must be the teacher's logits, a tensor, or `TopK`."
+        )
     if not isinstance(teacher, TopK):
         teacher = teacher.reshape(-1, teacher.shape[-1])
     found = token_losses(rows, targets, teacher, temperature, weight, ignore_index)
     return lean.divided(found.loss.sum(), targets, num_items_in_batch, ignore_index)
+
+
+def _check_labels(logits: torch.Tensor, labels: torch.Tensor, shift_labels: torch.Tensor | None) -> None:
+    """Raise ValueError unless the labels that are used are integers, one for each row of the logits."""
+    name, used = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if used.dtype not in (torch.int64, torch.int32) or used.numel() != logits[..., 0].numel():
+        raise ValueError(
+            f"`{name}` is a tensor of {used.dtype} {tuple(used.shape)}; it must be int64 {tuple(logits.shape[:-1])}, a "
+            "label for each token of the logits."
+        )
 
 
 def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:

@@ -26,16 +26,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
+from transformers import Trainer
 
+from ..arguments import with_suggestions
 from ..files import read_json, write_atomically
 from ..tuners.common import loss as lean
 from .loss import TopK, check_options, top_k
 from .segments import check_positions, segments, without_padding
-from .teacher import ModelTeacher, causal_lm, check_keep, load_teacher
+from .teacher import ModelTeacher, causal_lm, check_keep, check_teacher, load_teacher
 
 MANIFEST = "teacher.json"
 
 
+@with_suggestions
 def store_logits(
     trainer: Any,
     folder: str | os.PathLike,
@@ -83,6 +86,11 @@ def store_logits(
         >>> trainer.train()
     """
     check_options(temperature, 1.0)
+    if not isinstance(trainer, Trainer):
+        raise ValueError(
+            f"`trainer` is a {type(trainer).__name__}; it must be the Trainer that will train, whose batches are read."
+        )
+    check_teacher(teacher)
     check_keep(keep, teacher)
     student = causal_lm(trainer.model)
     vocabulary = student.config.get_text_config().vocab_size

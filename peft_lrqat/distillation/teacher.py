@@ -32,6 +32,15 @@ _NOT_FOR_TEACHERS = {
 }
 
 
+def check_teacher(teacher: Any) -> None:
+    """Raise ValueError for what is neither a model nor a name or folder."""
+    if not isinstance(teacher, (nn.Module, str, os.PathLike)) or teacher == "":
+        raise ValueError(
+            f"`teacher` is {teacher!r}; it must be a model of transformers, its name or folder, or a folder that "
+            "`store_logits` wrote."
+        )
+
+
 def check_keep(keep: str | None, teacher: Any) -> None:
     """Raise ValueError if there is no such way to keep a teacher, or not for this one."""
     if keep is not None and keep not in KEEP:

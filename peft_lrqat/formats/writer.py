@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from ..arguments import nearest
 from ..grid import GridTensor
 from .source import Source
 
@@ -142,8 +143,11 @@ class Writer(ABC):
         """
 
 
-def make_options(writer: Writer, options: dict[str, Any]) -> Any:
+def make_options(writer: Writer, options: dict[str, Any], others: Iterable[str] = ()) -> Any:
     """The format's options from keywords.
+
+    Args:
+        others: what else the caller takes by name, of which an option may be a typing error.
 
     Raises:
         ValueError: the format has no such option, or refuses its value.
@@ -151,6 +155,8 @@ def make_options(writer: Writer, options: dict[str, Any]) -> Any:
     known = [f.name for f in dataclasses.fields(writer.Options)]
     for name in options:
         if name not in known:
+            if near := nearest(name, [*known, *others]):
+                raise ValueError(f"The format {writer.name!r} has no option {name!r}. Did you mean `{near}`?")
             has = f"its options are {', '.join(known)}" if known else "it has no options of its own"
             raise ValueError(f"The format {writer.name!r} has no option {name!r}; {has}.")
     return writer.Options(**options)

@@ -226,6 +226,9 @@ def test_a_layer_that_no_token_reached():
         ({}, TEXT, {"batch": 0}, "`batch` is 0"),
         ({}, TEXT, {"held_out": 1.0}, "`held_out` is 1.0"),
         ({}, TEXT, {"learning_rate": -1.0}, "`learning_rate` is -1.0"),
+        ({}, TEXT, {"learning_rate": "0.01"}, "`learning_rate` is '0.01'"),
+        ({}, TEXT, {"seed": "x"}, "`seed` is 'x'"),
+        ({}, TEXT, {"offload": "cpu"}, "`offload` is 'cpu'; allowed are True, False"),
         ({"act_bits": 8}, TEXT, {}, "`act_bits` is 8"),
     ],
 )

@@ -101,19 +101,22 @@ class _Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("options", "calibration", "match"),
+    ("options", "calibration", "settings", "match"),
     [
-        ({}, [], "`calibration` is empty"),
-        ({}, ["some text"], "give a `tokenizer`"),
-        ({"target_modules": ["q_proj", "lm_head"]}, TEXT, "not all inside one list of blocks"),
-        ({"group_size": 5}, TEXT, "does not divide"),
+        ({}, [], {}, "`calibration` is empty"),
+        ({}, ["some text"], {}, "give a `tokenizer`"),
+        ({}, ["some text"], {"tokenizer": "a name"}, "`tokenizer` is 'a name'; it must be a tokenizer"),
+        ({}, TEXT, {"length": 0}, "`length` is 0; it must be an integer, 1 or more"),
+        ({}, TEXT, {"damping": -1}, "`damping` is -1; it must be a positive number"),
+        ({"target_modules": ["q_proj", "lm_head"]}, TEXT, {}, "not all inside one list of blocks"),
+        ({"group_size": 5}, TEXT, {}, "does not divide"),
     ],
 )
-def test_what_is_refused_changes_nothing(options: dict, calibration: list, match: str):
+def test_what_is_refused_changes_nothing(options: dict, calibration: list, settings: dict, match: str):
     model = tiny()
     before = logits(model, IDS)
     with pytest.raises(ValueError, match=match):
-        preprocess_gptq(model, config(**options), calibration, progressbar=False)
+        preprocess_gptq(model, config(**options), calibration, progressbar=False, **settings)
     assert torch.equal(logits(model, IDS), before)
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 

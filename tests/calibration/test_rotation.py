@@ -278,6 +278,8 @@ def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
     ("make", "options", "message"),
     [
         (lambda model: model, {"residual": False, "values": False}, "both False"),
+        (lambda model: model, {"residual": "no"}, "`residual` is 'no'; allowed are True, False"),
+        (lambda model: model, {"seed": "x"}, "`seed` is 'x'"),
         (lambda model: get_peft_model(model, LoraConfig(target_modules="all-linear")), {}, "before `get_peft_model`"),
         (lambda model: get_peft_model(model, LRQATConfig(group_size=-1)).base_model.model, {}, "carries an adapter"),
         (_quantized, {}, "quantized or carries"),

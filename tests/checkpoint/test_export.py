@@ -263,6 +263,15 @@ def test_what_is_wrong_with_the_place_is_found_before_the_source_is_opened(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "merged"]
 
 
+@pytest.mark.parametrize("flag", ["overwrite", "allow_inexact", "trust_remote_code"])
+def test_flags_are_true_or_false(flag: str, tmp_path: Path):
+    """The text "no" would overwrite, round, and run a stranger's code."""
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ValueError, match=f"`{flag}` is 'no'; allowed are True, False"):
+        export(on_grid(GRID), tmp_path, progress=False, **{flag: "no"})
+    assert (tmp_path / "mine").is_file()
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(exporting.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"The codes alone take .* GB"):

@@ -264,3 +264,12 @@ def test_layers_that_an_architecture_keeps_in_fp32(tmp_path: Path):
     with torch.no_grad():
         batch = row.inputs()
         assert torch.equal(loaded(**batch).logits, merged(**batch).logits)
+
+
+def test_what_is_no_place_no_class_and_no_flag():
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is 5; it must be a folder, or the name"):
+        load_quantized(5)
+    with pytest.raises(ValueError, match="`model_class` is 'causal'; it must be a model's class"):
+        load_quantized("name", model_class="causal")
+    with pytest.raises(ValueError, match="`trust_remote_code` is 'no'; allowed are True, False"):
+        load_quantized("name", trust_remote_code="no")

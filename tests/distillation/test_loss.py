@@ -154,10 +154,14 @@ def test_the_gradient_may_take_the_place_of_the_teachers_logits(dtype):
         ({"temperature": 0.0}, "`temperature` is 0.0"),
         ({"weight": 1.5}, "`weight` is 1.5"),
         ({"teacher": torch.zeros(2, 9, V + 1)}, "same vocabulary"),
+        ({"teacher": "name"}, "`teacher` is a str"),
+        ({"labels": torch.zeros(2, 10, dtype=torch.long)}, r"`labels` is .* \(2, 10\); it must be int64 \(2, 9\)"),
+        ({"labels": torch.zeros(2, 9)}, "`labels` is a tensor of torch.float32"),
+        ({"shift_labels": torch.zeros(2, 8, dtype=torch.long)}, "`shift_labels` is"),
         ({"teacher": TopK(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 5))}, "10 tokens that count"),
     ],
 )
 def test_refusals(change, message):
     logits, labels, teacher = batch()
     with pytest.raises(ValueError, match=message):
-        distillation_loss(logits, labels, **{"teacher": teacher, **change})
+        distillation_loss(logits, **{"labels": labels, "teacher": teacher, **change})

@@ -133,6 +133,8 @@ def test_a_sequence_that_is_not_there(tmp_path):
 
 
 def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="`trainer` is a LlamaForCausalLM; it must be the Trainer"):
+        store_logits(tiny(), tmp_path / "logits", tiny(seed=1))
     folder = store(tmp_path, rows=4)
     for options, message in [
         ({"temperature": 2.0}, "stored at the temperature 1.0"),

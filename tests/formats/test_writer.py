@@ -23,6 +23,10 @@ def test_unknown_options(tmp_path):
         export(model, tmp_path / "out", "gptq", group_size=64)
     with pytest.raises(ValueError, match="no option 'no_such'; it has no options"):
         can_export(model, "compressed-tensors", no_such="x")
+    with pytest.raises(ValueError, match=r"no option 'fromat'. Did you mean `format`\?"):
+        export(model, tmp_path / "out", fromat="gptq")
+    with pytest.raises(ValueError, match=r"no option 'checkpoint_fromat'. Did you mean `checkpoint_format`\?"):
+        can_export(model, "gptq", checkpoint_fromat="gptq_v2")
     with pytest.raises(ValueError, match=r"`checkpoint_format` is 'v3'; allowed are 'gptq', 'gptq_v2'"):
         can_export(model, "gptq", checkpoint_format="v3")
 

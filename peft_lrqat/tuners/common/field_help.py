@@ -6,8 +6,6 @@ What several configurations say alike is written in the docstring of a class tha
 from __future__ import annotations
 
 import copy
-import difflib
-import functools
 import inspect
 import re
 from types import MappingProxyType
@@ -61,25 +59,4 @@ def with_help(cls: T) -> T:
             raise TypeError(f"The docstring of {cls.__name__} describes {name!r}, which is none of its fields.")
         fields[name] = copy.copy(fields[name])
         fields[name].metadata = MappingProxyType({**fields[name].metadata, "help": text})
-    return cls
-
-
-def with_suggestions(cls: T) -> T:
-    """Decorate a dataclass: an option that it does not have is answered with the nearest that it has.
-
-    The TypeError says "got an unexpected keyword argument" as Python's does, because PEFT looks for these words when it
-    loads a file of a later version.
-    """
-    init = cls.__init__  # type: ignore[misc]  # of this class, which is whole by now
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        options = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]  # it is a dataclass
-        for name in kwargs.keys() - options:
-            near = difflib.get_close_matches(name, options, 1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"`help({cls.__name__})` describes those that there are."
-            raise TypeError(f"{cls.__name__} got an unexpected keyword argument `{name}`. {hint}")
-        init(self, *args, **kwargs)
-
-    cls.__init__ = checked  # type: ignore[misc]
     return cls

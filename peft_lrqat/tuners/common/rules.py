@@ -135,8 +135,12 @@ NUMBER = Rule(
     "it must be a finite number",
     lambda value: isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value),
 )
+NOT_NEGATIVE = Rule(
+    "it must be a number of 0 or more, and finite", lambda value: NUMBER.allows(value) and float(value) >= 0
+)
 POSITIVE = Rule("it must be a positive number, and finite", is_positive)
 INTEGER = Rule("it must be an integer", lambda value: isinstance(value, Integral) and not isinstance(value, bool))
+WHOLE = Rule("it must be an integer, 1 or more", lambda value: is_index(value) and value > 0)
 RANK = Rule("a rank must be a positive integer", lambda value: is_index(value) and value > 0)
 TEXT = Rule("it must be a string", lambda value: isinstance(value, str))
 MODULES = Rule(

@@ -11,13 +11,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...arguments import with_suggestions
 from ...grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
 from ...packing import unpack, words_per_row
 from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import CODES, FACTOR, SCALE, STREAM
 from ..common.config import ALL_LINEAR, GridConfig
-from ..common.field_help import with_help, with_suggestions
+from ..common.field_help import with_help
 from ..common.rules import FLAG, INTEGER, SHARED, Rule, is_positive, one_of, optional
 
 #: The grids that can be trained.

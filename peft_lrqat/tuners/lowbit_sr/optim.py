@@ -12,7 +12,7 @@ import inspect
 import numbers
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from transformers import TrainingArguments
 
+from ...arguments import check_flags, nearest, with_suggestions
 from ...grid import TERNARY
 from ...ops.low_bit_step import step_codes
 from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
+from ..common import rules
 from .growth import grow
 from .tensor import LowBitTensor
 from .trainer_arguments import options_of
@@ -82,6 +84,7 @@ class _UpdateInBackward:
             optimizer._arrive(parameter, optimizer.param_groups[self.group])
 
 
+@with_suggestions
 class LowBitAdamW(Optimizer):
     """AdamW (arXiv 1711.05101) whose step on low-bit weights ends in one stochastic rounding.
 
@@ -173,12 +176,23 @@ class LowBitAdamW(Optimizer):
             raise ValueError(
                 f"`gradient_accumulation_steps` is {gradient_accumulation_steps!r}; it must be 1 or more, or None."
             )
+        check_flags(fused_backward=fused_backward, compile=compile)
+        if isinstance(params, torch.nn.Module):
+            raise ValueError(
+                f"`params` is a model ({type(params).__name__}); give the parameters that are to be trained: "
+                "`[p for p in model.parameters() if p.requires_grad]`."
+            )
         if (gradient_accumulation_steps or 1) > 1 and not fused_backward:
             raise ValueError(
                 f"`gradient_accumulation_steps` is {gradient_accumulation_steps}, which matters with "
                 "`fused_backward=True` only: otherwise call step() as often as you like."
             )
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         compact = {"state": state, "error_feedback": error_feedback, "lr_unit": lr_unit}
         every = {**defaults, **compact, "latent_weights": latent_weights}
         _check_options(every)
@@ -242,6 +256,12 @@ class LowBitAdamW(Optimizer):
         Raises:
             ValueError: an option is out of range.
         """
+        for name in param_group.keys() - self.defaults.keys():
+            if near := nearest(name, self.defaults):
+                warnings.warn(
+                    f"A parameter group has `{name}`, which LowBitAdamW does not read. Did you mean `{near}`?",
+                    stacklevel=3,
+                )
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -456,20 +476,29 @@ def _warn_of_latent_weights(asked: list[tuple[bool, bool | None]], loaded: list[
 def _check_options(group: dict[str, Any]) -> None:
     """Refuse options of a parameter group, or of all, that are out of range."""
     lr: Rate = group["lr"]
-    betas = group["betas"]
     if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
         raise ValueError(
             f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
             "and 1.0e-3 as a number.)"
         )
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"`betas` is {betas}; both must be in [0, 1).")
-    for name, allowed in (("state", STATES), ("lr_unit", LR_UNITS)):
-        if group[name] not in allowed:
-            raise ValueError(f"`{name}` is {group[name]!r}; allowed are {allowed}.")
-    for name in ("error_feedback", "latent_weights"):
-        if not (group[name] is None or isinstance(group[name], bool)):
-            raise ValueError(f"`{name}` is {group[name]!r}; it must be True, False or None.")
+    for name, rule in _RULES.items():
+        rules.check_value(name, group[name], rule)
+
+
+def _are_betas(value: Any) -> bool:
+    pair = isinstance(value, Sequence) and len(value) == 2 and all(map(rules.NUMBER.allows, value))
+    return pair and all(0 <= beta < 1 for beta in value)
+
+
+_RULES = {
+    "betas": rules.Rule("it must be two numbers, each from 0 to below 1", _are_betas),
+    "eps": rules.NOT_NEGATIVE,
+    "weight_decay": rules.NOT_NEGATIVE,
+    "state": rules.one_of(*STATES),
+    "lr_unit": rules.one_of(*LR_UNITS),
+    "error_feedback": rules.optional(rules.FLAG),
+    "latent_weights": rules.optional(rules.FLAG),
+}
 
 
 # a learning rate, as torch takes it

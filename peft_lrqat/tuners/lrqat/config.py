@@ -12,13 +12,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...arguments import with_suggestions
 from ...grid import PER_CHANNEL, PER_TENSOR, Grid
 from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
 from ..common.adapter_file import FACTOR
 from ..common.config import ALL_LINEAR, GridConfig
-from ..common.field_help import with_help, with_suggestions
+from ..common.field_help import with_help
 from ..common.loading import LoadingConfig
 from ..common.rules import FLAG, NUMBER, POSITIVE, RANK, SHARED, Rule, one_of, optional, pattern
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..common.rules import NOT_NEGATIVE, check_value
+
 
 def create_lrqat_optimizer(
     model: nn.Module,
@@ -36,7 +38,7 @@ def create_lrqat_optimizer(
         The optimizer. Its parameter groups are matrices, vectors and biases, and scales; an empty one is left out.
 
     Raises:
-        ValueError: the model has no LR-QAT adapter that is trained.
+        ValueError: the model has no LR-QAT adapter that is trained, or a rate is no number of 0 or more.
 
     Examples:
         >>> from peft_lrqat import create_lrqat_optimizer
@@ -44,6 +46,11 @@ def create_lrqat_optimizer(
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.001, 0.0001]
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a {type(model).__name__}; it must be a PeftModel with LR-QAT adapters.")
+    for option, value in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, torch.Tensor) and not (option == "scale_lr" and value is None):
+            check_value(option, value, NOT_NEGATIVE)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any("lora_A" in name for name in named):
         raise ValueError(

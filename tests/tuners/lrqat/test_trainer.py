@@ -178,3 +178,10 @@ def test_the_optimizer_refuses_a_model_with_nothing_to_train():
     frozen = adapted(model, **CONFIG).requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):
         create_lrqat_optimizer(frozen, lr=1e-3)
+
+
+@pytest.mark.parametrize("option", ["lr", "scale_lr", "weight_decay"])
+@pytest.mark.parametrize("value", ["1e-3", -1])
+def test_the_optimizer_refuses_rates_that_are_none(option: str, value: object):
+    with pytest.raises(ValueError, match=f"`{option}` is {value!r}; it must be a number of 0 or more"):
+        create_lrqat_optimizer(adapted(tiny(), **CONFIG), **{"lr": 1e-3, option: value})
