@@ -36,6 +36,7 @@ import ast
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -90,7 +91,7 @@ def parse_method(text: str, act_bits: int | None = None) -> dict[str, Any]:
     options = {**_COMMON, **PRESETS[name], "method": text}
     if act_bits is not None:
         options["act_bits"] = act_bits or None
-    for part in filter(None, rest.split(";" if ";" in rest else ",")):
+    for part in filter(None, re.split(r",(?![^(]*\))", rest)):  # commas, but those of a tuple
         key, _, value = part.partition("=")
         try:
             options[key.strip()] = ast.literal_eval(value)
@@ -184,7 +185,8 @@ class BitLinear(nn.Module):
         return nn.functional.linear(x, weight)
 
 
-def float_model(args: argparse.Namespace, init: str, seed: int) -> nn.Module:
+def float_model(args: argparse.Namespace, init: str, seed: int, device: torch.device) -> nn.Module:
+    """Random weights, drawn on the CPU so that every machine has the same; those of `--shape` on `device`, for time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LLAMA[args.shape] if args.shape else {
@@ -197,7 +199,8 @@ def float_model(args: argparse.Namespace, init: str, seed: int) -> nn.Module:
         vocab_size=args.vocabulary, max_position_embeddings=args.length, tie_word_embeddings=True, **shape
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    with torch.device(device if args.shape else "cpu"):
+        model = LlamaForCausalLM(config)
     if init == "linear":
         for _, _, linear in targets(model):
             linear.reset_parameters()
@@ -288,7 +291,7 @@ def run_one(
     """Train and measure one method; `report` gets what is known after each evaluation but the last."""
     device = data["train"].device
     cuda = device.type == "cuda"
-    model, optimizer, rates = prepare(float_model(args, options["init"], seed), options, device)
+    model, optimizer, rates = prepare(float_model(args, options["init"], seed, device), options, device)
     model.train()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     fused = bool(options.get("fused_backward"))  # then weights change in backward, which no graph has and no clipping
