@@ -55,3 +55,27 @@ def two_adapters(base: PreTrainedModel) -> PeftModel:
     model = random_adapter(base)
     model.add_adapter("other", other())
     return model.eval()
+
+
+def weights(model: nn.Module) -> dict[str, LowBitTensor]:
+    return {name: p for name, p in model.named_parameters() if isinstance(p, LowBitTensor)}
+
+
+def codes(model: nn.Module) -> list[torch.Tensor]:
+    return [p.codes() for p in weights(model).values()]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def run(model, optimizer, steps: int = 4, accumulate: int = 1, clip: float | None = None) -> None:
+    """Train on `IDS`."""
+    model.train()
+    for _ in range(steps):
+        for part in IDS.chunk(accumulate):
+            (model(input_ids=part, labels=part).loss / accumulate).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()

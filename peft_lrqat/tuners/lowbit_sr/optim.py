@@ -11,13 +11,10 @@ from __future__ import annotations
 import inspect
 import numbers
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.state import GradientState
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from transformers import TrainingArguments
@@ -28,6 +25,7 @@ from ...ops.low_bit_step import step_codes
 from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
 from ..common import rules
 from .growth import grow
+from .in_backward import Released, UpdateInBackward, gradients_are_complete, refuse_data_parallel, take_over
 from .tensor import LowBitTensor
 from .trainer_arguments import options_of
 
@@ -36,52 +34,6 @@ LR_UNITS = ("weight", "grid")
 
 # torch decorates it in a way that hides its signature
 torch_adamw: Any = adamw
-
-_RELEASED_ERROR = (
-    "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
-    "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
-    "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
-    "LowBitAdamW, where accelerate does not tell it; a weight that is used inside two checkpointed segments needs "
-    "`use_reentrant=False`. Or use `fused_backward=False`."
-)
-
-
-class _Released(torch.Tensor):
-    """Stands where a gradient was. Its norm is known; whoever would change it (or add to it) is told."""
-
-    norm_: torch.Tensor
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
-
-    @staticmethod
-    def __new__(cls, like: torch.Tensor, norm: torch.Tensor) -> _Released:
-        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        self.norm_ = norm
-        return self
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
-        aten = torch.ops.aten
-        if func is aten.detach.default:
-            return cls(args[0], args[0].norm_)
-        if func is aten.linalg_vector_norm.default and len(args) > 1 and args[1] == 2 and len(args) == 2:
-            return args[0].norm_.clone()  # Trainer logs it
-        if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
-            return args[0]  # clipping that does not clip
-        raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
-
-
-class _UpdateInBackward:
-    """A parameter's hook. It must not keep the optimizer: Python's collector does not see references that torch's graph
-    holds, so parameter -> hook -> optimizer -> parameter would never be freed."""
-
-    def __init__(self, optimizer: LowBitAdamW, group: int) -> None:
-        self.optimizer, self.group = weakref.ref(optimizer), group
-
-    def __call__(self, parameter: torch.Tensor) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None:
-            optimizer._arrive(parameter, optimizer.param_groups[self.group])
 
 
 @with_suggestions
@@ -206,7 +158,7 @@ class LowBitAdamW(Optimizer):
                 if isinstance(parameter, LowBitTensor):
                     self._rule(parameter, group)  # an early error
         if fused_backward:
-            _refuse_data_parallel()
+            refuse_data_parallel()
             self._register()
 
     @classmethod
@@ -264,6 +216,8 @@ class LowBitAdamW(Optimizer):
                 )
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            take_over(parameter)
 
     # -- the step
 
@@ -288,7 +242,7 @@ class LowBitAdamW(Optimizer):
                     continue
                 if not isinstance(parameter, LowBitTensor):
                     plain.append(parameter)
-                elif isinstance(parameter.grad, _Released):
+                elif isinstance(parameter.grad, Released):
                     parameter.grad = None
                 else:
                     self._step_codes(parameter, parameter.grad, group)
@@ -302,17 +256,17 @@ class LowBitAdamW(Optimizer):
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-                alive = any(isinstance(hook, _UpdateInBackward) and hook.optimizer() for hook in hooks.values())
+                alive = any(isinstance(hook, UpdateInBackward) and hook.optimizer() for hook in hooks.values())
                 if isinstance(parameter, LowBitTensor) and not alive:
-                    parameter.register_post_accumulate_grad_hook(_UpdateInBackward(self, index))
+                    parameter.register_post_accumulate_grad_hook(UpdateInBackward(self, index))
 
     @torch.no_grad()
     def _arrive(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         """A gradient is complete: update its weight and free it."""
-        _refuse_data_parallel()
+        refuse_data_parallel()
         self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
         if self.gradient_accumulation_steps is None:
-            if not _gradients_are_complete():
+            if not gradients_are_complete():
                 return
         elif self._arrived[parameter] < self.gradient_accumulation_steps:
             return
@@ -320,7 +274,7 @@ class LowBitAdamW(Optimizer):
         parameter.grad = None
         norm = torch.linalg.vector_norm(grad)
         self._step_codes(parameter, grad, group)  # type: ignore[arg-type]  # hooks are on low-bit weights
-        parameter.grad = _Released(grad, norm)
+        parameter.grad = Released(grad, norm)
 
     def _rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:
         feedback = group["error_feedback"]
@@ -533,16 +487,3 @@ def _last_positive(lr: Rate, last_lr: Rate | None) -> Rate | None:
             else torch.where(lr > 0, lr, torch.as_tensor(last_lr, dtype=lr.dtype, device=lr.device))
         )
     return lr if lr > 0 else last_lr
-
-
-def _gradients_are_complete() -> bool:
-    """What accelerate says of the backward pass that runs: whether it is the last before a step."""
-    return GradientState._shared_state.get("sync_gradients", True)
-
-
-def _refuse_data_parallel() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError(
-            "`fused_backward=True` updates a weight before its gradient is averaged over the data-parallel processes, "
-            "which would drift apart. Use `fused_backward=False` with more than one process."
-        )

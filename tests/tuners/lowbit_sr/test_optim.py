@@ -1,49 +1,22 @@
-"""`LowBitAdamW`: compact state that follows AdamW, error feedback, and updates in backward."""
+"""`LowBitAdamW`: compact state that follows AdamW, and error feedback."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import warnings
-import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed import HashStore, destroy_process_group, init_process_group
 
 from peft_lrqat import LowBitAdamW
 from peft_lrqat.grid import Grid
 from peft_lrqat.ops.reference_step import decode_momentum
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests import low_bit_weights
-from tests.models import low_bit, tiny, tokens
-
-IDS = tokens(batch=4)
-
-
-def weights(model: nn.Module) -> dict[str, LowBitTensor]:
-    return {name: p for name, p in model.named_parameters() if isinstance(p, LowBitTensor)}
-
-
-def codes(model: nn.Module) -> list[torch.Tensor]:
-    return [p.codes() for p in weights(model).values()]
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def run(model, optimizer, steps: int = 4, accumulate: int = 1, clip: float | None = None) -> None:
-    model.train()
-    for _ in range(steps):
-        for part in IDS.chunk(accumulate):
-            (model(input_ids=part, labels=part).loss / accumulate).backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
+from tests.lowbit_sr import IDS, codes, run, trainable, weights
+from tests.models import low_bit, tiny
 
 
 def bytes_of_state(optimizer: LowBitAdamW) -> int:
@@ -310,113 +283,6 @@ def test_a_momentum_that_was_stored_linearly_goes_on():
     found = decode_momentum(held["exp_avg_codes"], held["exp_avg_unit"])
     assert (found - m).abs().max() < 0.03 * m.abs().max()
     optimizer.step()
-
-
-# -- updates in backward
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_fused_backward_is_the_ordinary_step(accumulate: int):
-    model = low_bit(tiny(), bits=4, learn_scales=True, error_feedback=True)
-    twin = copy.deepcopy(model)
-    fused = LowBitAdamW(
-        trainable(model), lr=1e-2, fused_backward=True, gradient_accumulation_steps=accumulate, weight_decay=0.1
-    )
-    run(model, fused, accumulate=accumulate)
-    run(twin, LowBitAdamW(trainable(twin), lr=1e-2, weight_decay=0.1), accumulate=accumulate)
-    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(twin), strict=True))
-
-
-def test_fused_backward_keeps_no_gradient():
-    model = low_bit(tiny()).train()
-    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    held = [p.grad for p in weights(model).values()]
-    assert all(grad.untyped_storage().nbytes() == 0 or grad.data_ptr() == 0 for grad in held)
-    optimizer.step()
-    assert all(p.grad is None for p in weights(model).values())
-
-
-def test_fused_backward_lets_go_of_model_and_optimizer():
-    model = low_bit(tiny()).train()
-    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
-    run(model, optimizer, 2)
-    left = [weakref.ref(optimizer), *(weakref.ref(p) for p in trainable(model))]
-    del model, optimizer
-    gc.collect()
-    assert not any(ref() is not None for ref in left)
-
-
-def test_fused_backward_belongs_to_the_optimizer_that_lives():
-    model = low_bit(tiny()).train()
-    run(model, LowBitAdamW(trainable(model), lr=0.0, fused_backward=True), 1)
-    gc.collect()
-    before = codes(model)
-    optimizer = LowBitAdamW(trainable(model), lr=0.0, fused_backward=True)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
-    optimizer.load_state_dict(optimizer.state_dict())  # replaces the groups
-    run(model, optimizer, 1)
-    assert not any(torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
-
-
-def test_fused_backward_finishes_a_short_accumulation():
-    model = low_bit(tiny()).train()
-    before = codes(model)
-    optimizer = LowBitAdamW(trainable(model), lr=1e-2, fused_backward=True, gradient_accumulation_steps=4)
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    optimizer.step()  # the end of an epoch
-    optimizer.zero_grad()
-    assert not any(torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
-    assert not optimizer._arrived
-
-
-def test_a_layer_used_twice_is_updated_once_with_the_sum():
-    block = nn.Linear(16, 16, bias=False)
-    model = low_bit(nn.ModuleDict({"block": block}), target_modules=["block"], task_type=None)
-    layer = model.base_model.model["block"]
-    twin = copy.deepcopy(layer)
-    x = torch.randn(5, 16)
-    fused = LowBitAdamW([layer.lowbitsr_weight["default"].weight], lr=1e-1, fused_backward=True)
-    layer(layer(x)).square().sum().backward()
-    fused.step()
-    ordinary = LowBitAdamW([twin.lowbitsr_weight["default"].weight], lr=1e-1)
-    twin(twin(x)).square().sum().backward()
-    ordinary.step()
-    assert torch.equal(layer.lowbitsr_weight["default"].weight.codes(), twin.lowbitsr_weight["default"].weight.codes())
-    assert int(layer.lowbitsr_weight["default"].weight.stream[1]) == 1
-
-
-def test_what_needs_all_gradients_at_once_is_refused():
-    model = low_bit(tiny()).train()
-    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    twin = low_bit(tiny()).train()
-    twin(input_ids=IDS, labels=IDS).loss.backward()
-    expected = nn.utils.get_total_norm([p.grad for p in trainable(twin)])
-    # the norm is known, so Trainer can log it; clipping that changes nothing is none
-    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), float("inf")), expected)
-    torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1e4), expected)
-    with pytest.raises(RuntimeError, match=r"used and freed when it arrived.*max_grad_norm=0"):
-        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    with pytest.raises(RuntimeError, match=r"used and freed.*`linalg_vector_norm` asks for it"):
-        nn.utils.clip_grad_norm_(model.parameters(), 1e4, norm_type=1)
-    with pytest.raises(RuntimeError, match=r"second backward.*`gradient_accumulation_steps`"):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-
-
-def test_fused_backward_is_refused_under_data_parallelism(monkeypatch: pytest.MonkeyPatch):
-    model = low_bit(tiny(num_hidden_layers=1))
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match=r"`fused_backward=True` updates a weight before.*averaged"):
-            LowBitAdamW(trainable(model), fused_backward=True)
-    finally:
-        destroy_process_group()
 
 
 @pytest.mark.parametrize(

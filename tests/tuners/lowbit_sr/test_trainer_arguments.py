@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_lrqat import LowBitAdamW
+from peft_lrqat import LowBitAdamW, LowBitSRConfig
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
+from tests.lowbit_sr import codes
 from tests.models import low_bit, tiny
-from tests.trainer import arguments, ids_dataset
+from tests.trainer import arguments, ids_dataset, losses
 
 
 def trained(args: TrainingArguments, optimizer: Any) -> Trainer:
@@ -75,3 +79,23 @@ def test_several_processes_average_gradients_first(tmp_path: Path, monkeypatch: 
 def test_other_arguments_are_refused():
     with pytest.raises(ValueError, match=r"`args` is dict.*SFTConfig"):
         LowBitAdamW.for_trainer({"learning_rate": 3e-5})
+
+
+def test_dpo_goes_on_with_what_sft_trained(tmp_path: Path, tokenizer, text: Dataset):
+    config = LowBitSRConfig(bits=8, group_size=-1, task_type="CAUSAL_LM")
+    args = arguments(tmp_path, SFTConfig, max_steps=2)
+    common = {"processing_class": tokenizer}
+    sft = SFTTrainer(
+        tiny(), args, None, text, **common, peft_config=config, optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args)
+    )
+    sft.train()  # its optimizer lives as long as this trainer, and its learning rate is 0 now
+    before = codes(sft.model)
+    args = arguments(tmp_path, DPOConfig, max_steps=2, learning_rate=1e-3)
+    pair = {"prompt": "w3 w4", "chosen": "w5 w6", "rejected": "w9 w4"}
+    dpo = DPOTrainer(sft.model, args=args, train_dataset=Dataset.from_list([pair] * 8), **common)
+    dpo.optimizer_cls_and_kwargs = LowBitAdamW.for_trainer(args)
+    dpo.train()
+    assert losses(dpo)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(dpo)[1] < 0.69
+    trained = [p for n, p in dpo.model.named_parameters() if isinstance(p, LowBitTensor) and ".ref." not in n]
+    assert not any(torch.equal(p.codes(), q) for p, q in zip(trained, before, strict=True))

@@ -1,0 +1,87 @@
+"""Updates in backward: hooks that hand a weight to `LowBitAdamW` when its gradient is complete, and what then stands
+where the gradient was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import GradientState
+
+_RELEASED_ERROR = (
+    "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
+    "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
+    "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
+    "LowBitAdamW, where accelerate does not tell it; a weight that is used inside two checkpointed segments needs "
+    "`use_reentrant=False`. Or use `fused_backward=False`. If this training has another optimizer, the LowBitAdamW of "
+    "an earlier one is still there and has taken the gradient: delete it, and the Trainer that has it."
+)
+
+
+class Released(torch.Tensor):
+    """Stands where a gradient was. Its norm is known; whoever would change it (or add to it) is told."""
+
+    norm_: torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, norm: torch.Tensor) -> Released:
+        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        self.norm_ = norm
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
+        aten = torch.ops.aten
+        if func is aten.detach.default:
+            return cls(args[0], args[0].norm_)
+        if func is aten.linalg_vector_norm.default and len(args) > 1 and args[1] == 2 and len(args) == 2:
+            return args[0].norm_.clone()  # Trainer logs it
+        if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
+            return args[0]  # clipping that does not clip
+        raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
+
+
+class UpdateInBackward:
+    """A parameter's hook. It must not keep the optimizer: Python's collector does not see references that torch's graph
+    holds, so parameter -> hook -> optimizer -> parameter would never be freed."""
+
+    def __init__(self, optimizer: Any, group: int) -> None:
+        self.optimizer, self.group = weakref.ref(optimizer), group
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer._arrive(parameter, optimizer.param_groups[self.group])
+
+
+def take_over(parameter: torch.Tensor) -> None:
+    """End the updates in backward by an optimizer of an earlier training.
+
+    It may well be alive: SFT's, where DPO goes on with its model. It would take the gradients, and step with whatever
+    learning rate its schedule ended at.
+    """
+    hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    for number, hook in list(hooks.items()):
+        if isinstance(hook, UpdateInBackward):
+            del hooks[number]
+            if (other := hook.optimizer()) is not None:
+                other.fused_backward = False  # or it would register anew in its next step
+
+
+def gradients_are_complete() -> bool:
+    """What accelerate says of the backward pass that runs: whether it is the last before a step."""
+    return GradientState._shared_state.get("sync_gradients", True)
+
+
+def refuse_data_parallel() -> None:
+    """Raise ValueError where several processes average their gradients."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "`fused_backward=True` updates a weight before its gradient is averaged over the data-parallel processes, "
+            "which would drift apart. Use `fused_backward=False` with more than one process."
+        )
