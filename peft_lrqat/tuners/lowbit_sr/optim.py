@@ -8,7 +8,6 @@ gradient, so that no two dense gradients exist at a time.
 
 from __future__ import annotations
 
-import inspect
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -180,8 +179,8 @@ class LowBitAdamW(Optimizer):
 
         Raises:
             TypeError: `LowBitAdamW` has no such option.
-            ValueError: `args` are no arguments of a Trainer; or they ask for clipping (a `max_grad_norm` that is
-                neither 0 nor the default), and `fused_backward` is on.
+            ValueError: an option is out of range; `args` are no arguments of a Trainer; or they ask for clipping (a
+                `max_grad_norm` that is neither 0 nor the default), and `fused_backward` is on.
 
         Examples:
             >>> from peft_lrqat import LowBitAdamW, LowBitSRConfig
@@ -195,7 +194,7 @@ class LowBitAdamW(Optimizer):
             ...     optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args),
             ... )
         """
-        inspect.signature(cls).bind([], **options)
+        cls([torch.zeros(0)], **options)  # which says what is wrong with them
         return cls, options_of(args, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

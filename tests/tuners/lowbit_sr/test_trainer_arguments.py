@@ -48,8 +48,10 @@ def test_what_nobody_has_chosen_is_the_optimizers_own(tmp_path: Path):
     kind, options = LowBitAdamW.for_trainer(args, state="factored", lr=1e-3)
     assert kind is LowBitAdamW
     assert options == {"lr": 1e-3, "eps": 1e-8, "fused_backward": True, "state": "factored"}
-    with pytest.raises(TypeError, match="stat"):
+    with pytest.raises(TypeError, match=r"`stat`\. Did you mean `state`"):
         LowBitAdamW.for_trainer(args, stat="factored")
+    with pytest.raises(ValueError, match="`state` is '4bit'"):
+        LowBitAdamW.for_trainer(args, state="4bit")
 
 
 def test_clipping_ends_where_it_is_the_default_and_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
