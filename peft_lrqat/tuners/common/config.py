@@ -218,6 +218,16 @@ class GridConfig(PeftConfigMixin):
         return LoadingConfig(self)
 
     @property
+    def quant_method(self) -> str:
+        """There is none. `from_pretrained` asks its `quantization_config` for it, and is to say what belongs there."""
+        name = type(self).__name__
+        raise AttributeError(
+            f"`quantization_config` is an {name}, which is for `get_peft_model` and the trainers' `peft_config`. To "
+            "quantize a model while it is loaded, give `quantization_config=config.for_loading()`; otherwise leave it "
+            "out."
+        )
+
+    @property
     def bytes_per_weight(self) -> float:
         """How large a converted layer is, without scales and low-rank factors."""
         raise NotImplementedError

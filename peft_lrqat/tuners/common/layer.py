@@ -49,6 +49,16 @@ def merging(options: Any) -> Iterator[None]:
         _MODEL_OPTIONS.reset(token)
 
 
+def check_method(config: Any, wanted: type, adapter_name: str) -> None:
+    """Raise ValueError for an adapter of another method, such as LoRA, on a layer that has one of `wanted`."""
+    if not isinstance(config, wanted):
+        raise ValueError(
+            f"Adapter {adapter_name!r} has a {type(config).__name__}, but the layers of this model are those of "
+            f"{wanted.__name__}. An adapter of another method goes onto the merged model "
+            "(`model.merge_and_unload()`), or onto a fresh copy of the float model."
+        )
+
+
 def describe_lost(scale_dtype: str) -> str:
     """What has happened to scales that training has lost, and what to do: the end of a sentence, and one more."""
     smallest, largest = scale_bounds(scale_dtype)

@@ -36,6 +36,7 @@ from .preflight import (
     check_base,
     check_cache,
     check_layers,
+    check_model,
     check_targets,
     check_writable,
 )
@@ -44,6 +45,7 @@ from .runs import Run, note_trainings, remember_run, trainings_of
 from .scale_range import warn_of_lost_scales
 from .summary import report, say_how_to_serve
 from .targets import inside_experts, left_out, routers, tell_left_out, warn_of_unknown_names
+from .trainers import check_trained
 from .undo import Undo
 from .walking import QuickWalks
 
@@ -82,6 +84,7 @@ class QuantizingModel(QuickWalks, LoraModel):
     _conversion: _Conversion | None = None  # while layers are converted
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_model(model)
         # PEFT, or transformers' add_adapter, writes these two before an adapter is looked at
         known: Any = getattr(model, "peft_config", None)  # of a PeftModel too, which may be wrapped again
         adapters = dict(known) if isinstance(known, dict) else None
@@ -354,11 +357,12 @@ class QuantizingModel(QuickWalks, LoraModel):
         A Trainer calls it before each step and each evaluation: what it logs is for the model cards.
 
         Raises:
-            ValueError: `mode` is True, and the model is sharded so that other integers would be trained than merged; or
-                a base that is offloaded is sharded.
+            ValueError: `mode` is True, and a Trainer would train nothing of the model, or the model is sharded so that
+                other integers would be trained than merged; or a base that is offloaded is sharded.
         """
         check_offload_sharded(self)
         if mode:
+            check_trained(self)
             check_sharded(self, self.prefix)
         elif self.training:
             warn_of_lost_scales(self)

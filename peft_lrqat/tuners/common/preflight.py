@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
@@ -73,6 +74,20 @@ def _own_paths(model: nn.Module) -> Iterator[str]:
             inside += (path + ".",)
         else:
             yield from (name for name in (*module._parameters, *module._buffers))
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is no model, and for a PeftModel that has adapters of this package already."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` is {model!r}; it must be a model. Load it first: `AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if isinstance(model, PeftModel) and any(isinstance(module, MergingLayer) for module in model.modules()):
+        raise ValueError(
+            f"`model` is a PeftModel already, with the adapters {sorted(model.peft_config)}. To train on, use it as it "
+            "is; for another adapter, `model.add_adapter(name, config)` and `model.set_adapter(name)`. For another "
+            "method or grid, load the float model again."
+        )
 
 
 def check_base(model: nn.Module, config: Any) -> None:

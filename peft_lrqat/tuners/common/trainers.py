@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
@@ -34,6 +35,24 @@ def calling_trainer() -> Any:
     """The Trainer, of transformers or a subclass, that calls the caller, directly or not; None: none does."""
     module: Any = sys.modules.get("transformers.trainer")
     return next((one for name, one in _of_trainers() if name == "self" and isinstance(one, module.Trainer)), None)
+
+
+def check_trained(tuner: nn.Module) -> None:
+    """Raise ValueError if the Trainer that calls the caller trains this model, and no parameter requires gradients.
+
+    PyTorch would say in backward that there is no gradient; with gradient checkpointing, nobody would say a word.
+    """
+    if any(parameter.requires_grad for parameter in tuner.parameters()):
+        return
+    trainer = calling_trainer()
+    if trainer is None or not trainer.is_in_train or not any(module is tuner for module in trainer.model.modules()):
+        return
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise ValueError(
+            "Nothing of the model would be trained: none of its parameters requires gradients. To go on with an "
+            "adapter, load it with `is_trainable=True` (`PeftModel.from_pretrained(model, folder, "
+            "is_trainable=True)`); `model.set_adapter(name)` makes one trainable that is there already."
+        )
 
 
 def resumed_from() -> str | None:

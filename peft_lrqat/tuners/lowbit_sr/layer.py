@@ -47,7 +47,7 @@ from ...packing import unpack
 from ...rounding import stream_key
 from ..common.frozen import FrozenWeight
 from ..common.input_scale import AdapterWeight
-from ..common.layer import MergingLayer, parameters_become_meta
+from ..common.layer import MergingLayer, check_method, parameters_become_meta
 from ..common.packed_parameter import weight_of
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LowBitSRConfig
@@ -133,20 +133,24 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         self.adapter_options: dict[str, LowBitSRConfig] = {}
         self.adapter_activations: dict[str, Activations | None] = {}
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name)
+        self.update_layer(adapter_name, config=config, name=name)
         if not config.keep_base:
             self.base_layer = DroppedBase(frozen)
 
     # -- adapters
 
     def update_layer(  # type: ignore[override]  # there is no rank
-        self, adapter_name: str, config: LowBitSRConfig, name: str
+        self, adapter_name: str, *args: Any, config: LowBitSRConfig, name: str = "", **kwargs: Any
     ) -> None:
         """Add an adapter, which starts at the base (PEFT's model calls this).
 
         Within PEFT's `low_cpu_mem_usage`, where the adapter's values are about to be loaded, it is made on the meta
         device.
+
+        Raises:
+            ValueError: the adapter is one of another method, or the base is gone.
         """
+        check_method(config, LowBitSRConfig, adapter_name)
         frozen = self.frozen
         if isinstance(frozen, DroppedBase):
             raise ValueError(

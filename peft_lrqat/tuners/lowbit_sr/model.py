@@ -105,7 +105,7 @@ class LowBitSRModel(QuantizingModel):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, LowBitSRLinear):
-            target.update_layer(adapter_name, config, current_key)
+            target.update_layer(adapter_name, config=config, name=current_key)
             return
         linear: Any = target
         module = LowBitSRLinear(

@@ -63,7 +63,7 @@ from ...ops.reference import adapter_units, codes
 from ...ops.shared_inputs import through_rounding
 from ..common.frozen import FrozenWeight
 from ..common.input_scale import AdapterWeight
-from ..common.layer import MergingLayer
+from ..common.layer import MergingLayer, check_method
 from ..common.packed_parameter import share, weight_of, whole
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
@@ -171,7 +171,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def update_layer(  # type: ignore[override]  # the config is the one that the layer was made with
         self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged."""
+        """Add an adapter (PEFT calls this). Raises ValueError if the layer is merged, or for one of another method."""
+        check_method(config, LRQATConfig, adapter_name)
         frozen = self.frozen
         if config.learn_scales:
             shape = config.shift_shape(*frozen.scale0_bits.shape)

@@ -251,6 +251,11 @@ def test_a_cache_that_transformers_would_not_round_is_refused(method: ModuleType
         load(tmp_path, method.config(target_modules="all-linear", kv_bits=8))
 
 
+def test_the_configuration_itself_is_refused(method: ModuleType, base_folder: Path) -> None:
+    with pytest.raises(AttributeError, match=r"`quantization_config` is an .*`quantization_config=config\.for_loading"):
+        AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=method.config())
+
+
 def test_another_method_is_refused(method: ModuleType, base_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"FrozenWeight.* is not supported"):
         get_peft_model(load(base_folder, method.config()), LoraConfig(target_modules=["q_proj"]))

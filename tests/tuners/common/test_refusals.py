@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peft_lrqat import LowBitSRConfig, LRQATConfig
 from tests import refusals
 from tests.models import logits, tiny, tokens
 from tests.refusals import refused
@@ -216,6 +217,26 @@ def test_methods_are_not_mixed_on_one_model(method: ModuleType):
     with refused(model, "different peft types"):
         model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_model_is_wrapped_once(method: ModuleType):
+    """PEFT would look for targets in the PeftModel, where "all-linear" does not know the output layer."""
+    model = method.random_adapter(tiny())
+    before = logits(model, IDS)
+    for config in (LRQATConfig(), LowBitSRConfig()):
+        with (
+            pytest.warns(UserWarning, match="second time"),
+            pytest.raises(ValueError, match=r"`model` is a PeftModel already, with the adapters \['default'\]"),
+        ):
+            get_peft_model(model, config)
+    assert torch.equal(logits(model, IDS), before)
+    with pytest.raises(ValueError, match="has a LoraConfig, but the layers of this model are those of"):
+        get_peft_model(model.get_base_model(), LoraConfig(target_modules="all-linear"))
+
+
+def test_a_name_is_no_model(method: ModuleType, folder: Path):
+    with pytest.raises(ValueError, match=r"`model` is 'name'; it must be a model\. Load it first"):
+        PeftModel.from_pretrained("name", folder)
 
 
 def test_layers_that_carry_an_adapter_of_another_method(method: ModuleType):

@@ -1,7 +1,9 @@
+import pytest
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from peft_lrqat.tuners.common.trainers import log_before_trackers
-from tests.models import tiny
+from tests.models import adapted, tiny
 from tests.trainer import arguments, ids_dataset
 
 
@@ -36,6 +38,35 @@ def test_trackers_see_what_a_callback_adds_and_each_is_called_once(tmp_path):
     assert before.seen == behind.seen
     assert before.seen[0]
     assert (before.began, adds.began, behind.began) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_of_which_nothing_is_trained_is_refused(checkpointing: bool, tmp_path):
+    """With gradient checkpointing, transformers has the embeddings' outputs require gradients: backward finds some."""
+    model = adapted(tiny(), group_size=8)
+    model.save_pretrained(tmp_path / "adapter")
+    args = arguments(tmp_path, max_steps=1, gradient_checkpointing=checkpointing)
+    for loaded in (PeftModel.from_pretrained(tiny(), tmp_path / "adapter"), model.requires_grad_(False)):
+        with pytest.raises(ValueError, match=r"Nothing of the model would be trained.*`is_trainable=True`"):
+            Trainer(loaded, args, None, ids_dataset()).train()
+        Trainer(loaded, args, None, ids_dataset(), ids_dataset()).evaluate()
+        loaded.train()  # where no Trainer trains it
+    going_on = PeftModel.from_pretrained(tiny(), tmp_path / "adapter", is_trainable=True)
+    Trainer(going_on, args, None, ids_dataset()).train()
+
+
+def test_a_teacher_that_is_on_a_grid_itself_is_not_trained(tmp_path):
+    teacher = adapted(tiny(seed=1), group_size=8).requires_grad_(False)
+    student = adapted(tiny(), group_size=8)
+    Trainer(student, arguments(tmp_path, max_steps=1), None, ids_dataset(), callbacks=[_Trains(teacher)]).train()
+
+
+class _Trains(TrainerCallback):
+    def __init__(self, other):
+        self.other = other
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.other.train()
 
 
 def test_called_by_nobody_it_does_nothing():

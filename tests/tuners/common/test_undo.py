@@ -330,7 +330,7 @@ def test_a_refused_second_wrap_leaves_the_peft_model_whole(method):
     """As in a notebook, where a cell is run again with other options."""
     wrapped = get_peft_model(tiny(), method.config(**method.MOVED)).eval()
     before, options = logits(wrapped, IDS), wrapped.peft_config["default"]
-    with pytest.raises(ValueError, match="share its converted base"):
+    with pytest.raises(ValueError, match="is a PeftModel already"):
         get_peft_model(wrapped, method.config(group_size=16))
     assert wrapped.peft_config == {"default": options}
     assert torch.equal(logits(wrapped, IDS), before)
