@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate.state import GradientState
 
+from ..common.trainers import calling_trainer
+
 _RELEASED_ERROR = (
     "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
     "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
@@ -59,18 +61,30 @@ class UpdateInBackward:
             optimizer._arrive(parameter, optimizer.param_groups[self.group])
 
 
-def take_over(parameter: torch.Tensor) -> None:
-    """End the updates in backward by an optimizer of an earlier training.
+def take_over(parameter: torch.Tensor, optimizer: Any = None) -> None:
+    """End the updates in backward by an optimizer of an earlier training, which is another than `optimizer`.
 
     It may well be alive: SFT's, where DPO goes on with its model. It would take the gradients, and step with whatever
     learning rate its schedule ended at.
     """
     hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     for number, hook in list(hooks.items()):
-        if isinstance(hook, UpdateInBackward):
+        if isinstance(hook, UpdateInBackward) and (optimizer is None or hook.optimizer() is not optimizer):
             del hooks[number]
             if (other := hook.optimizer()) is not None:
                 other.fused_backward = False  # or it would register anew in its next step
+
+
+def leave_to_trainer() -> None:
+    """End the updates in backward by another optimizer than that of the Trainer that calls the caller, if one does."""
+    optimizer: Any = getattr(calling_trainer(), "optimizer", None)
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # accelerate's wrapper
+        optimizer = inner
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            take_over(parameter, optimizer)
 
 
 def gradients_are_complete() -> bool:

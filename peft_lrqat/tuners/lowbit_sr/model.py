@@ -14,6 +14,7 @@ from ..common.model import QuantizingModel
 from ..common.quantized_base import check_grid, is_fixed_point, packed_targets, scales_of
 from .config import LowBitSRConfig
 from .growth import warn_of_full_grids
+from .in_backward import leave_to_trainer
 from .layer import LowBitSRLayer, LowBitSRLinear
 from .parts import PARTS
 
@@ -147,7 +148,9 @@ class LowBitSRModel(QuantizingModel):
 
     def train(self, mode: bool = True) -> LowBitSRModel:
         """As in both methods. Before an evaluation (False) it also warns if weights fill their grid."""
-        if not mode and self.training:
+        if mode:
+            leave_to_trainer()
+        elif self.training:
             warn_of_full_grids(self)
         super().train(mode)
         return self

@@ -83,7 +83,8 @@ def test_other_arguments_are_refused():
         LowBitAdamW.for_trainer({"learning_rate": 3e-5})
 
 
-def test_dpo_goes_on_with_what_sft_trained(tmp_path: Path, tokenizer, text: Dataset):
+@pytest.mark.parametrize("ours", [True, False], ids=["LowBitAdamW", "Trainer's AdamW"])
+def test_dpo_goes_on_with_what_sft_trained(ours: bool, tmp_path: Path, tokenizer, text: Dataset):
     config = LowBitSRConfig(bits=8, group_size=-1, task_type="CAUSAL_LM")
     args = arguments(tmp_path, SFTConfig, max_steps=2)
     common = {"processing_class": tokenizer}
@@ -95,8 +96,10 @@ def test_dpo_goes_on_with_what_sft_trained(tmp_path: Path, tokenizer, text: Data
     args = arguments(tmp_path, DPOConfig, max_steps=2, learning_rate=1e-3)
     pair = {"prompt": "w3 w4", "chosen": "w5 w6", "rejected": "w9 w4"}
     dpo = DPOTrainer(sft.model, args=args, train_dataset=Dataset.from_list([pair] * 8), **common)
-    dpo.optimizer_cls_and_kwargs = LowBitAdamW.for_trainer(args)
+    if ours:
+        dpo.optimizer_cls_and_kwargs = LowBitAdamW.for_trainer(args)
     dpo.train()
+    assert isinstance(dpo.optimizer.optimizer, LowBitAdamW) == ours
     assert losses(dpo)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(dpo)[1] < 0.69
     trained = [p for n, p in dpo.model.named_parameters() if isinstance(p, LowBitTensor) and ".ref." not in n]
