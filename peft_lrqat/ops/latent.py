@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from ..chunks import row_chunks
-from ..grid import Grid, rows_of, snap_scale, sum_per_scale
+from ..grid import Grid, grouped, rows_of, snap_scale, sum_per_scale
 from ..packing import unpack
 from ..rounding import random_words, uniform
 
@@ -34,25 +34,55 @@ from ..rounding import random_words, uniform
 PARTS = 64
 #: How far it may lie beyond the outermost levels, and from its code: grid steps.
 REACH = 127 / PARTS
+#: Stands where nobody knows where a float weight lay.
+UNKNOWN = -128
 
 
-def new_latent(packed: torch.Tensor, stream: torch.Tensor, columns: int) -> torch.Tensor:
-    """Start latent weights: anywhere that rounds to the code, with equal chance. Counts as a rounding.
+def places_of(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Tell where float weights lie: int8 (out, in), in 64ths of a step from the nearest code.
+
+    A scale whose weights all lie on its levels has UNKNOWN for them: they were trained there, or not at all.
+
+    Args:
+        weight: (out, in), weight units, any float dtype.
+        scale: fp32 (rows, groups), weight units per grid step.
+    """
+    places = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    beside = torch.zeros(scale.shape, dtype=torch.int64, device=weight.device)
+    for rows in row_chunks(weight.shape[0], weight.shape[1], weight.device):
+        levels = grouped(weight[rows].float().contiguous(), scale) / rows_of(scale, rows).unsqueeze(-1)
+        codes = levels.round().clamp_(grid.qmin, grid.qmax)
+        found = (levels - codes).mul_(PARTS).round_().clamp_(-127, 127).to(torch.int8)
+        rows_of(beside, rows).add_(sum_per_scale(found != 0, scale))
+        places[rows] = found.view(-1, weight.shape[1])
+    grouped(places, scale).masked_fill_((beside == 0).unsqueeze(-1), UNKNOWN)
+    return places
+
+
+def new_latent(
+    packed: torch.Tensor, stream: torch.Tensor, columns: int, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Start latent weights: where float weights lay, or else anywhere that rounds to the code, with equal chance.
+
+    Counts as a rounding.
 
     All at their codes would have to go half a step before the first of them changes, and would arrive together.
 
     Args:
         packed, stream: of the weight, as for `step_codes`. The stream moves on by one.
         columns: in_features.
+        places: int8 (out, in), `places_of` or UNKNOWN; None: nobody knows any.
 
     Returns:
-        int8 (out, in), in 64ths of a step from the code, at most 31.
+        int8 (out, in), in 64ths of a step from the code; at most 31 where nobody knows.
     """
     latent = torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
     for rows in row_chunks(packed.shape[0], columns, packed.device):
         numbers = torch.arange(rows.start, rows.stop, device=packed.device)
         u = uniform(random_words(numbers, columns, stream[1], stream[0]))
-        latent[rows] = ((u * (PARTS - 1)).floor() - (PARTS // 2 - 1)).to(torch.int8)
+        anywhere = ((u * (PARTS - 1)).floor() - (PARTS // 2 - 1)).to(torch.int8)
+        known = None if places is None else places[rows]
+        latent[rows] = anywhere if known is None else torch.where(known == UNKNOWN, anywhere, known)
     stream[1].add_(1)
     return latent
 

@@ -188,6 +188,11 @@ class GridConfig(PeftConfigMixin):
         """How the first scales of a float weight are chosen: method, exponent, whether they have signs, headroom."""
         return self.range_method, self.range_p, self.signed_scales, self.headroom
 
+    @property
+    def keeps_places(self) -> bool:
+        """Whether adapters begin where the float weights lay, not only at their codes (`ops/latent.py`)."""
+        return False
+
     def conversion_device(self) -> torch.device | None:
         """Where layers are converted, if not where they are."""
         return None

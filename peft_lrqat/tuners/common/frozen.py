@@ -17,6 +17,7 @@ from ...modules.packed import QuantizedLinear, merged_layer
 from ...ops import quantized_linear
 from ...ops.activations import Activations
 from ...ops.inputs import linear_input
+from ...ops.latent import places_of
 from ...ops.linear import linear_weight
 from ...ops.shared_inputs import round_shared
 from ...ops.staging import Schedule, Stored, in_memory
@@ -52,6 +53,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
     Attributes:
         source_checksum: of the weight that it was made from, see `fingerprint.py`; None where that was not finite.
         lossless: how many scales gave all their weights back when a float weight was rounded, and of how many.
+        places: where between the levels the float weights lay (`ops/latent.py`), for the first adapter to take.
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
         container_bits: how wide the codes of that layer were stored, if it was quantized.
         activations: how that layer rounded its input; None: not at all.
@@ -67,6 +69,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
     in_features: int
     source_checksum: int | None
     lossless: tuple[int, int] | None = None
+    places: torch.Tensor | None = None
     experts: int = 1  # of how many experts of a mixture it is a projection (`lrqat/experts.py`)
     loading: bool = False  # while transformers loads the model, which asks for weights without reading them
     offloaded: bool = False
@@ -81,7 +84,8 @@ class FrozenWeight(nn.Module, KeepsWeight):
     #: The attributes that describe the base.
     description = frozenset(
         {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "activations", "fmt"}
-        | {"source_checksum", "lossless", "loading", "experts", "offloaded", "_device", "schedule", "block", "_name"}
+        | {"source_checksum", "lossless", "places", "loading", "experts", "offloaded"}
+        | {"_device", "schedule", "block", "_name"}
     )
 
     def __init__(
@@ -148,6 +152,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
             transposed=isinstance(layer, Conv1D),
             convert_on=config.conversion_device(),
             source_checksum=source_checksum,
+            keep_places=config.keeps_places,
         )
 
     @classmethod
@@ -166,6 +171,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         transposed: bool = False,
         convert_on: torch.device | None = None,
         source_checksum: int | None = None,
+        keep_places: bool = False,
     ) -> FrozenWeight:
         """The base of a layer with a float `weight`, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
 
@@ -174,6 +180,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
             convert_on: the device on which the weight is converted. The result is the same on every device, and moves
                 to the layer's device. None: that device.
             source_checksum: `float_checksum` of the weight, if it is known.
+            keep_places: whether to keep `places`, a byte a weight, of a symmetric grid.
         """
         weight = layer.weight.detach()
         weight = weight.t() if transposed else weight
@@ -182,6 +189,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         frozen = cls((out_features, in_features), grid, downcast, scale_dtype, weight.dtype, ranges, transposed)
         there = weight if convert_on is None else weight.to(convert_on)
         base, scale, zero_point = frozen._convert(there)
+        frozen.places = places_of(there, scale, grid).to(weight.device) if keep_places else None
         zero_point = None if zero_point is None else zero_point.to(weight.device)
         frozen._hold(base.to(weight.device), scale.to(weight.device), zero_point, getattr(layer, "bias", None))
         frozen.source_checksum = float_checksum(there) if source_checksum is None else source_checksum
@@ -229,7 +237,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         again = type(self)(shape, *ours)
         again._hold(self.base.data, self.scale0_bits.data, None, self.bias)
         again.register_parameter("zero_point", self.zero_point)
-        again.source_checksum, again.lossless = self.source_checksum, self.lossless
+        again.source_checksum, again.lossless, again.places = self.source_checksum, self.lossless, self.places
         again._device, again.experts = self._device, self.experts
         if self.offloaded:
             again.offload()
@@ -395,6 +403,7 @@ class FrozenWeight(nn.Module, KeepsWeight):
         # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would
         moved = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         self.compute_dtype = moved.dtype
+        self.places = None if self.places is None else fn(self.places)
         if not self.offloaded:
             return super()._apply(fn, recurse)
         stays = {name: self._parameters.pop(name) for name in self.STORED}

@@ -208,6 +208,10 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         return "int"
 
     @property
+    def keeps_places(self) -> bool:
+        return self.grid.ternary and not self.inference_mode  # the grid that has latent weights without being asked
+
+    @property
     def bytes_per_weight(self) -> float:
         return 2 * self.grid.code_bits / 8  # the base, and the adapter that starts as its copy
 

@@ -187,6 +187,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             trained_before,
             bool(config.grow_scales),
         )
+        if config.init_weights and not weight.is_meta and not config.inference_mode:
+            weight.places = frozen.places
+        frozen.places = None
         if not config.init_weights and not weight.is_meta:
             # for tests: an adapter that moves most weights by a step or so
             weight.round_from(weight.to_float() + torch.randn(weight.shape, device=device) * scale.mean())

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from ...arguments import check_flags, nearest, with_suggestions
 from ...grid import TERNARY
+from ...ops.latent import new_latent
 from ...ops.low_bit_step import step_codes
 from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
 from ..common import rules
@@ -309,6 +310,11 @@ class LowBitAdamW(Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, parameter.device))
+        if parameter.places is not None:  # the first step
+            if rule.latent_weights and "latent_codes" not in state:
+                weight = parameter.packed, parameter.stream, rule.columns
+                state["latent_codes"] = new_latent(*weight, parameter.places)
+            parameter.forget_places()
         lr = group["lr"]
         last_lr = state.pop("last_lr", None)
         if rule.error_feedback:

@@ -59,8 +59,7 @@ class PartView(nn.Module):
         if getattr(self, name).is_meta:
             self._take(name, value.detach())
             return
-        with torch.no_grad():
-            getattr(self, name).copy_(value.detach())
+        self._weights[name].weight.write(self._attribute, value.detach())
 
     def _take(self, adapter: str, value: torch.Tensor) -> None:
         """Put a tensor in the place of one that has no values yet (PEFT's `low_cpu_mem_usage`), without a copy."""

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 
 from ...chunks import row_chunks
 from ...grid import Grid, grouped, rows_of
+from ...ops.latent import UNKNOWN
 from ...packing import pack, unpack, words_per_row
 from ...read_only import arguments_written, views_of
 from ...rounding import poison, random_words, round_stochastically, uniform
@@ -59,6 +60,8 @@ class LowBitTensor(torch.Tensor):
         error_feedback: whether the optimizer is to keep the rounding remainder; None: if it can.
         fine_tunes: whether the weight was pretrained (`learning_rate.py`).
         grows: whether optimizers double scales whose codes come to lie at the ends of the grid (`growth.py`).
+        places: int8 (out, in), where between the levels the float weights lay, or UNKNOWN (`ops/latent.py`), until the
+            first step of an optimizer; None: nobody knows. Whoever writes other codes or scales makes it UNKNOWN.
         known_count: how often the weight had been rounded when `growth.py` looked last, and the version of `stream`
             then; None before that.
     """
@@ -70,6 +73,7 @@ class LowBitTensor(torch.Tensor):
     error_feedback: bool | None
     fine_tunes: bool
     grows: bool
+    places: torch.Tensor | None
     known_count: tuple[int, int] | None
 
     _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
@@ -103,7 +107,7 @@ class LowBitTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
         self.packed, self.scale, self.stream = packed, scale, stream
         self.grid, self.error_feedback, self.fine_tunes, self.grows = grid, error_feedback, fine_tunes, grows
-        self.known_count = None
+        self.places, self.known_count = None, None
         return self
 
     def __init__(self, *args: Any) -> None:
@@ -151,6 +155,27 @@ class LowBitTensor(torch.Tensor):
             self.packed[rows] = pack(rounded.to(torch.int8), self.grid.code_bits)
             poison(scale, move)
         self.stream[1].add_(1)
+        self.forget_places()
+
+    @torch.no_grad()
+    def forget_places(self) -> None:
+        """Make `places` None, and UNKNOWN for whoever shares them: the weight is changing."""
+        if self.places is not None:
+            self.places.fill_(UNKNOWN)
+            self.places = None
+
+    @torch.no_grad()
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Set one of `packed`, `scale` and `stream`."""
+        tensor = getattr(self, name)
+        if self.places is not None and name != "stream":
+            self._places_hold_if((tensor == value.to(tensor.device)).all())
+        tensor.copy_(value)
+
+    def _places_hold_if(self, same: torch.Tensor) -> None:
+        """Forget `places` where a bool scalar is False, which nobody waits for."""
+        if self.places is not None:
+            self.places.masked_fill_(~same, UNKNOWN)
 
     @torch.no_grad()
     def _copy(self, source: torch.Tensor) -> None:
@@ -162,14 +187,18 @@ class LowBitTensor(torch.Tensor):
                     "they were trained with."
                 )
             for name in ("packed", "scale", "stream"):
-                getattr(self, name).copy_(getattr(source, name))
+                self.write(name, getattr(source, name))
             return
+        same = torch.ones((), dtype=torch.bool, device=self.device)
         for rows in row_chunks(self.shape[0], self.shape[1], self.device):
             scale = rows_of(self.scale, rows)
             values = source[rows].to(self.device, torch.float32).contiguous()
             levels = (grouped(values, scale) / scale.unsqueeze(-1)).round_()
             codes = levels.clamp_(self.grid.qmin, self.grid.qmax).to(torch.int8).view_as(values)
-            self.packed[rows] = pack(codes, self.grid.code_bits)
+            packed = pack(codes, self.grid.code_bits)
+            same &= (packed == self.packed[rows]).all()
+            self.packed[rows] = packed
+        self._places_hold_if(same)  # data-parallel processes copy every weight to itself
 
     # What torch would do without dispatching it, to memory that is not there.
 
@@ -190,7 +219,7 @@ class LowBitTensor(torch.Tensor):
 
     def share_memory_(self) -> LowBitTensor:
         """Move the codes, and what belongs to them, to shared memory."""
-        for tensor in (self.packed, self.scale, self.stream):
+        for tensor in (self.packed, self.scale, self.stream, *([] if self.places is None else [self.places])):
             tensor.share_memory_()
         return self
 
@@ -201,7 +230,9 @@ class LowBitTensor(torch.Tensor):
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LowBitTensor:
         inner = (change(tensor) for tensor in (self.packed, self.scale, self.stream))
-        return LowBitTensor(*inner, *self._meta)
+        changed = LowBitTensor(*inner, *self._meta)
+        changed.places = None if self.places is None else change(self.places)
+        return changed
 
     @property
     def _meta(self) -> tuple[Grid, int, bool | None, bool, bool]:
@@ -232,7 +263,7 @@ class LowBitTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         inner = (self.packed, self.scale, self.stream, *self._meta)
-        return _rebuild, (inner, isinstance(self, nn.Parameter), self.requires_grad)
+        return _rebuild, (inner, isinstance(self, nn.Parameter), self.requires_grad, self.places)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # torch's has a keyword
         return f"LowBitTensor({tuple(self.shape)}, {self.grid.describe()}, device={self.device})"
@@ -267,6 +298,7 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-def _rebuild(inner: tuple, parameter: bool, requires_grad: bool) -> torch.Tensor:
+def _rebuild(inner: tuple, parameter: bool, requires_grad: bool, places: torch.Tensor | None = None) -> torch.Tensor:
     tensor = LowBitTensor(*inner)
+    tensor.places = places
     return nn.Parameter(tensor, requires_grad) if parameter else tensor.requires_grad_(requires_grad)
