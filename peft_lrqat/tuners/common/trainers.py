@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from ...modules.packed import MERGED
+from .frozen import FrozenWeight
 
 
 def log_before_trackers(callback: TrainerCallback) -> None:
@@ -53,6 +62,41 @@ def check_trained(tuner: nn.Module) -> None:
             "adapter, load it with `is_trainable=True` (`PeftModel.from_pretrained(model, folder, "
             "is_trainable=True)`); `model.set_adapter(name)` makes one trainable that is there already."
         )
+
+
+def _look(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Say so where a Trainer trains a quantized model without an adapter. torch calls it before all optimizers' steps.
+
+    Raises:
+        ValueError: nothing at all is trained, as after `merge_and_unload()`, which leaves everything frozen.
+    """
+    if optimizer in _SEEN:
+        return
+    _SEEN.add(optimizer)
+    trainer = calling_trainer()
+    modules = [] if trainer is None else list(trainer.model.modules())
+    layers = sum(isinstance(module, (*MERGED, FrozenWeight)) for module in modules)
+    if not layers or any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in modules):
+        return
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    how = (
+        "To train its integers, give the trainer `peft_config=LRQATConfig(...)`, or the model with an adapter "
+        "(`get_peft_model`)"
+    )
+    if not trained:
+        raise ValueError(
+            f"Nothing is trained: the model has {layers} quantized layers, and is frozen altogether. {how}."
+        )
+    warnings.warn(
+        f"The integers of the {layers} quantized layers stay as they are: only {len(trained)} float tensors are "
+        f"trained, such as {trained[0]!r}. {how}.",
+        stacklevel=2,
+    )
+
+
+#: Optimizers that were looked at.
+_SEEN: WeakSet[Optimizer] = WeakSet()
+register_optimizer_step_pre_hook(_look)
 
 
 def resumed_from() -> str | None:

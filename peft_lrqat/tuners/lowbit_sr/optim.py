@@ -129,9 +129,9 @@ class LowBitAdamW(Optimizer):
                 f"`gradient_accumulation_steps` is {gradient_accumulation_steps!r}; it must be 1 or more, or None."
             )
         check_flags(fused_backward=fused_backward, compile=compile)
-        if isinstance(params, torch.nn.Module):
+        if not isinstance(params, Iterable):
             raise ValueError(
-                f"`params` is a model ({type(params).__name__}); give the parameters that are to be trained: "
+                f"`params` is a {type(params).__name__}; give the parameters that are to be trained: "
                 "`[p for p in model.parameters() if p.requires_grad]`."
             )
         if (gradient_accumulation_steps or 1) > 1 and not fused_backward:

@@ -119,9 +119,16 @@ class LRQATModel(QuantizingModel):
 
         The products A B are combined as `combination_type` says, in grid steps. The scale shifts, which are no matrices
         of low rank, are always combined linearly: shift = sum of weight * shift.
+
+        Raises:
+            ValueError: there is an adapter of that name (PEFT would leave it as it is, whatever the weights are), or
+                the model has experts.
         """
         if adapter_name in self.peft_config:
-            return
+            raise ValueError(
+                f"There is an adapter {adapter_name!r} already. Choose another name, or `model.delete_adapter("
+                f"{adapter_name!r})` first."
+            )
         if any(isinstance(layer, LRQATExpertLinear) for layer in self.modules()):
             raise ValueError(
                 "`add_weighted_adapter` combines the factors of single layers, but the factors of all experts of a "

@@ -48,6 +48,8 @@ def create_lrqat_optimizer(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` is a {type(model).__name__}; it must be a PeftModel with LR-QAT adapters.")
+    if not callable(optimizer_cls):
+        raise ValueError(f"`optimizer_cls` is {optimizer_cls!r}; it must be a class, such as torch.optim.AdamW.")
     for option, value in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
         if not isinstance(value, torch.Tensor) and not (option == "scale_lr" and value is None):
             check_value(option, value, NOT_NEGATIVE)

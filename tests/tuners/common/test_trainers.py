@@ -1,7 +1,10 @@
+import warnings
+
 import pytest
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
+from peft_lrqat import load_quantized
 from peft_lrqat.tuners.common.trainers import log_before_trackers
 from tests.models import adapted, tiny
 from tests.trainer import arguments, ids_dataset
@@ -53,6 +56,29 @@ def test_a_model_of_which_nothing_is_trained_is_refused(checkpointing: bool, tmp
         loaded.train()  # where no Trainer trains it
     going_on = PeftModel.from_pretrained(tiny(), tmp_path / "adapter", is_trainable=True)
     Trainer(going_on, args, None, ids_dataset()).train()
+
+
+def test_a_merged_model_is_frozen(tmp_path):
+    args = arguments(tmp_path, max_steps=1, gradient_checkpointing=True)
+    merged = adapted(tiny(), group_size=8).merge_and_unload()
+    with pytest.raises(ValueError, match="Nothing is trained: the model has 14 quantized layers, and is frozen"):
+        Trainer(merged, args, None, ids_dataset()).train()
+
+
+def test_what_is_trained_of_a_quantized_model_without_an_adapter_is_said(tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    adapted(tiny(), group_size=8).merge_and_unload().save_pretrained(tmp_path / "merged")
+    loaded = load_quantized(tmp_path / "merged")
+    with pytest.warns(
+        UserWarning, match="integers of the 14 quantized layers stay.*such as 'model.embed_tokens.weight'"
+    ):
+        Trainer(loaded, args, None, ids_dataset()).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The integers of")
+        Trainer(tiny(), args, None, ids_dataset()).train()
+        Trainer(adapted(load_quantized(tmp_path / "merged"), group_size=8), args, None, ids_dataset()).train()
+        lora = get_peft_model(load_quantized(tmp_path / "merged"), LoraConfig(target_modules="all-linear"))
+        Trainer(lora, args, None, ids_dataset()).train()
 
 
 def test_a_teacher_that_is_on_a_grid_itself_is_not_trained(tmp_path):

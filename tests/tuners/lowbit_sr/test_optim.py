@@ -319,8 +319,9 @@ def test_arguments_out_of_range(options: dict, match: str):
 
 def test_what_are_no_parameters_and_no_options():
     model = low_bit(tiny(num_hidden_layers=1))
-    with pytest.raises(ValueError, match=r"`params` is a model .*`\[p for p in model\.parameters"):
-        LowBitAdamW(model)
+    for what in (model, model.parameters):
+        with pytest.raises(ValueError, match=r"`params` is a (PeftModel.*|method); .*`\[p for p in model\.parameters"):
+            LowBitAdamW(what)
     with pytest.raises(ValueError, match="`fused_backward` is 'no'; allowed are True, False"):
         LowBitAdamW(trainable(model), fused_backward="no")
     with pytest.warns(

@@ -96,6 +96,17 @@ def test_a_combination_that_fails_adds_no_adapter(base: PreTrainedModel):
         assert list(model.peft_config) == ["default", "other"]
 
 
+def test_a_combination_does_not_take_a_name_that_there_is(base: PreTrainedModel):
+    """PEFT returns at once, so that other weights, tried under the same name, would be those of the first try."""
+    model = random_adapter(base, target_modules=["q_proj"])
+    model.add_weighted_adapter(["default"], [1.0], "mix")
+    with pytest.raises(ValueError, match=r"There is an adapter 'mix' already.*`model\.delete_adapter\('mix'\)` first"):
+        model.add_weighted_adapter(["default"], [0.5], "mix")
+    model.delete_adapter("mix")
+    model.add_weighted_adapter(["default"], [0.5], "mix")
+    assert list(model.peft_config) == ["default", "mix"]
+
+
 def test_adapters_add_up_in_inference_mode(two_adapters: PeftModel):
     two_adapters.base_model.set_adapter(["default", "other"])
     expected = logits(two_adapters, IDS)

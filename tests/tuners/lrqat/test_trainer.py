@@ -185,3 +185,5 @@ def test_the_optimizer_refuses_a_model_with_nothing_to_train():
 def test_the_optimizer_refuses_rates_that_are_none(option: str, value: object):
     with pytest.raises(ValueError, match=f"`{option}` is {value!r}; it must be a number of 0 or more"):
         create_lrqat_optimizer(adapted(tiny(), **CONFIG), **{"lr": 1e-3, option: value})
+    with pytest.raises(ValueError, match="`optimizer_cls` is 'adamw'; it must be a class"):
+        create_lrqat_optimizer(adapted(tiny(), **CONFIG), "adamw", lr=1e-3)
