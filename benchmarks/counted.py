@@ -92,8 +92,8 @@ def parts(model: nn.Module, method: Method, tokens: int) -> dict[str, float]:
         scales += 4 * groups if method.group else 0
         trained += prod(experts) * method.rank * (rows + columns)
         trained += {"group": groups, "channel": channels, None: 0}[method.scales]
-        if not method.rank:  # a byte of momentum a weight, a number for each 256, and means of rows and columns
-            state += parameter.numel() + 4 * channels * -(-columns // 256) + 4 * (rows + columns)
+        if not method.rank:  # a byte of momentum a weight, a number for each 256, means of rows and columns, and theirs
+            state += parameter.numel() + 4 * channels * -(-columns // 256) + 4 * (rows + columns + 1)
     inputs = 2 * tokens * model.config.hidden_size * model.config.num_hidden_layers
     return {
         "weights of the blocks": weights,

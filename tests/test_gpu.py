@@ -156,6 +156,35 @@ def test_low_bit_sr_on_a_gpu(config, tmp_path):
     check_merged(model, ids, tmp_path)
 
 
+@pytest.mark.parametrize("state", ["8bit", "factored"])
+def test_steps_in_backward_are_the_ordinary_ones_on_a_gpu(state):
+    """Which are given gradients that were cast to fp32."""
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = low_bit(tiny(dtype=torch.bfloat16, hidden_size=512, intermediate_size=1536).cuda(), bits=4)
+        optimizer = LowBitAdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-3, state=state, fused_backward=fused
+        )
+        for seed in range(3):
+            ids = tokens(2, 32, seed=seed).cuda()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)])
+        found[-1] += [p.packed for p in optimizer.state]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_step_in_a_cuda_graph_is_refused():
+    p = torch.nn.Parameter(weight(4, -1, (64, 256)).cuda())
+    optimizer = LowBitAdamW([p])
+    p.grad = torch.ones(64, 256, device="cuda")
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("group_size", [-1, 0, 128, 25])
 def test_ternary_scales_follow_on_a_gpu_as_on_a_cpu(group_size):
     """By the kernel, eager and as a CUDA graph, which waits for nothing, and by torch."""

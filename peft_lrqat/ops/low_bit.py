@@ -21,6 +21,7 @@ from ..grid import grouped
 from ..packing import unpack
 from . import reference
 from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
+from .narrow_gradient import NarrowGradient
 from .reference import low_bit_levels
 from .staging import versions
 from .static_inputs import LearnedScale, rounding_gradients
@@ -96,6 +97,7 @@ def _linear_backward_impl(
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     in_features = x.shape[-1]
     flat_dy = dy.reshape(-1, dy.shape[-1])
@@ -107,7 +109,9 @@ def _linear_backward_impl(
             dx = torch.mm(flat_dy, weight).view(x.shape)
             del weight
         if need_weight or need_scale:
-            dw = torch.mm(flat_dy.t(), x.reshape(-1, in_features)).float()
+            dw = torch.mm(flat_dy.t(), x.reshape(-1, in_features))
+            if need_scale or not narrow:
+                dw = dw.float()
         if need_scale:
             ds = implementation.scale_gradient(dw, packed, scale, ternary_scale, bits)
     return dx, dw if need_weight else None, ds
@@ -151,6 +155,7 @@ class _Others(NamedTuple):
     bits: int
     values: Tensor | None
     how: list[Any]  # of `LearnedScale`, all but log2
+    narrow: bool
 
 
 class _LowBitLinear(torch.autograd.Function):
@@ -167,11 +172,12 @@ class _LowBitLinear(torch.autograd.Function):
         log2: Tensor | None,
         others: _Others,
     ) -> Tensor:
-        stored, ctx.bits, values, ctx.how = others
+        stored, ctx.bits, values, ctx.how, narrow = others
         packed, scale, ternary_scale, factor = stored
         x = given if values is None else values
         need_x, need_weight, need_learned, _, need_log2, _ = ctx.needs_input_grad
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.narrow = narrow and factor is None and not torch.compiler.is_compiling()
         rounds = log2 is not None and (need_x or need_log2)
         kept = (*stored, log2)
         compiling = torch.compiler.is_compiling()
@@ -198,12 +204,14 @@ class _LowBitLinear(torch.autograd.Function):
         if x is None:
             x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
         run: Any = _linear_backward_op if torch.compiler.is_compiling() else _linear_backward_impl
-        needs = (need_x or need_log2, need_weight, need_learned)
-        dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, *needs)
+        how = (need_x or need_log2, need_weight, need_learned, *((True,) if ctx.narrow else ()))
+        dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, *how)
         dlog2 = None
         if given is not None:
             dx, dlog2 = rounding_gradients(dx, given, LearnedScale(log2, *ctx.how), need_x, need_log2)
-        if need_weight and factor is not None:
+        if need_weight and dw.dtype != torch.float32:
+            dw = NarrowGradient(dw)
+        elif need_weight and factor is not None:
             dw = (grouped(dw, factor) * factor.unsqueeze(-1)).view_as(dw)
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
         own = dx if need_x else None, dw if need_weight else None, ds if need_learned else None, db
@@ -221,6 +229,7 @@ def low_bit_linear(
     bits: int,
     values: Tensor | None = None,
     learned: LearnedScale | None = None,
+    narrow: bool = False,
 ) -> Tensor:
     """Compute y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
@@ -235,6 +244,7 @@ def low_bit_linear(
         bias: (out,), x's dtype, or None. Differentiable.
         bits: width of a packed code.
         values, learned: what x was rounded to, and by which fixed scale: see `quantized_linear`.
+        narrow: whether the gradient of `weight` may be a `NarrowGradient`.
 
     Returns:
         (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
@@ -245,5 +255,5 @@ def low_bit_linear(
     if ternary_scale is not None:
         ternary_scale = ternary_scale.detach()
     log2, *how = (None,) if learned is None else learned
-    others = _Others((packed, scale, ternary_scale, factor), bits, values, how)
+    others = _Others((packed, scale, ternary_scale, factor), bits, values, how, narrow)
     return _LowBitLinear.apply(x, weight, trained, bias, log2, others)

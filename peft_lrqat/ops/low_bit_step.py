@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 
 from . import latent, reference_step
 from .dispatch import kernels_for, on_device_of
-from .reference_step import FACTORS, Rule, update_factors
+from .reference_step import FACTORS, Corrections, Rule, corrections_of, update_factors
 
 
-@torch.no_grad()
+class Scalars:
+    """Scalars on the device that all weights have in common which are at the same step.
+
+    A launch fills one, and several compute the corrections, which is more than the step of a weight takes otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, Any] = {}
+
+    def rate(self, lr: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the learning rate as `step_codes` takes it."""
+        if isinstance(lr, torch.Tensor):
+            return lr.to(device, torch.float32)
+        # filled there: a copy would wait for the device
+        return self._get(device, lr, lambda: torch.full((), lr, device=device))
+
+    def corrections(self, rule: Rule, step: float, device: torch.device) -> Corrections:
+        """Return the corrections of a step, whose number counts from 1."""
+        key = (rule.beta1, rule.beta2, step)
+        return self._get(device, key, lambda: corrections_of(rule, step, device))
+
+    def _get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` made, now or a short time ago, on the device's current stream: another would not wait."""
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
+        place = (device, stream, key)
+        if place not in self._held:
+            if stream is not None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "The step of low-bit weights cannot be captured in a CUDA graph: its number, and with it the "
+                    "correction of the moments, would be the same in every replay. Capture forward and backward only, "
+                    "with `fused_backward=False`."
+                )
+            if len(self._held) >= 16:  # those of earlier steps
+                self._held.clear()
+            self._held[place] = make()
+        return self._held[place]
+
+
 def step_codes(
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -18,29 +58,36 @@ def step_codes(
     state: dict[str, torch.Tensor],
     lr: torch.Tensor,
     rule: Rule,
-) -> None:
+    corrections: Corrections | None = None,
+    norms: bool = False,
+) -> torch.Tensor | None:
     """Take one optimizer step on a weight, in place; never waits for the device.
 
     Args:
-        packed, scale, grad, lr: as for `low_bit_update`.
-        stream: int64 (2,), key and step of the random numbers. The latter moves on by one.
-        state: the tensors of `new_state`, by name. All are updated; "step" counts on by one. Latent weights are added
-            to it, or dropped, as the rule says.
+        packed, scale, stream, grad, lr, norms: as for `low_bit_update`.
+        state: the tensors of `new_state`, by name. All are updated, or replaced; "step" counts on by one. Latent
+            weights are added to it, or dropped, as the rule says.
+        corrections: of this step, where they are known: they are the same for all weights that have made as many.
+
+    Returns:
+        As `low_bit_update`.
     """
     state["step"] += 1
     with on_device_of(packed):
+        if corrections is None:
+            corrections = corrections_of(rule, float(state["step"]), packed.device)
         scale_before = _keep_latent(packed, scale, stream, state, lr, rule)
-        operands = dict(state)
+        before, of_rows = {}, None
         if rule.state == "factored":
             if rule.error_feedback:
-                operands |= {f"{name}_before": state[name].clone() for name in FACTORS}
-                operands["exp_avg_sq_mean_before"] = state["exp_avg_sq_rows"].mean()
-            operands["exp_avg_sq_mean"] = update_factors(state, grad, rule.beta2)
+                before = {f"{name}_before": state[name] for name in FACTORS}
+            of_rows = update_factors(state, grad, rule.beta2)
         # the kernel writes in place, to where tensors without gaps have their elements
         kernels = kernels_for(packed) if packed.is_contiguous() and scale.is_contiguous() else None
         implementation = kernels or reference_step
-        implementation.low_bit_update(packed, scale, stream, grad, operands, lr, state["step"], rule, scale_before)
-    stream[1].add_(1)  # `+= 1` would be copied to where it is
+        operands = (packed, scale, stream, grad, state | before, lr, corrections, rule, scale_before)
+        found = implementation.low_bit_update(*operands, norms and of_rows is None)
+    return of_rows if norms and of_rows is not None else found
 
 
 def _keep_latent(

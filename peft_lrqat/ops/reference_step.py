@@ -89,6 +89,26 @@ class Rule(NamedTuple):
         return self.latent_weights and self.grid.ternary and self.lr_unit == "weight"
 
 
+class Corrections(NamedTuple):
+    """What a step's number t, from 1, makes of the moments: fp32 scalars on the weight's device.
+
+    Attributes:
+        first: 1 - b1^t.
+        second: 1 - b2^t.
+        second_before: 1 - b2^(t-1).
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    second_before: torch.Tensor
+
+
+def corrections_of(rule: Rule, step: float, device: torch.device) -> Corrections:
+    """Compute them by torch's powers on the device, which would not round alike elsewhere."""
+    t = torch.full((), step, device=device)
+    return Corrections(1 - rule.beta1**t, 1 - rule.beta2**t, 1 - rule.beta2 ** (t - 1))
+
+
 def _root(v: torch.Tensor) -> torch.Tensor:
     """Take the root of fp32 v, rounded once, on every device."""
     # torch's fp32 root on a CPU is not always the nearest, as a GPU's and a kernel's are
@@ -171,7 +191,7 @@ def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device
     def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
 
-    state = {"step": zeros()}
+    state = {"step": torch.zeros(())}  # on the CPU: who asks for it does not wait for the device
     if momentum and kind == "fp32":
         state["exp_avg"] = zeros(rows, columns)
     elif momentum:
@@ -184,6 +204,7 @@ def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device
         state["exp_avg_sq_top"] = zeros(rows, blocks, dtype=torch.int16)
     else:
         state["exp_avg_sq_rows"], state["exp_avg_sq_columns"] = zeros(rows, 1), zeros(1, columns)
+        state["exp_avg_sq_mean"] = zeros()
     return state
 
 
@@ -195,7 +216,7 @@ def update_rows(
     state: dict[str, torch.Tensor],
     row: torch.Tensor,
     lr: torch.Tensor,
-    step: torch.Tensor,
+    corrections: Corrections,
     rule: Rule,
     scale_before: torch.Tensor | None = None,
 ) -> None:
@@ -207,21 +228,19 @@ def update_rows(
         stream: int64 (2,), key and step of the random numbers.
         grad: (n, in), any float dtype.
         state: the rows of `new_state`'s tensors, by name. Updated, except the factored second moment, which the caller
-            keeps: "exp_avg_sq_mean" is the mean of all its rows.
+            keeps.
         row: int64 (n,), row numbers.
         lr: fp32 scalar.
-        step: fp32 scalar, this step's number t, from 1.
+        corrections: of this step.
         scale_before: fp32 (n or 1, groups), see `low_bit_update`.
     """
     grad = grad.float()
     words = random_words(row, rule.columns, stream[1], stream[0])
-    correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
-
     m, before = _read_momentum(state), None
     if rule.error_feedback:
-        before = _root(_second_moment_before(state, rule) / (1 - rule.beta2 ** (step - 1))) + rule.eps
+        before = _root(_second_moment_before(state, rule) / corrections.second_before) + rule.eps
     v = _second_moment(state, grad, words, rule)
-    denominator = _root(v / correction2) + rule.eps
+    denominator = _root(v / corrections.second) + rule.eps
     if before is not None and m is not None:  # in the first step there was none: NaN
         m = m * torch.where(before > 0, denominator / before, 1.0)
     m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
@@ -232,7 +251,7 @@ def update_rows(
     step_size = (scale if scale_before is None else scale_before).unsqueeze(-1)
     adam = m / denominator
     if rule.beta1:
-        adam = adam / correction1
+        adam = adam / corrections.first
     adam = grouped(adam, scale)
     adam = with_sign_of(step_size, adam) if rule.lr_unit == "grid" else adam / step_size
     move = -lr * (adam.reshape_as(codes) + rule.weight_decay * here)
@@ -253,7 +272,7 @@ def update_rows(
         lost = grouped(lost, scale)
         lost = with_sign_of(step_size, lost) if rule.lr_unit == "grid" else lost * step_size
         lost = lost.reshape_as(codes)
-        factor = correction1 * (1 - 1 / rule.beta1) / torch.where(lr > 0, lr, torch.inf)
+        factor = corrections.first * (1 - 1 / rule.beta1) / torch.where(lr > 0, lr, torch.inf)
         m = m + factor * denominator * lost
     _write_momentum(state, m, words)
     packed.copy_(pack(rounded.to(torch.int8), rule.grid.code_bits))
@@ -298,28 +317,35 @@ def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: to
     return v
 
 
-@torch.no_grad()
+#: The factored second moment: means of rows, means of columns, and the mean of both.
+FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns", "exp_avg_sq_mean")
+
+
 def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float) -> torch.Tensor:
     """Take the row and column means of g^2 into the factored second moment.
 
-    A norm reads the gradient once and makes no squares of its size.
+    A norm reads the gradient once and makes no squares of its size. The state gets new tensors: the old ones are what
+    it was before, without a copy.
 
     Args:
         grad: (out, in), any float dtype.
 
     Returns:
-        The mean over its rows: fp32 scalar.
+        The norms of the gradient's rows: fp32 (out, 1).
     """
-    for name, dim in (("exp_avg_sq_rows", 1), ("exp_avg_sq_columns", 0)):
+    norms = []
+    for name, dim in zip(FACTORS, (1, 0), strict=False):
         norm = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32)
-        state[name].mul_(beta2).add_((1 - beta2) * 1e-30).addcmul_(norm, norm, value=(1 - beta2) / grad.shape[dim])
-    return state["exp_avg_sq_rows"].mean()
+        norms.append(norm)
+        decayed = (state[name] * beta2).add_((1 - beta2) * 1e-30)
+        state[name] = decayed.addcmul_(norm, norm, value=(1 - beta2) / grad.shape[dim])
+    state["exp_avg_sq_mean"] = state["exp_avg_sq_rows"].mean()
+    return norms[0]
 
 
 # -- the whole weight
 
-FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns")
-_OF_ALL_ROWS = tuple(f"exp_avg_sq_{what}{when}" for what in ("columns", "mean") for when in ("", "_before"))
+_OF_ALL_ROWS = tuple(f"{name}{when}" for name in FACTORS[1:] for when in ("", "_before"))
 
 
 @functools.cache
@@ -344,29 +370,35 @@ def low_bit_update(
     grad: torch.Tensor,
     state: dict[str, torch.Tensor],
     lr: torch.Tensor,
-    step: torch.Tensor,
+    corrections: Corrections,
     rule: Rule,
     scale_before: torch.Tensor | None = None,
-) -> None:
+    norms: bool = False,
+) -> torch.Tensor | None:
     """Update a weight in place: the reference of `kernels.low_bit_update`.
 
     Args:
         packed: int32 (out, words). Updated.
         scale: fp32 (out or 1, groups). Where an update was not finite, those of its row chunk are NaN afterwards.
-        stream: int64 (2,), key and step of the random numbers.
+        stream: int64 (2,), key and step of the random numbers. The latter moves on by one.
         grad: (out, in), any float dtype.
         state: the tensors of `new_state`, by name. Updated, except the factored second moment, which the caller keeps:
-            "exp_avg_sq_mean" (fp32 scalar) is the mean of all its rows; with error feedback, "..._before" are its rows,
-            columns and mean as the step before had them.
+            with error feedback, "..._before" are its parts as the step before had them.
         lr: fp32 scalar.
-        step: fp32 scalar, this step's number t, from 1.
+        corrections: of this step.
         scale_before: fp32, as `scale`: what the codes and latent weights are multiples of until this step, where that
             is not `scale` (with latent weights only).
+        norms: whether to return norms.
+
+    Returns:
+        fp32, norms of parts of the gradient, whose norm is the gradient's; None without `norms`.
     """
     update = _compiled() if rule.compile and _compiles_well(state, rule) else update_rows
     numbers = torch.arange(packed.shape[0], device=packed.device)
     parts = {name: value for name, value in state.items() if name not in ("step", "latent_start")}
     for rows in row_chunks(packed.shape[0], rule.columns, packed.device):
         some = {name: value if name in _OF_ALL_ROWS else value[rows] for name, value in parts.items()}
-        before = rows_of(scale_before, rows)
-        update(packed[rows], rows_of(scale, rows), stream, grad[rows], some, numbers[rows], lr, step, rule, before)
+        constants = (lr, corrections, rule, rows_of(scale_before, rows))
+        update(packed[rows], rows_of(scale, rows), stream, grad[rows], some, numbers[rows], *constants)
+    stream[1].add_(1)  # `+= 1` would be copied to where it is
+    return torch.linalg.vector_norm(grad, dtype=torch.float32) if norms else None

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ...rounding import SHARED_BITS
 from ..latent import PARTS, REACH
-from ..reference_step import BLOCK, CUBES, Rule
+from ..reference_step import BLOCK, CUBES, Corrections, Rule
 from .launch import Launch, launched
 from .tiles import ceil_div, round_half_even, scale_stride
 
@@ -164,6 +164,7 @@ def _update_kernel(
     poison,
     latent,
     scale_before,
+    norms,
     scale_stride,
     rows,
     columns,
@@ -289,6 +290,23 @@ def _update_kernel(
     lost_all = inside & ~(tl.abs(move) < float("inf"))
     broken = tl.max(tl.max(lost_all.to(tl.int32), 1), 0)
     tl.store(poison, float("nan"), mask=broken > 0)  # every program that does writes the same
+    if norms is not None:
+        tl.store(norms + program, tl.sqrt_rn(tl.sum(tl.sum(g * g, 1), 0)))
+
+
+@launched
+@triton.jit
+def _finish_kernel(scale, stream, poison, scales, BLOCK: tl.constexpr):
+    """Do what may not happen before all programs of `_update_kernel` are done: one program counts the stream on and,
+    where an update was not finite, makes the scales NaN, and `poison` 0 again."""
+    step, broken = tl.load(stream + 1), tl.load(poison)
+    tl.debug_barrier()  # before another thread writes
+    tl.store(stream + 1, step + 1)
+    if broken != broken:
+        for start in range(0, scales, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(scale + at, tl.full((BLOCK,), float("nan"), tl.float32), mask=at < scales)
+        tl.store(poison, 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -324,6 +342,17 @@ def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launc
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _finish(scales: int) -> Launch:
+    return _finish_kernel.launch((1,), scales, BLOCK=1024)
+
+
+@functools.cache
+def _poison(device: torch.device, stream: int) -> torch.Tensor:
+    """Make 0, fp32, which is so again after every step: for all weights whose steps follow on one another."""
+    return torch.zeros((), device=device)
+
+
 def low_bit_update(
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -331,22 +360,26 @@ def low_bit_update(
     grad: torch.Tensor,
     state: dict[str, torch.Tensor],
     lr: torch.Tensor,
-    step: torch.Tensor,
+    corrections: Corrections,
     rule: Rule,
     scale_before: torch.Tensor | None = None,
-) -> None:
-    """Do what `reference_step.low_bit_update` does, bit for bit; never waits for the device.
+    norms: bool = False,
+) -> torch.Tensor | None:
+    """Do what `reference_step.low_bit_update` does, bit for bit, but for the parts that `norms` are of; never waits for
+    the device.
 
-    What is updated must be contiguous, and `lr` and `step` must lie on the device. The weight is one row chunk here.
+    What is updated must be contiguous, and `lr` must lie on the device. The weight is one row chunk here.
     """
     rows, words = packed.shape
     if not rows or not rule.columns:
-        return
-    # torch's powers: a kernel's would not round alike
-    correction1, correction2 = 1 - rule.beta1**step, 1 - rule.beta2**step
-    poison = torch.zeros((), device=packed.device)
+        stream[1].add_(1)
+        return scale.new_zeros(0) if norms else None
+    device = packed.device
+    poison = _poison(device, torch._C._cuda_getCurrentRawStream(device.index) if packed.is_cuda else 0)
     v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
-    _launch(rows, words, tuple(scale.shape), rule)(
+    launch = _launch(rows, words, tuple(scale.shape), rule)
+    of_parts = torch.empty(launch.grid, device=device) if norms else None
+    launch(
         packed,
         scale,
         stream,
@@ -361,11 +394,12 @@ def low_bit_update(
         state.get("exp_avg_sq_columns_before"),
         state.get("exp_avg_sq_mean_before"),
         lr,
-        correction1,
-        correction2,
-        1 - rule.beta2 ** (step - 1),
+        *corrections,
         poison,
         state.get("latent_codes"),
         scale_before,
+        of_parts,
     )
-    scale.add_(poison)
+    _finish(scale.numel())(scale, stream, poison)
+    torch.autograd.graph.increment_version((packed, scale, stream))  # which torch counts of its own writes
+    return of_parts

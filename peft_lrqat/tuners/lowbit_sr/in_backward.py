@@ -4,6 +4,7 @@ where the gradient was.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 import torch.distributed as dist
 from accelerate.state import GradientState
 
+from ...ops.narrow_gradient import NarrowGradient
 from ..common.trainers import calling_trainer
+
+_NOTHING = contextlib.nullcontext()
 
 _RELEASED_ERROR = (
     "This gradient was used and freed when it arrived (`fused_backward=True`), but {name} asks for it. Clipping by the "
@@ -24,41 +28,55 @@ _RELEASED_ERROR = (
 
 
 class Released(torch.Tensor):
-    """Stands where a gradient was. Its norm is known; whoever would change it (or add to it) is told."""
+    """Stands where a gradient was. Its norm is known; whoever would change it (or add to it) is told.
 
-    norm_: torch.Tensor
+    Args:
+        like: the parameter.
+        norms: of parts of the gradient. Nobody may ask for the whole one's, so it is not computed before.
+    """
+
+    norms: torch.Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's docs do it
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, norm: torch.Tensor) -> Released:
+    def __new__(cls, like: torch.Tensor, norms: torch.Tensor) -> Released:
         self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        self.norm_ = norm
+        self.norms = norms
         return self
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
         aten = torch.ops.aten
         if func is aten.detach.default:
-            return cls(args[0], args[0].norm_)
+            return cls(args[0], args[0].norms)
         if func is aten.linalg_vector_norm.default and len(args) > 1 and args[1] == 2 and len(args) == 2:
-            return args[0].norm_.clone()  # Trainer logs it
+            return torch.linalg.vector_norm(args[0].norms)  # Trainer logs it
         if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
             return args[0]  # clipping that does not clip
         raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
 
 
 class UpdateInBackward:
-    """A parameter's hook. It must not keep the optimizer: Python's collector does not see references that torch's graph
-    holds, so parameter -> hook -> optimizer -> parameter would never be freed."""
+    """A parameter's hook, which has an optimizer take its gradient.
+
+    It must not keep the optimizer: Python's collector does not see references that torch's graph holds, so parameter ->
+    hook -> optimizer -> parameter would never be freed.
+
+    Args:
+        optimizer: its `arrive` is called with the parameter and its group, and tells whether it took the gradient.
+        group: the group's number.
+    """
 
     def __init__(self, optimizer: Any, group: int) -> None:
         self.optimizer, self.group = weakref.ref(optimizer), group
 
     def __call__(self, parameter: torch.Tensor) -> None:
         optimizer = self.optimizer()
-        if optimizer is not None:
-            optimizer._arrive(parameter, optimizer.param_groups[self.group])
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:  # it nearly never is
+            taken = optimizer is not None and optimizer.arrive(parameter, optimizer.param_groups[self.group])
+            if not taken and isinstance(parameter.grad, NarrowGradient):
+                parameter.grad = parameter.grad.wide()  # others may add to it
 
 
 def take_over(parameter: torch.Tensor, optimizer: Any = None) -> None:
@@ -71,6 +89,7 @@ def take_over(parameter: torch.Tensor, optimizer: Any = None) -> None:
     for number, hook in list(hooks.items()):
         if isinstance(hook, UpdateInBackward) and (optimizer is None or hook.optimizer() is not optimizer):
             del hooks[number]
+            parameter.taken_at_once = False  # type: ignore[attr-defined]  # hooks are on low-bit weights
             if (other := hook.optimizer()) is not None:
                 other.fused_backward = False  # or it would register anew in its next step
 

@@ -346,7 +346,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             how = (relative, projected, 1 / weight.scale, None, bits, values, learned)
             out = low_bit_linear(x, weight, weight.packed, *how)
             return out * scale.to(out.dtype)
-        return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, bias, bits, values, learned)
+        operands = (weight, weight.packed, scale, ternary, factor, bias, bits)
+        return low_bit_linear(x, *operands, values, learned, weight.taken_at_once)
 
     @staticmethod
     def _levels_and_scale(

@@ -9,6 +9,7 @@ gradient, so that no two dense gradients exist at a time.
 from __future__ import annotations
 
 import numbers
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from transformers import TrainingArguments
 from ...arguments import check_flags, nearest, with_suggestions
 from ...grid import TERNARY
 from ...ops.latent import new_latent
-from ...ops.low_bit_step import step_codes
+from ...ops.low_bit_step import Scalars, step_codes
+from ...ops.narrow_gradient import NarrowGradient
 from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
 from ..common import rules
 from .growth import grow
@@ -51,7 +53,7 @@ class LowBitAdamW(Optimizer):
         state with betas=(0, ...)       "8bit"  1;  "factored"  0.01;  "fp32"  4
         latent weights (ternary)        1 more
         gradients                       4, of all weights until `step()`
-        gradients, fused_backward=True  4, of one layer at a time
+        gradients, fused_backward=True  4 (of a bf16 or fp16 model 2), of one layer at a time
 
     So 8-bit weights take 8 bytes with all defaults (codes 1, base 1, state 2, gradient 4), 4 with
     `fused_backward=True`, and 3 with `keep_base=False` as well.
@@ -152,6 +154,8 @@ class LowBitAdamW(Optimizer):
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._compile = compile
         self._arrived: dict[torch.Tensor, int] = {}
+        self._rules: dict[torch.Tensor, tuple[tuple, Rule]] = {}
+        self._scalars = Scalars()
         self.fused_backward = fused_backward
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -255,28 +259,39 @@ class LowBitAdamW(Optimizer):
     def _register(self) -> None:
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
+                if not isinstance(parameter, LowBitTensor):
+                    continue
                 hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
                 alive = any(isinstance(hook, UpdateInBackward) and hook.optimizer() for hook in hooks.values())
-                if isinstance(parameter, LowBitTensor) and not alive:
+                if not alive:
                     parameter.register_post_accumulate_grad_hook(UpdateInBackward(self, index))
+                parameter.taken_at_once = True
 
-    @torch.no_grad()
-    def _arrive(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        """A gradient is complete: update its weight and free it."""
+    def arrive(self, parameter: Any, group: dict[str, Any]) -> bool:
+        """Update a weight whose gradient is complete, and free the gradient; False: it is not complete yet."""
         refuse_data_parallel()
-        self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
         if self.gradient_accumulation_steps is None:
-            if not gradients_are_complete():
-                return
-        elif self._arrived[parameter] < self.gradient_accumulation_steps:
-            return
-        grad: Any = parameter.grad
-        parameter.grad = None
-        norm = torch.linalg.vector_norm(grad)
-        self._step_codes(parameter, grad, group)  # type: ignore[arg-type]  # hooks are on low-bit weights
-        parameter.grad = Released(grad, norm)
+            complete = gradients_are_complete()
+        else:
+            self._arrived[parameter] = self._arrived.get(parameter, 0) + 1
+            complete = self._arrived[parameter] >= self.gradient_accumulation_steps
+        if complete:
+            grad = parameter.grad
+            parameter.grad = None
+            grad = grad.held if isinstance(grad, NarrowGradient) else grad
+            norms: Any = self._step_codes(parameter, grad, group, norms=True)
+            parameter.grad = Released(parameter, norms)
+        return complete
 
     def _rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:
+        """The rule of a weight's step, made anew where an option has changed."""
+        options = (parameter.error_feedback, *group["betas"], *_options(group))
+        known = self._rules.get(parameter)
+        if known is None or known[0] != options:
+            known = self._rules[parameter] = options, self._new_rule(parameter, group)
+        return known[1]
+
+    def _new_rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:
         feedback = group["error_feedback"]
         feedback = parameter.error_feedback if feedback is None else feedback
         beta1, beta2 = group["betas"]
@@ -305,11 +320,14 @@ class LowBitAdamW(Optimizer):
             self._compile,
         )
 
-    def _step_codes(self, parameter: LowBitTensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+    def _step_codes(
+        self, parameter: LowBitTensor, grad: torch.Tensor, group: dict[str, Any], norms: bool = False
+    ) -> torch.Tensor | None:
+        """Take a step; `norms` and what is returned are those of `step_codes`."""
         rule = self._rule(parameter, group)
-        state = self.state[parameter]
+        state, device = self.state[parameter], parameter.device
         if not state:
-            state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, parameter.device))
+            state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, device))
         if parameter.places is not None:  # the first step
             if rule.latent_weights and "latent_codes" not in state:
                 weight = parameter.packed, parameter.stream, rule.columns
@@ -319,14 +337,15 @@ class LowBitAdamW(Optimizer):
         last_lr = state.pop("last_lr", None)
         if rule.error_feedback:
             _scale_remainder(state, lr, last_lr)
-        if not isinstance(lr, torch.Tensor):
-            lr = torch.full((), lr, device=parameter.device)  # filled there: a copy would wait for the device
-        lr = lr.to(parameter.device, torch.float32)
-        step_codes(parameter.packed, parameter.scale, parameter.stream, grad, state, lr, rule)
+        lr = self._scalars.rate(lr, device)
+        corrections = self._scalars.corrections(rule, float(state["step"]) + 1, device)
+        codes = (parameter.packed, parameter.scale, parameter.stream)
+        found = step_codes(*codes, grad, state, lr, rule, corrections, norms)
         if rule.lr_unit == "weight":  # a rate in grid steps would double with the scale
             grow(parameter)
         if rule.error_feedback and (last_lr := _last_positive(group["lr"], last_lr)) is not None:
             state["last_lr"] = last_lr
+        return found
 
     def _step_floats(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
@@ -389,7 +408,10 @@ class LowBitAdamW(Optimizer):
                 kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
                 kinds["latent_codes"] = torch.empty(0, dtype=torch.int8)
                 for name, value in state.items():
-                    state[name] = value.to(parameter.device, kinds[name].dtype) if name in kinds else value
+                    device = torch.device("cpu") if name == "step" else parameter.device
+                    state[name] = value.to(device, kinds[name].dtype) if name in kinds else value
+                if "exp_avg_sq_rows" in state:  # which earlier files have without their mean
+                    state["exp_avg_sq_mean"] = state["exp_avg_sq_rows"].mean()
                 if (step := state.pop("exp_avg_step", None)) is not None:
                     linear = state["exp_avg_codes"], step.to(parameter.device, torch.float32)
                     state["exp_avg_codes"], state["exp_avg_unit"] = momentum_of_linear_codes(*linear)
@@ -459,6 +481,9 @@ _RULES = {
     "latent_weights": rules.optional(rules.FLAG),
 }
 
+
+#: The options of a group that a `Rule` is made of, but for `betas`.
+_options = operator.itemgetter("eps", "weight_decay", "error_feedback", "lr_unit", "state", "latent_weights")
 
 # a learning rate, as torch takes it
 Rate = float | torch.Tensor

@@ -64,6 +64,8 @@ class LowBitTensor(torch.Tensor):
             first step of an optimizer; None: nobody knows. Whoever writes other codes or scales makes it UNKNOWN.
         known_count: how often the weight had been rounded when `growth.py` looked last, and the version of `stream`
             then; None before that.
+        taken_at_once: whether an optimizer takes each gradient when it arrives (`fused_backward`), so that it need not
+            be cast to fp32.
     """
 
     packed: torch.Tensor
@@ -75,6 +77,7 @@ class LowBitTensor(torch.Tensor):
     grows: bool
     places: torch.Tensor | None
     known_count: tuple[int, int] | None
+    taken_at_once: bool
 
     _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
     ds_status = Mark(DEEPSPEED, asking=True)  # DeepSpeed's engine asks every parameter, in every stage
@@ -107,7 +110,7 @@ class LowBitTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=packed.device)
         self.packed, self.scale, self.stream = packed, scale, stream
         self.grid, self.error_feedback, self.fine_tunes, self.grows = grid, error_feedback, fine_tunes, grows
-        self.places, self.known_count = None, None
+        self.places, self.known_count, self.taken_at_once = None, None, False
         return self
 
     def __init__(self, *args: Any) -> None:

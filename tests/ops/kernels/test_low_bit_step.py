@@ -131,6 +131,41 @@ def test_a_gradient_that_is_not_finite_poisons_the_scale(state, group_size, bad)
         assert torch.equal(found[name][kept], expected[name][kept]), name
 
 
+def test_what_one_weight_broke_another_does_not_have():
+    """Steps one after the other: scales are NaN where the update was not finite, and only there."""
+    start = weight(3, -1, (6, 300))
+    finite, broken = gradients((6, 300), 1)[0], torch.full((6, 300), torch.nan, device=DEVICE)
+    options = {"lr": 0.01, "state": "8bit", "error_feedback": False}
+    assert trained(True, start, [broken], **options)["scale"].isnan().all()
+    found = trained(True, start, [finite], **options)
+    assert torch.equal(found["scale"], start.scale)
+    assert trained(True, start, [finite, broken, finite], **options)["scale"].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_step_counts_as_a_write(kernels: bool):
+    """Autograd, and layers that keep a weight, ask torch whether something was written."""
+    p = nn.Parameter(weight(4, -1, (5, 45)))
+    inner = p.packed, p.scale, p.stream
+    before = [tensor._version for tensor in inner]
+    optimizer = LowBitAdamW([p])
+    (p.grad,) = gradients((5, 45), 1)
+    with use_kernels(kernels):
+        optimizer.step()
+    assert all(tensor._version > version for tensor, version in zip(inner, before, strict=True))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_norms_of_parts_make_the_norm(kernels: bool, state: str):
+    p = nn.Parameter(weight(4, -1, (6, 300)))
+    optimizer = LowBitAdamW([p], state=state)
+    (grad,) = gradients((6, 300), 1, torch.bfloat16)
+    with use_kernels(kernels):
+        norms = optimizer._step_codes(p, grad, optimizer.param_groups[0], norms=True)
+    torch.testing.assert_close(torch.linalg.vector_norm(norms), torch.linalg.vector_norm(grad.float()))
+
+
 def test_random_words_are_those_of_the_reference():
     """Codes that only u decides: moves of half a grid step, from far down a row and far along the stream."""
     shape = (2, 1030)

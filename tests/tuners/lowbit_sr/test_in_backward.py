@@ -16,16 +16,23 @@ from tests.lowbit_sr import IDS, codes, run, trainable, weights
 from tests.models import low_bit, tiny
 
 
+@pytest.mark.parametrize("state", ["8bit", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_fused_backward_is_the_ordinary_step(accumulate: int):
-    model = low_bit(tiny(), bits=4, learn_scales=True, error_feedback=True)
+@pytest.mark.parametrize("learn_scales", [True, False])
+def test_fused_backward_is_the_ordinary_step(accumulate: int, learn_scales: bool, dtype: torch.dtype, state: str):
+    """Of a bf16 model, the ordinary step is given fp32 gradients, and the other one what the products made."""
+    model = low_bit(tiny(dtype=dtype), bits=4, learn_scales=learn_scales, error_feedback=True)
     twin = copy.deepcopy(model)
-    fused = LowBitAdamW(
-        trainable(model), lr=1e-2, fused_backward=True, gradient_accumulation_steps=accumulate, weight_decay=0.1
-    )
+    options = {"lr": 1e-2, "weight_decay": 0.1, "state": state}
+    fused = LowBitAdamW(trainable(model), fused_backward=True, gradient_accumulation_steps=accumulate, **options)
+    ordinary = LowBitAdamW(trainable(twin), **options)
     run(model, fused, accumulate=accumulate)
-    run(twin, LowBitAdamW(trainable(twin), lr=1e-2, weight_decay=0.1), accumulate=accumulate)
+    run(twin, ordinary, accumulate=accumulate)
     assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(twin), strict=True))
+    for p, q in zip(weights(model).values(), weights(twin).values(), strict=True):
+        tensors = {name: value for name, value in ordinary.state[q].items() if isinstance(value, torch.Tensor)}
+        assert all(torch.equal(fused.state[p][name], value) for name, value in tensors.items())
 
 
 def test_fused_backward_keeps_no_gradient():
@@ -36,6 +43,44 @@ def test_fused_backward_keeps_no_gradient():
     assert all(grad.untyped_storage().nbytes() == 0 or grad.data_ptr() == 0 for grad in held)
     optimizer.step()
     assert all(p.grad is None for p in weights(model).values())
+
+
+def test_between_backward_passes_gradients_are_fp32_and_anybodys():
+    """Those of a bf16 model, of which more are to come; or whose optimizer is gone."""
+    model = low_bit(tiny(dtype=torch.bfloat16)).train()
+    twin = copy.deepcopy(model)
+    optimizer = LowBitAdamW(trainable(model), fused_backward=True, gradient_accumulation_steps=2)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    twin(input_ids=IDS, labels=IDS).loss.backward()
+    for p, q in zip(weights(model).values(), weights(twin).values(), strict=True):
+        assert type(p.grad) is torch.Tensor
+        assert torch.equal(p.grad, q.grad)
+    model.zero_grad()
+    del optimizer
+    gc.collect()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(type(p.grad) is torch.Tensor for p in weights(model).values())
+
+
+def test_hooks_of_gradients_see_fp32_and_what_they_change_counts():
+    """As gradient scaling or noise of one's own does it; the optimizer takes what they leave."""
+    found = []
+    for fused in (True, False):
+        model = low_bit(tiny(dtype=torch.bfloat16)).train()
+        seen = []
+
+        def scale(p, seen=seen):
+            seen.append(p.grad.clone())
+            p.grad.detach().mul_(1 / 3)
+
+        for p in weights(model).values():
+            p.register_post_accumulate_grad_hook(scale)
+        optimizer = LowBitAdamW(trainable(model), lr=1e-2, fused_backward=fused)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        assert all(type(grad) is torch.Tensor and grad.dtype == torch.float32 for grad in seen)
+        found.append([*seen, *codes(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_fused_backward_lets_go_of_model_and_optimizer():
@@ -98,12 +143,13 @@ def test_fused_backward_finishes_a_short_accumulation():
     assert not optimizer._arrived
 
 
-def test_a_layer_used_twice_is_updated_once_with_the_sum():
-    block = nn.Linear(16, 16, bias=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_used_twice_is_updated_once_with_the_sum(dtype: torch.dtype):
+    block = nn.Linear(16, 16, bias=False, dtype=dtype)
     model = low_bit(nn.ModuleDict({"block": block}), target_modules=["block"], task_type=None)
     layer = model.base_model.model["block"]
     twin = copy.deepcopy(layer)
-    x = torch.randn(5, 16)
+    x = torch.randn(5, 16, dtype=dtype)
     fused = LowBitAdamW([layer.lowbitsr_weight["default"].weight], lr=1e-1, fused_backward=True)
     layer(layer(x)).square().sum().backward()
     fused.step()

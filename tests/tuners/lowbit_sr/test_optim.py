@@ -254,6 +254,28 @@ def test_latent_weights_are_saved_and_go_on_bit_for_bit(state: str, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
 
 
+@pytest.mark.parametrize("state", ["8bit", "factored"])
+def test_a_state_of_earlier_files_goes_on(state: str):
+    """Without the mean of the factored state, and with the number of steps wherever it was saved."""
+    start = low_bit_weights.weight(4, -1, (5, 300))
+    grads, found = [torch.randn(5, 300) for _ in range(4)], []
+    for earlier in (False, True):
+        p = nn.Parameter(start.clone())
+        optimizer = LowBitAdamW([p], state=state, lr=1e-2)
+        for number, grad in enumerate(grads):
+            if number == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                if earlier:
+                    saved["state"][0].pop("exp_avg_sq_mean", None)
+                    saved["state"][0]["step"] = saved["state"][0]["step"].double()
+                optimizer = LowBitAdamW([p], state=state, lr=1e-2)
+                optimizer.load_state_dict(saved)
+            p.grad = grad
+            optimizer.step()
+        found.append([p.packed, *(value for value in optimizer.state[p].values() if isinstance(value, torch.Tensor))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_state_of_another_optimizer_is_refused():
     p = nn.Parameter(low_bit_weights.weight(1.58, -1, (5, 300)))
     other = torch.optim.AdamW([p])

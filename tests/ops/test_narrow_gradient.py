@@ -1,0 +1,71 @@
+"""A gradient that is held in bf16 is one of fp32 for everybody but who knows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_lrqat.ops.narrow_gradient import NarrowGradient
+
+VALUES = torch.randn(3, 5, dtype=torch.bfloat16)
+
+
+def narrow() -> NarrowGradient:
+    return NarrowGradient(VALUES.clone())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda g: g + 1,
+        lambda g: g.sum(0),
+        lambda g: g[1:].clone(),
+        lambda g: torch.linalg.vector_norm(g),
+        lambda g: torch.stack([g, g]),
+        lambda g: g.to(torch.float64),
+    ],
+    ids=["add", "sum", "slice", "norm", "stack", "cast"],
+)
+def test_whoever_reads_it_finds_fp32(read):
+    found, expected = read(narrow()), read(VALUES.float())
+    assert type(found) is torch.Tensor
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_it_is_narrow_until_somebody_looks():
+    gradient = narrow()
+    assert (gradient.dtype, gradient.shape) == (torch.float32, VALUES.shape)
+    assert gradient.held.dtype == torch.bfloat16
+    assert gradient.detach().held is gradient.held
+    assert str(gradient) == str(VALUES.float())
+    assert gradient.held.dtype == torch.float32
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_what_is_written_to_it_stays(detached: bool):
+    gradient = narrow()
+    (gradient.detach() if detached else gradient).mul_(1 / 3)
+    gradient[0] = 7
+    expected = VALUES.float().mul_(1 / 3)
+    expected[0] = 7
+    assert torch.equal(gradient.held, expected)
+
+
+def test_sums_in_backward_are_fp32s():
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, leaf):
+            return leaf.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return narrow()
+
+    leaf = torch.zeros(3, 5, requires_grad=True)
+    Same.apply(leaf).sum().backward()
+    assert isinstance(leaf.grad, NarrowGradient)
+    leaf.grad = None
+    (Same.apply(leaf) + Same.apply(leaf) + leaf).sum().backward()
+    Same.apply(leaf).sum().backward()  # to what is there
+    assert torch.equal(torch.zeros(3, 5) + leaf.grad, VALUES.float() * 2 + 1 + VALUES.float())
