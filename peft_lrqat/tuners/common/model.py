@@ -391,6 +391,12 @@ class QuantizingModel(QuickWalks, LoraModel):
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)
         adapted = {name: model.get_submodule(name) for name in _layers_with(adapter_name, model)}
+        if not adapted:
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be saved: the model has no layer of it any more, since "
+                "`merge_and_unload()` or `unload()`. Save adapters before; what these return is saved by its own "
+                "`save_pretrained`."
+            )
         if dtype_of(adapted) == "float32":  # perhaps since `model.float()`; it holds the values of every base
             config.base_dtype = "float32"
         config._saved_as = adapter_name

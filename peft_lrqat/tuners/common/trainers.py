@@ -18,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ...modules.packed import MERGED
 from .frozen import FrozenWeight
+from .layer import MergingLayer
 
 
 def log_before_trackers(callback: TrainerCallback) -> None:
@@ -47,21 +48,34 @@ def calling_trainer() -> Any:
 
 
 def check_trained(tuner: nn.Module) -> None:
-    """Raise ValueError if the Trainer that calls the caller trains this model, and no parameter requires gradients.
+    """Raise ValueError if the Trainer that calls the caller trains this model, and nothing of it would change.
 
     PyTorch would say in backward that there is no gradient; with gradient checkpointing, nobody would say a word.
     """
-    if any(parameter.requires_grad for parameter in tuner.parameters()):
+    layer = next((module for module in tuner.modules() if isinstance(module, MergingLayer)), None)
+    merged = layer is None or layer.merged
+    if not merged and any(parameter.requires_grad for parameter in tuner.parameters()):
         return
     trainer = calling_trainer()
     if trainer is None or not trainer.is_in_train or not any(module is tuner for module in trainer.model.modules()):
         return
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+    if layer is not None and layer.merged:
         raise ValueError(
-            "Nothing of the model would be trained: none of its parameters requires gradients. To go on with an "
-            "adapter, load it with `is_trainable=True` (`PeftModel.from_pretrained(model, folder, "
-            "is_trainable=True)`); `model.set_adapter(name)` makes one trainable that is there already."
+            f"Nothing of the adapters {layer.merged_adapters} would be trained: they are merged. Call "
+            "`model.unmerge_adapter()` before."
         )
+    if any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        return
+    if layer is None:
+        raise ValueError(
+            "Nothing of the model would be trained: its adapters were merged (`merge_and_unload`) or unloaded. Begin a "
+            "new training with a new adapter, or load the saved one, with `is_trainable=True`, on the float model."
+        )
+    raise ValueError(
+        "Nothing of the model would be trained: none of its parameters requires gradients. To go on with an adapter, "
+        "load it with `is_trainable=True` (`PeftModel.from_pretrained(model, folder, is_trainable=True)`); "
+        "`model.set_adapter(name)` makes one trainable that is there already."
+    )
 
 
 def _look(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

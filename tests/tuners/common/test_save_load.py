@@ -175,6 +175,19 @@ def test_the_file_holds_the_adapter_and_nothing_else(method: ModuleType, trained
     assert f"KeyError: '{method.TYPE}'" in card
 
 
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+def test_nothing_is_saved_over_an_adapter_whose_layers_are_gone(method: ModuleType, end: str, tmp_path: Path):
+    """A Trainer's `save_model()` after `merge_and_unload()`: PEFT would write a file without a tensor."""
+    model = method.random_adapter(tiny())
+    model.save_pretrained(tmp_path)
+    files = [tmp_path / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    before = [file.read_bytes() for file in files]
+    getattr(model, end)()
+    with pytest.raises(ValueError, match=r"Adapter 'default' cannot be saved: the model has no layer of it any more"):
+        model.save_pretrained(tmp_path)
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_early_files_whose_scale_shifts_had_another_name_load(method: ModuleType, base_folder: Path, tmp_path: Path):
     model = method.adapt(load(base_folder), **OPTIONS, learn_scales=True)
     train(model, IDS)

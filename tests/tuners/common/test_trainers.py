@@ -58,6 +58,21 @@ def test_a_model_of_which_nothing_is_trained_is_refused(checkpointing: bool, tmp
     Trainer(going_on, args, None, ids_dataset()).train()
 
 
+def test_adapters_that_are_merged_are_not_trained(tmp_path):
+    args = arguments(tmp_path, max_steps=1, gradient_checkpointing=True)
+    model = adapted(tiny(), group_size=8)
+    model.merge_adapter()
+    run = Trainer(model, args, None, ids_dataset(), ids_dataset())
+    run.evaluate()
+    with pytest.raises(ValueError, match=r"adapters \['default'\] would be trained: they are merged.*unmerge_adapter"):
+        run.train()
+    model.unmerge_adapter()
+    run.train()
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="its adapters were merged"):
+        run.train()
+
+
 def test_a_merged_model_is_frozen(tmp_path):
     args = arguments(tmp_path, max_steps=1, gradient_checkpointing=True)
     merged = adapted(tiny(), group_size=8).merge_and_unload()
