@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -266,7 +267,7 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
 
     Raises:
         ValueError: the base model cannot be loaded, is not the one that the adapter was trained on, or the adapter is
-            of another method.
+            of another method, or its file lacks tensors.
     """
     from peft import auto
 
@@ -310,10 +311,12 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
                 dtype=config.base_dtype or "auto",
                 trust_remote_code=trusted,
             )
-            model = loader._target_peft_class.from_pretrained(base, str(folder))
+            with _complete(folder):
+                model = loader._target_peft_class.from_pretrained(base, str(folder))
         else:
             options = {} if classes is None else {"num_labels": classes}
-            model = _on_its_base(loader, folder, config.base_dtype, trust_remote_code=trusted, **options)
+            with _complete(folder):
+                model = _on_its_base(loader, folder, config.base_dtype, trust_remote_code=trusted, **options)
     except OSError as error:
         what = "Load"
         if not os.path.isabs(place) and not os.path.exists(place):
@@ -332,6 +335,25 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
             "class of the head, or none (`base_head`: null)."
         ) from error
     return model, _tokenizer_place(folder, config)
+
+
+@contextlib.contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """Raise ValueError where PEFT only warns: what the file of the adapter lacks would be as it was before training."""
+    missing = "Found missing adapter keys"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", missing)
+            yield
+    except UserWarning as warning:
+        if missing not in str(warning):
+            raise
+        first = str(warning).partition("[")[2].split(",")[0].rstrip("]. ")
+        raise ValueError(
+            f"The file of the adapter in {str(folder)!r} lacks tensors that its adapter_config.json asks for, e.g. "
+            f"{first}: it was saved after `merge_and_unload()`, or in part. Take an earlier checkpoint, or save it "
+            "again before merging."
+        ) from warning
 
 
 def _classes(folder: Path, config: Any, model_class: Any, described: Any, trusted: bool) -> int | None:

@@ -86,6 +86,9 @@ def verify(
             found.findings.append(compare.caches(checkpoint, source))
     if not engine:
         return found
+    if _shapes(checkpoint) != _shapes(source):
+        found.skipped = "the two are models of other layers or sizes"
+        return found
     found.skipped = checkpoint.problem() or _other_rule(checkpoint)
     if found.skipped:  # whatever is installed
         return found
@@ -108,6 +111,13 @@ def verify(
     if checkpoint.activations() <= {None, bitnet.ACTIVATIONS}:  # another's answer to unit vectors is rounded
         found.findings.append(_layers(model, source))
     return found
+
+
+def _shapes(source: Source) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """What two sources of one architecture have in common: the vocabulary's size, and the sizes of linear layers."""
+    linears = {name: info for name, info in source.grids().items() if info.kind == "linear"}
+    sizes = {name: (info.out_features, info.in_features) for name, info in linears.items()}
+    return getattr(source.config.get_text_config(), "vocab_size", None), sizes
 
 
 def _other_rule(checkpoint: Source) -> str:

@@ -95,3 +95,13 @@ def test_how_inputs_are_rounded_is_compared_too(tmp_path):
     found = verify(tmp_path / "a", against=tmp_path / "b", engine=False)
     assert [finding.equal for finding in found.findings] == [True, True, False]
     assert "127.5 steps" in found.findings[2].detail
+
+
+def test_another_model_is_unequal_and_not_run_beside_the_first(tmp_path):
+    on_grid(Grid(4, 32)).save_pretrained(tmp_path / "a")
+    on_grid(Grid(4, 32), intermediate_size=128).save_pretrained(tmp_path / "b")
+    found = verify(tmp_path / "a", against=tmp_path / "b")
+    assert not found
+    assert found.skipped == "the two are models of other layers or sizes"
+    assert [finding.what for finding in found.findings] == ["codes, scales, zero points", "other tensors"]
+    assert not found.findings[0].equal

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from peft_lrqat import LRQATConfig, preprocess_gptq
@@ -80,4 +81,19 @@ def test_adapters_without_their_base(tmp_path):
     model.peft_config["default"].base_model_name_or_path = "gone"  # from where it was trained
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="If it is a folder, do this where the adapter was trained"):
+        open_source(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_adapters_whose_file_lacks_tensors(left: int, tmp_path):
+    """PEFT warns, and the layers would be those of before training; the command would call them the trained ones."""
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert open_source(tmp_path / "adapter").grids()
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(dict(list(load_file(file).items())[:left]), file)
+    with pytest.raises(
+        ValueError, match=r"lacks tensors that its adapter_config\.json asks for, e\.g\. '.*proj\.lora_"
+    ):
         open_source(tmp_path / "adapter")
