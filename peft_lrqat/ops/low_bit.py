@@ -30,6 +30,10 @@ __all__ = ["low_bit_levels", "low_bit_linear", "low_bit_weight", "mean_code"]
 
 _NAMESPACE = "peft_lrqat"
 
+#: From how many tokens on a product is made after its function has returned (`low_bit_linear`). With fewer of them, a
+#: step waits for Python, of which that takes some microseconds more.
+_LATE_TOKENS = 2048
+
 
 @torch.library.custom_op(f"{_NAMESPACE}::mean_code", mutates_args=())
 def mean_code(packed: Tensor, rows: int, groups: int, bits: int, in_features: int) -> Tensor:
@@ -64,6 +68,25 @@ def _linear_impl(
         implementation = kernels_for(packed) or reference
         weight = implementation.low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
+
+
+def _linear_into(
+    out: Tensor, x: Tensor, packed: Tensor, scale: Tensor, ternary_scale: Tensor | None, bias: Tensor | None, bits: int
+) -> None:
+    """Write what `_linear_impl` returns to a contiguous tensor, without a graph."""
+    with no_autocast(x, x.dtype):
+        implementation = kernels_for(packed) or reference
+        weight = implementation.low_bit_weight(packed, scale, ternary_scale, bits, x.shape[-1], x.dtype)
+        x, out = x.detach(), out.detach()
+        if x.dim() not in (2, 3) or not x.is_contiguous():
+            out.copy_(torch.nn.functional.linear(x, weight, None if bias is None else bias.detach()))
+            return
+        # the same product as that of `linear`
+        flat, flat_out = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+        if bias is None:
+            torch.mm(flat, weight.t(), out=flat_out)
+        else:
+            torch.addmm(bias.detach(), flat, weight.t(), out=flat_out)
 
 
 def low_bit_weight(
@@ -156,6 +179,7 @@ class _Others(NamedTuple):
     values: Tensor | None
     how: list[Any]  # of `LearnedScale`, all but log2
     narrow: bool
+    late: bool
 
 
 class _LowBitLinear(torch.autograd.Function):
@@ -172,7 +196,7 @@ class _LowBitLinear(torch.autograd.Function):
         log2: Tensor | None,
         others: _Others,
     ) -> Tensor:
-        stored, ctx.bits, values, ctx.how, narrow = others
+        stored, ctx.bits, values, ctx.how, narrow, late = others
         packed, scale, ternary_scale, factor = stored
         x = given if values is None else values
         need_x, need_weight, need_learned, _, need_log2, _ = ctx.needs_input_grad
@@ -187,6 +211,8 @@ class _LowBitLinear(torch.autograd.Function):
         ctx.kept, ctx.versions = (kept, versions(kept)) if own else (None, None)
         needs_values = need_weight or need_learned
         ctx.save_for_backward(x if needs_values else None, given if rounds else None, *(() if own else kept))
+        if late:
+            return x.new_empty(*x.shape[:-1], packed.shape[0])
         run = _linear_op if compiling else _linear_impl
         return run(x, packed, scale, ternary_scale, bias, ctx.bits)
 
@@ -255,5 +281,12 @@ def low_bit_linear(
     if ternary_scale is not None:
         ternary_scale = ternary_scale.detach()
     log2, *how = (None,) if learned is None else learned
-    others = _Others((packed, scale, ternary_scale, factor), bits, values, how, narrow)
-    return _LowBitLinear.apply(x, weight, trained, bias, log2, others)
+    inputs = x if values is None else values
+    # Gradient checkpointing computes a block again until autograd has all that it keeps of it, which it has when the
+    # function returns. If the product is made afterwards, that of the block's last layer is not made in vain.
+    late = not torch.compiler.is_compiling() and inputs.numel() >= _LATE_TOKENS * inputs.shape[-1]
+    others = _Others((packed, scale, ternary_scale, factor), bits, values, how, narrow, late)
+    out = _LowBitLinear.apply(x, weight, trained, bias, log2, others)
+    if late:
+        _linear_into(out, inputs, packed, scale, ternary_scale, bias, bits)
+    return out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_lrqat.grid import Grid, grouped, quantize
-from peft_lrqat.ops import low_bit_linear, mean_code
+from peft_lrqat.ops import low_bit_linear, mean_code, use_kernels
 from peft_lrqat.ops.reference import low_bit_weight
 from peft_lrqat.packing import pack
 from peft_lrqat.ranges import choose_range
@@ -100,3 +100,40 @@ def test_codes_and_scales_that_changed_since_forward_are_refused(changed: str, l
     {"packed": packed, "scale": scale}[changed].add_(1)
     with pytest.raises(RuntimeError, match=r"in ?place"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(7, COLS), (2, 7, COLS), (2, 3, 7, COLS), (COLS,), (0, COLS)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_tokens_are_multiplied_as_few_are(bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    _, packed, scale = operands(Grid(4, -1))
+    offset = torch.randn(ROWS, requires_grad=True) if bias else None
+    for x in (torch.randn(shape), torch.randn(*shape[:-1], 2 * COLS)[..., ::2]):
+        found = []
+        for tokens in (0, 2**62):
+            monkeypatch.setattr("peft_lrqat.ops.low_bit._LATE_TOKENS", tokens)
+            leaf, weight = x.clone().requires_grad_(), torch.zeros(ROWS, COLS, requires_grad=True)
+            y = low_bit_linear(leaf * 1, weight, packed, scale, None, None, offset, 4)
+            found.append((y, *torch.autograd.grad(y.square().sum(), [leaf, weight])))
+        assert all(torch.equal(late, soon) for late, soon in zip(*found, strict=True))
+
+
+def test_checkpointing_makes_no_product_in_vain(monkeypatch: pytest.MonkeyPatch):
+    """Two layers, forward, once more the first of them, and both in backward."""
+    _, packed, scale = operands(Grid(4, -1))
+    weight, built = torch.zeros(ROWS, COLS, requires_grad=True), []
+
+    def counting(*args, build=low_bit_weight):
+        built.append(args)
+        return build(*args)
+
+    monkeypatch.setattr("peft_lrqat.ops.reference.low_bit_weight", counting)
+    monkeypatch.setattr("peft_lrqat.ops.low_bit._LATE_TOKENS", 0)
+    x = torch.randn(5, COLS, requires_grad=True)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        y = low_bit_linear(x, weight, packed, scale, None, None, None, 4)
+        return low_bit_linear(y.repeat(1, -(-COLS // ROWS))[:, :COLS], weight, packed, scale, None, None, None, 4)
+
+    with use_kernels(False):
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert len(built) == 2 + 1 + 2
