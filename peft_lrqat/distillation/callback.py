@@ -312,8 +312,8 @@ class Distillation(TrainerCallback):
             teacher = load_teacher(self.teacher, student, self.keep)
         except OSError as error:
             raise ValueError(
-                f"The teacher {str(self.teacher)!r} is no folder of stored logits, and it could not be loaded as a "
-                f"model: {error}"
+                f"The teacher {str(self.teacher)!r} is no folder of stored logits (`store_logits` writes one), and it "
+                f"could not be loaded as a model: {error}"
             ) from error
         return ModelTeacher(teacher, student)
 
@@ -340,8 +340,14 @@ def _check_arguments(args: Any) -> None:
             "probabilities are what it stands in for. Set it to 0."
         )
     kind = getattr(args, "loss_type", None)  # "chunked_nll" is the default of TRL 1.4 to 1.12
-    if kind not in (None, "nll"):
+    if kind in ("dft", "chunked_nll"):
         raise ValueError(f"TRL's `loss_type={kind!r}` makes another loss than the model's. Use `loss_type='nll'`.")
+    if kind not in (None, "nll"):
+        raise ValueError(
+            f"The trainer of a {type(args).__name__} has a loss of its own (`loss_type={kind!r}`), and `Distillation` "
+            "stands in for that of next tokens. Take it in SFTTrainer or transformers' Trainer before, and leave it "
+            "out here."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             "`Distillation` does not go with `nn.DataParallel`, which the Trainer uses as several GPUs are visible to "

@@ -257,6 +257,20 @@ def _replaced():
     return model
 
 
+def _dpo(folder: Path) -> Trainer:
+    from trl import DPOConfig, DPOTrainer
+
+    preferences = Dataset.from_list([{"prompt": "w3", "chosen": "w4", "rejected": "w5"}] * 4)
+    args = arguments(folder, DPOConfig, max_length=16)
+    return DPOTrainer(
+        adapted(tiny(), group_size=8),
+        args=args,
+        train_dataset=preferences,
+        processing_class=word_tokenizer(),
+        callbacks=[Distillation(TEACHER)],
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -269,6 +283,7 @@ def _replaced():
         (lambda d: trainer(tiny(), d, Distillation(TEACHER), Distillation(TEACHER)), "Give it one"),
         (lambda d: trainer(tiny(), d, Distillation(tiny(vocab_size=64))), "64 tokens in its vocabulary"),
         (lambda d: sft(tiny(), d, Distillation(TEACHER), loss_type="dft"), "Use `loss_type='nll'`"),
+        (_dpo, "trainer of a DPOConfig has a loss of its own .*sigmoid.*leave it out here"),
         (
             lambda d: Trainer(
                 tiny(),
@@ -280,7 +295,7 @@ def _replaced():
             "called without labels",
         ),
     ],
-    ids=["own", "replaced", "smoothing", "backwards", "past", "twice", "two", "vocabulary", "dft", "loss_func"],
+    ids=["own", "replaced", "smoothing", "backwards", "past", "twice", "two", "vocabulary", "dft", "dpo", "loss_func"],
 )
 def test_what_goes_past_the_loss_is_refused_before_anything_is_trained(tmp_path, make, message):
     run = make(tmp_path)
