@@ -110,6 +110,26 @@ def no_autocast(tensor: torch.Tensor, only: torch.dtype | None = None) -> contex
     return stack
 
 
+def refuse_transforms() -> None:
+    """Raise RuntimeError where `torch.jit.trace` or a transform of `torch.func` runs, which build no W^ from integers.
+
+    The first would fail somewhere inside, the second with advice for whoever writes operations.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._is_tracing():
+        raise RuntimeError(
+            "A layer on a grid cannot be recorded by `torch.jit.trace` (nor by torch.onnx.export with `dynamo=False`). "
+            "`torch.export.export` can; for an engine, write the format that it reads (`peft_lrqat.export`)."
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "A layer on a grid has no rule for functorch transforms (`torch.func.grad`, `vmap`, `jvp`, `jacrev`): its "
+            "rounded weight is built outside of the graph. Use `backward()` or `torch.autograd.grad`, a loop in place "
+            "of `vmap`, or leave the layers float (`exclude_modules`). `torch.func.functional_call` works."
+        )
+
+
 def refuse_second_derivatives() -> None:
     """For backward: raise RuntimeError if it is recorded (`create_graph=True`), because W^ is built without a graph.
 

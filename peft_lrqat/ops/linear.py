@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import cast, kernels_for, no_autocast, refuse_second_derivatives
+from .dispatch import cast, kernels_for, no_autocast, refuse_second_derivatives, refuse_transforms
 from .staging import staged, versions
 from .static_inputs import LearnedScale, rounding_gradients
 from .stored_base import BaseFormat
@@ -329,5 +329,6 @@ def quantized_linear(
     constants = (c, bits, downcast, scale_dtype)
     if torch.compiler.is_compiling():
         return _linear_op(x, base, scale0, shift, zero_point, A, B, bias, *constants)
+    refuse_transforms()
     log2, *how = (None,) if learned is None else learned
     return _Linear.apply(x, shift, A, B, bias, log2, _Others((base, scale0, zero_point), constants, values, how))

@@ -20,7 +20,7 @@ from ..chunks import row_chunks
 from ..grid import grouped
 from ..packing import unpack
 from . import reference
-from .dispatch import kernels_for, no_autocast, refuse_second_derivatives
+from .dispatch import kernels_for, no_autocast, refuse_second_derivatives, refuse_transforms
 from .narrow_gradient import NarrowGradient
 from .reference import low_bit_levels
 from .staging import versions
@@ -275,6 +275,7 @@ def low_bit_linear(
     Returns:
         (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
     """
+    refuse_transforms()
     trained = scale if ternary_scale is None else ternary_scale
     if scale.requires_grad:
         scale = scale.detach()

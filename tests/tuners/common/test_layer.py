@@ -102,3 +102,18 @@ def test_second_derivatives_are_refused(method: ModuleType, kind: str):
     with pytest.raises(RuntimeError, match="`create_graph=True` asks for second derivatives"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     torch.autograd.grad(model(x).square().sum(), x)
+
+
+@pytest.mark.parametrize("kind", ["adapted", "merged"])
+def test_what_records_or_transforms_functions_is_refused_by_name(method: ModuleType, kind: str):
+    net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 8))
+    model = method.adapt(net, **method.GRID, target_modules=["0"], task_type=None)
+    model = model.merge_and_unload() if kind == "merged" else model
+    x = torch.randn(3, 16)
+    with pytest.raises(RuntimeError, match=r"`torch\.jit\.trace`.*`torch\.export\.export` can"):
+        torch.jit.trace(model, x)
+    for transformed in (torch.vmap(model), torch.func.grad(lambda x: model(x).sum())):
+        with pytest.raises(RuntimeError, match=r"functorch transforms.*functional_call` works"):
+            transformed(x)
+    parameters = dict(model.named_parameters())
+    assert torch.equal(torch.func.functional_call(model, parameters, (x,)), model(x))
