@@ -82,7 +82,7 @@ def measured(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         return held_out_loss(model, text["held-out"][chosen], 64).item()
 
     options = parse_method(f"float:lr={args.float_rate},float_lr={args.float_rate}")
-    floating = train(float_model(args, "normal", seed), options, text["first"], args.float_steps, seed, args)
+    floating = train(float_model(args, "normal", seed, device), options, text["first"], args.float_steps, seed, args)
     floating.requires_grad_(False)
     before, runs = loss(floating), []
     for method in args.methods:
