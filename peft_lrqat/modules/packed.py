@@ -318,6 +318,10 @@ def merged_layer(
     return packed
 
 
+#: An attribute of models whose integers were made in memory: what they were called before.
+FLOAT_NAME = "_float_name"
+
+
 def describe(model: Any, record: Record | None = None) -> str:
     """Set `config.quantization_config` to what `save_pretrained` writes of a model with layers of `merged_layer`.
 
@@ -340,7 +344,8 @@ def describe(model: Any, record: Record | None = None) -> str:
     stored = {**quantized, **{file: quantized[name] for name, file in names.items() if file is not None}}
     floats = float_names(model, modules, quantized)
     cache = rounding_of(model)
-    if record is not None:
+    if record is not None:  # its integers were made here, and no folder has them
+        setattr(model, FLOAT_NAME, getattr(model, "name_or_path", None))
         record = replace(record, cache=cache)
         record.with_layers({name: layer.grid for name, layer in stored.items()}).put_into(model.config)
     if BitNetLinear in kinds:

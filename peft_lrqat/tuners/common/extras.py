@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...modules.packed import FLOAT_NAME
 from .layer import MergingLayer
 
 # The heads that PEFT trains in float by itself, whether the model has them or not. For the last two tasks it thinks of
@@ -83,6 +84,23 @@ def warn_of_unsaved(model: nn.Module, config: Any) -> None:
             f"configuration instead (`modules_to_save={modules}`), or save the whole model with `merge_and_unload()`.",
             stacklevel=2,
         )
+
+
+def warn_of_unnamed_base(model: nn.Module, config: Any) -> None:
+    """Warn, once, where an adapter belongs to integers that were made in memory, and names what they were made of."""
+    made = next((module for module in model.modules() if FLOAT_NAME in vars(module)), None)
+    name = config.base_model_name_or_path
+    if made is None or not config.wants_quantized_base or (vars(made)[FLOAT_NAME] or None) != (name or None):
+        return
+    delattr(made, FLOAT_NAME)
+    warnings.warn(
+        f"The adapter belongs to integers that were made in memory, but its file names {name!r} as its base, and could "
+        "not be loaded. Save the base, too: after training, before anything is merged, "
+        "`model.unload().save_pretrained(FOLDER)`, and write FOLDER into adapter_config.json "
+        "(`base_model_name_or_path`). The next time, `model.save_pretrained(FOLDER)` and `model.name_or_path = FOLDER` "
+        "before `get_peft_model`.",
+        stacklevel=2,
+    )
 
 
 def adopt_labels(model: Any, config: Any) -> None:

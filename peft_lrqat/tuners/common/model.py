@@ -20,7 +20,15 @@ from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_sha
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, current_key
 from .experts import adopt_experts, release_experts, restore_experts, settle_experts
-from .extras import adopt_labels, check_extras, check_reference, head_of, task_heads, warn_of_unsaved
+from .extras import (
+    adopt_labels,
+    check_extras,
+    check_reference,
+    head_of,
+    task_heads,
+    warn_of_unnamed_base,
+    warn_of_unsaved,
+)
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
 from .frozen import FrozenWeight
 from .input_scale import know_neighbours
@@ -388,6 +396,7 @@ class QuantizingModel(QuickWalks, LoraModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         warn_of_lost_scales(model, adapter_name)
         warn_of_unsaved(model, config)
+        warn_of_unnamed_base(model, config)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)
         adapted = {name: model.get_submodule(name) for name in _layers_with(adapter_name, model)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_lrqat import LRQATConfig, load_quantized
+from peft_lrqat import LRQATConfig, load_quantized, preprocess_gptq
 from peft_lrqat.modules.packed import QuantizedLinear
 from tests import lowbit_sr
 from tests.models import adapted, logits, tiny, tokens, train
@@ -115,3 +116,31 @@ def test_zero_points_are_for_lr_qat():
     with pytest.raises(ValueError, match="asks for symmetric=True, but the base model is quantized with"):
         lowbit_sr.adapt(model, **GRID)
     assert get_peft_model(model, LRQATConfig(target_modules="all-linear")).peft_config["default"].symmetric is False
+
+
+def test_an_adapter_of_integers_that_no_folder_has_is_warned_of_once(tmp_path: Path):
+    """Of a float model's name, the adapter could not be loaded; what the warning says to do works."""
+    tiny().save_pretrained(tmp_path / "float")
+    config = LRQATConfig(group_size=8, task_type="CAUSAL_LM")
+
+    def made() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+        return preprocess_gptq(model, config, [tokens()], progressbar=False)
+
+    model = get_peft_model(made(), config)
+    with pytest.warns(UserWarning, match=r"made in memory, but its file names '.*float' as its base"):
+        model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The adapter belongs to integers")
+        model.save_pretrained(tmp_path / "adapter")
+        expected = logits(model, tokens())
+        model.unload().save_pretrained(tmp_path / "base")
+        again = PeftModel.from_pretrained(load_quantized(tmp_path / "base"), tmp_path / "adapter")
+        assert torch.equal(logits(again, tokens()), expected)
+        named = made()
+        named.name_or_path = str(tmp_path / "base")
+        get_peft_model(named, config).save_pretrained(tmp_path / "named")
+        get_peft_model(load_quantized(tmp_path / "base"), config).save_pretrained(tmp_path / "loaded")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), config).save_pretrained(
+            tmp_path / "plain"
+        )
