@@ -321,11 +321,19 @@ def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: to
 FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns", "exp_avg_sq_mean")
 
 
+def norms_of_both(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the norms of a gradient's rows and of its columns: fp32 (out, 1) and (1, in).
+
+    A norm reads the gradient once and makes no squares of its size.
+    """
+    rows, columns = (torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32) for dim in (1, 0))
+    return rows, columns
+
+
 def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float) -> torch.Tensor:
     """Take the row and column means of g^2 into the factored second moment.
 
-    A norm reads the gradient once and makes no squares of its size. The state gets new tensors: the old ones are what
-    it was before, without a copy.
+    The state gets new tensors: the old ones are what it was before, without a copy.
 
     Args:
         grad: (out, in), any float dtype.
@@ -333,10 +341,8 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
     Returns:
         The norms of the gradient's rows: fp32 (out, 1).
     """
-    norms = []
-    for name, dim in zip(FACTORS, (1, 0), strict=False):
-        norm = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32)
-        norms.append(norm)
+    norms = norms_of_both(grad)
+    for name, dim, norm in zip(FACTORS, (1, 0), norms, strict=False):
         decayed = (state[name] * beta2).add_((1 - beta2) * 1e-30)
         state[name] = decayed.addcmul_(norm, norm, value=(1 - beta2) / grad.shape[dim])
     state["exp_avg_sq_mean"] = state["exp_avg_sq_rows"].mean()

@@ -11,6 +11,7 @@ backward.py   masks, scales and sums of the backward, around the vendor library'
 experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
+factors.py     the factored second moment of that step
 latent.py     ternary scales that follow their latent weights
 inputs.py     inputs rounded per token or group
 static_inputs.py  inputs rounded with a fixed scale, and the gradients
@@ -26,6 +27,7 @@ from .experts import (
     expert_weights_backward,
     experts_keep_output,
 )
+from .factors import update_factors
 from .inputs import rounded_inputs
 from .latent import follow_magnitude, mean_magnitude
 from .low_bit_step import low_bit_update
@@ -51,4 +53,5 @@ __all__ = [
     "rounded_static",
     "scale_gradient",
     "static_gradients",
+    "update_factors",
 ]
