@@ -52,7 +52,7 @@ from .progress import conversion_bar
 from .runs import Run, note_trainings, remember_run, trainings_of
 from .scale_range import warn_of_lost_scales
 from .summary import report, say_how_to_serve
-from .targets import inside_experts, left_out, routers, tell_left_out, warn_of_unknown_names
+from .targets import check_names, inside_experts, left_out, routers, tell_left_out
 from .trainers import check_trained
 from .undo import Undo
 from .walking import QuickWalks
@@ -151,7 +151,7 @@ class QuantizingModel(QuickWalks, LoraModel):
         cache = rounding_for(model, config)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made
-        warn_of_unknown_names(model, config)
+        check_names(model, config)
         if config.target_modules == ALL_LINEAR:
             tell_left_out(model)
         self._name_modules(model, config)

@@ -6,10 +6,14 @@ import re
 import warnings
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...arguments import nearest
 from ...modules.experts import Experts, projections
+from ...modules.packed import MERGED
+from .config import ALL_LINEAR
 from .plain import has_own_forward
 
 
@@ -73,17 +77,34 @@ def tell_left_out(model: nn.Module) -> None:
         )
 
 
-def warn_of_unknown_names(model: nn.Module, config: Any) -> None:
-    """Warn where some of `target_modules` name nothing; PEFT raises where all of them do."""
-    if config.inference_mode or isinstance(config.target_modules, str) or not config.target_modules:
+def check_names(model: nn.Module, config: Any) -> None:
+    """Warn where some of `target_modules` name nothing, and raise ValueError where all of them do.
+
+    PEFT raises there, too, but does not know what there is.
+    """
+    wanted = config.target_modules
+    if config.inference_mode or not wanted:
         return
-    names = [name for name, _ in model.named_modules()]
-    unknown = [
-        wanted
-        for wanted in sorted(config.target_modules)
-        if not any(name == wanted or name.endswith("." + wanted) for name in names)
-    ]
-    if unknown and len(unknown) < len(config.target_modules):
+    if isinstance(wanted, str):
+        if wanted != ALL_LINEAR and nearest(wanted.replace("_", "-"), [ALL_LINEAR]):
+            raise ValueError(f"`target_modules` is {wanted!r}. Did you mean {ALL_LINEAR!r}?")
+        return
+    named = dict(model.named_modules())
+    unknown = [one for one in sorted(wanted) if not any(name == one or name.endswith("." + one) for name in named)]
+    if len(unknown) == len(wanted) and not getattr(config, "target_parameters", None):
+        adapted = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))
+        kinds = (nn.Linear, Conv1D, BaseTunerLayer, *MERGED)
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in named.items()
+            if isinstance(module, kinds) and not name.startswith(adapted)
+        }
+        raise ValueError(
+            f"`target_modules` is {sorted(wanted)}, but no module of this model is called so. Its linear layers are "
+            f"called {', '.join(map(repr, sorted(linear))) or 'nothing (there are none)'}. Leave `target_modules` out "
+            "to target all of them but the output layer."
+        )
+    if unknown:
         warnings.warn(
             f"`target_modules` names {', '.join(map(repr, unknown))}, but no module of this model is called so. What "
             "was meant stays float: look for a typing error, or leave the name out.",

@@ -85,7 +85,11 @@ def test_options_out_of_range(method: ModuleType, options: dict, match: str):
         ),
         ({"layers_to_transform": [7], "target_modules": ["q_proj"]}, "not found in the base model"),
         ({"layers_to_transform": [0], "layers_pattern": "x", "target_modules": ["q_proj"]}, "not found in the base"),
-        ({"target_modules": ["no_such_module"]}, "no_such_module"),
+        (
+            {"target_modules": ["no_such", "c_attn"]},
+            r"\['c_attn', 'no_such'\], but no module.*are called 'down_proj', ",
+        ),
+        ({"target_modules": "all_linear"}, r"`target_modules` is 'all_linear'\. Did you mean 'all-linear'\?"),
         ({"target_modules": ["act_fn"]}, "`target_modules` names module.*SiLU.*quantizes nn.Linear"),
         ({"target_modules": "all-linear", "exclude_modules": ".*"}, "excluded"),
         ({"act_bits": 8, "act_group_size": 7}, "`act_group_size` is 7, which does not divide the 32 input features"),
