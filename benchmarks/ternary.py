@@ -84,6 +84,7 @@ def measured(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     options = parse_method(f"float:lr={args.float_rate},float_lr={args.float_rate}")
     floating = train(float_model(args, "normal", seed, device), options, text["first"], args.float_steps, seed, args)
     floating.requires_grad_(False)
+    floating.name_or_path = "trained in float"  # by which a model that was trained is known
     before, runs = loss(floating), []
     for method in args.methods:
         options = parse_method(method)

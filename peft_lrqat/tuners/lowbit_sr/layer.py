@@ -187,8 +187,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             trained_before,
             bool(config.grow_scales),
         )
-        if config.init_weights and not weight.is_meta and not config.inference_mode:
-            weight.places = frozen.places
+        if trained_before and config.init_weights and not (weight.is_meta or config.inference_mode):
+            weight.places = frozen.places  # from scratch they are noise, of which training would rid itself later
         frozen.places = None
         if not config.init_weights and not weight.is_meta:
             # for tests: an adapter that moves most weights by a step or so

@@ -1,4 +1,4 @@
-"""Ternary training begins where the float weights lay, whatever happens between the conversion and the first step."""
+"""Ternary training begins where pretrained weights lay, whatever happens between the conversion and the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import LowBitAdamW, LowBitSRConfig
 from peft_lrqat.grid import grouped
@@ -27,6 +27,13 @@ IDS = tokens()
 TERNARY = {"bits": 1.58, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "group_size": -1}
 #: Codes random within their cell are at most so far from them: 64ths of a step.
 CELL = 31
+
+
+def pretrained(family: str = "llama") -> PreTrainedModel:
+    """A float model with a name, as those have that were loaded."""
+    model = tiny(family)
+    model.name_or_path = "someone/model"
+    return model
 
 
 def weights(model: nn.Module) -> list[LowBitTensor]:
@@ -55,7 +62,7 @@ def anywhere(model: nn.Module, latents: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("group_size", [-1, 0, 8])
 def test_training_begins_where_the_float_weights_lay(family: str, group_size: int):
-    model = tiny(family)
+    model = pretrained(family)
     floats = {name: value.detach().clone() for name, value in model.named_parameters()}
     adapted = low_bit(model, bits=1.58, group_size=group_size)
     found = first_latents(adapted)
@@ -72,7 +79,7 @@ def test_what_was_loaded_in_low_bits_begins_there_too(tmp_path: Path):
     tiny().save_pretrained(tmp_path)
     config = LowBitSRConfig(**TERNARY)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config.for_loading())
-    expected = first_latents(low_bit(tiny(), bits=1.58))
+    expected = first_latents(low_bit(pretrained(), bits=1.58))
     assert equal(first_latents(get_peft_model(loaded, LowBitSRConfig(**TERNARY))), expected)
 
 
@@ -90,7 +97,7 @@ def loaded_again(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def copied(model: nn.Module) -> nn.Module:
-    twin = low_bit(tiny(), bits=1.58)
+    twin = low_bit(pretrained(), bits=1.58)
     for p, other in zip(weights(model), weights(twin), strict=True):
         p.copy_(p.to_float())
         p.copy_(other)
@@ -117,19 +124,19 @@ def alone(tmp_path: Path):
     ids=lambda happens: happens.__name__,
 )
 def test_nothing_that_leaves_the_codes_alone_changes_it(happens: Callable[[nn.Module], nn.Module], alone: None):
-    expected = first_latents(low_bit(tiny(), bits=1.58))
-    model = happens(low_bit(tiny(), bits=1.58))
+    expected = first_latents(low_bit(pretrained(), bits=1.58))
+    model = happens(low_bit(pretrained(), bits=1.58))
     assert equal(first_latents(model), expected)
 
 
 @pytest.mark.parametrize("how", ["file", "state", "copy", "values"])
 def test_other_codes_are_not_put_where_the_float_weights_lay(how: str, tmp_path: Path):
-    other = low_bit(tiny(), bits=1.58, init_weights=False)
+    other = low_bit(pretrained(), bits=1.58, init_weights=False)
     assert not any(p.places is not None for p in weights(other))
-    model = low_bit(tiny(), bits=1.58)
+    model = low_bit(pretrained(), bits=1.58)
     if how == "file":
         other.save_pretrained(tmp_path)
-        model = PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
+        model = PeftModel.from_pretrained(pretrained(), tmp_path, is_trainable=True)
     elif how == "state":
         model.load_state_dict(other.state_dict())
     for p, found in zip(weights(model), weights(other), strict=True):
@@ -141,7 +148,7 @@ def test_other_codes_are_not_put_where_the_float_weights_lay(how: str, tmp_path:
 
 
 def test_other_scales_are_not_put_there_either():
-    model = low_bit(tiny(), bits=1.58)
+    model = low_bit(pretrained(), bits=1.58)
     state = {name: 2 * t if "lowbitsr_scale" in name else t for name, t in model.state_dict().items()}
     model.load_state_dict(state)
     assert anywhere(model, first_latents(model))
@@ -149,13 +156,13 @@ def test_other_scales_are_not_put_there_either():
 
 def test_weights_on_the_levels_begin_anywhere_beside_them():
     """They were trained there, or not at all: nobody knows more, and they must not all wait for the same step."""
-    model = tiny()
-    ternary = low_bit(tiny(), bits=1.58).unload()
+    model = pretrained()
+    ternary = low_bit(pretrained(), bits=1.58).unload()
     model.load_state_dict(ternary.state_dict())
     model.model.layers[0].mlp.up_proj.weight.data[3] = 0.0
     adapted = low_bit(model, bits=1.58, range_method="minmax")
     assert anywhere(adapted, first_latents(adapted))
-    model = tiny()
+    model = pretrained()
     model.model.layers[0].mlp.up_proj.weight.data[3] = 0.0
     layer = low_bit(model, bits=1.58).base_model.model.model.layers[0].mlp.up_proj
     row = next(x[3] for p, x in zip([layer.lowbitsr_weight["default"].weight], first_latents(layer), strict=True))
@@ -165,7 +172,7 @@ def test_weights_on_the_levels_begin_anywhere_beside_them():
 @pytest.mark.parametrize("kind", [LowBitAdamW, torch.optim.SGD])
 @pytest.mark.parametrize("latent_weights", [None, False])
 def test_after_the_first_step_nothing_is_kept(kind: type, latent_weights: bool | None):
-    model = low_bit(tiny(), bits=1.58)
+    model = low_bit(pretrained(), bits=1.58)
     held = weights(model)
     views = [p.detach() for p in held]
     assert all(p.places.dtype == torch.int8 for p in held)
@@ -180,10 +187,11 @@ def test_after_the_first_step_nothing_is_kept(kind: type, latent_weights: bool |
 
 
 def test_who_does_not_train_from_floats_has_no_bytes_for_it():
-    assert all(p.places is None for p in weights(low_bit(tiny(), bits=2)))
-    assert all(p.places is None for p in weights(low_bit(tiny(), bits=8, forward_bits=1.58, group_size=0)))
-    assert all(p.places is None for p in weights(low_bit(tiny(), bits=1.58, inference_mode=True)))
-    model = low_bit(tiny(), bits=1.58)
+    assert all(p.places is None for p in weights(low_bit(tiny(), bits=1.58)))  # from scratch
+    assert all(p.places is None for p in weights(low_bit(pretrained(), bits=2)))
+    assert all(p.places is None for p in weights(low_bit(pretrained(), bits=8, forward_bits=1.58, group_size=0)))
+    assert all(p.places is None for p in weights(low_bit(pretrained(), bits=1.58, inference_mode=True)))
+    model = low_bit(pretrained(), bits=1.58)
     model.add_adapter("second", LowBitSRConfig(**TERNARY))  # begins at the base's codes, of which floats are gone
     held = [layer.lowbitsr_weight["second"].weight for layer in layers(model).values()]
     assert held
@@ -192,12 +200,12 @@ def test_who_does_not_train_from_floats_has_no_bytes_for_it():
 
 
 def test_a_state_that_is_loaded_goes_on_where_it_was():
-    model = low_bit(tiny(), bits=1.58)
+    model = low_bit(pretrained(), bits=1.58)
     optimizer = LowBitAdamW(weights(model), lr=1e-2)
     for p in weights(model):
         p.grad = torch.randn(p.shape)
     optimizer.step()
-    twin = low_bit(tiny(), bits=1.58)
+    twin = low_bit(pretrained(), bits=1.58)
     twin.load_state_dict(model.state_dict())
     second = LowBitAdamW(weights(twin), lr=1e-2)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
