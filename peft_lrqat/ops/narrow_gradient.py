@@ -9,6 +9,7 @@ passes) are fp32's.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -46,6 +47,29 @@ class NarrowGradient(torch.Tensor):
         if self._held[0].dtype != torch.float32:
             self._held[0] = self._held[0].float()
         return self._held[0]
+
+    # what torch does without dispatching it
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.wide().numpy(**kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wide().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.wide().tolist()
+
+    def data_ptr(self) -> int:
+        return self.wide().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.wide().untyped_storage()
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        return copy.deepcopy(self.wide(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.wide().__reduce_ex__(protocol)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # torch's has a keyword
         return repr(self.wide())

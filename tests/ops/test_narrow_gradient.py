@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +35,27 @@ def test_whoever_reads_it_finds_fp32(read):
     assert type(found) is torch.Tensor
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda g: torch.from_numpy(g.numpy()),
+        lambda g: torch.from_numpy(np.asarray(g)),
+        lambda g: torch.tensor(g.tolist()),
+        copy.deepcopy,
+        lambda g: pickle.loads(pickle.dumps(g)),
+        lambda g: torch.empty(0).set_(g.untyped_storage()).view(3, 5),
+    ],
+    ids=["numpy", "asarray", "tolist", "deepcopy", "pickle", "storage"],
+)
+def test_so_does_who_does_not_ask_torch(read):
+    found = read(narrow())
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, VALUES.float())
+    gradient = narrow()
+    assert gradient.data_ptr() == gradient.held.data_ptr()
+    assert gradient.held.dtype == torch.float32
 
 
 def test_it_is_narrow_until_somebody_looks():
