@@ -9,7 +9,7 @@ import torch
 
 from . import latent, reference_step
 from .dispatch import kernels_for, on_device_of
-from .reference_step import FACTORS, Corrections, Rule, corrections_of
+from .reference_step import Corrections, Rule, corrections_of, settle_momentum
 
 
 class Scalars:
@@ -72,20 +72,17 @@ def step_codes(
     Returns:
         As `low_bit_update`.
     """
-    state["step"] += 1
     with on_device_of(packed):
+        settle_momentum(state, rule)
+        state["step"] += 1
         if corrections is None:
             corrections = corrections_of(rule, float(state["step"]), packed.device)
         scale_before = _keep_latent(packed, scale, stream, state, lr, rule)
         # the kernels write in place, to where tensors without gaps have their elements
         kernels = kernels_for(packed) if packed.is_contiguous() and scale.is_contiguous() else None
         implementation = kernels or reference_step
-        before, of_rows = {}, None
-        if rule.state == "factored":
-            if rule.error_feedback:
-                before = {f"{name}_before": state[name] for name in FACTORS}
-            of_rows = implementation.update_factors(state, grad, rule.beta2)
-        operands = (packed, scale, stream, grad, state | before, lr, corrections, rule, scale_before)
+        of_rows = implementation.update_factors(state, grad, rule.beta2) if rule.state == "factored" else None
+        operands = (packed, scale, stream, grad, state, lr, corrections, rule, scale_before)
         found = implementation.low_bit_update(*operands, norms and of_rows is None)
     return of_rows if norms and of_rows is not None else found
 

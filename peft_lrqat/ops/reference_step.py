@@ -5,19 +5,19 @@ On a GPU `kernels/low_bit_step.py` does the same, bit for bit, in one launch.
 Everything happens in fp32 on the rows at hand; in and out go packed codes and the compact state:
 
     g  gradient of the weight              q  codes           w = s q
-    m = b1 m + (1 - b1) g                  v = b2 v + (1 - b2) g^2           m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
-    d = -(eta m^ / (sqrt(v^) + eps) / s + eta0 lambda q)                     the move, in grid steps
-    q' = clip(q + floor(d + u))                                              u from `rounding.py`
+    v = b2 v + (1 - b2) g^2                D = sqrt(v / (1 - b2^t)) + eps
+    u = b1 u + (1 - b1) g / D              with error feedback
+    m = b1 m + (1 - b1) g,  u = m / D      without: AdamW's
+    d = -(eta u / (1 - b1^t) / s + eta0 lambda q)                            the move, in grid steps
+    q' = clip(q + floor(d + r))                                              r from `rounding.py`
     e = (clip(q + d) - q') s                                                 what the rounding lost, weight units
-    m += (1 - b1^t) (1 - 1/b1) (sqrt(v^) + eps) e / eta                      error feedback (ECO, arXiv 2601.22101)
-    m *= (sqrt(v^) + eps) / (its value in the step before)                   error feedback: before the next step's g
+    u += (1 - b1^t) (1 - 1/b1) e / eta                                       error feedback (ECO, arXiv 2601.22101)
 
 eta is the learning rate eta0 in weight units, or eta0 |s| with lr_unit="grid", where the learning rate counts grid
 steps.
-The last line is ours. The remainder lies in m multiplied with one step's denominator, and the next step divides by its
-own; where the gradient has little noise, the two differ with every flip, and what comes back is biased by more than
-slow training moves. Scaled, what was lost comes back in full. (The momentum is then one of normalized gradients, as
-LaProp's, arXiv 2002.04839.)
+With error feedback the momentum is one of normalized gradients, as LaProp's (arXiv 2002.04839); that is ours. ECO keeps
+AdamW's, and in it the remainder times one step's D, which the next step divides by its own: where the gradient
+has little noise, the two differ with every flip, and what comes back is biased by more than slow training moves.
 The remainder e is taken inside the grid, so that a weight at the end of its range does not wind up a momentum that
 points outwards. With eta = 0 nothing moves, and nothing is fed back.
 
@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,6 +56,10 @@ from .latent import PARTS, REACH, round_latent
 BLOCK = 256
 #: A block's largest momentum, in its units.
 CUBES = 127**3
+#: The smallest normal fp32 number.
+SMALLEST = 2.0**-126
+#: The momentum's names in the state: of gradients, and of normalized ones.
+MOMENTUM, DIRECTION = "exp_avg", "direction"
 _V_SHIFT = 19  # fp32 bits below the four mantissa bits
 _V_LEVELS = 255
 
@@ -84,6 +88,13 @@ class Rule(NamedTuple):
     compile: bool = False
 
     @property
+    def momentum(self) -> str | None:
+        """The momentum's name in the state: `DIRECTION` with error feedback, else `MOMENTUM`; None: there is none."""
+        if not self.beta1:
+            return None
+        return DIRECTION if self.error_feedback else MOMENTUM
+
+    @property
     def scale_follows(self) -> bool:
         """Whether scales follow the latent weights; with a rate in grid steps it would grow with them."""
         return self.latent_weights and self.grid.ternary and self.lr_unit == "weight"
@@ -94,19 +105,17 @@ class Corrections(NamedTuple):
 
     Attributes:
         first: 1 - b1^t.
-        second: 1 - b2^t.
-        second_before: 1 - b2^(t-1).
+        second: 1 / sqrt(1 - b2^t).
     """
 
     first: torch.Tensor
     second: torch.Tensor
-    second_before: torch.Tensor
 
 
 def corrections_of(rule: Rule, step: float, device: torch.device) -> Corrections:
     """Compute them by torch's powers on the device, which would not round alike elsewhere."""
     t = torch.full((), step, device=device)
-    return Corrections(1 - rule.beta1**t, 1 - rule.beta2**t, 1 - rule.beta2 ** (t - 1))
+    return Corrections(1 - rule.beta1**t, 1 / _root(1 - rule.beta2**t))
 
 
 def _root(v: torch.Tensor) -> torch.Tensor:
@@ -133,7 +142,8 @@ def encode_momentum(m: torch.Tensor, dither: torch.Tensor) -> tuple[torch.Tensor
     """
     blocks = _blocks(m)
     unit = blocks.abs().amax(dim=-1) * (1 / CUBES)  # a GPU divides by a constant like this; so does every device
-    size = blocks.abs() / torch.where(unit > 0, unit, 1.0).unsqueeze(-1)
+    # a unit that is no normal number would have no reciprocal
+    size = blocks.abs() * torch.where(unit >= SMALLEST, 1 / unit, 0.0).unsqueeze(-1)
     # a root that may be off by one, which cubes of integers, exact in fp32, put right: so devices agree
     k = torch.exp2(torch.log2(size) * (1 / 3)).floor().clamp(0, 126)
     k = k - (k * k * k > size).float()
@@ -178,12 +188,12 @@ def decode_second_moment(codes: torch.Tensor, top: torch.Tensor) -> torch.Tensor
     return _unblock((k << _V_SHIFT).view(torch.float32).square(), codes.shape[1])
 
 
-def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device) -> dict[str, torch.Tensor]:
+def new_state(shape: torch.Size, kind: str, momentum: str | None, device: torch.device) -> dict[str, torch.Tensor]:
     """Make the state of an (out, in) weight before its first step: zeros, by name.
 
     Args:
         kind: "8bit", "factored" or "fp32".
-        momentum: False leaves the first moment out (betas[0] = 0).
+        momentum: its name, `Rule.momentum`; None leaves it out.
     """
     rows, columns = shape
     blocks = -(-columns // BLOCK)
@@ -193,10 +203,10 @@ def new_state(shape: torch.Size, kind: str, momentum: bool, device: torch.device
 
     state = {"step": torch.zeros(())}  # on the CPU: who asks for it does not wait for the device
     if momentum and kind == "fp32":
-        state["exp_avg"] = zeros(rows, columns)
+        state[momentum] = zeros(rows, columns)
     elif momentum:
-        state["exp_avg_codes"] = zeros(rows, columns, dtype=torch.int8)
-        state["exp_avg_unit"] = zeros(rows, blocks)
+        state[f"{momentum}_codes"] = zeros(rows, columns, dtype=torch.int8)
+        state[f"{momentum}_unit"] = zeros(rows, blocks)
     if kind == "fp32":
         state["exp_avg_sq"] = zeros(rows, columns)
     elif kind == "8bit":
@@ -236,25 +246,23 @@ def update_rows(
     """
     grad = grad.float()
     words = random_words(row, rule.columns, stream[1], stream[0])
-    m, before = _read_momentum(state), None
-    if rule.error_feedback:
-        before = _root(_second_moment_before(state, rule) / corrections.second_before) + rule.eps
-    v = _second_moment(state, grad, words, rule)
-    denominator = _root(v / corrections.second) + rule.eps
-    if before is not None and m is not None:  # in the first step there was none: NaN
-        m = m * torch.where(before > 0, denominator / before, 1.0)
-    m = grad if m is None else m * rule.beta1 + grad * (1 - rule.beta1)
+    denominator = _denominator(state, grad, words, corrections, rule)
+    momentum, pace = _read_momentum(state, rule.momentum), lr
+    if momentum is None:
+        adam = grad / denominator
+    else:
+        pace = lr / corrections.first
+        new = grad / denominator if rule.error_feedback else grad
+        momentum = momentum * rule.beta1 + new * (1 - rule.beta1)
+        adam = momentum if rule.error_feedback else momentum / denominator
 
     codes = unpack(packed, rule.grid.code_bits, rule.columns).float()
     latent = state.get("latent_codes")
     here = codes if latent is None else codes + latent.float() * (1 / PARTS)
     step_size = (scale if scale_before is None else scale_before).unsqueeze(-1)
-    adam = m / denominator
-    if rule.beta1:
-        adam = adam / corrections.first
-    adam = grouped(adam, scale)
-    adam = with_sign_of(step_size, adam) if rule.lr_unit == "grid" else adam / step_size
-    move = -lr * (adam.reshape_as(codes) + rule.weight_decay * here)
+    pace = with_sign_of(step_size, pace) if rule.lr_unit == "grid" else pace / step_size
+    adam = (grouped(adam, scale) * pace).reshape_as(codes)
+    move = -(adam + lr * rule.weight_decay * here)
     target = here + move
     if latent is None:
         rounded = round_stochastically(codes, move, uniform(words), rule.grid)
@@ -267,54 +275,88 @@ def update_rows(
         latent.copy_(left)
         reach, kept = REACH, rounded + left * (1 / PARTS)
 
-    if rule.error_feedback:
+    if rule.error_feedback and momentum is not None:
         lost = target.clamp(rule.grid.qmin - reach, rule.grid.qmax + reach) - kept
-        lost = grouped(lost, scale)
-        lost = with_sign_of(step_size, lost) if rule.lr_unit == "grid" else lost * step_size
-        lost = lost.reshape_as(codes)
         factor = corrections.first * (1 - 1 / rule.beta1) / torch.where(lr > 0, lr, torch.inf)
-        m = m + factor * denominator * lost
-    _write_momentum(state, m, words)
+        factor = with_sign_of(step_size, factor) if rule.lr_unit == "grid" else factor * step_size
+        momentum = momentum + (grouped(lost, scale) * factor).reshape_as(codes)
+    _write_momentum(state, rule.momentum, momentum, spare_dither(words, 4, 5))
     packed.copy_(pack(rounded.to(torch.int8), rule.grid.code_bits))
     poison(scale, move)
 
 
-def _read_momentum(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    if "exp_avg" in state:
-        return state["exp_avg"]
-    if "exp_avg_codes" in state:
-        return decode_momentum(state["exp_avg_codes"], state["exp_avg_unit"])
-    return None
+def _read_momentum(state: dict[str, torch.Tensor], name: str | None) -> torch.Tensor | None:
+    if name is None or name in state:
+        return None if name is None else state[name]
+    return decode_momentum(state[f"{name}_codes"], state[f"{name}_unit"])
 
 
-def _write_momentum(state: dict[str, torch.Tensor], m: torch.Tensor, words: torch.Tensor) -> None:
-    if "exp_avg" in state:
-        state["exp_avg"].copy_(m)
-    elif "exp_avg_codes" in state:
-        codes, unit = encode_momentum(m, spare_dither(words, 4, 5))
-        state["exp_avg_codes"].copy_(codes)
-        state["exp_avg_unit"].copy_(unit)
+def _write_momentum(
+    state: dict[str, torch.Tensor], name: str | None, momentum: torch.Tensor | None, dither: torch.Tensor
+) -> None:
+    if momentum is None or name is None:
+        return
+    if name in state:
+        state[name].copy_(momentum)
+    else:
+        codes, unit = encode_momentum(momentum, dither)
+        state[f"{name}_codes"].copy_(codes)
+        state[f"{name}_unit"].copy_(unit)
 
 
-def _second_moment_before(state: dict[str, torch.Tensor], rule: Rule) -> torch.Tensor:
+def _denominator(
+    state: dict[str, torch.Tensor], grad: torch.Tensor, words: torch.Tensor, corrections: Corrections, rule: Rule
+) -> torch.Tensor:
+    """Take the gradient into the second moment, and return D: fp32 (n, in). The caller has updated a factored one."""
     if rule.state == "factored":
-        return state["exp_avg_sq_rows_before"] * state["exp_avg_sq_columns_before"] / state["exp_avg_sq_mean_before"]
-    if rule.state == "fp32":
-        return state["exp_avg_sq"]
-    return decode_second_moment(state["exp_avg_sq_codes"], state["exp_avg_sq_top"])
-
-
-def _second_moment(state: dict[str, torch.Tensor], grad: torch.Tensor, words: torch.Tensor, rule: Rule) -> torch.Tensor:
-    if rule.state == "factored":  # the caller has updated it
-        return state["exp_avg_sq_rows"] * state["exp_avg_sq_columns"] / state["exp_avg_sq_mean"]
+        return _factored_root(state, corrections) + rule.eps
     square = grad.square() * (1 - rule.beta2)
     if rule.state == "fp32":
-        return state["exp_avg_sq"].mul_(rule.beta2).add_(square)
-    v = decode_second_moment(state["exp_avg_sq_codes"], state["exp_avg_sq_top"]) * rule.beta2 + square
-    codes, top = encode_second_moment(v, spare_dither(words, 0, 4))
-    state["exp_avg_sq_codes"].copy_(codes)
-    state["exp_avg_sq_top"].copy_(top)
-    return v
+        v = state["exp_avg_sq"].mul_(rule.beta2).add_(square)
+    else:
+        v = decode_second_moment(state["exp_avg_sq_codes"], state["exp_avg_sq_top"]) * rule.beta2 + square
+        codes, top = encode_second_moment(v, spare_dither(words, 0, 4))
+        state["exp_avg_sq_codes"].copy_(codes)
+        state["exp_avg_sq_top"].copy_(top)
+    return _root(v) * corrections.second + rule.eps
+
+
+def _factored_root(state: dict[str, torch.Tensor], corrections: Corrections) -> torch.Tensor:
+    """Take the root of the corrected second moment as the product of one of rows and one of columns: no element needs
+    a root or a quotient of its own."""
+    of_rows = _root(state["exp_avg_sq_rows"] / state["exp_avg_sq_mean"]) * corrections.second
+    return of_rows * _root(state["exp_avg_sq_columns"])
+
+
+@torch.no_grad()
+def settle_momentum(state: dict[str, torch.Tensor], rule: Rule) -> None:
+    """Turn the momentum into the one that the rule wants, if it is the other: of normalized gradients, or not.
+
+    So `error_feedback` can be switched in training, and states of earlier versions, whose momentum was of gradients
+    with error feedback too, go on as they were. What is stored in 8 bits is rounded once more.
+    """
+    other = MOMENTUM if rule.momentum == DIRECTION else DIRECTION
+    if rule.momentum is None or not (other in state or f"{other}_codes" in state):
+        return
+    momentum: Any = _read_momentum(state, other)
+    if step := float(state["step"]):
+        corrections = corrections_of(rule, step, momentum.device)
+        if rule.state == "factored":
+            root = _factored_root(state, corrections)
+        elif rule.state == "fp32":
+            root = _root(state["exp_avg_sq"]) * corrections.second
+        else:
+            root = decode_second_moment(state["exp_avg_sq_codes"], state["exp_avg_sq_top"]).sqrt() * corrections.second
+        momentum = momentum / (root + rule.eps) if other == MOMENTUM else momentum * (root + rule.eps)
+    for name in _momentum_names(other):
+        state.pop(name, None)
+    new = new_state(momentum.shape, rule.state, rule.momentum, momentum.device)
+    state |= {name: new[name] for name in _momentum_names(rule.momentum) if name in new}
+    _write_momentum(state, rule.momentum, momentum, torch.full_like(momentum, 0.5))
+
+
+def _momentum_names(name: str) -> tuple[str, ...]:
+    return name, f"{name}_codes", f"{name}_unit"
 
 
 #: The factored second moment: means of rows, means of columns, and the mean of both.
@@ -333,8 +375,6 @@ def norms_of_both(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float) -> torch.Tensor:
     """Take the row and column means of g^2 into the factored second moment.
 
-    The state gets new tensors: the old ones are what it was before, without a copy.
-
     Args:
         grad: (out, in), any float dtype.
 
@@ -343,15 +383,15 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
     """
     norms = norms_of_both(grad)
     for name, dim, norm in zip(FACTORS, (1, 0), norms, strict=False):
-        decayed = (state[name] * beta2).add_((1 - beta2) * 1e-30)
-        state[name] = decayed.addcmul_(norm, norm, value=(1 - beta2) / grad.shape[dim])
+        # every operation is rounded on its own, as the kernel's are
+        state[name].mul_(beta2).add_((1 - beta2) * 1e-30).add_(norm.square() * ((1 - beta2) / grad.shape[dim]))
     state["exp_avg_sq_mean"] = state["exp_avg_sq_rows"].mean()
     return norms[0]
 
 
 # -- the whole weight
 
-_OF_ALL_ROWS = tuple(f"{name}{when}" for name in FACTORS[1:] for when in ("", "_before"))
+_OF_ALL_ROWS = FACTORS[1:]
 
 
 @functools.cache
@@ -365,7 +405,7 @@ def _compiles_well(state: dict[str, torch.Tensor], rule: Rule) -> bool:
     What torch 2.13 makes of it on a CPU reads the unit of a row's last block before it is written, where the block is
     padded and not the only one: other numbers in these columns, or none.
     """
-    in_blocks = "exp_avg_unit" in state or "exp_avg_sq_top" in state
+    in_blocks = any(name in state for name in (f"{MOMENTUM}_unit", f"{DIRECTION}_unit", "exp_avg_sq_top"))
     return not in_blocks or rule.columns < BLOCK or rule.columns % BLOCK == 0
 
 
@@ -388,8 +428,7 @@ def low_bit_update(
         scale: fp32 (out or 1, groups). Where an update was not finite, those of its row chunk are NaN afterwards.
         stream: int64 (2,), key and step of the random numbers. The latter moves on by one.
         grad: (out, in), any float dtype.
-        state: the tensors of `new_state`, by name. Updated, except the factored second moment, which the caller keeps:
-            with error feedback, "..._before" are its parts as the step before had them.
+        state: the tensors of `new_state`, by name. Updated, except the factored second moment, which the caller keeps.
         lr: fp32 scalar.
         corrections: of this step.
         scale_before: fp32, as `scale`: what the codes and latent weights are multiples of until this step, where that

@@ -109,7 +109,7 @@ def stepped(grid: Grid, state: str, *, strided: bool = False, times: int = 3) ->
     stream = torch.tensor([-(2**60) - 7, 3])
     unit = "weight" if grid.ternary else "grid"
     rule = Rule(grid, columns, 0.9, 0.98, 1e-8, 0.1, True, unit, state, latent_weights=grid.ternary)
-    held = new_state(torch.Size((rows, columns)), state, True, packed.device)
+    held = new_state(torch.Size((rows, columns)), state, rule.momentum, packed.device)
     for _ in range(times):
         step_codes(packed, scale, stream, torch.randn(rows, columns), held, torch.tensor(0.3), rule)
     assert (unpack(packed, grid.code_bits, columns) != codes).float().mean() > 0.1

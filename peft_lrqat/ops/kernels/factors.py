@@ -1,10 +1,8 @@
-"""The factored second moment in one launch, where torch makes six; the reference is `reference_step.update_factors`.
+"""The factored second moment in one launch, where torch makes eight; the reference is `reference_step.update_factors`.
 
-    r' = (b2 r + floor) + v n n        n the norms of rows, or of columns; v = (1 - b2) / their length
+    r' = (b2 r + floor) + v (n n)       n the norms of rows, or of columns; v = (1 - b2) / their length
 
-Norms and means stay torch's. The last sum and products are its `addcmul`, whose roundings differ from device to device
-and between its versions: one of the orders below, which is found out once, by comparing. Where none is torch's, torch
-does it.
+Norms and means stay torch's. Every operation is rounded on its own, as the reference's are.
 """
 
 from __future__ import annotations
@@ -21,33 +19,21 @@ from .launch import Launch, launched
 from .tiles import ceil_div
 
 _BLOCK = 1024
-#: How `addcmul` may round: names of what `_follow` does.
-ORDERS = ("fma(v, n n, r)", "fma(v n, n, r)", "r + v (n n)", "r + (v n) n")
 
 
 @triton.jit
-def _follow(after, before, norms, at, size, beta2, floor, v, ORDER: tl.constexpr):
-    """Store r' at some places of rows, or of columns."""
+def _follow(means, norms, at, size, beta2, floor, v):
+    """Update r at some places of rows, or of columns."""
     n = tl.load(norms + at, mask=at < size, other=0.0)
-    r = tl.load(before + at, mask=at < size, other=0.0) * beta2 + floor
-    if ORDER == 0:
-        r = tl.fma(v + tl.zeros_like(n), n * n, r)
-    elif ORDER == 1:
-        r = tl.fma(v * n, n, r)
-    elif ORDER == 2:
-        r = r + v * (n * n)
-    else:
-        r = r + (v * n) * n
-    tl.store(after + at, r, mask=at < size)
+    r = tl.load(means + at, mask=at < size, other=0.0) * beta2 + floor
+    tl.store(means + at, r + n * n * v, mask=at < size)
 
 
 @launched
 @triton.jit
 def _factors_kernel(
-    rows_after,
-    columns_after,
-    rows_before,
-    columns_before,
+    of_rows,
+    of_columns,
     row_norms,
     column_norms,
     rows,
@@ -55,22 +41,20 @@ def _factors_kernel(
     row_programs,
     beta2,
     floor,
-    of_rows,
-    of_columns,
-    ORDER: tl.constexpr,
+    row_share,
+    column_share,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program < row_programs:
-        at = program * BLOCK + tl.arange(0, BLOCK)
-        _follow(rows_after, rows_before, row_norms, at, rows, beta2, floor, of_rows, ORDER)
+        _follow(of_rows, row_norms, program * BLOCK + tl.arange(0, BLOCK), rows, beta2, floor, row_share)
     else:
         at = (program - row_programs) * BLOCK + tl.arange(0, BLOCK)
-        _follow(columns_after, columns_before, column_norms, at, columns, beta2, floor, of_columns, ORDER)
+        _follow(of_columns, column_norms, at, columns, beta2, floor, column_share)
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(rows: int, columns: int, beta2: float, order: int) -> Launch:
+def _launch(rows: int, columns: int, beta2: float) -> Launch:
     row_programs = ceil_div(rows, _BLOCK)
     return _factors_kernel.launch(
         (row_programs + ceil_div(columns, _BLOCK),),
@@ -83,36 +67,16 @@ def _launch(rows: int, columns: int, beta2: float, order: int) -> Launch:
         (1 - beta2) / columns,
         (1 - beta2) / rows,
         fused=False,
-        ORDER=order,
         BLOCK=_BLOCK,
     )
 
 
-@functools.cache
-def torchs_order(device: torch.device) -> int | None:
-    """Find which of `ORDERS` is that of torch's `addcmul` on a device; None: another one. Waits for the device."""
-    size = 4096
-    # numbers with all their bits, and sums of two that are about as large
-    before, norms = (torch.arange(1, 2 * size + 1, device=device) * 0.7311 % 1).view(2, size).unbind()
-    before, beta2 = before / size, 0.02
-    expected = (before * beta2).add_((1 - beta2) * 1e-30).addcmul_(norms, norms, value=(1 - beta2) / size)
-    for order in range(len(ORDERS)):
-        after = torch.empty(2, size, device=device)
-        _launch(size, size, beta2, order)(*after.unbind(), before, before, norms, norms)
-        if torch.equal(after, torch.stack([expected, expected])):
-            return order
-    return None
-
-
 def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float) -> torch.Tensor:
     """Do what `reference_step.update_factors` does, bit for bit."""
-    order = torchs_order(grad.device)
-    if order is None or not grad.numel():
+    rows, columns = state["exp_avg_sq_rows"], state["exp_avg_sq_columns"]
+    if not grad.numel() or not (rows.is_contiguous() and columns.is_contiguous()):
         return reference_step.update_factors(state, grad, beta2)
-    rows, columns = (state[f"exp_avg_sq_{what}"].contiguous() for what in ("rows", "columns"))
     norms = norms_of_both(grad)
-    after = torch.empty_like(rows), torch.empty_like(columns)
-    _launch(*grad.shape, beta2, order)(*after, rows, columns, *norms)
-    state["exp_avg_sq_rows"], state["exp_avg_sq_columns"] = after
-    state["exp_avg_sq_mean"] = after[0].mean()
+    _launch(*grad.shape, float(beta2))(rows, columns, *norms)
+    state["exp_avg_sq_mean"] = rows.mean()
     return norms[0]

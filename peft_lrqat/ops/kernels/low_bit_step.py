@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ...rounding import SHARED_BITS
 from ..latent import PARTS, REACH
-from ..reference_step import BLOCK, CUBES, Corrections, Rule
+from ..reference_step import BLOCK, CUBES, SMALLEST, Corrections, Rule
 from .launch import Launch, launched
 from .tiles import ceil_div, round_half_even, scale_stride
 
@@ -112,9 +112,9 @@ def _load_scale(
 
 
 @triton.jit
-def _encode_second_moment(v, dither, inside):
-    """Encode as `reference_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
-    low = tl.sqrt_rn(v).to(tl.int32, bitcast=True) >> 19
+def _encode_second_moment(v, root, dither, inside):
+    """Encode v, whose root is known, as `reference_step.encode_second_moment`: uint8 (BM, BLOCK) and int16 (BM,)."""
+    low = root.to(tl.int32, bitcast=True) >> 19
     below = (low << 19).to(tl.float32, bitcast=True)
     above = ((low + 1) << 19).to(tl.float32, bitcast=True)
     below, above = below * below, above * above
@@ -124,12 +124,13 @@ def _encode_second_moment(v, dither, inside):
 
 
 @triton.jit
-def _encode_momentum(m, dither, inside, CUBES: tl.constexpr):
+def _encode_momentum(m, dither, inside, CUBES: tl.constexpr, SMALLEST: tl.constexpr):
     """Encode as `reference_step.encode_momentum`: int8 (BM, BLOCK) and fp32 (BM,), NaN if one of the block is."""
     m = tl.where(inside, m, 0.0)
     unit = tl.max(tl.abs(m), 1) * (1.0 / CUBES)
     unit = tl.where(tl.max((m != m).to(tl.int32), 1) > 0, float("nan"), unit)
-    size = tl.div_rn(tl.abs(m), tl.where(unit > 0, unit, 1.0)[:, None])
+    one = tl.full(unit.shape, 1.0, tl.float32)
+    size = tl.abs(m) * tl.where(unit >= SMALLEST, tl.div_rn(one, unit), 0.0)[:, None]
     size = tl.where(size < float("inf"), size, 0.0)
     # a root that may be off by one, which cubes of integers put right
     k = tl.clamp(tl.floor(tl.exp2(tl.log2(size) * (1.0 / 3))), 0.0, 126.0)
@@ -154,13 +155,9 @@ def _update_kernel(
     v_top,
     v_columns,
     v_mean,
-    rows_before,
-    columns_before,
-    mean_before,
     lr,
     correction1,
     correction2,
-    correction2_before,
     poison,
     latent,
     scale_before,
@@ -185,6 +182,7 @@ def _update_kernel(
     FEEDBACK: tl.constexpr,
     SHARED: tl.constexpr,
     CUBES: tl.constexpr,
+    SMALLEST: tl.constexpr,
     PARTS: tl.constexpr,
     REACH: tl.constexpr,
     BM: tl.constexpr,
@@ -215,48 +213,47 @@ def _update_kernel(
     if latent is not None:
         x = q + tl.load(latent + at, mask=inside, other=0).to(tl.float32) * (1.0 / PARTS)
 
-    if m_values is None:
-        m = g
-    else:
+    m = g
+    if m_values is not None:
         m = tl.load(m_values + at, mask=inside, other=0).to(tl.float32)
         if m_unit is not None:
             m = m * m * m * tl.load(m_unit + at_block, mask=row_ok, other=0.0)[:, None]
 
     if v_columns is not None:
-        v = tl.load(v_values + wide, mask=row_ok, other=0.0)[:, None]
-        v = tl.div_rn(v * tl.load(v_columns + i, mask=column_ok, other=0.0)[None, :], tl.load(v_mean))
-        if FEEDBACK:
-            before = tl.load(rows_before + wide, mask=row_ok, other=0.0)[:, None]
-            before = before * tl.load(columns_before + i, mask=column_ok, other=0.0)[None, :]
-            before = tl.div_rn(before, tl.load(mean_before))
+        of_rows = tl.load(v_values + wide, mask=row_ok, other=0.0)
+        of_rows = tl.sqrt_rn(tl.div_rn(of_rows, tl.load(v_mean) + tl.zeros_like(of_rows))) * c2
+        root = of_rows[:, None] * tl.sqrt_rn(tl.load(v_columns + i, mask=column_ok, other=0.0))[None, :]
     else:
         v = tl.load(v_values + at, mask=inside, other=0)
         if v_top is not None:
             top = tl.load(v_top + at_block, mask=row_ok, other=0).to(tl.int32)[:, None]
             root = (tl.maximum(v.to(tl.int32) + top - 255, 0) << 19).to(tl.float32, bitcast=True)
             v = root * root
-        before = v
         v = v * beta2 + g * g * new2
+        root = tl.sqrt_rn(v)
     tl.debug_barrier()
 
     if v_top is not None:
-        v_codes, top = _encode_second_moment(v, _dither(random, 0, 4, SHARED), inside)
+        v_codes, top = _encode_second_moment(v, root, _dither(random, 0, 4, SHARED), inside)
         tl.store(v_values + at, v_codes, mask=inside)
         tl.store(v_top + at_block, top, mask=row_ok)
     elif v_columns is None:
         tl.store(v_values + at, v, mask=inside)
 
-    denominator = tl.sqrt_rn(tl.div_rn(v, c2)) + eps
-    if m_values is not None:
-        if FEEDBACK:  # in the first step there was no denominator before: NaN
-            before = tl.sqrt_rn(tl.div_rn(before, tl.load(correction2_before))) + eps
-            m = m * tl.where(before > 0, tl.div_rn(denominator, before), 1.0)
-        m = m * beta1 + g * new1
-    adam = tl.div_rn(m, denominator)
-    if m_values is not None:
-        adam = tl.div_rn(adam, c1)
-    adam = tl.where(s < 0, -adam, adam) if GRID_UNIT else tl.div_rn(adam, s_before)
-    move = -rate * (adam + weight_decay * x)
+    denominator = (root if v_columns is not None else root * c2) + eps
+    pace = tl.zeros_like(s_before) + rate
+    if m_values is None:
+        adam = tl.div_rn(g, denominator)
+    else:
+        pace = tl.div_rn(pace, c1)
+        if FEEDBACK:
+            m = m * beta1 + tl.div_rn(g, denominator) * new1
+            adam = m
+        else:
+            m = m * beta1 + g * new1
+            adam = tl.div_rn(m, denominator)
+    pace = tl.where(s < 0, -pace, pace) if GRID_UNIT else tl.div_rn(pace, s_before)
+    move = -(adam * pace + rate * weight_decay * x)
     target = x + move
     if latent is None:
         rounded = q + tl.floor(move + _uniform(random))
@@ -277,11 +274,10 @@ def _update_kernel(
     if m_values is not None:
         if FEEDBACK:
             lost = tl.clamp(target, QMIN - REACH, QMAX + REACH, propagate_nan=tl.PropagateNan.ALL) - kept
-            lost = tl.where(s < 0, -lost, lost) if GRID_UNIT else lost * s
             factor = tl.div_rn(c1 * feedback, tl.where(rate > 0, rate, float("inf")))
-            m = m + factor * denominator * lost
+            m = m + lost * (tl.where(s < 0, -factor, factor) if GRID_UNIT else factor * s)
         if m_unit is not None:
-            m_codes, unit = _encode_momentum(m, _dither(random, 4, 5, SHARED), inside, CUBES)
+            m_codes, unit = _encode_momentum(m, _dither(random, 4, 5, SHARED), inside, CUBES, SMALLEST)
             tl.store(m_values + at, m_codes, mask=inside)
             tl.store(m_unit + at_block, unit, mask=row_ok)
         else:
@@ -335,6 +331,7 @@ def _launch(rows: int, words: int, scales: tuple[int, int], rule: Rule) -> Launc
         FEEDBACK=rule.error_feedback,
         SHARED=SHARED_BITS,
         CUBES=CUBES,
+        SMALLEST=SMALLEST,
         PARTS=PARTS,
         REACH=REACH if rule.latent_weights else 0.0,
         BM=ROWS,
@@ -376,6 +373,7 @@ def low_bit_update(
         return scale.new_zeros(0) if norms else None
     device = packed.device
     poison = _poison(device, torch._C._cuda_getCurrentRawStream(device.index) if packed.is_cuda else 0)
+    momentum = rule.momentum
     v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
     launch = _launch(rows, words, tuple(scale.shape), rule)
     of_parts = torch.empty(launch.grid, device=device) if norms else None
@@ -384,15 +382,12 @@ def low_bit_update(
         scale,
         stream,
         grad.contiguous(),
-        state.get("exp_avg", state.get("exp_avg_codes")),
-        state.get("exp_avg_unit"),
+        None if momentum is None else state.get(momentum, state.get(f"{momentum}_codes")),
+        state.get(f"{momentum}_unit"),
         v,
         state.get("exp_avg_sq_top"),
         state.get("exp_avg_sq_columns"),
         state.get("exp_avg_sq_mean"),
-        state.get("exp_avg_sq_rows_before"),
-        state.get("exp_avg_sq_columns_before"),
-        state.get("exp_avg_sq_mean_before"),
         lr,
         *corrections,
         poison,

@@ -24,7 +24,7 @@ from ...grid import TERNARY
 from ...ops.latent import new_latent
 from ...ops.low_bit_step import Scalars, step_codes
 from ...ops.narrow_gradient import NarrowGradient
-from ...ops.reference_step import Rule, momentum_of_linear_codes, new_state
+from ...ops.reference_step import DIRECTION, MOMENTUM, Rule, momentum_of_linear_codes, new_state
 from ..common import rules
 from .growth import grow
 from .in_backward import Released, UpdateInBackward, gradients_are_complete, refuse_data_parallel, take_over
@@ -327,7 +327,7 @@ class LowBitAdamW(Optimizer):
         rule = self._rule(parameter, group)
         state, device = self.state[parameter], parameter.device
         if not state:
-            state.update(new_state(parameter.shape, rule.state, rule.beta1 > 0, device))
+            state.update(new_state(parameter.shape, rule.state, rule.momentum, device))
         if parameter.places is not None:  # the first step
             if rule.latent_weights and "latent_codes" not in state:
                 weight = parameter.packed, parameter.stream, rule.columns
@@ -405,8 +405,9 @@ class LowBitAdamW(Optimizer):
         _warn_of_latent_weights(asked, self._latent_weights())
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
-                kinds = new_state(torch.Size((1, 1)), "8bit", True, torch.device("cpu"))
-                kinds["latent_codes"] = torch.empty(0, dtype=torch.int8)
+                kinds = {"latent_codes": torch.empty(0, dtype=torch.int8)}
+                for momentum in (MOMENTUM, DIRECTION):
+                    kinds |= new_state(torch.Size((1, 1)), "8bit", momentum, torch.device("cpu"))
                 for name, value in state.items():
                     device = torch.device("cpu") if name == "step" else parameter.device
                     state[name] = value.to(device, kinds[name].dtype) if name in kinds else value
@@ -498,7 +499,8 @@ def _scale_remainder(state: dict[str, Any], lr: Rate, last_lr: Rate | None) -> N
     """
     if last_lr is None:
         return
-    momentum = state["exp_avg"] if "exp_avg" in state else state["exp_avg_unit"]
+    names = (f"{name}{part}" for name in (DIRECTION, MOMENTUM) for part in ("", "_unit"))
+    momentum = next(state[name] for name in names if name in state)
     if isinstance(lr, torch.Tensor) or isinstance(last_lr, torch.Tensor):
         # on the device: asking whether the rate rose would wait for it
         lr, last_lr = (torch.as_tensor(rate, dtype=torch.float32, device=momentum.device) for rate in (lr, last_lr))

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from peft_lrqat.grid import snap_scale
 from peft_lrqat.ops import kernels, latent, use_kernels
 from peft_lrqat.ops.low_bit_step import step_codes
-from peft_lrqat.ops.reference_step import Rule, new_state
+from peft_lrqat.ops.reference_step import DIRECTION, Rule, new_state
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests.low_bit_weights import weight
 from tests.problems import DEVICE
@@ -89,7 +89,7 @@ def test_scales_with_gaps_are_stepped_on_where_they_are():
         packed, stream = start.packed.clone(), start.stream.clone()
         room = torch.full((6, 3, 2), 7.0, device=DEVICE)
         scale = room[..., 0].copy_(start.scale) if gaps else start.scale.clone()
-        state = new_state(start.shape, "factored", True, packed.device)
+        state = new_state(start.shape, "factored", DIRECTION, packed.device)
         with use_kernels(True):
             for _ in range(3):
                 step_codes(packed, scale, stream, grad, state, lr, rule)

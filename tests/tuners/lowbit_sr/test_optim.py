@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_lrqat import LowBitAdamW
 from peft_lrqat.grid import Grid
-from peft_lrqat.ops.reference_step import decode_momentum
+from peft_lrqat.ops.reference_step import decode_momentum, decode_second_moment, settle_momentum
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
 from tests import low_bit_weights
 from tests.lowbit_sr import IDS, codes, run, trainable, weights
@@ -209,7 +209,7 @@ def test_state_is_saved_and_goes_on_bit_for_bit(state: str, feedback: bool, tmp_
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     for p, values in second.state.items():
         if isinstance(p, LowBitTensor) and state == "8bit":
-            assert values["exp_avg_codes"].dtype == torch.int8
+            assert values["direction_codes" if feedback else "exp_avg_codes"].dtype == torch.int8
             assert values["exp_avg_sq_codes"].dtype == torch.uint8
     run(model, optimizer, 3)
     run(other, second, 3)
@@ -288,7 +288,7 @@ def test_the_state_of_another_optimizer_is_refused():
 def test_a_momentum_that_was_stored_linearly_goes_on():
     """As optimizer states before today's code have it."""
     p = nn.Parameter(low_bit_weights.weight(4, -1, (5, 300)))
-    optimizer = LowBitAdamW([p])
+    optimizer = LowBitAdamW([p], error_feedback=False)
     p.grad = torch.randn(5, 300)
     optimizer.step()
     saved = optimizer.state_dict()
@@ -304,6 +304,44 @@ def test_a_momentum_that_was_stored_linearly_goes_on():
     assert "exp_avg_step" not in held
     found = decode_momentum(held["exp_avg_codes"], held["exp_avg_unit"])
     assert (found - m).abs().max() < 0.03 * m.abs().max()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit", "factored"])
+def test_error_feedback_is_switched_in_training(state: str):
+    """Its momentum is of normalized gradients; that of earlier versions was not, which is the same switch."""
+    torch.manual_seed(0)
+    p = nn.Parameter(low_bit_weights.weight(8, -1, (5, 300)))
+    optimizer = LowBitAdamW([p], lr=1e-9, state=state, error_feedback=False)
+    for _ in range(3):
+        p.grad = torch.randn(5, 300)
+        optimizer.step()
+
+    def momentum(name: str) -> torch.Tensor:
+        held = optimizer.state[p]
+        return held[name] if state == "fp32" else decode_momentum(held[f"{name}_codes"], held[f"{name}_unit"])
+
+    def denominator() -> torch.Tensor:
+        held = optimizer.state[p]
+        if state == "factored":
+            v = held["exp_avg_sq_rows"] * held["exp_avg_sq_columns"] / held["exp_avg_sq_mean"]
+        elif state == "8bit":
+            v = decode_second_moment(held["exp_avg_sq_codes"], held["exp_avg_sq_top"])
+        else:
+            v = held["exp_avg_sq"]
+        return (v.double() / (1 - 0.98**3)).sqrt() + 1e-3
+
+    m = momentum("exp_avg").clone()
+    close = {"rtol": 1e-5, "atol": 1e-6} if state == "fp32" else {"rtol": 0.05, "atol": 1e-3}
+    group = optimizer.param_groups[0]
+    group.update(error_feedback=True, eps=1e-3)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # the other name comes from a file, too
+    settle_momentum(optimizer.state[p], optimizer._rule(p, group))
+    assert not {"exp_avg", "exp_avg_codes", "exp_avg_unit"} & set(optimizer.state[p])
+    torch.testing.assert_close(momentum("direction").double(), m.double() / denominator(), **close)
+    group["error_feedback"] = False
+    settle_momentum(optimizer.state[p], optimizer._rule(p, group))
+    torch.testing.assert_close(momentum("exp_avg"), m, **close)
     optimizer.step()
 
 
