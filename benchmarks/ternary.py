@@ -6,7 +6,8 @@ The text is torch's own Python source, as bytes, every twentieth file held out. 
 float on one half of the text, then its linear layers are made ternary ("absmean") and everything is trained on the
 other half, with a cosine of its own. Each method is one of pretrain.py's, with options after a colon, and `kl=1` for
 the loss to the float model's outputs in place of the text's. The figures are held-out losses in nats a byte: `float`,
-`start` (ternary, not yet trained) and `loss`.
+`start` (ternary, not yet trained) and `loss`. ternary_latent.json has the methods with latent weights since these begin
+where the float weights lay; in ternary.json they began anywhere that rounds to the same codes.
 """
 
 from __future__ import annotations
