@@ -200,7 +200,6 @@ class _LowBitLinear(torch.autograd.Function):
         packed, scale, ternary_scale, factor = stored
         x = given if values is None else values
         need_x, need_weight, need_learned, _, need_log2, _ = ctx.needs_input_grad
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.narrow = narrow and factor is None and not torch.compiler.is_compiling()
         rounds = log2 is not None and (need_x or need_log2)
         kept = (*stored, log2)
@@ -210,6 +209,8 @@ class _LowBitLinear(torch.autograd.Function):
         own = ternary_scale is None and factor is None and not compiling
         ctx.kept, ctx.versions = (kept, versions(kept)) if own else (None, None)
         needs_values = need_weight or need_learned
+        if not needs_values:
+            ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.save_for_backward(x if needs_values else None, given if rounds else None, *(() if own else kept))
         if late:
             return x.new_empty(*x.shape[:-1], packed.shape[0])

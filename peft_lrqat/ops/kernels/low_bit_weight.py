@@ -12,11 +12,9 @@ import triton
 import triton.language as tl
 
 from ...grid import sum_per_scale
-from ..stored_base import BaseFormat
 from .launch import Kernel, Launch, launched
-from .prepare import prepare
 from .tiles import load, round_half_even, scale_stride, store, stored_levels, tile_columns, tiling
-from .weight import prepared_weight
+from .weight import launch_without_adapter
 
 
 @triton.jit
@@ -94,11 +92,13 @@ def low_bit_weight(
     """Build what `reference.low_bit_weight` does, bit for bit."""
     rows, words = packed.shape
     packed, scale = packed.contiguous(), scale.contiguous()
-    if ternary_scale is None:
-        prepared = prepare(scale, None, "auto", None, None, 1.0, rows)  # launches nothing
-        return prepared_weight(packed, scale.shape[1], None, prepared, BaseFormat(bits, in_features, "int"), dtype)
     weight = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
-    if weight.numel():
+    if not weight.numel():
+        return weight
+    if ternary_scale is None:
+        launch = launch_without_adapter(rows, words, in_features, tuple(scale.shape), bits)
+        launch(weight, None, packed, None, scale, None, None)
+    else:
         launch = _launch(_ternary_kernel, rows, in_features, words, tuple(scale.shape), bits)
         launch(weight, packed, scale, ternary_scale.contiguous())
     return weight

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..stored_base import BaseFormat
 from .launch import Launch, launched
 from .prepare import Offsets, Prepared, prepare
-from .tiles import clip, first_a, load, rounded_levels, store, tile_columns, tile_rows, tiling
+from .tiles import clip, first_a, load, rounded_levels, scale_stride, store, tile_columns, tile_rows, tiling
 
 
 @triton.jit
@@ -87,6 +87,12 @@ def _launch(rows: int, words: int, groups: int, fmt: BaseFormat, offsets: Offset
         **tiles.constants(fmt, rank, offsets.by_channel),
         LOOP=tiles.loop,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def launch_without_adapter(rows: int, words: int, in_features: int, scales: tuple[int, int], bits: int) -> Launch:
+    """Fix the launch for packed codes alone, by what a caller has at hand: low-bit SR's, which makes three a step."""
+    return _launch(rows, words, scales[1], BaseFormat(bits, in_features, "int"), Offsets(scale_stride(scales)), 0, 1)
 
 
 def linear_weight(

@@ -36,11 +36,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...grid import GridTensor, dequantize, snap_scale
-from ...modules.generation import KeepsWeight
+from ...modules.generation import KeepsWeight, Slot
 from ...modules.packed import QuantizedLinear
 from ...ops import trained_scale
 from ...ops.activations import Activations
 from ...ops.dispatch import cast
+from ...ops.inputs import linear_input
 from ...ops.low_bit import low_bit_levels, low_bit_linear, low_bit_weight, mean_code
 from ...ops.shared_inputs import through_rounding
 from ...packing import unpack
@@ -328,12 +329,18 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                 "Low-bit SR cannot be trained under fp16 autocast: a gradient scaler skips and rescales steps, "
                 "which integers cannot follow. Use bf16 (`bf16=True`, `fp16=False`) or no autocast."
             )
-        x, values, learned = self._rounded(x, self.adapter_activations[adapter], [adapter])
+        frozen: Any = self._modules["base_layer"]
+        activations, values, learned = self.adapter_activations[adapter], None, None
+        if activations is None:
+            x = linear_input(x, frozen)
+        else:
+            x, values, learned = self._rounded(x, activations, [adapter])
         dtype = x.dtype if values is None else values.dtype
-        bias = self.frozen._parameters["bias"]
+        bias = frozen._parameters["bias"]
         if bias is not None:
             bias = cast(bias, dtype)
-        kept = self._kept_weight(dtype, adapter)
+        slot = self.slot()
+        kept = None if slot is None else self._kept_weight(slot, dtype, adapter)
         if kept is not None:
             dense, scale = kept
             out = nn.functional.linear(x if values is None else through_rounding(x, values, learned), dense, bias)
@@ -359,12 +366,11 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             return one, None, scale.view(1)
         return (scale / ternary).detach(), one, ternary.view(1)
 
-    def _kept_weight(self, dtype: torch.dtype, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def _kept_weight(
+        self, slot: Slot, dtype: torch.dtype, adapter: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """What the input is multiplied with, (out, in) in `dtype`, and a scale of the output or None, where the layer
         keeps them: while the model generates."""
-        slot = self.slot()
-        if slot is None:
-            return None
         weight: Any = self.lowbitsr_weight[adapter].weight
 
         def build() -> tuple[torch.Tensor, torch.Tensor | None]:
