@@ -9,6 +9,7 @@ optimizer for each weight, which steps when the weight's gradient is complete an
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -81,15 +82,22 @@ def full_model(kind: str, options: dict[str, Any], model: nn.Module, range_metho
 class InBackward:
     """Optimizers, one for each weight, that step in backward: no two gradients are held at a time.
 
-    It has what a training loop calls, and nothing is left to do there.
+    It has what a training loop calls, and nothing is left to do there. The hooks do not keep it: Python's collector
+    does not see references that torch's graph holds, and the weights would never be freed.
     """
 
     def __init__(
         self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], trained: list[nn.Parameter]
     ) -> None:
         self.each = {parameter: make([parameter]) for parameter in trained}
+        arrived = weakref.WeakMethod(self._arrived)
+
+        def hook(parameter: torch.Tensor) -> None:
+            if (call := arrived()) is not None:
+                call(parameter)
+
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(hook)
 
     def _arrived(self, parameter: torch.Tensor) -> None:
         optimizer = self.each[parameter]
