@@ -201,7 +201,9 @@ def _errors(
         size = size // 4 * torch.get_num_threads()
     widest = max(part.shape[1] for part in parts)
     at_once = max(1, size // widest)
-    levels, nearest = (torch.empty(min(at_once, max(1, line.numel())) * widest, device=device) for _ in range(2))
+    levels, nearest = (
+        torch.empty(min(at_once, max(1, line.numel())) * widest, dtype=torch.float32, device=device) for _ in range(2)
+    )
     total = torch.zeros(line.shape, dtype=torch.float64, device=device)
     for start in range(0, line.numel(), at_once):
         some = slice(start, start + at_once)

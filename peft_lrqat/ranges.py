@@ -62,7 +62,7 @@ def choose_range(
     grid.check_divides(in_features)
     rows, groups = grid.scale_shape(out_features, in_features)
     device = weight.device
-    scale = torch.empty(rows, groups, device=device)
+    scale = torch.empty(rows, groups, dtype=torch.float32, device=device)
     zero_point = None if grid.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=device)
 
     if rows == out_features and grid.group_size != 0:

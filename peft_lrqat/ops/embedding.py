@@ -79,8 +79,8 @@ def _embedding_backward(
     fmt, flat, dy = BaseFormat(bits, width, downcast), ids.reshape(-1), dy.reshape(-1, width).float()
     factors = optional_factors(A, B, c, units)
     ds = torch.zeros_like(scale)
-    dA = torch.zeros(A.shape if A is not None else (0,), device=base.device)
-    dB = torch.zeros(B.shape if B is not None else (0,), device=base.device)
+    dA = torch.zeros(A.shape if A is not None else (0,), dtype=torch.float32, device=base.device)
+    dB = torch.zeros(B.shape if B is not None else (0,), dtype=torch.float32, device=base.device)
     with no_autocast(dy):
         for rows in row_chunks(base.shape[0], width, base.device):
             here = _tokens_in(flat, rows)
@@ -105,8 +105,8 @@ def _embedding_backward(
 def _(dy, ids, base, scale, zero_point, A, B, c, bits, downcast, units=None):
     return (
         torch.empty_like(scale),
-        torch.empty(A.shape if A is not None else (0,), device=base.device),
-        torch.empty(B.shape if B is not None else (0,), device=base.device),
+        torch.empty(A.shape if A is not None else (0,), dtype=torch.float32, device=base.device),
+        torch.empty(B.shape if B is not None else (0,), dtype=torch.float32, device=base.device),
     )
 
 

@@ -26,7 +26,7 @@ class Scalars:
         if isinstance(lr, torch.Tensor):
             return lr.to(device, torch.float32)
         # filled there: a copy would wait for the device
-        return self._get(device, lr, lambda: torch.full((), lr, device=device))
+        return self._get(device, lr, lambda: torch.full((), lr, dtype=torch.float32, device=device))
 
     def corrections(self, rule: Rule, step: float, device: torch.device) -> Corrections:
         """Return the corrections of a step, whose number counts from 1."""

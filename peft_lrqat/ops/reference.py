@@ -313,7 +313,7 @@ def shift_gradient_by_row(ds: Tensor, scale: Tensor, step0: Tensor, step: Tensor
 
 def _per_row(dy: Tensor, y: Tensor) -> Tensor:
     """Sum dy * y over tokens, fp32 (out,), without a (T, out) temporary in fp32 for low-precision inputs."""
-    total = torch.zeros(dy.shape[1], device=dy.device)
+    total = torch.zeros(dy.shape[1], dtype=torch.float32, device=dy.device)
     for tokens in row_chunks(dy.shape[0], dy.shape[1], dy.device):
         total += (dy[tokens].float() * y[tokens].float()).sum(dim=0)
     return total

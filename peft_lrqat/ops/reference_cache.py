@@ -37,7 +37,9 @@ def rotation_signs(size: int, device: torch.device) -> Tensor:
     """Return the signs of vLLM's rotation, fp32 (size,): drawn with its own seed."""
     with torch.device("cpu"):  # whatever torch.set_default_device says
         generator = torch.Generator().manual_seed(0x9E3779B9)
-        return (2.0 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1.0).to(device)
+        return (2.0 * torch.bernoulli(torch.full((size,), 0.5, dtype=torch.float32), generator=generator) - 1.0).to(
+            device
+        )
 
 
 def _half_away(x: Tensor) -> Tensor:

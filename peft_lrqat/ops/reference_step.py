@@ -114,7 +114,7 @@ class Corrections(NamedTuple):
 
 def corrections_of(rule: Rule, step: float, device: torch.device) -> Corrections:
     """Compute them by torch's powers on the device, which would not round alike elsewhere."""
-    t = torch.full((), step, device=device)
+    t = torch.full((), step, dtype=torch.float32, device=device)
     return Corrections(1 - rule.beta1**t, 1 / _root(1 - rule.beta2**t))
 
 
@@ -201,7 +201,9 @@ def new_state(shape: torch.Size, kind: str, momentum: str | None, device: torch.
     def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
 
-    state = {"step": torch.zeros(())}  # on the CPU: who asks for it does not wait for the device
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu")
+    }  # on the CPU: who asks for it does not wait for the device
     if momentum and kind == "fp32":
         state[momentum] = zeros(rows, columns)
     elif momentum:

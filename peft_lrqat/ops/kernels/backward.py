@@ -211,9 +211,9 @@ def row_gradients(
     rows, device, stack = base.shape[0], dy.device, 1 if bounds is None else bounds.shape[0] - 1
     dshift = dB = None
     if y is not None:
-        y, dshift = y.contiguous(), torch.empty(rows, 1, device=device)
+        y, dshift = y.contiguous(), torch.empty(rows, 1, dtype=torch.float32, device=device)
     if flags is not None:
-        dB = torch.empty(rows, prepared.rank, device=device)
+        dB = torch.empty(rows, prepared.rank, dtype=torch.float32, device=device)
     rank = 0 if flags is None else prepared.rank
     constants = (base.shape[1], scale0.shape[1], fmt, prepared.offsets, rank, c, dy.dtype == torch.float32, stack)
     tokens = dy.shape[0] if bounds is None else 0  # where `bounds` say it, launches are the same for any number
@@ -417,7 +417,7 @@ def project(
     stack = 1 if bounds is None else bounds.shape[0] - 1
     constants = (scale0.shape[1], fmt, prepared.offsets, prepared.rank, need_AB, stack)
     launch, columns = _launch_by_G(rows // stack, words, *constants)
-    sums = torch.empty(rows, columns, device=base.device) if need_shift else None
+    sums = torch.empty(rows, columns, dtype=torch.float32, device=base.device) if need_shift else None
     zero_point = None if zero_point is None else zero_point.contiguous()
     launch(G, sums, base, zero_point, prepared.scale, prepared.buffer, bounds)
     if sums is None:

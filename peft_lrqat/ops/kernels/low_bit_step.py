@@ -347,7 +347,7 @@ def _finish(scales: int) -> Launch:
 @functools.cache
 def _poison(device: torch.device, stream: int) -> torch.Tensor:
     """Make 0, fp32, which is so again after every step: for all weights whose steps follow on one another."""
-    return torch.zeros((), device=device)
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def low_bit_update(
@@ -376,7 +376,7 @@ def low_bit_update(
     momentum = rule.momentum
     v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
     launch = _launch(rows, words, tuple(scale.shape), rule)
-    of_parts = torch.empty(launch.grid, device=device) if norms else None
+    of_parts = torch.empty(launch.grid, dtype=torch.float32, device=device) if norms else None
     launch(
         packed,
         scale,

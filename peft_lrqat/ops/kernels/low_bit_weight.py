@@ -112,7 +112,7 @@ def scale_gradient(
     if not grad.numel():
         return torch.zeros_like(scale)
     columns = tiling(rows, in_features, scale.shape[1], loops=False).columns
-    sums = torch.empty(rows, columns, device=grad.device)
+    sums = torch.empty(rows, columns, dtype=torch.float32, device=grad.device)
     ternary_scale = None if ternary_scale is None else ternary_scale.contiguous()
     launch = _launch(_scale_sums_kernel, rows, in_features, packed.shape[1], tuple(scale.shape), bits)
     launch(sums, grad.contiguous(), packed.contiguous(), scale.contiguous(), ternary_scale)

@@ -50,7 +50,7 @@ class InputScale(AdapterWeight):
     _loaded_in: list | None = None  # the call of `load_state_dict` that had it last
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(torch.full((1,), torch.nan, device=device))
+        super().__init__(torch.full((1,), torch.nan, dtype=torch.float32, device=device))
         watch(self.weight)
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ _RELEASED_ERROR = (
     "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
     "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
     "LowBitAdamW, where accelerate does not tell it; a weight that is used inside two checkpointed segments needs "
-    "`use_reentrant=False`. Or use `fused_backward=False`. If this training has another optimizer, the LowBitAdamW of "
+    "`use_reentrant=False`. Or use `fused_backward=False`, as DistributedDataParallel needs it, of one process "
+    "(torchrun), too. If this training has another optimizer, the LowBitAdamW of "
     "an earlier one is still there and has taken the gradient: delete it, and the Trainer that has it."
 )
 
@@ -45,16 +47,24 @@ class Released(torch.Tensor):
         self.norms = norms
         return self
 
+    def __deepcopy__(self, memo: dict) -> Released:
+        return Released(self, self.norms.clone())
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # stub lacks cls
         aten = torch.ops.aten
         if func is aten.detach.default:
             return cls(args[0], args[0].norms)
-        if func is aten.linalg_vector_norm.default and len(args) > 1 and args[1] == 2 and len(args) == 2:
-            return torch.linalg.vector_norm(args[0].norms)  # Trainer logs it
+        if func is aten.linalg_vector_norm.default and _is_of_all(*args[1:]):
+            return torch.linalg.vector_norm(args[0].norms, **(kwargs or {}))  # Trainer logs it
         if func is aten.mul_.Tensor and isinstance(args[0], cls) and float(args[1]) == 1.0:
             return args[0]  # clipping that does not clip
         raise RuntimeError(_RELEASED_ERROR.format(name=f"`{func._schema.name.split('::')[-1]}`"))
+
+
+def _is_of_all(order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False) -> bool:
+    """Tell whether the arguments of `torch.linalg.vector_norm` ask for the 2-norm of a whole matrix."""
+    return order == 2 and not keepdim and (not dim or sorted(d % 2 for d in dim) == [0, 1])
 
 
 class UpdateInBackward:

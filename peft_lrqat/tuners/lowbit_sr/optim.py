@@ -153,10 +153,8 @@ class LowBitAdamW(Optimizer):
         super().__init__(params, every)
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._compile = compile
-        self._arrived: dict[torch.Tensor, int] = {}
-        self._rules: dict[torch.Tensor, tuple[tuple, Rule]] = {}
-        self._scalars = Scalars()
         self.fused_backward = fused_backward
+        self._forget()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if isinstance(parameter, LowBitTensor):
@@ -177,7 +175,7 @@ class LowBitAdamW(Optimizer):
                 `max_grad_norm` is set to 0 in them if it is the default of 1 and `fused_backward` is on. Weight decay
                 and the schedule the Trainer sets itself.
             **options (Any): options of `LowBitAdamW`, in place of those. `fused_backward` is on where there is one
-                process.
+                process, and none of torchrun's, whose DistributedDataParallel needs the gradients.
 
         Returns:
             (LowBitAdamW, its options).
@@ -201,6 +199,12 @@ class LowBitAdamW(Optimizer):
         """
         cls([torch.zeros(0)], **options)  # which says what is wrong with them
         return cls, options_of(args, options)
+
+    def _forget(self) -> None:
+        """Begin with nothing that is known of steps."""
+        self._arrived: dict[torch.Tensor, int] = {}
+        self._rules: dict[torch.Tensor, tuple[tuple, Rule]] = {}
+        self._scalars = Scalars()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as torch does; `__init__` adds the first ones.
@@ -351,7 +355,7 @@ class LowBitAdamW(Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
                     "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
                 }
@@ -378,8 +382,16 @@ class LowBitAdamW(Optimizer):
 
     # -- saving
 
+    def __getstate__(self) -> dict[str, Any]:
+        ours = ("gradient_accumulation_steps", "_compile", "fused_backward")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "fused_backward" in state:  # a copy, or from a pickle; `load_state_dict` brings groups and moments
+            self._forget()
+            if self.fused_backward:
+                self._register()
         for group in self.param_groups:  # of earlier files
             group.setdefault("latent_weights", False)
 

@@ -23,6 +23,7 @@ on the packed codes and needs no float copy at all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -130,7 +131,7 @@ class LowBitTensor(torch.Tensor):
 
     def to_float(self) -> torch.Tensor:
         """s q: a plain fp32 (out, in) tensor, built anew."""
-        out = torch.empty(self.shape, device=self.device)
+        out = torch.empty(self.shape, dtype=torch.float32, device=self.device)
         for rows in row_chunks(self.shape[0], self.shape[1], self.device):
             codes = unpack(self.packed[rows], self.grid.code_bits, self.shape[1]).float()
             out[rows] = (grouped(codes, self.scale) * rows_of(self.scale, rows).unsqueeze(-1)).view_as(codes)
@@ -260,7 +261,7 @@ class LowBitTensor(torch.Tensor):
             else:
                 copied.requires_grad_(self.requires_grad)
             if self.grad is not None:
-                copied.grad = self.grad.clone()
+                copied.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = copied
         return copied
 

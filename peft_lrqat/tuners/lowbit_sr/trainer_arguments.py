@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 _LOGGER = logging.getLogger("peft_lrqat")
 
@@ -23,7 +24,8 @@ def options_of(args: TrainingArguments, options: dict[str, Any]) -> dict[str, An
     betas = {"adam_beta1": args.adam_beta1, "adam_beta2": args.adam_beta2}
     if any(value != usual[name] for name, value in betas.items()):  # somebody has chosen them
         found["betas"] = tuple(betas.values())
-    found["fused_backward"] = args.world_size == 1
+    # torchrun has one process, too, wrapped by DistributedDataParallel, which copies every gradient
+    found["fused_backward"] = args.world_size == 1 and args.parallel_mode != ParallelMode.DISTRIBUTED
     found |= options
     if found["fused_backward"] and args.max_grad_norm:
         if args.max_grad_norm != usual["max_grad_norm"]:

@@ -176,7 +176,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         frozen = self.frozen
         if config.learn_scales:
             shape = config.shift_shape(*frozen.scale0_bits.shape)
-            self.lora_scale_shift[adapter_name] = AdapterWeight(torch.zeros(shape, device=frozen.device))
+            self.lora_scale_shift[adapter_name] = AdapterWeight(
+                torch.zeros(shape, dtype=torch.float32, device=frozen.device)
+            )
         self._add_input_scale(adapter_name, config)
         self._add_factors(adapter_name, r, lora_alpha, config, **kwargs)
         LoraLayer._move_adapter_to_device_of_base_layer(self, adapter_name)  # a new adapter takes the base's dtype

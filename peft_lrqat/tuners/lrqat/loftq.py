@@ -43,7 +43,7 @@ def residual_factors(
     U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
     kept = min(rank, S.numel())
     root = S[:kept].sqrt()
-    A = torch.zeros(rank, weight.shape[1], device=weight.device)
-    B = torch.zeros(weight.shape[0], rank, device=weight.device)
+    A = torch.zeros(rank, weight.shape[1], dtype=torch.float32, device=weight.device)
+    B = torch.zeros(weight.shape[0], rank, dtype=torch.float32, device=weight.device)
     A[:kept], B[:, :kept] = root.unsqueeze(1) * Vh[:kept], U[:, :kept] * root
     return A, B

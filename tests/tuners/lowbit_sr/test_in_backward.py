@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -158,6 +159,56 @@ def test_a_layer_used_twice_is_updated_once_with_the_sum(dtype: torch.dtype):
     ordinary.step()
     assert torch.equal(layer.lowbitsr_weight["default"].weight.codes(), twin.lowbitsr_weight["default"].weight.codes())
     assert int(layer.lowbitsr_weight["default"].weight.stream[1]) == 1
+
+
+def test_a_model_is_copied_between_backward_and_step():
+    """As averages of weights, and callbacks, do it."""
+    model = low_bit(tiny()).train()
+    optimizer = LowBitAdamW(trainable(model), lr=1e-2, fused_backward=True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    twin = copy.deepcopy(model)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(codes(twin), codes(model), strict=True))
+    twin.zero_grad()
+    run(twin, LowBitAdamW(trainable(twin), lr=1e-2), 1)
+    assert not any(torch.equal(a, b) for a, b in zip(codes(twin), codes(model), strict=True))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda grad: grad.norm(),
+        lambda grad: grad.detach().norm(2),
+        torch.norm,
+        lambda grad: torch.linalg.vector_norm(grad, 2, (0, 1)),
+        lambda grad: torch.linalg.vector_norm(grad, 2, (-1, 0), dtype=torch.float64),
+    ],
+)
+def test_the_norm_of_a_gradient_that_is_gone_is_known(norm: Callable[[torch.Tensor], torch.Tensor]):
+    model = low_bit(tiny(num_hidden_layers=1)).train()
+    twin = copy.deepcopy(model)
+    optimizer = LowBitAdamW(trainable(model), fused_backward=True)
+    for one in (model, twin):
+        one(input_ids=IDS, labels=IDS).loss.backward()
+    assert optimizer.fused_backward
+    for p, q in zip(weights(model).values(), weights(twin).values(), strict=True):
+        torch.testing.assert_close(norm(p.grad), norm(q.grad))
+    with pytest.raises(RuntimeError, match=r"`linalg_vector_norm` asks for it"):
+        next(iter(weights(model).values())).grad.norm(dim=0)
+
+
+def test_data_parallelism_of_one_process_is_told_what_to_do():
+    """torchrun's, which copies every gradient."""
+    model = low_bit(tiny(num_hidden_layers=1)).train()
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = LowBitAdamW(trainable(model), fused_backward=True)
+        with pytest.raises(RuntimeError, match=r"`fused_backward=False`, as DistributedDataParallel needs it"):
+            wrapped(input_ids=IDS, labels=IDS).loss.backward()
+        assert optimizer.fused_backward
+    finally:
+        destroy_process_group()
 
 
 def test_what_needs_all_gradients_at_once_is_refused():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -212,6 +214,28 @@ def test_state_is_saved_and_goes_on_bit_for_bit(state: str, feedback: bool, tmp_
             assert values["direction_codes" if feedback else "exp_avg_codes"].dtype == torch.int8
             assert values["exp_avg_sq_codes"].dtype == torch.uint8
     run(model, optimizer, 3)
+    run(other, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
+
+
+def pickled(pair: tuple) -> tuple:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_model_and_optimizer_goes_on_bit_for_bit(copied: Callable[[tuple], tuple], fused: bool):
+    model = low_bit(tiny(num_hidden_layers=1), bits=4)
+    optimizer = LowBitAdamW(trainable(model), lr=1e-2, fused_backward=fused)
+    run(model, optimizer, 2)
+    other, second = copied((model, optimizer))
+    assert second.fused_backward is fused
+    held = codes(other)
+    run(model, optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(codes(other), held, strict=True))
     run(other, second, 3)
     assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(other), strict=True))
 

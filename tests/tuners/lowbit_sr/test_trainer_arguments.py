@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -76,6 +78,13 @@ def test_several_processes_average_gradients_first(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     assert not LowBitAdamW.for_trainer(args)[1]["fused_backward"]
     assert args.max_grad_norm == 1.0
+
+
+def test_one_process_of_torchrun_is_wrapped_as_several_are(tmp_path: Path):
+    args = arguments(tmp_path)
+    args.distributed_state = SimpleNamespace(num_processes=1, distributed_type=DistributedType.MULTI_GPU)
+    assert not LowBitAdamW.for_trainer(args)[1]["fused_backward"]
+    assert LowBitAdamW.for_trainer(args, fused_backward=True)[1]["fused_backward"]
 
 
 def test_other_arguments_are_refused():
