@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -335,12 +335,18 @@ def settle_momentum(state: dict[str, torch.Tensor], rule: Rule) -> None:
     """Turn the momentum into the one that the rule wants, if it is the other: of normalized gradients, or not.
 
     So `error_feedback` can be switched in training, and states of earlier versions, whose momentum was of gradients
-    with error feedback too, go on as they were. What is stored in 8 bits is rounded once more.
+    with error feedback too, go on as they were. What is stored in 8 bits is rounded once more. A momentum that there
+    was not, with `betas` of (0, ...), begins at 0.
     """
-    other = MOMENTUM if rule.momentum == DIRECTION else DIRECTION
-    if rule.momentum is None or not (other in state or f"{other}_codes" in state):
+    if rule.momentum is None or _has_momentum(state, rule.momentum):
         return
-    momentum: Any = _read_momentum(state, other)
+    other = MOMENTUM if rule.momentum == DIRECTION else DIRECTION
+    v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
+    new = new_state(torch.Size((v.shape[0], rule.columns)), rule.state, rule.momentum, v.device)
+    state |= {name: new[name] for name in _momentum_names(rule.momentum) if name in new}
+    if not _has_momentum(state, other):
+        return
+    momentum = cast(torch.Tensor, _read_momentum(state, other))
     if step := float(state["step"]):
         corrections = corrections_of(rule, step, momentum.device)
         if rule.state == "factored":
@@ -352,9 +358,11 @@ def settle_momentum(state: dict[str, torch.Tensor], rule: Rule) -> None:
         momentum = momentum / (root + rule.eps) if other == MOMENTUM else momentum * (root + rule.eps)
     for name in _momentum_names(other):
         state.pop(name, None)
-    new = new_state(momentum.shape, rule.state, rule.momentum, momentum.device)
-    state |= {name: new[name] for name in _momentum_names(rule.momentum) if name in new}
     _write_momentum(state, rule.momentum, momentum, torch.full_like(momentum, 0.5))
+
+
+def _has_momentum(state: dict[str, torch.Tensor], name: str) -> bool:
+    return name in state or f"{name}_codes" in state
 
 
 def _momentum_names(name: str) -> tuple[str, ...]:

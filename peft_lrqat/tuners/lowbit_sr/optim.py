@@ -28,6 +28,7 @@ from ...ops.reference_step import DIRECTION, MOMENTUM, Rule, momentum_of_linear_
 from ..common import rules
 from .growth import grow
 from .in_backward import Released, UpdateInBackward, gradients_are_complete, refuse_data_parallel, take_over
+from .remainder import Rate, last_positive, scale_remainder
 from .tensor import LowBitTensor
 from .trainer_arguments import options_of
 
@@ -260,6 +261,15 @@ class LowBitAdamW(Optimizer):
             self._register()  # moving a model to another device leaves the hooks behind
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as torch does. Backward passes before it do not count for accumulation.
+
+        Args:
+            set_to_none (bool): whether they become None, or zeros.
+        """
+        super().zero_grad(set_to_none)
+        self._arrived.clear()
+
     def _register(self) -> None:
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -310,6 +320,14 @@ class LowBitAdamW(Optimizer):
                 "`latent_weights` is True, but there are low-bit weights of 8 bits, which are as fine themselves. Use "
                 "it for coarser grids, or for parameter groups without 8-bit weights; None means ternary weights only."
             )
+        kept = self.state.get(parameter, {})
+        made = {"exp_avg_sq_codes": "8bit", "exp_avg_sq_rows": "factored", "exp_avg_sq": "fp32"}
+        for name, kind in made.items():
+            if name in kept and kind != group["state"]:
+                raise ValueError(
+                    f"`state` of a parameter group is {group['state']!r}, but its weights have been trained with "
+                    f"{kind!r}. Go on with that, or make another LowBitAdamW."
+                )
         return Rule(
             parameter.grid,
             parameter.shape[1],
@@ -340,14 +358,14 @@ class LowBitAdamW(Optimizer):
         lr = group["lr"]
         last_lr = state.pop("last_lr", None)
         if rule.error_feedback:
-            _scale_remainder(state, lr, last_lr)
+            scale_remainder(state, lr, last_lr)
         lr = self._scalars.rate(lr, device)
         corrections = self._scalars.corrections(rule, float(state["step"]) + 1, device)
         codes = (parameter.packed, parameter.scale, parameter.stream)
         found = step_codes(*codes, grad, state, lr, rule, corrections, norms)
         if rule.lr_unit == "weight":  # a rate in grid steps would double with the scale
             grow(parameter)
-        if rule.error_feedback and (last_lr := _last_positive(group["lr"], last_lr)) is not None:
+        if rule.error_feedback and (last_lr := last_positive(group["lr"], last_lr)) is not None:
             state["last_lr"] = last_lr
         return found
 
@@ -497,37 +515,3 @@ _RULES = {
 
 #: The options of a group that a `Rule` is made of, but for `betas`.
 _options = operator.itemgetter("eps", "weight_decay", "error_feedback", "lr_unit", "state", "latent_weights")
-
-# a learning rate, as torch takes it
-Rate = float | torch.Tensor
-
-
-def _scale_remainder(state: dict[str, Any], lr: Rate, last_lr: Rate | None) -> None:
-    """Scale the momentum by last_lr / lr where the learning rate has risen.
-
-    Error feedback keeps what a rounding lost divided by the learning rate of that step, and the next step multiplies by
-    its own: after a warm restart, or in a second stage, it would come back many times larger than it was. Where the
-    rate falls, what comes back is smaller than what was lost, which does no harm.
-    """
-    if last_lr is None:
-        return
-    names = (f"{name}{part}" for name in (DIRECTION, MOMENTUM) for part in ("", "_unit"))
-    momentum = next(state[name] for name in names if name in state)
-    if isinstance(lr, torch.Tensor) or isinstance(last_lr, torch.Tensor):
-        # on the device: asking whether the rate rose would wait for it
-        lr, last_lr = (torch.as_tensor(rate, dtype=torch.float32, device=momentum.device) for rate in (lr, last_lr))
-        momentum.mul_(torch.where(lr > last_lr, last_lr / lr, 1.0))
-    elif lr > last_lr:
-        momentum.mul_(last_lr / lr)
-
-
-def _last_positive(lr: Rate, last_lr: Rate | None) -> Rate | None:
-    """The rate by which remainders were divided last; with a rate of 0, nothing is fed back."""
-    if isinstance(lr, torch.Tensor):
-        lr = lr.detach().clone()
-        return (
-            lr
-            if last_lr is None
-            else torch.where(lr > 0, lr, torch.as_tensor(last_lr, dtype=lr.dtype, device=lr.device))
-        )
-    return lr if lr > 0 else last_lr

@@ -144,6 +144,18 @@ def test_fused_backward_finishes_a_short_accumulation():
     assert not optimizer._arrived
 
 
+def test_a_batch_that_is_dropped_does_not_count_for_accumulation():
+    """As loops do whose loss is not finite."""
+    model = low_bit(tiny()).train()
+    twin = copy.deepcopy(model)
+    optimizer = LowBitAdamW(trainable(model), lr=1e-2, fused_backward=True, gradient_accumulation_steps=2)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.zero_grad()
+    run(model, optimizer, 2, accumulate=2)
+    run(twin, LowBitAdamW(trainable(twin), lr=1e-2), 2, accumulate=2)
+    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(twin), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_used_twice_is_updated_once_with_the_sum(dtype: torch.dtype):
     block = nn.Linear(16, 16, bias=False, dtype=dtype)
