@@ -51,7 +51,6 @@ WITHOUT_TEST = {
     ),
     "parts of the operations that tests/ops compares with autograd": (
         "ops.dispatch",
-        "ops.low_bit_step",
         "ops.reference_experts",
     ),
     "all formats at all grids, in tests/formats/test_formats.py and test_reading.py": (

@@ -37,7 +37,9 @@ class Scalars:
         """Return what `make` made, now or a short time ago, on the device's current stream: another would not wait."""
         stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
         place = (device, stream, key)
-        if place not in self._held:
+        # looked up once: updates in backward run in a thread for each device, and another one may begin anew meanwhile
+        found = self._held.get(place)
+        if found is None:
             if stream is not None and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "The step of low-bit weights cannot be captured in a CUDA graph: its number, and with it the "
@@ -46,8 +48,8 @@ class Scalars:
                 )
             if len(self._held) >= 16:  # those of earlier steps
                 self._held.clear()
-            self._held[place] = make()
-        return self._held[place]
+            found = self._held[place] = make()
+        return found
 
 
 def step_codes(
