@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from peft_lrqat.ops.low_bit_step import Scalars
@@ -11,10 +13,11 @@ class Interrupted(float):
     """A rate at whose every look-up another thread, of another device's weights, begins anew."""
 
     scalars: Scalars
+    others = itertools.count(2)
 
     def __hash__(self) -> int:
-        for step in range(16):
-            self.scalars.rate(step + 2.0, torch.device("cpu"))
+        for rate in itertools.islice(self.others, 16):
+            self.scalars.rate(float(rate), torch.device("cpu"))
         return super().__hash__()
 
     __eq__ = float.__eq__
