@@ -35,11 +35,12 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if getattr(optimizer, "handles_low_bit", False):
         return
     _put_back(optimizer)  # if the last step raised in between
+    inner = _of_inner_optimizers(optimizer)
     low_bit = [
         (group, index, parameter)
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
-        if hasattr(type(parameter), "round_from")  # a `LowBitTensor`
+        if hasattr(type(parameter), "round_from") and id(parameter) not in inner  # a `LowBitTensor`
     ]
     closure = any(callable(value) for value in (*args[1:], *kwargs.values()))  # it may make the gradients
     found = [(group, index, parameter) for group, index, parameter in low_bit if closure or parameter.grad is not None]
@@ -68,6 +69,18 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             optimizer.state[stand_in] = optimizer.state.pop(parameter)
         swapped.append((group, index, parameter, stand_in))
     setattr(optimizer, _SWAPPED, swapped)
+
+
+def _of_inner_optimizers(optimizer: Optimizer) -> set[int]:
+    """The identities of what an optimizer hands on to others (ZeroRedundancyOptimizer, wrappers of one's own).
+
+    Their steps are intercepted, or know packed codes; they keep the state.
+    """
+    values = [
+        v for value in vars(optimizer).values() for v in (value if isinstance(value, (list, tuple)) else (value,))
+    ]
+    inner = [value for value in values if isinstance(value, Optimizer)]
+    return {id(parameter) for one in inner for group in one.param_groups for parameter in group["params"]}
 
 
 def _mention_latent_weights(optimizer: Optimizer, parameters: list[Any]) -> None:

@@ -66,3 +66,35 @@ def test_ternary_weights_name_the_optimizer_that_trains_them_better(bits: float)
             optimizer.step()
         said.append(sum("LowBitAdamW gives them latent weights" in str(one.message) for one in caught))
     assert said == [0, bits == 1.58, 0]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Hands its step on, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("bits", [1.58, 4])
+@pytest.mark.parametrize("kind", [LowBitAdamW, torch.optim.AdamW])
+@pytest.mark.filterwarnings("ignore:AdamW trains ternary weights")
+def test_a_wrapper_leaves_the_weights_to_the_optimizer_within(kind: type[torch.optim.Optimizer], bits: float):
+    """Whose step it is, error feedback and latent weights included, and who keeps the state."""
+    found = []
+    for wrap in (Wrapper, lambda inner: inner):
+        model = low_bit(tiny(num_hidden_layers=1), bits=bits)
+        weights = [p for p in model.parameters() if isinstance(p, LowBitTensor)]
+        inner = kind(weights, lr=1e-2)
+        optimizer = wrap(inner)
+        torch.manual_seed(0)
+        for _ in range(4):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+        assert {*inner.state} == {*weights}
+        found.append([weight.packed for weight in weights])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
