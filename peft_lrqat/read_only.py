@@ -102,6 +102,10 @@ def arguments_written(func: Any, args: tuple, kwargs: dict) -> Iterator[Any]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             yield from value if isinstance(value, (list, tuple)) else [value]
+    if func.namespace == "c10d" and func._schema.name.endswith("_"):  # collectives, whose schemas do not say so
+        if func._schema.name == "c10d::broadcast_" and torch.distributed.ProcessGroup.unbox(args[1]).rank() == args[2]:
+            return  # it sends
+        yield from _tensors(args[0])
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -46,6 +46,10 @@ _REMEDY = (
     "Update it with a `torch.optim.Optimizer` (its `step()` is intercepted), or with `peft_lrqat.LowBitAdamW`, which "
     "needs no float copy. To set values, use `copy_` on the whole weight, which rounds to nearest."
 )
+_COLLECTIVE = (
+    "Collectives take its `packed`, `scale` and `stream`, one by one. ZeroRedundancyOptimizer sends weights and cannot "
+    "share low-bit ones out: use the optimizer without it (LowBitAdamW's state takes 2 bytes a weight)."
+)
 _VIEW_ERROR = f"This is a view of a low-bit weight: its values are built from packed integers, for reading. {_REMEDY}"
 
 
@@ -290,15 +294,15 @@ class LowBitTensor(torch.Tensor):
         if func is _aten.split.Tensor:  # what `fully_shard` does first
             raise ValueError(FSDP2)
         if any(isinstance(tensor, LowBitTensor) for tensor in arguments_written(func, args, kwargs)):
-            _refuse(func._schema.name.split("::")[-1])
+            _refuse(func._schema.name.split("::")[-1], _COLLECTIVE if func.namespace == "c10d" else _REMEDY)
         args, kwargs = tree_map_only(LowBitTensor, LowBitTensor.to_float, (args, kwargs))
         return views_of(func, func(*args, **kwargs), _VIEW_ERROR)
 
 
-def _refuse(name: str) -> NoReturn:
+def _refuse(name: str, remedy: str = _REMEDY) -> NoReturn:
     raise RuntimeError(
         f"`{name}` would write to a low-bit weight in place, where it would be rounded once per operation, or be lost. "
-        + _REMEDY
+        + remedy
     )
 
 

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from peft_lrqat.grid import Grid, dequantize
@@ -170,6 +171,28 @@ def test_views_are_read_as_ever(parameter: LowBitTensor):
     assert type(parameter.grad) is torch.Tensor
     assert parameter.grad[0].ne(0).all()
     assert not parameter.grad[4:].any()
+
+
+@pytest.mark.parametrize(
+    "receive",
+    [
+        lambda p, group: dist.all_reduce(p.detach()),
+        lambda p, group: dist.scatter(p.detach(), [torch.zeros(p.shape)]),
+        lambda p, group: torch.ops.c10d.broadcast_([p.detach()], group.boxed(), 1, 0),  # from another process
+    ],
+)
+def test_collectives_do_not_write_to_it(parameter: LowBitTensor, receive):
+    """They would write to a temporary, and processes drift apart. Sending reads it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match=r"would write to a low-bit weight.*`packed`, `scale` and `stream`"):
+            receive(parameter, dist.group.WORLD)
+        dist.broadcast(parameter.detach(), 0)
+        received = [torch.zeros(parameter.shape)]
+        dist.all_gather(received, parameter.detach())
+        assert torch.equal(received[0], parameter.to_float())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_values_are_set_by_copy(parameter: LowBitTensor):
