@@ -72,7 +72,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 
 def _of_inner_optimizers(optimizer: Optimizer) -> set[int]:
-    """The identities of what an optimizer hands on to others (ZeroRedundancyOptimizer, wrappers of one's own).
+    """The identities of what a wrapper of other optimizers hands on to them.
 
     Their steps are intercepted, or know packed codes; they keep the state.
     """

@@ -69,7 +69,7 @@ def test_ternary_weights_name_the_optimizer_that_trains_them_better(bits: float)
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Hands its step on, as ZeroRedundancyOptimizer does."""
+    """Hands its step on."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, {})
