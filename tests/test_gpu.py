@@ -165,16 +165,16 @@ def test_steps_in_backward_are_the_ordinary_ones_on_a_gpu(state):
         base = tiny(dtype=torch.bfloat16, hidden_size=512, intermediate_size=1536).cuda()
         base.set_attn_implementation("eager")  # the gradients of the default one differ from run to run
         model = low_bit(base, bits=4)
-        optimizer = LowBitAdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-3, state=state, fused_backward=fused
-        )
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = LowBitAdamW(parameters, lr=1e-3, state=state, fused_backward=fused)
         for seed in range(3):
             ids = tokens(2, 32, seed=seed).cuda()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        held = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
-        found.append([p.packed for p in optimizer.state] + (held if state == "8bit" else []))
+        # in the order of the weights: states are made in that of their gradients
+        held = [t for p in parameters for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
+        found.append([p.packed for p in parameters] + (held if state == "8bit" else []))
     if state == "8bit":
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     else:  # torch may sum the norms of bf16 rows in another order than those of fp32
