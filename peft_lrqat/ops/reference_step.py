@@ -201,9 +201,8 @@ def new_state(shape: torch.Size, kind: str, momentum: str | None, device: torch.
     def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
 
-    state = {
-        "step": torch.zeros((), dtype=torch.float32, device="cpu")
-    }  # on the CPU: who asks for it does not wait for the device
+    # on the CPU: who asks for it does not wait for the device
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     if momentum and kind == "fp32":
         state[momentum] = zeros(rows, columns)
     elif momentum:

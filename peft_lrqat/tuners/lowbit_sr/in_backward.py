@@ -23,9 +23,9 @@ _RELEASED_ERROR = (
     "global norm (Trainer: set `max_grad_norm=0`) and gradient scalers change gradients before they are used, so they "
     "need all of them at once; a second backward before `step()` needs `gradient_accumulation_steps` told to "
     "LowBitAdamW, where accelerate does not tell it; a weight that is used inside two checkpointed segments needs "
-    "`use_reentrant=False`. Or use `fused_backward=False`, as DistributedDataParallel needs it, of one process "
-    "(torchrun), too. If this training has another optimizer, the LowBitAdamW of "
-    "an earlier one is still there and has taken the gradient: delete it, and the Trainer that has it."
+    "`use_reentrant=False`. Or use `fused_backward=False`, which DistributedDataParallel needs, of one process "
+    "(torchrun), too. If this training has another optimizer, the LowBitAdamW of an earlier one is still there and has "
+    "taken the gradient: delete it, and the Trainer that has it."
 )
 
 

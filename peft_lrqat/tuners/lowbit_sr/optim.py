@@ -8,10 +8,8 @@ gradient, so that no two dense gradients exist at a time.
 
 from __future__ import annotations
 
-import numbers
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,15 +23,12 @@ from ...ops.latent import new_latent
 from ...ops.low_bit_step import Scalars, step_codes
 from ...ops.narrow_gradient import NarrowGradient
 from ...ops.reference_step import DIRECTION, MOMENTUM, Rule, momentum_of_linear_codes, new_state
-from ..common import rules
 from .growth import grow
 from .in_backward import Released, UpdateInBackward, gradients_are_complete, refuse_data_parallel, take_over
-from .remainder import Rate, last_positive, scale_remainder
+from .optimizer_options import check_options, has_latent_weights, of_rule, warn_of_latent_weights
+from .remainder import last_positive, scale_remainder
 from .tensor import LowBitTensor
 from .trainer_arguments import options_of
-
-STATES = ("8bit", "factored", "fp32")
-LR_UNITS = ("weight", "grid")
 
 # torch decorates it in a way that hides its signature
 torch_adamw: Any = adamw
@@ -150,7 +145,7 @@ class LowBitAdamW(Optimizer):
         }
         compact = {"state": state, "error_feedback": error_feedback, "lr_unit": lr_unit}
         every = {**defaults, **compact, "latent_weights": latent_weights}
-        _check_options(every)
+        check_options(every)
         super().__init__(params, every)
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._compile = compile
@@ -223,7 +218,7 @@ class LowBitAdamW(Optimizer):
                     f"A parameter group has `{name}`, which LowBitAdamW does not read. Did you mean `{near}`?",
                     stacklevel=3,
                 )
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             take_over(parameter)
@@ -299,7 +294,7 @@ class LowBitAdamW(Optimizer):
 
     def _rule(self, parameter: LowBitTensor, group: dict[str, Any]) -> Rule:
         """The rule of a weight's step, made anew where an option has changed."""
-        options = (parameter.error_feedback, *group["betas"], *_options(group))
+        options = (parameter.error_feedback, *group["betas"], *of_rule(group))
         known = self._rules.get(parameter)
         if known is None or known[0] != options:
             known = self._rules[parameter] = options, self._new_rule(parameter, group)
@@ -338,7 +333,7 @@ class LowBitAdamW(Optimizer):
             feedback,
             group["lr_unit"],
             group["state"],
-            _has_latent_weights(parameter, group),
+            has_latent_weights(parameter, group),
             self._compile,
         )
 
@@ -432,7 +427,7 @@ class LowBitAdamW(Optimizer):
                 )
         asked = self._latent_weights()
         super().load_state_dict(state_dict)  # leaves `step` where it was saved
-        _warn_of_latent_weights(asked, self._latent_weights())
+        warn_of_latent_weights(asked, self._latent_weights())
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
                 kinds = {"latent_codes": torch.empty(0, dtype=torch.int8)}
@@ -450,68 +445,9 @@ class LowBitAdamW(Optimizer):
     def _latent_weights(self) -> list[tuple[bool, bool | None]]:
         """Tell of each low-bit weight whether it has latent weights, and the option that says so."""
         weights = ((p, g) for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor))
-        return [(_has_latent_weights(parameter, group), group["latent_weights"]) for parameter, group in weights]
+        return [(has_latent_weights(parameter, group), group["latent_weights"]) for parameter, group in weights]
 
     def __repr__(self) -> str:
         kinds = {p.grid.bits for g in self.param_groups for p in g["params"] if isinstance(p, LowBitTensor)}
         names = ", ".join("ternary" if bits == TERNARY else f"{bits} bits" for bits in sorted(kinds))
         return f"{super().__repr__()}\nlow-bit weights: {names or 'none'}"
-
-
-def _has_latent_weights(parameter: LowBitTensor, group: dict[str, Any]) -> bool:
-    wanted: bool | None = group["latent_weights"]
-    return parameter.grid.ternary if wanted is None else wanted
-
-
-def _warn_of_latent_weights(asked: list[tuple[bool, bool | None]], loaded: list[tuple[bool, bool | None]]) -> None:
-    """Say where weights go on as a file has them, and not as the optimizer was made.
-
-    Args:
-        asked: `_latent_weights` before loading.
-        loaded: the same afterwards.
-    """
-    for has, word, change in ((False, "without", "begin"), (True, "with", "end")):
-        pairs = zip(asked, loaded, strict=True)
-        other = [(wanted, kept) for (was, wanted), (now, kept) in pairs if now is has and was is not has]
-        if other:
-            columns = zip(*other, strict=True)
-            wanted, kept = (" or ".join(sorted({str(option) for option in options})) for options in columns)
-            warnings.warn(
-                f"The optimizer's state was saved {word} latent weights, and {len(other)} weights go on {word} them, "
-                f"as their training began. To {change} with them here, set `latent_weights` of the optimizer's "
-                f"parameter groups to {wanted} after loading; to hear nothing of it, make it with "
-                f"`latent_weights={kept}`.",
-                stacklevel=3,
-            )
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    """Refuse options of a parameter group, or of all, that are out of range."""
-    lr: Rate = group["lr"]
-    if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
-        raise ValueError(
-            f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
-            "and 1.0e-3 as a number.)"
-        )
-    for name, rule in _RULES.items():
-        rules.check_value(name, group[name], rule)
-
-
-def _are_betas(value: Any) -> bool:
-    pair = isinstance(value, Sequence) and len(value) == 2 and all(map(rules.NUMBER.allows, value))
-    return pair and all(0 <= beta < 1 for beta in value)
-
-
-_RULES = {
-    "betas": rules.Rule("it must be two numbers, each from 0 to below 1", _are_betas),
-    "eps": rules.NOT_NEGATIVE,
-    "weight_decay": rules.NOT_NEGATIVE,
-    "state": rules.one_of(*STATES),
-    "lr_unit": rules.one_of(*LR_UNITS),
-    "error_feedback": rules.optional(rules.FLAG),
-    "latent_weights": rules.optional(rules.FLAG),
-}
-
-
-#: The options of a group that a `Rule` is made of, but for `betas`.
-_options = operator.itemgetter("eps", "weight_decay", "error_feedback", "lr_unit", "state", "latent_weights")

@@ -216,7 +216,7 @@ def test_data_parallelism_of_one_process_is_told_what_to_do():
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = LowBitAdamW(trainable(model), fused_backward=True)
-        with pytest.raises(RuntimeError, match=r"`fused_backward=False`, as DistributedDataParallel needs it"):
+        with pytest.raises(RuntimeError, match=r"`fused_backward=False`, which DistributedDataParallel needs"):
             wrapped(input_ids=IDS, labels=IDS).loss.backward()
         assert optimizer.fused_backward
     finally:
