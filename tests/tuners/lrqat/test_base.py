@@ -224,7 +224,7 @@ def test_conversion_and_merge_need_the_memory_of_one_layer(monkeypatch, config, 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_layers_are_converted_where_the_configuration_says(monkeypatch, symmetric):
-    """`ephemeral_gpu_offload` (tests/test_gpu.py has it on a GPU): the result comes back to the layer's own device."""
+    """`ephemeral_gpu_offload` (on a GPU: tests/gpu/test_lrqat.py): the result comes back to the layer's own device."""
     options = {"bits": 3, "group_size": 8, "symmetric": symmetric}
     expected = logits(adapted(tiny(), **options), tokens())
     moved = []
