@@ -32,7 +32,7 @@ from .extras import (
 from .fingerprint import as_tensor, check_checksum, check_fingerprint, dtype_of, fingerprint, in_order, version_of
 from .frozen import FrozenWeight
 from .input_scale import know_neighbours
-from .layer import MergingLayer, merging
+from .layer import MergingLayer, merging, parameters_become_meta
 from .loading import adopt_loaded, loaded_layers
 from .loss import restore_loss, use_lean_loss
 from .offload import arrange, check_offload_announced, check_offload_sharded, offloaded_parameters
@@ -55,6 +55,7 @@ from .summary import report, say_how_to_serve
 from .targets import check_names, inside_experts, left_out, routers, tell_left_out
 from .trainers import check_trained
 from .undo import Undo
+from .unfilled import check_filled, warn_of_no_values
 from .walking import QuickWalks
 
 # How an adapter's file names, after the method's prefix, the checksum of the base.
@@ -81,6 +82,7 @@ class QuantizingModel(QuickWalks, LoraModel):
         frozen_experts: the base of a projection of experts; None: experts stay float.
         trains_integers: whether the trained parameters are integers, which fewer ways of sharding suit.
         runs: what Trainers have done to the model, in order.
+        unfilled: whether an adapter was made without values, and nobody has looked whether it has got them.
     """
 
     config_cls: Any
@@ -88,6 +90,7 @@ class QuantizingModel(QuickWalks, LoraModel):
     frozen_experts: type[FrozenWeight] | None = None
     trains_integers = False
     runs: list[Run]
+    unfilled = False
     peft_config: dict[str, Any]  # PEFT's annotation, PeftConfig, does not know our fields
     _conversion: _Conversion | None = None  # while layers are converted
 
@@ -151,6 +154,10 @@ class QuantizingModel(QuickWalks, LoraModel):
         cache = rounding_for(model, config)
         self._check_new_adapter_config(config)
         config.check_options()  # attributes may have been set since the configuration was made
+        # `get_peft_model` makes the whole tuner in PEFT's context, and does not say so
+        without_values = kwargs.get("low_cpu_mem_usage") or parameters_become_meta()
+        if without_values:
+            warn_of_no_values(adapter_name, config)
         check_names(model, config)
         if config.target_modules == ALL_LINEAR:
             tell_left_out(model)
@@ -176,6 +183,7 @@ class QuantizingModel(QuickWalks, LoraModel):
             self._conversion = _Conversion(undo, checksums, bar)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             del self._conversion
+        self.unfilled |= bool(without_values)
         if other := (_layers_with(adapter_name, model) ^ targets.keys()) - known:
             raise RuntimeError(
                 f"PEFT adapted other modules than were checked before ({sorted(other)[:3]} ...). "
@@ -365,17 +373,29 @@ class QuantizingModel(QuickWalks, LoraModel):
         A Trainer calls it before each step and each evaluation: what it logs is for the model cards.
 
         Raises:
-            ValueError: `mode` is True, and a Trainer would train nothing of the model, or the model is sharded so that
-                other integers would be trained than merged; or a base that is offloaded is sharded.
+            ValueError: `mode` is True, and a Trainer would train nothing of the model, or what it would train has no
+                values, or the model is sharded so that other integers would be trained than merged; or a base that is
+                offloaded is sharded.
         """
         check_offload_sharded(self)
         if mode:
+            self._check_filled()
             check_trained(self)
             check_sharded(self, self.prefix)
         elif self.training:
             warn_of_lost_scales(self)
         remember_run(self)
         return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's; ValueError if an adapter that it trains has no values."""
+        self._check_filled()
+        return super().forward(*args, **kwargs)
+
+    def _check_filled(self) -> None:
+        if self.unfilled:
+            check_filled(self)
+            self.unfilled = False
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -146,7 +146,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         """Add an adapter, which starts at the base (PEFT's model calls this).
 
         Within PEFT's `low_cpu_mem_usage`, where the adapter's values are about to be loaded, it is made on the meta
-        device.
+        device; but not if it may begin where the float weights lay, because only codes tell whether those of the file
+        are the base's.
 
         Raises:
             ValueError: the adapter is one of another method, or the base is gone.
@@ -158,7 +159,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                 f"Adapter {adapter_name!r} would start at the base codes, which `keep_base=False` dropped. Adapt the "
                 "float model with `keep_base=True` for several adapters."
             )
-        self._add(adapter_name, frozen, config, name, "meta" if parameters_become_meta() else frozen.device)
+        waits = parameters_become_meta() and frozen.places is None
+        self._add(adapter_name, frozen, config, name, "meta" if waits else frozen.device)
         self.adapter_options[adapter_name] = config
         self.adapter_activations[adapter_name] = config.activations_of(name)
         self._add_input_scale(adapter_name, config)

@@ -129,14 +129,27 @@ def test_nothing_that_leaves_the_codes_alone_changes_it(happens: Callable[[nn.Mo
     assert equal(first_latents(model), expected)
 
 
-@pytest.mark.parametrize("how", ["file", "state", "copy", "values"])
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_an_adapter_saved_before_its_first_step_begins_there(keep_base: bool, tmp_path: Path):
+    """Also where PEFT makes it without values, for those of the file."""
+    model = low_bit(pretrained(), bits=1.58, keep_base=keep_base)
+    model.save_pretrained(tmp_path)
+    expected = first_latents(model)
+    for low_memory in (False, True):
+        options = {"is_trainable": True, "low_cpu_mem_usage": low_memory}
+        again = PeftModel.from_pretrained(pretrained(), tmp_path, **options)
+        assert equal(first_latents(again), expected)
+
+
+@pytest.mark.parametrize("how", ["file", "low memory", "state", "copy", "values"])
 def test_other_codes_are_not_put_where_the_float_weights_lay(how: str, tmp_path: Path):
     other = low_bit(pretrained(), bits=1.58, init_weights=False)
     assert not any(p.places is not None for p in weights(other))
     model = low_bit(pretrained(), bits=1.58)
-    if how == "file":
+    if how in ("file", "low memory"):
         other.save_pretrained(tmp_path)
-        model = PeftModel.from_pretrained(pretrained(), tmp_path, is_trainable=True)
+        options = {"is_trainable": True, "low_cpu_mem_usage": how == "low memory"}
+        model = PeftModel.from_pretrained(pretrained(), tmp_path, **options)
     elif how == "state":
         model.load_state_dict(other.state_dict())
     for p, found in zip(weights(model), weights(other), strict=True):

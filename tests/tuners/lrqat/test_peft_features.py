@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 from transformers import PreTrainedModel
 
-from tests.lrqat import GRID, IDS, layers, other, random_adapter
+from tests.lrqat import GRID, IDS, layers, random_adapter
 from tests.models import adapted, logits, tiny, train
 
 
@@ -42,8 +41,3 @@ def test_hotswapping_is_refused_by_peft(base: PreTrainedModel, tmp_path: Path):
     with pytest.raises(ValueError, match="otswap"):
         hotswap_adapter(model, tmp_path, adapter_name="default")
     assert torch.equal(logits(model, IDS), before)
-
-
-def test_injected_adapters_may_wait_for_their_values_on_the_meta_device():
-    lazy = inject_adapter_in_model(other(), tiny(), low_cpu_mem_usage=True)
-    assert {value.device.type for value in get_peft_model_state_dict(lazy).values()} == {"meta"}

@@ -1,0 +1,69 @@
+"""`low_cpu_mem_usage` is for adapters whose values are loaded: who trains one without values is told so."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+
+from tests.models import tiny, tokens
+
+IDS = tokens()
+SAYS = "`low_cpu_mem_usage=True` makes adapter 'default' without values.*leave `low_cpu_mem_usage` out"
+REFUSES = r"parameters that would be trained have no values, e\.g\. .*set_peft_model_state_dict"
+
+
+def test_training_a_new_adapter_without_values_is_refused(method: ModuleType):
+    with pytest.warns(UserWarning, match=SAYS):
+        model = get_peft_model(tiny(), method.config(task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match=REFUSES):
+        model(input_ids=IDS, labels=IDS)
+    with pytest.raises(ValueError, match=REFUSES):
+        model.train()
+
+
+def test_it_is_trained_once_it_has_values(method: ModuleType):
+    config = method.config(task_type="CAUSAL_LM")
+    tensors = get_peft_model_state_dict(get_peft_model(tiny(), config))
+    with pytest.warns(UserWarning, match=SAYS):
+        model = get_peft_model(tiny(), config, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_who_loads_an_adapter_is_not_warned(method: ModuleType, tmp_path: Path):
+    model = get_peft_model(tiny(), method.config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=SAYS)
+        PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True)
+        again = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True, is_trainable=True)
+    again.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    again.train()
+    assert torch.isfinite(again(input_ids=IDS, labels=IDS).loss)
+
+
+def test_an_adapter_that_waits_beside_the_trained_one_is_no_obstacle(method: ModuleType):
+    model = get_peft_model(tiny(), method.config(task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match="adapter 'other'"):
+        model.add_adapter("other", method.config(), low_cpu_mem_usage=True)
+    model.train()
+    assert torch.isfinite(model(input_ids=IDS, labels=IDS).loss)
+
+
+def test_injected_adapters_may_wait_too(method: ModuleType):
+    with pytest.warns(UserWarning, match=SAYS):
+        lazy = inject_adapter_in_model(method.config(), tiny(), low_cpu_mem_usage=True)
+    assert {value.device.type for value in get_peft_model_state_dict(lazy).values()} == {"meta"}
