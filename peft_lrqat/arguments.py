@@ -36,8 +36,9 @@ def with_suggestions(called: C) -> C:
     """Decorate a class or a function without `**kwargs`: an option that it does not have is a TypeError that names the
     nearest.
 
-    The error says "got an unexpected keyword argument" as Python's does, because PEFT looks for these words when it
-    loads a configuration of a later version.
+    A class may have a dictionary `absent`: what is said, instead, of options that it does not have on purpose. The
+    error says "got an unexpected keyword argument" as Python's does, because PEFT looks for these words when it loads a
+    configuration of a later version.
     """
     init: Any = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]  # the class is whole by now
     options = options_of(init)
@@ -47,6 +48,7 @@ def with_suggestions(called: C) -> C:
         for name in kwargs.keys() - options:
             near = nearest(name, options)
             hint = f"Did you mean `{near}`?" if near else f"`help({called.__name__})` describes those that there are."
+            hint = getattr(called, "absent", {}).get(name, hint)
             raise TypeError(f"{called.__name__} got an unexpected keyword argument `{name}`. {hint}")
         return init(*args, **kwargs)
 

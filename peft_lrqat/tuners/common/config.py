@@ -22,6 +22,7 @@ from ...formats.record import Record
 from ...grid import Grid
 from ...ops.activations import PER_TOKEN, Activations
 from ...ops.kv_cache import CACHE_RULES
+from .absent import OF_OTHERS
 from .fingerprint import QUANTIZED_BASE
 from .loading import LoadingConfig
 from .rules import FLOAT_BITS, Rule, check_fields, is_index
@@ -41,6 +42,7 @@ class GridConfig(PeftConfigMixin):
         quantizes: the classes of modules that can be adapted.
         rules: what each field may hold.
         contents: what the parts of a layer hold in an adapter's file.
+        absent: options that it does not have, and users may bring along -> what is said to them.
         act_bits (int | None): 8 or 4: the input of every converted layer is rounded to so many bits, with a scale for
             every token. It happens in training and in the checkpoint. It needs a symmetric grid. Default: `None`, float
             inputs.
@@ -79,6 +81,7 @@ class GridConfig(PeftConfigMixin):
     quantizes: ClassVar[tuple[type, ...]]
     rules: ClassVar[dict[str, Rule]]
     contents: ClassVar[dict[str, Any]]
+    absent: ClassVar[dict[str, str]] = OF_OTHERS
     target_modules: Any
     bits: int
     group_size: int

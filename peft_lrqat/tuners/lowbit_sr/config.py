@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,10 +16,34 @@ from ...grid import PER_CHANNEL, PER_TENSOR, TERNARY, Grid
 from ...packing import unpack, words_per_row
 from ...ranges import LOW_BIT_RANGE_METHODS
 from ...registration import ensure_peft_type
+from ..common.absent import OF_OTHERS
 from ..common.adapter_file import CODES, FACTOR, SCALE, STREAM
 from ..common.config import ALL_LINEAR, GridConfig
 from ..common.field_help import with_help
 from ..common.rules import FLAG, INTEGER, SHARED, Rule, is_positive, one_of, optional
+
+_FACTORS = "Low-bit SR trains the weights themselves, not low-rank factors beside them"
+
+# Options of LoraConfig and LRQATConfig that it does not have.
+_ABSENT: dict[str, str] = {
+    **OF_OTHERS,
+    **dict.fromkeys(LoraConfig.__dataclass_fields__, f"{_FACTORS}, and this is an option of those. Leave it out."),
+    **dict.fromkeys(
+        ("r", "rank", "lora_rank", "lora_r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+        f"{_FACTORS}, so it has no rank and no alpha. Leave it out, or use LRQATConfig, which has them.",
+    ),
+    **dict.fromkeys(("lora_dropout", "dropout"), f"{_FACTORS}, whose input could be dropped. Leave it out."),
+    "init_lora_weights": "Did you mean `init_weights`?",
+    "target_parameters": "It trains layers one by one, and experts of mixtures stay float; LRQATConfig trains them.",
+    "fan_in_fan_out": "A layer says by itself how its weight lies. Leave it out.",
+    "ensure_weight_tying": (
+        "What it trains in float is not tied to other weights. Leave it out, or use LRQATConfig, which can tie it."
+    ),
+    "runtime_config": "Layers are converted where they are: move the model to the GPU before `get_peft_model`.",
+    "symmetric": "Its grids are all symmetric. Leave it out, or use LRQATConfig, which has zero points too.",
+    "downcast": "The base is kept as integers of `bits`. Leave it out; `keep_base=False` drops it altogether.",
+    "offload_base": "The trained integers stay on the GPU. Leave it out; `keep_base=False` halves their memory.",
+}
 
 #: The grids that can be trained.
 BITS = (TERNARY, 2, 3, 4, 8)
@@ -124,6 +148,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         "lowbitsr_scale_shift": FACTOR,
         "lowbitsr_act_scale": FACTOR,
     }
+    absent: ClassVar[dict[str, str]] = _ABSENT
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
         "bits": Rule(

@@ -17,6 +17,7 @@ from ...grid import PER_CHANNEL, PER_TENSOR, Grid
 from ...ops.stored_base import DOWNCASTS
 from ...ranges import RANGE_METHODS
 from ...registration import ensure_peft_type
+from ..common.absent import OF_OTHERS
 from ..common.adapter_file import FACTOR
 from ..common.config import ALL_LINEAR, GridConfig
 from ..common.field_help import with_help
@@ -41,6 +42,28 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight",
 }
 
+
+_OTHER = "It is an option of LowBitSRConfig"
+
+# Options of LowBitSRConfig that it does not have.
+_ABSENT: dict[str, str] = {
+    **OF_OTHERS,
+    **dict.fromkeys(("rank", "lora_rank", "lora_r"), "Did you mean `r`?"),
+    "alpha": "Did you mean `lora_alpha`?",
+    "init_weights": "Did you mean `init_lora_weights`?",
+    "seed": f"{_OTHER}, which rounds at random; LR-QAT rounds to nearest. Leave it out.",
+    "keep_base": "The base is what adapters are added to, and stays. Leave it out; `downcast='int'` makes it smallest.",
+    "forward_bits": f"{_OTHER}. Leave it out: `bits` is the grid of forward and checkpoint.",
+    "error_feedback": f"{_OTHER}, whose optimizer rounds; LR-QAT's factors are floats. Leave it out.",
+    **dict.fromkeys(
+        ("headroom", "grow_scales"),
+        f"{_OTHER}, for weights that grow in training. Leave it out; `learn_scales=True` lets scales follow.",
+    ),
+    "export_format": (
+        "`merge_and_unload` makes compressed-tensors of it, and `peft_lrqat.export(model, folder, format=...)` any "
+        "format. Leave it out."
+    ),
+}
 
 # The default of lora_alpha / r (with `use_rslora`: lora_alpha / sqrt(r)), in grid steps: see docs/results/accuracy.md.
 _STRENGTH = 16
@@ -160,6 +183,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     contents: ClassVar[dict[str, Any]] = dict.fromkeys(
         ("lora_A", "lora_B", "lora_scale_shift", "lora_act_scale"), FACTOR
     )
+    absent: ClassVar[dict[str, str]] = _ABSENT
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,
         "target_parameters": Rule(
