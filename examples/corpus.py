@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from given import check_chats, rows
 
 #: Every tenth module of the standard library is held out.
 HELD_OUT_EVERY = 10
@@ -16,7 +17,6 @@ HELD_OUT_EVERY = 10
 MODULE_LENGTH = 6000
 #: Left out: tests, the generated, and what `pip` brings.
 _SKIPPED = ("test", "tests", "idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "lib-dynload")
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 def python_documentation() -> tuple[Dataset, Dataset]:
@@ -87,26 +87,16 @@ def from_user(name: str, split: str, eval_split: str | None, column: str | None)
         Data sets with one column, "text" or "messages".
 
     Raises:
-        ValueError: the file's type is unknown, or there is no such column.
+        ValueError: there is no such data, or it cannot be read, or there is no such column.
     """
-    path = Path(name)
-    if path.exists():
-        suffix = next((s for s in reversed(path.suffixes) if s in _LOADERS), None)
-        if suffix is None:
-            raise ValueError(f"--dataset {name}: the file must be one of {', '.join(_LOADERS)}, perhaps with .gz.")
-        options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-        load = lambda part: load_dataset(_LOADERS[suffix], data_files=str(path), split=part, **options)  # noqa: E731
-    else:
-        hub_id, _, configuration = name.partition(":")
-        load = lambda part: load_dataset(hub_id, configuration or None, split=part)  # noqa: E731
-    documents = load(split)
+    documents = rows(name, split)
     column = column or next((c for c in ("messages", "text") if c in documents.column_names), None)
-    if column not in documents.column_names:
+    if column is None:
         raise ValueError(f"--dataset {name} has the columns {documents.column_names}; name one with --text-column.")
     target = "messages" if column == "messages" else "text"
-    documents = documents.select_columns(column)
+    documents = _filled(name, documents, column)
     if eval_split is not None:
-        held_out = load(eval_split).select_columns(column)
+        held_out = _filled(name, rows(name, eval_split), column)
     else:
         if len(documents) < 2:
             raise ValueError(f"--dataset {name} has one document, so nothing can be held out; name an --eval-split.")
@@ -117,3 +107,17 @@ def from_user(name: str, split: str, eval_split: str | None, column: str | None)
     if column != target:
         documents, held_out = (d.rename_column(column, target) for d in (documents, held_out))
     return documents, held_out
+
+
+def _filled(name: str, documents: Dataset, column: str) -> Dataset:
+    """One column, without the rows in which it is empty."""
+    if column not in documents.column_names:
+        raise ValueError(f"--dataset {name} has the columns {documents.column_names}; name one with --text-column.")
+    filled = documents.select_columns(column).filter(lambda document: bool(document[column]))
+    if not len(filled):
+        raise ValueError(f"--dataset {name}: {column!r} is empty in every row.")
+    if column == "messages":
+        check_chats(name, filled)
+    elif not isinstance(filled[0][column], str):
+        raise ValueError(f"--dataset {name}: {column!r} of the first row is {filled[0][column]!r:.80}, no text.")
+    return filled

@@ -32,12 +32,13 @@ import quiet  # noqa: F401  before what it silences
 import torch
 from corpus import from_user, python_documentation
 from datasets import Dataset
+from given import tokenizer as given_tokenizer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from perplexity import perplexity, windows
 from progress import ProgressCallback, console, track
 from rich.table import Table
 from smollm2 import smollm2_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_lrqat import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LRQATConfig, LRQATLayer
@@ -141,7 +142,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
-    args.model = args.model or str(smollm2_dir())
+    try:
+        args.model = args.model or str(smollm2_dir())
+    except RuntimeError as error:  # there is no connection, or the download is damaged
+        sys.exit(f"{Path(__file__).name}: {error}")
     name = Path(args.model).name
     args.out = args.out or Path("out") / f"{name}-w{args.bits:g}-{args.method}"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -275,15 +279,24 @@ def write(rows: list[Row], args: argparse.Namespace, seconds: float) -> None:
     args.json.write_text(text + "\n", encoding="utf-8")
 
 
-def run(args: argparse.Namespace) -> list[Row]:
-    """Everything, in order; returns the table's rows: float, rounded, (LoRA rounded,) trained, served."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+def opened(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, torch.Tensor]:
+    """Tokenizer, training documents and windows of held-out tokens; ValueError for what cannot be opened."""
+    tokenizer = given_tokenizer(args.model)
     with console.status("collecting text"):
         if args.dataset:
             documents, held_out = from_user(args.dataset, args.split, args.eval_split, args.text_column)
         else:
             documents, held_out = python_documentation()
         tokens = windows(tokenize(held_out, tokenizer), tokenizer.eos_token_id, args.seq_len, args.eval_tokens)
+    return tokenizer, documents, tokens
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Everything, in order; returns the table's rows: float, rounded, (LoRA rounded,) trained, served."""
+    try:
+        tokenizer, documents, tokens = opened(args)
+    except ValueError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
 
     def evaluate(model: torch.nn.Module, name: str) -> float:
         return perplexity(model, tokens, lambda batches: track(batches, f"perplexity, {name}"))

@@ -5,17 +5,15 @@ python examples/sft.py --model "$(python examples/smollm2.py)" --dataset gsm8k_t
 """
 
 import argparse
-from pathlib import Path
 
-from datasets import load_dataset
-from transformers import AutoTokenizer
+from given import chats, tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_lrqat import LRQATConfig  # 1. was: from peft import LoraConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-parser.add_argument("--dataset", default="trl-lib/Capybara", help='Hub id or .jsonl(.gz) file with a "messages" column')
+parser.add_argument("--dataset", default="trl-lib/Capybara", help='Hub id or .jsonl(.gz) file with chats in "messages"')
 parser.add_argument("--output", default="out/sft")
 parser.add_argument("--bits", type=int, default=4)
 parser.add_argument("--group-size", type=int, default=64, help="128 is usual; SmolLM2's 576 features need a divisor")
@@ -32,10 +30,10 @@ def prompt_and_completion(example: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
-    if Path(args.dataset).exists():
-        dataset = load_dataset("json", data_files=args.dataset, split="train")
-    else:
-        dataset = load_dataset(args.dataset, split="train")
+    try:
+        dataset, processing_class = chats(args.dataset), tokenizer(args.model, for_chats=True)
+    except ValueError as error:
+        parser.error(str(error))
 
     trainer = SFTTrainer(
         model=args.model,
@@ -49,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             logging_steps=1,
         ),
         train_dataset=dataset.map(prompt_and_completion, remove_columns=dataset.column_names),
+        processing_class=processing_class,
         peft_config=LRQATConfig(  # 2. was: LoraConfig(
             bits=args.bits,
             group_size=args.group_size,
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     merged = trainer.model.merge_and_unload()  # 3. as with LoRA, but the result is quantized
     merged.save_pretrained(args.output)
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
+    processing_class.save_pretrained(args.output)
     print(f"vllm serve {args.output}")
 
 

@@ -109,4 +109,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(smollm2_dir())
+    try:
+        print(smollm2_dir())
+    except RuntimeError as error:
+        sys.exit(f"smollm2.py: {error}")

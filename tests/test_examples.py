@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,78 @@ def test_documents_of_a_user_are_split_without_overlap(example, tmp_path):
     assert len(held_out) == 3
     with pytest.raises(ValueError, match="--text-column"):
         corpus.from_user(str(data), "train", None, None)
+
+
+CHATS = '{"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}\n' * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("absent.jsonl", None, "there is no such file"),
+        ("empty.jsonl", b"", "the file is empty"),
+        ("blank.jsonl", b"\n\n", "cannot be read"),
+        ("binary.jsonl", bytes(range(256)), "cannot be read as .jsonl: JSON parse error"),
+        ("text.jsonl.gz", b"no archive", "cannot be read as .jsonl"),
+        ("table.parquet", b"no table", "cannot be read as .parquet: Parquet magic bytes not found"),
+        ("notes.pdf", b"text", "must be one of .json, .jsonl"),
+        ("columns.jsonl", b'{"prompt": "1 + 1?"}\n', "has the columns ['prompt']"),
+        ("strings.jsonl", b'{"messages": "1 + 1?"}\n', "a chat is a list of messages"),
+        ("nothing.jsonl", b'{"messages": []}\n', ""),
+        (".", None, "is a folder"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_in_a_sentence(
+    example, model_dir, tmp_path, monkeypatch, capsys, file, content, says
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    data = str(tmp_path / file)
+    with pytest.raises(SystemExit) as stopped:
+        example("sft").main(["--model", str(model_dir), "--dataset", data])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: --dataset {data}" in last
+    assert says in last
+    demo = example("demo")
+    args = demo.parse(["--model", str(model_dir), "--dataset", data, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=f"demo.py: --dataset {re.escape(data)}"):
+        demo.run(args)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("folder", "there is no such folder"),
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_so_is_a_model_without_what_it_needs(example, model_dir, tmp_path, capsys, lacks, says):
+    data = tmp_path / "chats.jsonl"
+    data.write_text(CHATS)
+    if lacks == "folder":
+        model_dir = model_dir / "elsewhere"
+    else:
+        (model_dir / lacks).unlink()
+    with pytest.raises(SystemExit):
+        example("sft").main(["--model", str(model_dir), "--dataset", str(data)])
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_user_without_a_connection_is_told_so(example):
+    with pytest.raises(ValueError, match="someone/something cannot be read from the Hub, and there is no such file"):
+        example("given").rows("someone/something")
+    with pytest.raises(ValueError, match="--model someone/something is no folder, and cannot be had from the Hub"):
+        example("given").tokenizer("someone/something")
+
+
+def test_rows_without_text_are_left_out(example, tmp_path):
+    rows = [{"text": text} for text in ("one", None, "", "two", "three")]
+    training, held_out = example("corpus").from_user(str(write_lines(tmp_path / "a.jsonl", rows)), "train", None, None)
+    assert sorted([*training["text"], *held_out["text"]]) == ["one", "three", "two"]
 
 
 def test_windows_cover_the_text_evenly(example):
