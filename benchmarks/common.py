@@ -73,6 +73,14 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def graph_pools(device: str) -> float:
+    """GiB that CUDA graphs hold for what they compute, which torch does not count as allocated."""
+    if device != "cuda":
+        return 0.0
+    private = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    return sum(part["total_size"] - part["allocated_size"] for part in private) / 2**30
+
+
 def visible_gpu(number: int) -> str:
     """A GPU's name for a process of its own: where this one sees some GPUs only, its number counts those."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -46,7 +46,7 @@ class Method(NamedTuple):
 
 _STEP = "/steps/4x1024/peak_gib"
 _GPU = 'gpu: runs/[method="{}" size=7B layers lean offload bf16_adapters from_cpu graph autocast compile]' + _STEP
-_FULL = 'gpu_full: runs/[method="{}"]' + _STEP
+_FULL = 'gpu_full: runs/[method="{}" block_graphs]' + _STEP
 _MOE = 'moe: runs/[method="{}" rank=8]' + _STEP
 #: table -> column -> method
 TABLES = {

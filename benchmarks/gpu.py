@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py run --out benchmarks/results/gpu.json            # all methods, 7B shapes
     python benchmarks/gpu.py run --full --out benchmarks/results/gpu_full.json   # full-parameter training (full.py)
+    python benchmarks/gpu.py run --full --block-graphs --append --out benchmarks/results/gpu_full.json  # as cuda_graphs
     python benchmarks/gpu.py table benchmarks/results/gpu.json --plot docs/images/gpu.png
 
 Random weights in the shapes of Llama 2, rank 32 on all linear layers, AdamW (fused), block checkpointing, bf16, random
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import LLAMA, provenance, write_json
+from common import LLAMA, graph_pools, provenance, write_json
 from full import KINDS, Stepper, full_model, full_optimizer, missing
 from full import METHODS as FULL_METHODS
 from torch import nn
@@ -180,6 +181,7 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         "bf16_adapters": args.bf16_adapters,
         "from_cpu": args.from_cpu,
         "graph": args.graph,
+        "block_graphs": args.block_graphs,
         "autocast": args.autocast,
         "compile": args.compile,
         "set_up_s": time.perf_counter() - started,
@@ -199,8 +201,13 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
         from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
         keep = get_act_offloading_ctx_manager(model)
+    blocks: Any = contextlib.nullcontext()
+    if args.block_graphs:
+        from peft_lrqat import cuda_graphs
+
+        blocks = cuda_graphs(model)
     generator = torch.Generator().manual_seed(1)
-    with eager:
+    with eager, blocks:
         for shape in args.batches:
             batch, length = (int(n) for n in shape.split("x"))
             rows = torch.randint(0, 32000, (batch, length), generator=generator).to(device)
@@ -224,7 +231,7 @@ def measure(name: str, args: argparse.Namespace, device: str) -> dict[str, Any]:
             del half_step
             row["steps"][shape] = {
                 "seconds": statistics.median(seconds[args.warm :]),
-                "peak_gib": peak(device),
+                "peak_gib": peak(device) + (graph_pools(device) if args.block_graphs else 0.0),
                 "loss": losses[-1].item(),
             }
         if args.profile and device == "cuda":
@@ -335,6 +342,7 @@ def shown(run: dict[str, Any]) -> str:
         "bf16_adapters": "bf16 adapters",
         "from_cpu": "converted on the CPU",
         "graph": "CUDA graph",
+        "block_graphs": "blocks as CUDA graphs",
         "autocast": "autocast",
         "compile": "torch.compile",
     }
@@ -366,7 +374,7 @@ def plot(runs: list[dict[str, Any]], shape: str, path: str) -> None:
     from matplotlib import pyplot as plt
 
     batch, length = (int(n) for n in shape.split("x"))
-    other = ("layers", "from_cpu", "graph", "autocast", "compile")  # the table has them
+    other = ("layers", "from_cpu", "graph", "block_graphs", "autocast", "compile")  # the table has them
     runs = [r for r in runs if shape in r["steps"] and r["steps"][shape]["peak_gib"] and not any(map(r.get, other))]
     runs = runs[::-1]
     names = [shown(r) for r in runs]
@@ -403,6 +411,7 @@ def options() -> argparse.ArgumentParser:
     one.add_argument("--range-method", default="minmax", help="of the random weights; has no part in a step")
     one.add_argument("--autocast", action="store_true", help="to bf16, as Trainer(bf16=True) does")
     one.add_argument("--graph", action="store_true", help="forward and backward as a CUDA graph")
+    one.add_argument("--block-graphs", action="store_true", help="the blocks as CUDA graphs (cuda_graphs)")
     one.add_argument("--compile", action="store_true", help="torch.compile, as Trainer(torch_compile=True) does")
     one.add_argument("--lean", action="store_true", help="use_liger_kernel, optim=adamw_bnb_8bit")
     one.add_argument("--offload", action="store_true", help="TRL's activation_offloading")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance, write_json
+from common import graph_pools, provenance, write_json
 from gpu import SHAPES, fill, held, kernel_times, nf4, peak, reset_peak, skeleton
 from transformers import TrainerCallback
 
@@ -113,14 +113,6 @@ def peft_config(kind: str, options: dict[str, Any] | None, args: argparse.Namesp
     if options is None:
         return LRQATConfig(**{"bits": 4, "group_size": 128, **shared, "range_method": "minmax", **group})
     return LRQATConfig(r=args.rank, range_method="minmax", **shared, **options, **group)
-
-
-def graph_pools(device: str) -> float:
-    """GiB that CUDA graphs hold for what they compute, which torch does not count as allocated."""
-    if device != "cuda":
-        return 0.0
-    private = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
-    return sum(part["total_size"] - part["allocated_size"] for part in private) / 2**30
 
 
 def trainer_of(

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from .modules.block_graphs import BlockGraphs
 from .tuners.common.parallel import announced_fsdp, announced_zero
-from .tuners.lowbit_sr import LowBitSRLayer
 
 
 class CudaGraphCallback(TrainerCallback):
@@ -19,18 +18,18 @@ class CudaGraphCallback(TrainerCallback):
 
     At one sequence a step, most of the time goes into Python. With this callback every block that gradient
     checkpointing computes again is recorded once, and then replayed: the same kernels on the same numbers, so losses
-    and gradients are those of training without it. It works for adapters of this package (LR-QAT), and for LoRA and
-    QLoRA of PEFT. The first two steps with a shape run slower. Batches of up to 8 shapes are recorded, so pad to a
-    multiple (`pad_to_multiple_of`), or pack with `packing_strategy="wrapped"`. Memory grows by about the activations of
-    one block.
+    and gradients are those of training without it. It works for adapters of this package (LR-QAT, low-bit SR), and for
+    LoRA and QLoRA of PEFT. The first two steps with a shape run slower. Batches of up to 8 shapes are recorded, so pad
+    to a multiple (`pad_to_multiple_of`), or pack with `packing_strategy="wrapped"`. Memory grows by about the
+    activations of one block, and by the gradients of one block: with low-bit SR they are as large as its float weights.
 
     What cannot be replayed runs as it would without the callback, and a warning says what it was, and why: blocks that
     wait for the GPU (mixtures of experts), hooks inside a block, shapes beyond the first 8.
 
     Raises:
         ValueError: when training begins: gradient checkpointing is off or selective, there is dropout in a block, the
-            model trains integers (low-bit SR) or has `offload_base=True`, or training is spread by FSDP, DeepSpeed,
-            nn.DataParallel or `device_map`, or compiled.
+            model has `offload_base=True`, or training is spread by FSDP, DeepSpeed, nn.DataParallel or `device_map`,
+            or compiled.
 
     Examples:
         >>> from peft_lrqat import CudaGraphCallback, LRQATConfig
@@ -105,11 +104,6 @@ def _graphs_of(model: Any) -> BlockGraphs:
         raise ValueError(
             "CUDA graphs do not go with FSDP and DeepSpeed, which gather parameters in Python when a block is called. "
             "Use plain data parallelism (`torchrun --nproc-per-node N script.py`), or leave the graphs out."
-        )
-    if any(isinstance(module, LowBitSRLayer) for module in model.modules()):
-        raise ValueError(
-            "CUDA graphs do not go with low-bit SR: all gradients of a block would exist at once, each as large as a "
-            "float weight. Train with LRQATConfig, or leave the graphs out."
         )
     adapted = next(
         (module for module in model.modules() if hasattr(module, "peft_config")), None

@@ -11,10 +11,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_lrqat import CudaGraphCallback, LRQATConfig, QuantizationCallback, cuda_graphs
+from peft_lrqat import (
+    CudaGraphCallback,
+    LowBitAdamW,
+    LowBitSRConfig,
+    LRQATConfig,
+    QuantizationCallback,
+    cuda_graphs,
+)
 from peft_lrqat.modules import block_graphs
 from tests.graphs import RunsAgain
-from tests.models import adapted, low_bit, tiny, tokens
+from tests.lowbit_sr import integers
+from tests.models import adapted, tiny, tokens
 from tests.trainer import arguments, counting_text, ids_dataset, losses, word_tokenizer
 
 
@@ -38,18 +46,20 @@ def sentences():
     return Dataset.from_dict({"text": [" ".join(f"w{3 + (i + j) % 40}" for j in range(3 + i % 9)) for i in range(96)]})
 
 
-def sft(folder, callbacks, model=None, config=None, **options):
+def sft(folder, callbacks, model=None, config=None, optimizer=None, **options):
     torch.manual_seed(0)
     settings = {"max_length": 32, "gradient_accumulation_steps": 2, "max_steps": 3, **options}
     config = config or LRQATConfig(task_type="CAUSAL_LM", group_size=-1, r=4, range_method="minmax")
+    args = arguments(folder, SFTConfig, **settings)
     trainer = SFTTrainer(
         model or tiny(),
-        arguments(folder, SFTConfig, **settings),
+        args,
         train_dataset=sentences() if options.get("packing") else counting_text(),
         eval_dataset=counting_text(),
         processing_class=word_tokenizer(),
         peft_config=None if isinstance(model, PeftModel) else config,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=None if optimizer is None else optimizer(args),
     )
     trainer.train()
     return trainer
@@ -76,6 +86,25 @@ def test_one_line_of_a_script(options, tmp_path):
     assert looks.counts[-1]["replayed"] >= 8
     layers = [m for m in found.model.modules() if hasattr(m, "_gradient_checkpointing_func")]
     assert not any(isinstance(m._gradient_checkpointing_func, block_graphs._Block) for m in layers)
+
+
+@pytest.mark.parametrize("optimizer", [None, LowBitAdamW.for_trainer], ids=["AdamW", "in backward"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_low_bit_sr_through_a_trainer(base, optimizer, tmp_path):
+    """With gradients that accumulate, evaluations, and, for a float model, autocast."""
+    runs, counts = [], []
+    for callbacks in ([], [CudaGraphCallback()]):
+        config = LowBitSRConfig(task_type="CAUSAL_LM", bits=4, group_size=16, range_method="minmax")
+        looks = [Looks(callbacks[0])] if callbacks else []
+        options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4, "bf16": base == torch.float32}
+        model = tiny(dtype=base)
+        trainer = sft(tmp_path / str(len(callbacks)), [*callbacks, *looks], model, config, optimizer, **options)
+        logged = [[e[name] for e in trainer.state.log_history if name in e] for name in ("eval_loss", "grad_norm")]
+        runs.append((losses(trainer), logged, integers(trainer.model)))
+        counts += [one.counts[-1] for one in looks]
+    assert runs[0][:2] == runs[1][:2]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
+    assert counts == [{"recorded": 2, "replayed": 14, "ordinary": 2}]
 
 
 def test_after_training_nobody_holds_the_model(tmp_path):
@@ -160,11 +189,10 @@ def test_without_a_gpu_training_goes_on_and_a_warning_says_so(tmp_path, monkeypa
     ("make", "options", "words"),
     [
         (lambda: adapted(tiny()), {"gradient_checkpointing": False}, "gradient checkpointing is off"),
-        (lambda: low_bit(tiny()), {}, "low-bit SR"),
         (lambda: adapted(tiny(), offload_base=True), {}, "offload_base=True"),
         (lambda: get_peft_model(tiny(), LoraConfig(lora_dropout=0.1)), {}, "p=0.1"),
     ],
-    ids=["no checkpointing", "low-bit SR", "offloaded", "dropout"],
+    ids=["no checkpointing", "offloaded", "dropout"],
 )
 def test_what_does_not_go_with_graphs_is_refused_before_a_step(make, options, words, tmp_path):
     args = arguments(tmp_path, **{"gradient_checkpointing": True, **options})

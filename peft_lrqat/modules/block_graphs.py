@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..ops.dispatch import kernels_for
+from ..ops.narrow_gradient import Lender
 from .block_recording import BlockGraph, Buffer, Replay, Unfit, first_line, flatten, meta, rebuild, recorder_for
 from .block_state import BlockState, why_unfit
 
@@ -164,6 +165,7 @@ class BlockGraphs:
 
     Attributes:
         counts: how often a block was recorded, replayed, and called as ever with gradients.
+        lender: hands gradients of low-bit weights out of the shared results.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -191,6 +193,7 @@ class BlockGraphs:
         self._blocks: dict[str, _Block] = {}
         self._buffers: dict[tuple, Buffer] = {}
         self._results: dict[tuple, Tensor] = {}
+        self.lender = Lender()  # of the results
         self._shapes: set[tuple] = set()
         self._warned: set[str] = set()
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .block_state import BlockState
+from ..ops.narrow_gradient import Lender, NarrowGradient
+from .block_state import BlockState, in_parts, stand_in
 
 _CHANGED = (
-    "An adapter or a scale was changed in place between forward and backward (an optimizer step, a load, a merge). Run "
-    "forward again."
+    "A trained weight, an adapter or a scale was changed in place between forward and backward (an optimizer step, a "
+    "load, a merge). Run forward again."
 )
 
 
@@ -188,6 +189,7 @@ class Owner(Protocol):
     """What the graphs of all blocks share."""
 
     recorder: Any
+    lender: Lender
 
     def buffer(self, what: str, place: int, like: Tensor) -> Buffer: ...
 
@@ -209,6 +211,8 @@ class BlockGraph:
         """
         self.state, self._owner, self._function = state, owner, function
         self._needed = [i for i, t in enumerate(inputs) if t.requires_grad]
+        # The gradients of low-bit weights, of which no two are to be held by what a backward needs for itself.
+        self._weights = [i for i, p in enumerate(state.parameters, len(self._needed)) if in_parts(p)]
         self.inputs = [owner.buffer("input", i, t) for i, t in enumerate(inputs)]
         kind = inputs[0].device.type
         # weights that were cast are not kept: one of a graph lies in the pool, and one of outside would be gone later
@@ -233,8 +237,10 @@ class BlockGraph:
         were made, which is not the one that records; and whoever hangs hooks on a parameter wants them run once.
         """
         inputs = [buffer.tensor.detach() for buffer in self.inputs]
-        trained = [nn.Parameter(p.detach()) for p in self.state.parameters]
+        trained = [stand_in(p) for p in self.state.parameters]
         leaves = [*(inputs[i].requires_grad_() for i in self._needed), *trained]
+        for i in self._weights:
+            leaves[i].register_hook(functools.partial(self._put_away, i))
         outputs: list[Tensor] = []
         layout: list[Any] = []
         # Whoever moves saved tensors elsewhere is not to move those of a graph. What is kept must not know the node
@@ -243,6 +249,13 @@ class BlockGraph:
         with torch.enable_grad(), self._autocast(), hooks, self.state.with_parameters(trained):
             flatten(self._function(*inputs), outputs, layout, "returns")
         return outputs, layout, leaves
+
+    def _put_away(self, place: int, grad: Tensor) -> Tensor:
+        """Copy a weight's gradient as soon as it is there, and return what lies where it is copied to."""
+        values = _held(grad)
+        there = self._owner.result("gradient", place, values)
+        there.copy_(values)
+        return there if values is grad else NarrowGradient(there)
 
     def _gradients(self, outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """For the gradients that have arrived."""
@@ -261,6 +274,7 @@ class BlockGraph:
         recorder = self._owner.recorder
         drawn, drawn_here = recorder.draws(), torch.get_rng_state()
         before = [buffer.tensor._version for buffer in self.inputs]
+        self._owner.lender.take_back()
         try:
             with recorder.no_waiting():
                 grads = self._run_both()
@@ -277,8 +291,8 @@ class BlockGraph:
             raise
         if [buffer.tensor._version for buffer in self.inputs] != before or not self._holds(inputs):
             raise Unfit("it writes to its input")
-        self._present = [i for i, g in enumerate(grads) if g is not None]
-        self._grads = [self._owner.result("gradient", i, g) for i, g in enumerate(grads) if g is not None]
+        self._grads = {i: self._owner.result("gradient", i, _held(g)) for i, g in enumerate(grads) if g is not None}
+        self._others = [i for i in self._grads if i not in self._weights]
 
     def _run_both(self) -> list[Tensor | None]:
         """The gradients of a first run, of zeros that arrive."""
@@ -310,7 +324,8 @@ class BlockGraph:
         outputs, _, leaves = self._run()
         grads = self._gradients(outputs, leaves)
         with torch.no_grad():
-            torch._foreach_copy_(self._grads, [g for g in grads if g is not None])
+            # which of them are None was seen in the first run
+            _copy([g for i in self._others if (g := grads[i]) is not None], [self._grads[i] for i in self._others])
 
     def _load(self, inputs: list[Tensor]) -> None:
         for buffer, tensor in zip(self.inputs, inputs, strict=True):
@@ -322,26 +337,47 @@ class BlockGraph:
         self._replay_forward()
         return _copies(self.outputs)
 
+    def _is_lent(self, weight: Any, place: int) -> bool:
+        """Whether an optimizer takes a weight's gradient when it arrives, or it has to look wider than it is."""
+        return weight.taken_at_once or self._grads[place].dtype != weight.dtype
+
     def backward(self, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
-        """Gradients of the inputs that need one, and of the parameters: new tensors, or None where there is none."""
+        """Gradients of the inputs that need one, and of the parameters: nobody else's tensors, or None where there is
+        none."""
         self._load(inputs)
         for buffer, i in zip(self.arriving, self.differentiable, strict=True):
             buffer.forget()  # a kernel may write to what arrives
             buffer.take(grads[i])
+        self._owner.lender.take_back()
         self._replay_backward()
-        found: list[Tensor | None] = [None] * (len(self._needed) + len(self.state.parameters))
-        for i, copied in zip(self._present, _copies(self._grads), strict=True):
-            found[i] = copied
+        count = len(self._needed)
+        found: list[Tensor | None] = [None] * (count + len(self.state.parameters))
+        lent = [i for i in self._weights if i in self._grads and self._is_lent(self.state.parameters[i - count], i)]
+        for i in lent:
+            found[i] = self._owner.lender.lend(self._grads[i])
+        copied = [i for i in self._grads if i not in lent]
+        for i, copy in zip(copied, _copies([self._grads[i] for i in copied]), strict=True):
+            found[i] = copy
         of_inputs: list[Tensor | None] = [None] * len(inputs)
         for i, grad in zip(self._needed, found, strict=False):
             of_inputs[i] = grad
-        return [*of_inputs, *found[len(self._needed) :]]
+        return [*of_inputs, *found[count:]]
+
+
+def _held(grad: Tensor) -> Tensor:
+    """A gradient as it lies in memory."""
+    return grad.held if isinstance(grad, NarrowGradient) else grad
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(t) for t in tensors]
-    torch._foreach_copy_(copies, tensors)
+    _copy(tensors, copies)
     return copies
+
+
+def _copy(tensors: list[Tensor], there: list[Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(there, tensors)
 
 
 class Replay(torch.autograd.Function):

@@ -51,12 +51,35 @@ def why_unfit(block: nn.Module, hooks_of_itself: bool = True) -> str | None:
             devices.setdefault(tensor.device, place)
             if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
                 return f"{place!r} is sharded over processes (FSDP, DeepSpeed, tensor parallelism)"
-            if tensor.requires_grad and type(tensor) is not nn.Parameter:
+            if tensor.requires_grad and type(tensor) is not nn.Parameter and not _parts(tensor):
                 return f"{place!r}, which is trained, is a {type(tensor).__name__}, whose values lie elsewhere"
     if len(devices) > 1:
         found = ", ".join(f"{place!r} on {device}" for device, place in devices.items())
         return f"its tensors lie on several devices: {found}"
     return None
+
+
+def _parts(tensor: torch.Tensor) -> tuple[str, ...]:
+    """The attributes that hold what a forward reads of a tensor without memory of its own, such as packed codes."""
+    return getattr(type(tensor), "read_in_forward", ())
+
+
+def in_parts(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory of its own, as packed codes that read as a weight."""
+    return bool(_parts(tensor))
+
+
+def _memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in whose memory a tensor's values lie."""
+    return [part for name in _parts(tensor) if isinstance(part := getattr(tensor, name), torch.Tensor)] or [tensor]
+
+
+def stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """Make a parameter of the same values in the same memory, without hooks."""
+    made = nn.Parameter(parameter.detach())
+    for name in _parts(parameter):
+        setattr(made, name, getattr(parameter, name))
+    return made
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -108,6 +131,7 @@ class BlockState:
     def __init__(self, block: nn.Module) -> None:
         self._objects, self._containers = _Entries(), _Entries()
         self._tensors: list[tuple[torch.Tensor, str]] = []
+        self._memory: list[tuple[torch.Tensor, str]] = []  # what has an address, of these
         self._sized: list[tuple[Any, str]] = []  # containers
         self._hooks: list[tuple[dict, Any, Any, str]] = []
         self.parameters: list[nn.Parameter] = []
@@ -115,7 +139,8 @@ class BlockState:
         for name, module in block.named_modules():
             self._watch(module, f"{name}." if name else "", name or "the block")
         self._layout = [(config, config._attn_implementation) for config in _configs(block)]
-        self._addresses = [tensor.data_ptr() for tensor, _ in self._tensors]
+        self._addresses = [tensor.data_ptr() for tensor, _ in self._memory]
+        self._trained = [t for p in self.parameters for t in _memory_of(p)]
         self._needs = [tensor.requires_grad for tensor, _ in self._tensors]
         self._sized_ones = [container for container, _ in self._sized]
         self._lengths = list(map(len, self._sized_ones))
@@ -125,7 +150,7 @@ class BlockState:
             for key, tensor in table.items():
                 self._objects.add(table, key, tensor, inside + key)
                 if tensor is not None:
-                    self._tensors.append((tensor, inside + key))
+                    self._watch_tensor(tensor, inside + key)
                 if tensor is not None and tensor.requires_grad:
                     self._places.append((table, key, self._number(tensor)))
         for key, child in module._modules.items():
@@ -139,11 +164,17 @@ class BlockState:
             if key in _MODULE:
                 continue
             if isinstance(value, torch.Tensor):
-                self._tensors.append((value, inside + key))
+                self._watch_tensor(value, inside + key)
             if isinstance(value, dict | list | set) and _plain(value):
                 self._containers.add(attributes, key, _copied(value), inside + key)
             else:
                 self._objects.add(attributes, key, value, inside + key)
+
+    def _watch_tensor(self, tensor: torch.Tensor, name: str) -> None:
+        self._tensors.append((tensor, name))
+        self._memory += [(one, name) for one in _memory_of(tensor)]
+        for part in _parts(tensor):
+            self._objects.add(vars(tensor), part, getattr(tensor, part), f"{name}.{part}")
 
     def _number(self, parameter: Any) -> int:
         """Its place among `parameters`, where it is put."""
@@ -170,9 +201,9 @@ class BlockState:
                 return name
         if (different := self._containers.different()) is not None:
             return different
-        now: list[Any] = [tensor.data_ptr() for tensor, _ in self._tensors]
+        now: list[Any] = [tensor.data_ptr() for tensor, _ in self._memory]
         if now != self._addresses:
-            return _first_other(now, self._addresses, self._tensors)
+            return _first_other(now, self._addresses, self._memory)
         now = [tensor.requires_grad for tensor, _ in self._tensors]
         if now != self._needs:
             return _first_other(now, self._needs, self._tensors)
@@ -188,8 +219,8 @@ class BlockState:
         return None
 
     def versions(self) -> list[tuple[int, int]]:
-        """Address and number of changes in place of each of `parameters`."""
-        return [(p.data_ptr(), p._version) for p in self.parameters]
+        """Address and number of changes in place of all that `parameters` consist of."""
+        return [(t.data_ptr(), t._version) for t in self._trained]
 
 
 def _first_other(now: list[Any], before: list[Any], named: list[tuple[Any, str]]) -> str:

@@ -89,8 +89,17 @@ def test_hooks_of_the_block_itself_count_if_they_would_be_recorded():
     assert "'Plain' (Plain) has a hook, print" in why_unfit(found)
 
 
-def test_integers_that_are_trained_do_not_fit():
-    assert "is a LowBitTensor" in why_unfit(block(low_bit(tiny())))
+class Elsewhere(torch.Tensor):
+    """A tensor of somebody else's, that may have its values anywhere."""
+
+
+def test_integers_that_are_trained_fit_and_tensors_of_unknown_kinds_do_not():
+    assert why_unfit(block(low_bit(tiny()))) is None
+    found = Plain()
+    found.inner.weight = nn.Parameter(torch.ones(4, 4).as_subclass(Elsewhere))
+    assert "'inner.weight', which is trained, is a Elsewhere" in why_unfit(found)
+    found.inner.weight.requires_grad_(False)
+    assert why_unfit(found) is None
 
 
 def test_nothing_has_changed(lrqat):

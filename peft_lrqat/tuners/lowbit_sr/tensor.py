@@ -84,6 +84,9 @@ class LowBitTensor(torch.Tensor):
     known_count: tuple[int, int] | None
     taken_at_once: bool
 
+    #: What a forward reads of it: with other ones, a recorded forward would be another (`modules/block_state.py`).
+    read_in_forward = ("packed", "scale", "grid", "taken_at_once")
+
     _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
     ds_status = Mark(DEEPSPEED, asking=True)  # DeepSpeed's engine asks every parameter, in every stage
 
