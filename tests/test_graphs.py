@@ -46,7 +46,7 @@ def sentences():
     return Dataset.from_dict({"text": [" ".join(f"w{3 + (i + j) % 40}" for j in range(3 + i % 9)) for i in range(96)]})
 
 
-def sft(folder, callbacks, model=None, config=None, optimizer=None, **options):
+def sft(folder, callbacks, model=None, config=None, optimizer=None, resume=None, **options):
     torch.manual_seed(0)
     settings = {"max_length": 32, "gradient_accumulation_steps": 2, "max_steps": 3, **options}
     config = config or LRQATConfig(task_type="CAUSAL_LM", group_size=-1, r=4, range_method="minmax")
@@ -61,7 +61,7 @@ def sft(folder, callbacks, model=None, config=None, optimizer=None, **options):
         callbacks=callbacks,
         optimizer_cls_and_kwargs=None if optimizer is None else optimizer(args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -105,6 +105,23 @@ def test_low_bit_sr_through_a_trainer(base, optimizer, tmp_path):
     assert runs[0][:2] == runs[1][:2]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
     assert counts == [{"recorded": 2, "replayed": 14, "ordinary": 2}]
+
+
+def test_low_bit_sr_goes_on_from_a_checkpoint(tmp_path):
+    runs = []
+    for callbacks in ([], [CudaGraphCallback()]):
+        folder = tmp_path / str(len(callbacks))
+
+        def go_on(resume=None, folder=folder, callbacks=callbacks):
+            config = LowBitSRConfig(task_type="CAUSAL_LM", bits=4, range_method="minmax", group_size=-1)
+            options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1}
+            return sft(folder, callbacks, tiny(), config, LowBitAdamW.for_trainer, resume, **options)
+
+        whole = integers(go_on().model)
+        resumed = go_on(folder / "checkpoint-2")
+        assert all(torch.equal(a, b) for a, b in zip(integers(resumed.model), whole, strict=True))
+        runs.append([*whole, torch.tensor(losses(resumed))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_after_training_nobody_holds_the_model(tmp_path):

@@ -23,6 +23,12 @@ _CHANGED = (
     "load, a merge). Run forward again."
 )
 
+#: torch would say so only where it comes to the block again, and leaves it out for inputs that are named.
+_TWICE = (
+    "`create_graph=True` asks for second derivatives (a gradient penalty, a Hessian), which blocks that are replayed "
+    "as CUDA graphs do not have. Train without them, or without CUDA graphs."
+)
+
 
 # -- recording
 
@@ -393,8 +399,9 @@ class Replay(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_TWICE)
         if ctx.versions != ctx.graph.state.versions():
             raise RuntimeError(_CHANGED)
         return None, None, *ctx.graph.backward(list(ctx.saved_tensors), list(grads))

@@ -44,7 +44,7 @@ class Scalars:
                 raise RuntimeError(
                     "The step of low-bit weights cannot be captured in a CUDA graph: its number, and with it the "
                     "correction of the moments, would be the same in every replay. Capture forward and backward only, "
-                    "with `fused_backward=False`."
+                    "with `fused_backward=False`, or have `peft_lrqat.cuda_graphs(model)` capture the blocks."
                 )
             if len(self._held) >= 16:  # those of earlier steps
                 self._held.clear()

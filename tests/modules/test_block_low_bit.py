@@ -103,6 +103,13 @@ def test_any_optimizer(kind):
     assert counts["replayed"] == 8
 
 
+def test_products_that_are_made_late(monkeypatch):
+    """As those of 2048 tokens and more."""
+    monkeypatch.setattr("peft_lrqat.ops.low_bit._LATE_TOKENS", 1)
+    found, expected, _ = with_and_without(MODELS["bf16 model"], lambda m: optimizer_of(m, fused_backward=True))
+    assert equal(found, expected)
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["in backward", "in step"])
 @pytest.mark.parametrize("name", ["4 bits", "learned scales", "rounded inputs"])
 def test_under_autocast(name, fused):
@@ -290,6 +297,35 @@ def test_gradients_that_nobody_takes():
         assert {type(grad) for grad in grads} == {torch.Tensor}
         runs.append([*grads, *[p.grad for p in low_bit_weights(model)]])
     assert equal(*runs)
+
+
+def test_data_parallel_processes_exchange_their_gradients():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        runs = []
+        for graphs in (True, False):
+            model, _ = prepared(graphs, not_fused)
+            numbers = []
+
+            def double(state, bucket, numbers=numbers):
+                numbers.append(bucket.buffer().numel())
+                future = torch.futures.Future()
+                future.set_result(bucket.buffer() * 2)
+                return future
+
+            spread = nn.parallel.DistributedDataParallel(model)
+            spread.register_comm_hook(None, double)
+            ids = tokens(2, 16)
+            for _ in range(3):
+                spread(input_ids=ids, labels=ids).loss.backward()
+            assert sum(numbers) == 3 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+            grads = [p.grad.clone() for p in low_bit_weights(model)]
+            model.optimizer.step()
+            runs.append([*grads, *integers(model)])
+        assert equal(*runs)
+    finally:
+        dist.destroy_process_group()
 
 
 # -- what changes

@@ -49,7 +49,8 @@ class LowBitAdamW(Optimizer):
         state with betas=(0, ...)       "8bit"  1;  "factored"  0.01;  "fp32"  4
         latent weights (ternary)        1 more
         gradients                       4, of all weights until `step()`
-        gradients, fused_backward=True  4 (of a bf16 or fp16 model 2), of one layer at a time
+        gradients, fused_backward=True  4 (of a bf16 or fp16 model 2), of one layer at a time; in CUDA graphs
+                                        (`CudaGraphCallback`) of one block
 
     So 8-bit weights take 8 bytes with all defaults (codes 1, base 1, state 2, gradient 4), 4 with
     `fused_backward=True`, and 3 with `keep_base=False` as well.
