@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from typing import Any
 
@@ -44,6 +45,31 @@ def task_heads(model: Any, task: str | None, every: bool) -> list[str]:
             if child is not backbone and not isinstance(child, _CONTAINERS) and any(True for _ in child.parameters())
         ]
     return list(dict.fromkeys(heads))
+
+
+#: The classes of transformers whose heads are new when a model is fine-tuned for a task.
+_CLASSIFIES = re.compile(r"For\w*(Classification|QuestionAnswering)")
+
+
+def warn_of_converted_head(model: Any, targets: dict[str, nn.Module], config: Any) -> None:
+    """Warn if 'all-linear' takes the head of a classifier for one of the layers, because no task says what it is.
+
+    It holds random weights, which would be rounded, and with low-rank factors alone would mostly stay what they are.
+    """
+    if config.task_type in _HEADS or not _CLASSIFIES.search(type(model).__name__):
+        return
+    backbone = getattr(model, "base_model", model)
+    outside = [name for name, child in model.named_children() if child is not backbone]
+    if backbone is model:  # which has encoder and decoder beside the head
+        outside = [name for name in outside if name in _ADDED_BY_PEFT]
+    heads = [name for name in outside if any(f"{target}.".startswith(f"{name}.") for target in targets)]
+    if heads:
+        warnings.warn(
+            f"`task_type` is {config.task_type!r}, so that the head of {type(model).__name__} ({', '.join(heads)}) is "
+            "quantized as any layer. A new head is random: to train it in float, give its task (`task_type='SEQ_CLS'`, "
+            f"'TOKEN_CLS' or 'QUESTION_ANS'), or `modules_to_save={heads}`.",
+            stacklevel=2,
+        )
 
 
 def head_of(model: Any, config: Any) -> dict[str, Any] | None:

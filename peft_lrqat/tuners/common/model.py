@@ -23,6 +23,7 @@ from .extras import (
     check_extras,
     check_reference,
     head_of,
+    warn_of_converted_head,
     warn_of_unnamed_base,
     warn_of_unsaved,
 )
@@ -154,10 +155,12 @@ class QuantizingModel(QuickWalks, FindsTargets):
         if without_values:
             warn_of_no_values(adapter_name, config)
         check_names(model, config)
-        if config.target_modules == ALL_LINEAR:
-            tell_left_out(model)
+        every = config.target_modules == ALL_LINEAR
         self._name_modules(model, config)
         targets = self._targets(model, config, state_dict)
+        if every:
+            tell_left_out(model)
+            warn_of_converted_head(model, targets, config)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
             self._check_shared(config, _adapters_of(module))
         checksums = self._check(model, targets, config)

@@ -59,6 +59,19 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "task", "heads"), HEADS)
 @pytest.mark.filterwarnings("ignore:.*Conv1D.*")
+def test_a_head_whose_task_is_not_given_is_warned_of(method: ModuleType, family: str, task: str, heads: set):
+    """It is quantized as any layer."""
+    says = r"`task_type` is None, so that the head of .*quantized as any layer.*`task_type='SEQ_CLS'`"
+    with pytest.warns(UserWarning, match=says):
+        get_peft_model(make(family, task, 0), method.config(group_size=-1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=says)
+        for options in ({"task_type": task}, {"modules_to_save": sorted(heads)}):
+            get_peft_model(make(family, task, 0), method.config(group_size=-1, **options))
+
+
+@pytest.mark.parametrize(("family", "task", "heads"), HEADS)
+@pytest.mark.filterwarnings("ignore:.*Conv1D.*")
 def test_a_tasks_head_is_trained_in_float(method: ModuleType, family: str, task: str, heads: set, tmp_path: Path):
     base = make(family, task, 0)
     weights = {key: value.clone() for key, value in base.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel
 
 from peft_lrqat import LRQATConfig
@@ -99,3 +101,24 @@ def test_a_combination_of_one_adapter_is_that_adapter(combination: str, rslora: 
     for layer in layers(model).values():
         torch.testing.assert_close(layer.get_delta_weight("both"), layer.get_delta_weight("default"))
         assert torch.equal(layer.lora_scale_shift["both"].weight, layer.lora_scale_shift["default"].weight)
+
+
+@pytest.mark.parametrize("how", ["rescale_adapter_scale", "set_scale"])
+def test_a_factor_on_an_adapter_acts_inside_the_rounding_and_is_merged(how: str):
+    """Of learned scales there is no factor: without them 0 is the model at step 0."""
+    model, ids = adapt(tiny(), learn_scales=False).eval(), tokens()
+    whole = logits(model, ids)
+    with model.disable_adapter():
+        base = logits(model, ids)
+    for factor, expected in ((0, base), (0.5, None), (1, whole)):
+        context = rescale_adapter_scale(model, factor) if how == "rescale_adapter_scale" else contextlib.nullcontext()
+        if how == "set_scale":
+            for layer in layers(model).values():
+                layer.set_scale("default", factor)
+        with context:
+            found = logits(model, ids)
+            merged = copy.deepcopy(model).merge_and_unload()
+        assert torch.equal(logits(merged, ids), found)
+        assert expected is None or torch.equal(found, expected)
+        assert (factor == 0.5) == (not torch.equal(found, base) and not torch.equal(found, whole))
+    assert torch.equal(logits(model, ids), whole)
