@@ -218,6 +218,7 @@ class BlockGraph:
         self.state, self._owner, self._function = state, owner, function
         self._needed = [i for i, t in enumerate(inputs) if t.requires_grad]
         # The gradients of low-bit weights, of which no two are to be held by what a backward needs for itself.
+        self._grads: dict[int, Tensor] = {}
         self._weights = [i for i, p in enumerate(state.parameters, len(self._needed)) if in_parts(p)]
         self.inputs = [owner.buffer("input", i, t) for i, t in enumerate(inputs)]
         kind = inputs[0].device.type
@@ -243,10 +244,13 @@ class BlockGraph:
         were made, which is not the one that records; and whoever hangs hooks on a parameter wants them run once.
         """
         inputs = [buffer.tensor.detach() for buffer in self.inputs]
-        trained = [stand_in(p) for p in self.state.parameters]
+        trained: list[Any] = [stand_in(p) for p in self.state.parameters]
         leaves = [*(inputs[i].requires_grad_() for i in self._needed), *trained]
         for i in self._weights:
-            leaves[i].register_hook(functools.partial(self._put_away, i))
+            weight = trained[i - len(self._needed)]
+            weight.register_hook(functools.partial(self._put_away, i))
+            if i in self._grads:
+                weight.gradient_places = [self._grads[i]]  # which spares the copy
         outputs: list[Tensor] = []
         layout: list[Any] = []
         # Whoever moves saved tensors elsewhere is not to move those of a graph. What is kept must not know the node
@@ -257,10 +261,11 @@ class BlockGraph:
         return outputs, layout, leaves
 
     def _put_away(self, place: int, grad: Tensor) -> Tensor:
-        """Copy a weight's gradient as soon as it is there, and return what lies where it is copied to."""
+        """Copy a weight's gradient as soon as it is there, and return one that lies where it was copied to."""
         values = _held(grad)
         there = self._owner.result("gradient", place, values)
-        there.copy_(values)
+        if values is not there:
+            there.copy_(values)
         return there if values is grad else NarrowGradient(there)
 
     def _gradients(self, outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:

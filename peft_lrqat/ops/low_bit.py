@@ -121,6 +121,7 @@ def _linear_backward_impl(
     need_weight: bool,
     need_scale: bool,
     narrow: bool = False,
+    place: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     in_features = x.shape[-1]
     flat_dy = dy.reshape(-1, dy.shape[-1])
@@ -132,7 +133,7 @@ def _linear_backward_impl(
             dx = torch.mm(flat_dy, weight).view(x.shape)
             del weight
         if need_weight or need_scale:
-            dw = torch.mm(flat_dy.t(), x.reshape(-1, in_features))
+            dw = torch.mm(flat_dy.t(), x.reshape(-1, in_features), out=place)
             if need_scale or not narrow:
                 dw = dw.float()
         if need_scale:
@@ -180,6 +181,7 @@ class _Others(NamedTuple):
     how: list[Any]  # of `LearnedScale`, all but log2
     narrow: bool
     late: bool
+    places: list[Tensor]
 
 
 class _LowBitLinear(torch.autograd.Function):
@@ -196,7 +198,7 @@ class _LowBitLinear(torch.autograd.Function):
         log2: Tensor | None,
         others: _Others,
     ) -> Tensor:
-        stored, ctx.bits, values, ctx.how, narrow, late = others
+        stored, ctx.bits, values, ctx.how, narrow, late, ctx.places = others
         packed, scale, ternary_scale, factor = stored
         x = given if values is None else values
         need_x, need_weight, need_learned, _, need_log2, _ = ctx.needs_input_grad
@@ -231,7 +233,10 @@ class _LowBitLinear(torch.autograd.Function):
         if x is None:
             x = torch.empty((), dtype=ctx.x_dtype, device=dy.device).expand(ctx.x_shape)
         run: Any = _linear_backward_op if torch.compiler.is_compiling() else _linear_backward_impl
-        how = (need_x or need_log2, need_weight, need_learned, *((True,) if ctx.narrow else ()))
+        how: tuple = need_x or need_log2, need_weight, need_learned
+        if ctx.narrow:
+            fits = need_weight and ctx.places and ctx.places[-1].dtype == dy.dtype
+            how = (*how, True, ctx.places.pop() if fits else None)
         dx, dw, ds = run(dy.contiguous(), x, packed, scale, ternary_scale, ctx.bits, *how)
         dlog2 = None
         if given is not None:
@@ -257,6 +262,7 @@ def low_bit_linear(
     values: Tensor | None = None,
     learned: LearnedScale | None = None,
     narrow: bool = False,
+    places: list[Tensor] | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias with W^ = s * q, or its ternary projection t_s * clip(round(s * q / t_s), -1, 1).
 
@@ -272,6 +278,8 @@ def low_bit_linear(
         bits: width of a packed code.
         values, learned: what x was rounded to, and by which fixed scale: see `quantized_linear`.
         narrow: whether the gradient of `weight` may be a `NarrowGradient`.
+        places: (out, in) each, to which a gradient may be written where it may be narrow: each is taken from the list
+            by one product in backward, if it has its dtype.
 
     Returns:
         (..., out) in x's dtype. For backward it keeps x, the packed codes and the scales; W^ is rebuilt.
@@ -287,7 +295,7 @@ def low_bit_linear(
     # Gradient checkpointing computes a block again until autograd has all that it keeps of it, which it has when the
     # function returns. If the product is made afterwards, that of the block's last layer is not made in vain.
     late = not torch.compiler.is_compiling() and inputs.numel() >= _LATE_TOKENS * inputs.shape[-1]
-    others = _Others((packed, scale, ternary_scale, factor), bits, values, how, narrow, late)
+    others = _Others((packed, scale, ternary_scale, factor), bits, values, how, narrow, late, places or [])
     out = _LowBitLinear.apply(x, weight, trained, bias, log2, others)
     if late:
         _linear_into(out, inputs, packed, scale, ternary_scale, bias, bits)

@@ -163,18 +163,22 @@ def test_an_optimizer_in_backward_reads_the_graphs_own_memory(monkeypatch):
 
 
 def test_a_recording_has_one_gradient_at_a_time(monkeypatch):
-    """And hands none to what computes the next."""
-    made, put_away = [], BlockGraph._put_away
+    """Where it cannot be written to where it belongs: before it is known, and where it is not taken at once."""
+    for optimizer in (None, not_fused):
+        made: list[weakref.ref] = []
 
-    def watched(self, place, grad):
-        assert not any(one() is not None for one in made)
-        made.append(weakref.ref(grad.held))
-        return put_away(self, place, grad)
+        def watched(self, place, grad, put_away=BlockGraph._put_away, made=made):
+            assert not any(one() is not None for one in made)
+            values = grad.held if isinstance(grad, NarrowGradient) else grad
+            if place not in self._grads or values is not self._grads[place]:
+                made.append(weakref.ref(values))
+            return put_away(self, place, grad)
 
-    monkeypatch.setattr(BlockGraph, "_put_away", watched)
-    model, _ = prepared(True)
-    loss_of(model).backward()
-    assert len(made) == 3 * 2 * 7  # of the run before the recording, and of two replays
+        with monkeypatch.context() as patched:
+            patched.setattr(BlockGraph, "_put_away", watched)
+            model, _ = prepared(True, optimizer)
+            loss_of(model).backward()
+        assert len(made) == (14 if optimizer is None else 3 * 14)
 
 
 def told_of_three(model: nn.Module):

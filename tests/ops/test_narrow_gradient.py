@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_lrqat.ops.narrow_gradient import NarrowGradient
+from peft_lrqat.ops.narrow_gradient import Lender, NarrowGradient
 
 VALUES = torch.randn(3, 5, dtype=torch.bfloat16)
 
@@ -94,3 +94,45 @@ def test_sums_in_backward_are_fp32s():
     (Same.apply(leaf) + Same.apply(leaf) + leaf).sum().backward()
     Same.apply(leaf).sum().backward()  # to what is there
     assert torch.equal(torch.zeros(3, 5) + leaf.grad, VALUES.float() * 2 + 1 + VALUES.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+class TestLender:
+    def test_who_reads_at_once_reads_the_lenders_memory(self, dtype):
+        lender, memory = Lender(), VALUES.to(dtype, copy=True)
+        assert lender.lend(memory).held is memory
+        assert lender.lend(memory).detach().held is memory
+
+    @pytest.mark.parametrize("detached", [False, True])
+    def test_who_still_has_a_gradient_keeps_its_values(self, dtype, detached):
+        lender, memory = Lender(), VALUES.to(dtype, copy=True)
+        gradient = lender.lend(memory)
+        gradient = gradient.detach() if detached else gradient
+        lender.take_back()
+        memory.zero_()
+        assert torch.equal(gradient + 0, VALUES.float())
+
+    @pytest.mark.parametrize(
+        "look", [NarrowGradient.wide, NarrowGradient.data_ptr, lambda g: g.mul_(1), lambda g: g[0].add_(0)], ids=str
+    )
+    def test_who_looks_has_a_copy(self, dtype, look):
+        lender, memory = Lender(), VALUES.to(dtype, copy=True)
+        gradient = lender.lend(memory)
+        look(gradient)
+        memory.zero_()
+        assert torch.equal(gradient.held, VALUES.float())
+
+    def test_what_is_written_to_a_gradient_is_not_written_there(self, dtype):
+        lender, memory = Lender(), VALUES.to(dtype, copy=True)
+        lender.lend(memory).mul_(3)
+        lender.lend(memory)[0] = 7
+        assert torch.equal(memory, VALUES.to(dtype))
+
+    def test_a_copy_is_made_once(self, dtype):
+        lender, memory = Lender(), VALUES.to(dtype, copy=True)
+        kept = lender.lend(memory)
+        lender.take_back()
+        assert kept.held is not memory
+        again = kept.held
+        lender.take_back()
+        assert kept.held is again

@@ -395,7 +395,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             out = low_bit_linear(x, weight, weight.packed, *how)
             return out * scale.to(out.dtype)
         operands = (weight, weight.packed, scale, ternary, factor, bias, bits)
-        return low_bit_linear(x, *operands, values, learned, weight.taken_at_once)
+        return low_bit_linear(x, *operands, values, learned, weight.taken_at_once, weight.gradient_places)
 
     @staticmethod
     def _levels_and_scale(

@@ -71,6 +71,8 @@ class LowBitTensor(torch.Tensor):
             then; None before that.
         taken_at_once: whether an optimizer takes each gradient when it arrives (`fused_backward`), so that it need not
             be cast to fp32.
+        gradient_places: to which a gradient is written that is taken at once; None: to new memory. Of the stand-ins of
+            `modules/block_recording.py`.
     """
 
     packed: torch.Tensor
@@ -83,6 +85,7 @@ class LowBitTensor(torch.Tensor):
     places: torch.Tensor | None
     known_count: tuple[int, int] | None
     taken_at_once: bool
+    gradient_places: list[torch.Tensor] | None = None
 
     #: What a forward reads of it: with other ones, a recorded forward would be another (`modules/block_state.py`).
     read_in_forward = ("packed", "scale", "grid", "taken_at_once")
