@@ -62,5 +62,15 @@ class PackedParameter(nn.Parameter):
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> PackedParameter:
         return super().__new__(cls, data, requires_grad=False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> PackedParameter:
+        """As torch's, but True is an error that says what can be trained instead."""
+        if requires_grad:
+            raise RuntimeError(
+                "`requires_grad_(True)` asks for gradients of a frozen base, which is integers and has none. "
+                "`model.set_adapter(name)` makes an adapter trainable; other weights are trained in float with "
+                "`modules_to_save`, and every linear weight, as integers, with LowBitSRConfig."
+            )
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[torch.Tensor]]:
         return PackedParameter, (self.detach(),)

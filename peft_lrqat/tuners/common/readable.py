@@ -32,7 +32,7 @@ class _Weight(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, product: Callable[..., Tensor], *trained: Tensor | None) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(*trained)
-        return values.view_as(values)
+        return ReadOnlyTensor(values, _WHY_READ_ONLY)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -60,7 +60,7 @@ def readable_weight(values: Tensor, product: Callable[..., Tensor], *trained: Te
         trained: what W^ depends on.
 
     Returns:
-        (out, in), values' dtype; differentiable in `trained`, and read-only where nothing needs a gradient.
+        (out, in), values' dtype; differentiable in `trained`, and read-only.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
         return _Weight.apply(values, product, *trained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -20,6 +21,14 @@ def test_it_stays_as_it_is():
         assert isinstance(found, PackedParameter)
         assert not found.requires_grad
         assert torch.equal(found, torch.arange(6, dtype=torch.int8).view(2, 3))
+
+
+def test_gradients_of_integers_are_refused_in_words():
+    module = nn.Linear(3, 2)
+    module.register_parameter("base", PackedParameter(torch.zeros(2, 3, dtype=torch.int8)))
+    assert module.requires_grad_(False).base.requires_grad_(False) is module.base
+    with pytest.raises(RuntimeError, match=r"frozen base, which is integers.*`model\.set_adapter\(name\)`"):
+        module.requires_grad_(True)
 
 
 def test_state_dicts_are_packed_within_the_context_only():

@@ -105,11 +105,24 @@ def test_it_is_the_weight_that_merging_stores(kind: str, dtype: torch.dtype):
     assert torch.equal(model.merge_and_unload().layer.weight, read)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["lrqat", "low bit"])
-def test_nothing_is_written_to_it(kind: str):
+def test_nothing_is_written_to_it(kind: str, training: bool):
     layer: Any = make(kind).base_model.model.layer
-    with torch.no_grad(), pytest.raises(RuntimeError, match="would be lost"):
-        layer.weight.mul_(2)
+    writes = (
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.zero_(),
+        lambda weight: weight.data.copy_(torch.zeros(24, 16)),
+        lambda weight: weight.__setitem__(0, 0.0),
+        lambda weight: setattr(weight, "data", torch.zeros(24, 16)),
+        nn.init.xavier_uniform_,
+    )
+    for write in writes:
+        with (
+            torch.set_grad_enabled(training),
+            pytest.raises(RuntimeError, match=r"would be lost\. The layer is adapted"),
+        ):
+            write(layer.weight)
     with pytest.raises((AttributeError, KeyError)):
         layer.weight = nn.Parameter(torch.zeros(24, 16))
 
