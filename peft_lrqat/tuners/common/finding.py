@@ -16,7 +16,7 @@ from .experts import adopt_experts, release_experts, restore_experts
 from .extras import task_heads
 from .loading import loaded_layers
 from .preflight import check_activations, check_base, check_cache, check_layers, check_targets
-from .targets import inside_experts, left_out, routers
+from .targets import inside_experts, inside_extras, left_out, routers
 
 
 class FindsTargets(LoraModel):
@@ -106,7 +106,7 @@ class FindsTargets(LoraModel):
         if config.target_modules != ALL_LINEAR:
             return config.target_modules
         plan: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
-        left = {*left_out(model), *inside_experts(model), *routers(model)}
+        left = {*left_out(model), *inside_experts(model), *routers(model), *inside_extras(model)}
         names = (plan.target_modules - left) | loaded_layers(model).keys()
         if not names:
             check_base(model, config)  # a quantized one, whose layers have a forward of their own

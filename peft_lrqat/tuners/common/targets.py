@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +33,17 @@ def inside_experts(model: nn.Module) -> set[str]:
         f"{name}.{inner}"
         for name, module in model.named_modules()
         if isinstance(module, Experts) and not module.stacks
+        for inner, _ in module.named_modules()
+        if inner
+    }
+
+
+def inside_extras(model: nn.Module) -> set[str]:
+    """Names of the layers that an adapter trains in float (`modules_to_save`), and of those that these stand for."""
+    return {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
         for inner, _ in module.named_modules()
         if inner
     }

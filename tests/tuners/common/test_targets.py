@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from peft import PeftModel
 
 from peft_lrqat.tuners.common.targets import routers
 from tests.architectures import ARCHITECTURES
-from tests.models import tiny
+from tests.models import logits, tiny, tokens, train
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -37,6 +40,25 @@ def test_modules_are_chosen_as_in_lora(method: ModuleType, options: dict, expect
 def test_a_name_that_no_module_has_is_said(method: ModuleType):
     with pytest.warns(UserWarning, match="`target_modules` names 'v_porj', but no module"):
         method.adapt(tiny(), **method.GRID, target_modules=["q_proj", "v_porj"])
+
+
+def test_what_one_adapter_trains_in_float_is_no_layer_for_the_next(method: ModuleType, tmp_path: Path):
+    """For PEFT, 'all-linear' means the copies of `modules_to_save`, too."""
+    model = method.adapt(tiny(), **method.GRID, modules_to_save=["lm_head"])
+    model.add_adapter("next", method.config(modules_to_save=["norm"]))
+    assert len(method.layers(model)) == 14
+    expected = {}
+    for name in ("default", "next"):
+        model.set_adapter(name)
+        train(model, tokens())
+        expected[name] = logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    again.load_adapter(tmp_path / "next", "next")
+    for name, value in expected.items():
+        for one in (model, again):
+            one.set_adapter(name)
+            assert torch.equal(logits(one, tokens()), value)
 
 
 @pytest.mark.parametrize(
