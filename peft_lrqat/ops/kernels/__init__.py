@@ -11,6 +11,7 @@ backward.py   masks, scales and sums of the backward, around the vendor library'
 experts.py    stacks of experts: the same kernels, and grouped products
 low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
 low_bit_step.py   the optimizer step on packed codes
+arithmetic.py  quotients, roots and random words of that step
 factors.py     the factored second moment of that step
 latent.py     ternary scales that follow their latent weights
 inputs.py     inputs rounded per token or group

@@ -44,9 +44,15 @@ def as_stored(values, pointer):
 
 
 @triton.jit
+def magnitude_bits(x):
+    """Make int32 of fp32 that have the order of magnitudes; NaN is larger than infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def largest_magnitude(x):
     """Find the largest magnitude of each row of fp32 (BM, BN), as the bits of it: NaN is larger than infinity."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return tl.max(magnitude_bits(x), 1)
 
 
 @triton.jit

@@ -55,8 +55,9 @@ def check(start: LowBitTensor, grads: list[torch.Tensor], **options) -> dict[str
     return found
 
 
-# a block and a bit; less than a word; whole blocks, one row less than a program has; groups across words and blocks
-SHAPES = {-1: (5, 300), 0: (2, 45), 128: (3, 256), 25: (1, 275)}
+# a block and a bit; less than a word; whole blocks, one row less than a program has; groups across words and blocks;
+# whole programs, of five blocks, more than a program walks through
+SHAPES = {-1: (5, 300), 0: (2, 45), 128: (7, 256), 25: (1, 275), 256: (8, 1280)}
 
 
 # how codes are packed meets shapes and groups; the state does not see the bits
