@@ -372,15 +372,6 @@ def _momentum_names(name: str) -> tuple[str, ...]:
 FACTORS = ("exp_avg_sq_rows", "exp_avg_sq_columns", "exp_avg_sq_mean")
 
 
-def norms_of_both(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the norms of a gradient's rows and of its columns: fp32 (out, 1) and (1, in).
-
-    A norm reads the gradient once and makes no squares of its size.
-    """
-    rows, columns = (torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32) for dim in (1, 0))
-    return rows, columns
-
-
 def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: float) -> torch.Tensor:
     """Take the row and column means of g^2 into the factored second moment.
 
@@ -390,7 +381,8 @@ def update_factors(state: dict[str, torch.Tensor], grad: torch.Tensor, beta2: fl
     Returns:
         The norms of the gradient's rows: fp32 (out, 1).
     """
-    norms = norms_of_both(grad)
+    # a norm reads the gradient once and makes no squares of its size
+    norms = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32) for dim in (1, 0)]
     for name, dim, norm in zip(FACTORS, (1, 0), norms, strict=False):
         # every operation is rounded on its own, as the kernel's are
         state[name].mul_(beta2).add_((1 - beta2) * 1e-30).add_(norm.square() * ((1 - beta2) / grad.shape[dim]))

@@ -7,7 +7,7 @@ instructions (`arithmetic.py`), of which a weight takes about a hundred.
 
 Codes, state and scales are the reference's bit for bit: the random words have its counters, the operations its order,
 every one of them is rounded on its own (a launch without contraction to fused multiply-adds), and quotients and roots
-are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in the factored state, the means of g^2.
+are IEEE's. What the step takes from torch are a few scalars (beta^t) and, in the factored state, the mean of g^2.
 """
 
 from __future__ import annotations
