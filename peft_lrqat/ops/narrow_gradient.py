@@ -25,30 +25,39 @@ class _Held:
     Attributes:
         values: a plain tensor.
         lent: whether they lie in a lender's memory.
-        stream: of a GPU, on which they were made, for values that are lent, or were; None: nobody need wait.
+        stream: of a GPU, on which they were made; None on a CPU.
     """
 
     __slots__ = ("__weakref__", "lent", "stream", "values")
 
     def __init__(self, values: torch.Tensor, lent: bool = False) -> None:
         self.values, self.lent = values, lent
-        self.stream = torch.cuda.current_stream(values.device) if lent and values.is_cuda else None
+        self.stream = _stream_of(values)
 
     def here(self) -> torch.Tensor:
         """The values, for whatever is asked of the current stream."""
         if self.stream is not None and (now := torch.cuda.current_stream(self.values.device)) != self.stream:
-            # the other stream would write there again without waiting for what is asked of this one
             now.wait_stream(self.stream)
-            self.values, self.lent = self.values.clone(), False
-            self.stream.wait_stream(now)
-            self.stream = None
+            if self.lent:
+                # the other stream would write there again without waiting for what is asked of this one
+                self.values, self.lent = self.values.clone(), False
+                self.stream.wait_stream(now)
+                self.stream = now
+            else:
+                # autograd says so of gradients that it hands to another stream, but sees no memory in this one: it
+                # would be somebody else's as soon as the gradient is dropped, while this stream still reads it
+                self.values.record_stream(now)
         return self.values
 
     def keep(self) -> None:
         """Copy what is lent."""
         if self.lent:
             self.values, self.lent = self.values.clone(), False
-            self.stream = torch.cuda.current_stream(self.values.device) if self.values.is_cuda else None
+            self.stream = _stream_of(self.values)
+
+
+def _stream_of(values: torch.Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(values.device) if values.is_cuda else None
 
 
 class Lender:
@@ -106,10 +115,12 @@ class NarrowGradient(torch.Tensor):
 
     def wide(self) -> torch.Tensor:
         """Return the gradient as a plain fp32 tensor, as it is held from then on."""
-        values = self._held.here()
-        if values.dtype != torch.float32 or self._held.lent:
-            self._held.values, self._held.lent = values.to(torch.float32, copy=True), False
-        return self._held.values
+        held = self._held
+        values = held.here()
+        if values.dtype != torch.float32 or held.lent:
+            held.values, held.lent = values.to(torch.float32, copy=True), False
+            held.stream = _stream_of(values)
+        return held.values
 
     # what torch does without dispatching it
 

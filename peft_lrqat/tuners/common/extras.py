@@ -22,6 +22,7 @@ _HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+_GENERATES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 _ADDED_BY_PEFT = {name for names in _HEADS.values() for name in names}
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -160,10 +161,22 @@ def _label(index: int) -> str:
 
 def check_extras(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:
     """Raise ValueError if what is trained beside the adapter does not fit the model, or the adapter's file."""
+    _check_task(model, config)
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_modules_to_save(modules, targets, config)
     _warn_of_parted_embeddings(model, modules, config)
     _check_tokens(model, modules, targets, config)
+
+
+def _check_task(model: nn.Module, config: Any) -> None:
+    """Raise ValueError if a new adapter is to generate text with a model that cannot; PEFT would fail afterwards."""
+    new = not config.inference_mode and config._required_fingerprint is None
+    if new and config.task_type in _GENERATES and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type` is {TaskType(config.task_type).value!r}, but {type(model).__name__} generates no text. Give "
+            "the task that it has ('SEQ_CLS', 'TOKEN_CLS', 'QUESTION_ANS', 'FEATURE_EXTRACTION'), or leave `task_type` "
+            "out."
+        )
 
 
 def _check_modules_to_save(modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: Any) -> None:

@@ -35,6 +35,7 @@ from ...ops.static_inputs import LearnedScale, round_learned, static_scale
 from .input_scale import InputScale
 from .packed_parameter import whole
 from .plain import user_attributes
+from .unfilled import refuse_unfilled
 
 _MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)
 
@@ -315,14 +316,7 @@ class MergingLayer(LoraLayer):
         """What takes the base's place while adapters are merged: packed, whatever kind of layer it was."""
         frozen, options = self.frozen, self.options_for(adapters, options)
         weight = self.grid_tensor(adapters, options, safe_merge)
-        dtype = frozen.compute_dtype
-        scales = [weight.scale] if weight.input_scale is None else [weight.scale, weight.input_scale]
-        if not all(torch.equal(s.to(dtype).float().nan_to_num(), s.nan_to_num()) for s in scales):
-            raise ValueError(
-                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={frozen.scale_dtype!r}` "
-                "exactly. Call `model.float()` before merging (or cast the model back to what it was), train with "
-                "`scale_dtype='auto'`, or leave the model unmerged: `export(..., format='gguf')` stores fp16 scales."
-            )
+        self._check_dtype(weight.scale, weight.input_scale)
         return merged_layer(
             weight,
             frozen.bias,
@@ -332,6 +326,39 @@ class MergingLayer(LoraLayer):
             experts=frozen.experts,
             activations=options.activations_of(self.name),
         )
+
+    def _check_dtype(self, *scales: torch.Tensor | None) -> None:
+        """Raise ValueError unless the model's dtype holds these scales exactly."""
+        frozen, dtype = self.frozen, self.frozen.compute_dtype
+        given = [scale for scale in scales if scale is not None]
+        if not all(torch.equal(s.to(dtype).float().nan_to_num(), s.nan_to_num()) for s in given):
+            raise ValueError(
+                f"The model is {dtype} now, which cannot hold the scales of `scale_dtype={frozen.scale_dtype!r}` "
+                "exactly. Call `model.float()` before merging (or cast the model back to what it was), train with "
+                "`scale_dtype='auto'`, or leave the model unmerged: `export(..., format='gguf')` stores fp16 scales."
+            )
+
+    def check_merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Raise the ValueError with which `merge` would end, from scales alone: no integers are computed."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in dict.fromkeys([*self.merged_adapters, *wanted]) if name in self.adapter_options]
+        if self.merged and names == self.merged_adapters:
+            return
+        options = self.options_for(names)
+        self._check_dtype(self._stored_scale(names, options, safe_merge), self._input_scale(names))
+
+    def _stored_scale(self, adapters: list[str], options: Any, safe_merge: bool) -> torch.Tensor:
+        """The scale that merging stores, fp32 (rows, groups); `grid_tensor` says for which arguments.
+
+        Raises:
+            ValueError: no checkpoint can hold it, or the method cannot merge these adapters.
+        """
+        raise NotImplementedError
+
+    def _check_values(self, adapters: list[str]) -> None:
+        """Raise ValueError, for adapters on the meta device, unless the whole layer is there."""
+        if self.frozen.device.type != "meta":
+            refuse_unfilled(adapters, self.name)
 
     def _stored(self, packed: Any) -> nn.Module:
         """The layer of a quantized model that takes the place of this one, from what `_merged` makes."""

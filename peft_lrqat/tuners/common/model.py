@@ -394,6 +394,10 @@ class QuantizingModel(QuickWalks, FindsTargets):
 
     def _merge_options(self, adapter_names: list[str] | None) -> Any:
         """The configuration of the first adapter that is merged (None: of the active ones)."""
+        if isinstance(adapter_names, str):
+            raise ValueError(f"`adapter_names` is {adapter_names!r}; it must be a list of names: [{adapter_names!r}].")
+        if not self.peft_config:
+            raise ValueError("There is no adapter left to merge. Call `unload()` for the base at step 0.")
         if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
             raise ValueError(f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(self.peft_config)}.")
         return self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
@@ -405,9 +409,14 @@ class QuantizingModel(QuickWalks, FindsTargets):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        config = self._merge_options(adapter_names)
-        record = self.record(list(adapter_names or self.active_adapters) or list(self.peft_config))
+        config: Any = None
+        if merge:
+            config = self._merge_options(adapter_names)
+            record = self.record(list(adapter_names or self.active_adapters) or list(self.peft_config))
         with merging(config):
+            if merge:  # before the first layer is replaced, because what was trained goes with it
+                for layer in (module for module in self.modules() if isinstance(module, MergingLayer)):
+                    layer.check_merge(adapter_names, safe_merge)
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         settle_experts(model)
         restore_loss(model)

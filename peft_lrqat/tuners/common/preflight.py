@@ -132,6 +132,7 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
             "but the experts of a layer are trained together. Name all parts of them, or leave them out with "
             r"`exclude_modules=r'.*\.experts\..*'`."
         )
+    _check_readers(model, targets, config)
     owners = _owners(model)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) if loading else {}
     widths: dict[str, int] = {}
@@ -210,6 +211,26 @@ def check_cache(targets: dict[str, nn.Module], config: Any) -> None:
             "merged model is saved as floats then, and config.json says nothing of a rounded KV cache. Leave `kv_bits` "
             "out."
         )
+
+
+#: Modules of torch that read weights of their layers instead of calling these (the second in evaluations only).
+_READERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+
+
+def _check_readers(model: nn.Module, targets: dict[str, nn.Module], config: Any) -> None:
+    """Raise ValueError if the input of a layer is to be rounded whose weight one of `_READERS` reads."""
+    for path, module in model.named_modules():
+        read = next((layers for kind, layers in _READERS.items() if isinstance(module, kind)), ())
+        for name in (f"{path}.{layer}".lstrip(".") for layer in read):
+            if name in targets and config.activations_of(name) is not None:
+                raise ValueError(
+                    f"`act_bits` rounds the input of module {name!r}, but {type(module).__name__} reads the layer's "
+                    "weight instead of calling it, so that its input would stay float. Leave such layers out with "
+                    f"`exclude_modules`, or give `act_bits_pattern={{{name!r}: None}}`."
+                )
 
 
 def _saved_dense(module: nn.Module) -> str:

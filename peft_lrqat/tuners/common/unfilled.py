@@ -8,7 +8,7 @@ file follows is not known when the adapter is made: `from_pretrained` and `set_p
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -24,13 +24,23 @@ def warn_of_no_values(adapter: str, config: Any) -> None:
     )
 
 
+_WHY = (
+    "made with `low_cpu_mem_usage=True`, which is for adapters that are loaded. Load its tensors "
+    "(`set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)`); to train a new adapter, adapt a fresh copy "
+    "of the float model without `low_cpu_mem_usage`."
+)
+
+
+def refuse_unfilled(adapters: list[str], layer: str) -> NoReturn:
+    """Raise ValueError: one of these adapters of a layer has no values, and is to be computed with or merged."""
+    names = ", ".join(map(repr, adapters))
+    raise ValueError(f"Adapter {names} has no values in layer {layer!r}: it was {_WHY}")
+
+
 def check_filled(model: nn.Module) -> None:
     """Raise ValueError if a trained parameter of a model has no values."""
     empty = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta]
     if empty:
         raise ValueError(
-            f"{len(empty)} parameters that would be trained have no values, e.g. {empty[0]!r}: the adapter was made "
-            "with `low_cpu_mem_usage=True`, which is for adapters that are loaded. Load its tensors "
-            "(`set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)`); to train a new adapter, adapt a "
-            "fresh copy of the float model without `low_cpu_mem_usage`."
+            f"{len(empty)} parameters that would be trained have no values, e.g. {empty[0]!r}: the adapter was {_WHY}"
         )

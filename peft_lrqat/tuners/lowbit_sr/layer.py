@@ -290,6 +290,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
         weight = self._weight(adapter)
+        if weight.scale.is_meta:
+            self._check_values([adapter])
         shift = weight_of(self._modules["lowbitsr_scale_shift"], adapter)
         if shift is None and self.adapter_options[adapter].forward_bits is None:
             return weight.scale, None, None
@@ -450,13 +452,31 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         Raises:
             ValueError: the layer has two of the adapters, or none, and its base is not what `options` describe.
         """
-        adapter = self._the_one(self._adapters_at_work() if adapters is None else adapters)
+        names = self._adapters_at_work() if adapters is None else adapters
+        scale, adapter = self._stored_scale(names, options, safe_merge), self._the_one(names)
         if adapter is None:
-            return self._base_tensor(self.options_for([], options))
-        levels, scale = self._levels(adapter)
-        self._check_scale([adapter], safe_merge, scale)
+            frozen = self._kept()
+            codes = unpack(frozen.base, frozen.fmt.bits, frozen.in_features)
+            return GridTensor(codes, scale, None, frozen.grid)
         stored = self.adapter_options[adapter].stored_grid
-        return GridTensor(levels, scale, None, stored, self._input_scale([adapter]))
+        return GridTensor(self._levels(adapter)[0], scale, None, stored, self._input_scale([adapter]))
+
+    @torch.no_grad()
+    def _stored_scale(self, adapters: list[str], options: Any, safe_merge: bool) -> torch.Tensor:
+        adapter = self._the_one(adapters)
+        if adapter is None:
+            wanted = self.options_for([], options)
+            if wanted.rounds_inputs or wanted.forward_bits is not None:
+                raise ValueError(
+                    "A layer is not part of the adapter that is merged, and its base computes without `act_bits` and "
+                    "`forward_bits`, which the checkpoint would apply. Unload it first: adapt a fresh copy of the "
+                    "float model with the adapter to merge."
+                )
+            return self._kept().scale0
+        start, ternary, _ = self._scales(adapter)
+        scale = start if ternary is None else ternary
+        self._check_scale([adapter], safe_merge, scale)
+        return scale
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
@@ -467,17 +487,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         weight: Any = self.lowbitsr_weight[name].weight
         grid = weight.grid
         return unpack(weight.packed[rows], grid.code_bits, weight.shape[1]), grid.qmin, grid.qmax
-
-    def _base_tensor(self, options: LowBitSRConfig) -> GridTensor:
-        frozen = self._kept()
-        if options.rounds_inputs or options.forward_bits is not None:
-            raise ValueError(
-                "A layer is not part of the adapter that is merged, and its base computes without `act_bits` and "
-                "`forward_bits`, which the checkpoint would apply. Unload it first: adapt a fresh copy of the float "
-                "model with the adapter to merge."
-            )
-        codes = unpack(frozen.base, frozen.fmt.bits, frozen.in_features)
-        return GridTensor(codes, frozen.scale0, None, frozen.grid)
 
     def _float_layer(self) -> nn.Module:
         if isinstance(self.frozen, DroppedBase):

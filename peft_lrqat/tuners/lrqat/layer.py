@@ -239,6 +239,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """What these adapters make together, whole even if FSDP2 shards them."""
         if len(adapters) == 1 and (A := weight_of(self._modules["lora_A"], adapters[0])) is not None:
             # nearly always: with little Python
+            if A.is_meta:
+                self._check_values(adapters)
             name, parts = adapters[0], self._modules
             shift = weight_of(parts["lora_scale_shift"], name)
             return Operands(shift, A, weight_of(parts["lora_B"], name), self.scaling[name])
@@ -251,6 +253,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
             return Operands(shift, None, None, 1.0)
         A = [whole(self.lora_A[name].weight) for name in present]
         B = [whole(self.lora_B[name].weight) for name in present]
+        if any(factor.is_meta for factor in A):
+            self._check_values(present)
         if len(present) == 1:
             return Operands(shift, A[0], B[0], self.scaling[present[0]])
         scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
@@ -342,11 +346,16 @@ class LRQATLinear(nn.Module, LRQATLayer):
         frozen = self.frozen
         if adapters is None:
             adapters = self._adapters_at_work()
-        shift, A, B, c = self._operands(adapters)
+        scale = self._stored_scale(adapters, options, safe_merge)
+        levels = self._levels(*self._operands(adapters))
+        return GridTensor(levels, scale, frozen.here(frozen.zero_point), frozen.grid, self._input_scale(adapters))
+
+    @torch.no_grad()
+    def _stored_scale(self, adapters: list[str], options: Any, safe_merge: bool) -> torch.Tensor:
+        shift, A, B, _ = self._operands(adapters)
         scale = self._scale(shift)
         self._check_scale(adapters, safe_merge, scale, A, B)
-        levels = self._levels(shift, A, B, c)
-        return GridTensor(levels, scale, frozen.here(frozen.zero_point), frozen.grid, self._input_scale(adapters))
+        return scale
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:

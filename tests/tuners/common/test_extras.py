@@ -70,6 +70,16 @@ def test_a_head_whose_task_is_not_given_is_warned_of(method: ModuleType, family:
             get_peft_model(make(family, task, 0), method.config(group_size=-1, **options))
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_that_the_model_does_not_have_is_refused_before_it_is_converted(method: ModuleType, task: str):
+    """PEFT misses a method of the model, after all layers were converted."""
+    base = make("Bert", "TOKEN_CLS", 0)
+    expected = outputs(base)
+    with pytest.raises(ValueError, match=rf"`task_type` is '{task}', but BertForTokenClassification generates no text"):
+        get_peft_model(base, method.config(group_size=-1, task_type=task))
+    assert torch.equal(outputs(base), expected)
+
+
 @pytest.mark.parametrize(("family", "task", "heads"), HEADS)
 @pytest.mark.filterwarnings("ignore:.*Conv1D.*")
 def test_a_tasks_head_is_trained_in_float(method: ModuleType, family: str, task: str, heads: set, tmp_path: Path):

@@ -263,3 +263,29 @@ def test_torchs_attention(method: ModuleType):
         merged = model.merge_and_unload()
         assert torch.equal(merged(x), expected)
     assert torch.equal(merged.attention.in_proj_weight, floats)
+
+
+class Encoder(nn.Module):
+    """torch's own block, which reads the weights of its layers in evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+@pytest.mark.parametrize("layers", [["out_proj"], ["linear1", "linear2"]])
+def test_torchs_modules_that_read_are_no_place_for_rounded_inputs(method: ModuleType, layers: list[str]):
+    x = torch.randn(2, 5, 32)
+    options = {"target_modules": layers, "group_size": -1, **method.MOVED}
+    for config in (method.config(**options), method.config(**options, act_bits=8, act_bits_pattern={"block.*": None})):
+        model = get_peft_model(Encoder(), config)
+        trained = model.train()(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), trained)
+    with pytest.raises(
+        ValueError, match=rf"`act_bits` rounds the input of module 'block\..*{layers[0]}', but .* reads"
+    ):
+        get_peft_model(Encoder(), method.config(**options, act_bits=8))

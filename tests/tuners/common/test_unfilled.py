@@ -16,7 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 
-from tests.models import tiny, tokens
+from tests.models import logits, tiny, tokens
 
 IDS = tokens()
 SAYS = "`low_cpu_mem_usage=True` makes adapter 'default' without values.*leave `low_cpu_mem_usage` out"
@@ -67,3 +67,28 @@ def test_injected_adapters_may_wait_too(method: ModuleType):
     with pytest.warns(UserWarning, match=SAYS):
         lazy = inject_adapter_in_model(method.config(), tiny(), low_cpu_mem_usage=True)
     assert {value.device.type for value in get_peft_model_state_dict(lazy).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "for inference"])
+def test_no_road_computes_with_an_adapter_without_values(method: ModuleType, trained: bool):
+    """Also those that pass by the tuner's forward, and adapters that are not trained."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=SAYS)
+        config = method.config(task_type="CAUSAL_LM", inference_mode=not trained)
+        model = get_peft_model(tiny(), config, low_cpu_mem_usage=True).eval()
+    layer = next(iter(method.layers(model).values()))
+    for compute in (
+        lambda: model.generate(input_ids=IDS, max_new_tokens=2),
+        lambda: model.base_model.model(input_ids=IDS),
+        lambda: model(input_ids=IDS) if not trained else model.base_model.model(input_ids=IDS),
+        lambda: layer.weight,
+        model.merge_adapter,
+        model.merge_and_unload,
+    ):
+        with pytest.raises(
+            ValueError, match=r"^Adapter 'default' has no values in layer 'model\.layers\.0\..*fresh copy"
+        ):
+            compute()
+    assert not any(layer.merged for layer in method.layers(model).values())
+    with model.disable_adapter():
+        assert torch.isfinite(logits(model, IDS)).all()

@@ -198,6 +198,42 @@ def test_a_layer_that_cannot_be_merged_leaves_all_unmerged(method: ModuleType, b
     assert torch.equal(logits(model, IDS), trained)
 
 
+@pytest.mark.parametrize("fault", ["range", "finite", "dtype"])
+def test_a_merge_that_ends_in_an_error_replaces_no_layer(method: ModuleType, fault: str):
+    """What was trained would be gone with the layers that were replaced before the one that cannot be merged."""
+    model = method.random_adapter(tiny(), learn_scales=True, scale_dtype="fp32" if fault == "dtype" else "auto")
+    layers = method.layers(model)
+    shift = next(p for n, p in list(layers.values())[-1].named_parameters() if "scale_shift" in n)
+    if fault == "dtype":
+        model = model.to(torch.bfloat16)
+    else:
+        shift.data.fill_(torch.nan if fault == "finite" else 1e30)
+    trained = logits(model, IDS)
+    with pytest.raises(ValueError, match=r"cannot (be merged|hold)|NaNs"):
+        model.merge_and_unload(safe_merge=fault == "finite")
+    assert method.layers(model) == layers
+    assert not any(layer.merged for layer in layers.values())
+    assert torch.equal(logits(model, IDS).nan_to_num(), trained.nan_to_num())
+
+
+def test_without_an_adapter_there_is_nothing_to_merge_but_unloading_works(method: ModuleType, base):
+    model = method.random_adapter(base)
+    with model.disable_adapter():
+        start = logits(model, IDS)
+    model.delete_adapter("default")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"no adapter left to merge.*`unload\(\)`"):
+            merge()
+    assert torch.equal(logits(model.unload(), IDS), start)
+
+
+def test_a_name_in_place_of_a_list_of_names_is_refused(method: ModuleType, base):
+    model = method.random_adapter(base)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"`adapter_names` is 'default'.*\['default'\]"):
+            merge(adapter_names="default")
+
+
 def test_an_unknown_adapter_is_not_merged_as_none(method: ModuleType, base):
     model = method.random_adapter(base)
     for merge in (model.merge_adapter, model.merge_and_unload):
