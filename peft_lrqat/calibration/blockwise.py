@@ -34,7 +34,7 @@ from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
 from ..tuners.common.experts import settle_experts
 from ..tuners.common.fingerprint import float_checksum, in_order
-from ..tuners.common.rules import INTEGER, NOT_NEGATIVE, NUMBER, WHOLE, Rule, check_value
+from ..tuners.common.rules import FOLDER, INTEGER, NOT_NEGATIVE, NUMBER, WHOLE, Rule, check_value, optional
 from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
@@ -142,6 +142,7 @@ def preprocess_blockwise(
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
     check_flags(offload=offload, progressbar=progressbar)
+    check_value("resume_from", resume_from, optional(FOLDER))
     check_config(config)
     if config.rounds_inputs:
         raise ValueError(

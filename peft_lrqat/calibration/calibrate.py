@@ -370,7 +370,8 @@ def read_batches(
                 f"`tokenizer` is {tokenizer!r}; it must be a tokenizer: `AutoTokenizer.from_pretrained(...)`."
             )
         items = _windows(texts, tokenizer, length)
-    device = model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings().weight
+    device = embeddings.device
     for item in items:
         batch = by_name(item, "calibration")
         if not isinstance(batch.get("input_ids"), torch.Tensor):
@@ -378,8 +379,20 @@ def read_batches(
                 f"`calibration` holds a mapping with {sorted(batch)}; it needs `input_ids`, an int64 tensor (batch, "
                 "length). Of a dataset with a column of texts, give that column and a `tokenizer`."
             )
+        check_ids(batch["input_ids"], len(embeddings))
         kept = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
         yield {key: value if value.ndim > 1 else value.unsqueeze(0) for key, value in kept.items()}
+
+
+def check_ids(ids: torch.Tensor, tokens: int) -> None:
+    """Raise ValueError unless token ids are among those of a model, of which there are `tokens`: torch would say that
+    some index is out of range, and a GPU less."""
+    lowest, highest = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+    if lowest < 0 or highest >= tokens:
+        raise ValueError(
+            f"`calibration` has the token id {lowest if lowest < 0 else highest}, but the model has {tokens} tokens, "
+            "from 0. Take the tokenizer of this model."
+        )
 
 
 def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[torch.Tensor]:

@@ -308,14 +308,7 @@ class Distillation(TrainerCallback):
                 f"The teacher {str(self.teacher)!r} is a folder without config.json and without stored logits. Name a "
                 "model (an adapter's is the one it belongs to, or merge it first), or call `store_logits` before."
             )
-        try:
-            teacher = load_teacher(self.teacher, student, self.keep)
-        except OSError as error:
-            raise ValueError(
-                f"The teacher {str(self.teacher)!r} is no folder of stored logits (`store_logits` writes one), and it "
-                f"could not be loaded as a model: {error}"
-            ) from error
-        return ModelTeacher(teacher, student)
+        return ModelTeacher(load_teacher(self.teacher, student, self.keep), student)
 
 
 def _called_by_trainer_of(state: Any) -> bool:

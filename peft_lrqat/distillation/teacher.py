@@ -34,9 +34,11 @@ _NOT_FOR_TEACHERS = {
 
 def check_teacher(teacher: Any) -> None:
     """Raise ValueError for what is neither a model nor a name or folder."""
-    if not isinstance(teacher, (nn.Module, str, os.PathLike)) or teacher == "":
+    is_model = isinstance(teacher, nn.Module) and hasattr(teacher, "config")
+    if not (is_model or isinstance(teacher, (str, os.PathLike))) or teacher == "":
+        found = f"a {type(teacher).__name__}" if isinstance(teacher, nn.Module) else repr(teacher)
         raise ValueError(
-            f"`teacher` is {teacher!r}; it must be a model of transformers, its name or folder, or a folder that "
+            f"`teacher` is {found}; it must be a model of transformers, its name or folder, or a folder that "
             "`store_logits` wrote."
         )
 
@@ -57,7 +59,7 @@ def load_teacher(name: str | os.PathLike, student: Any, keep: str | None) -> nn.
             stay in the memory of the CPU, and each layer's travel to the student's device when it is called.
 
     Raises:
-        ValueError: `keep` does not suit it, or DeepSpeed ZeRO-3 would shard it.
+        ValueError: there is no such model, `keep` does not suit it, or DeepSpeed ZeRO-3 would shard it.
     """
     import transformers
     from accelerate import cpu_offload
@@ -68,11 +70,17 @@ def load_teacher(name: str | os.PathLike, student: Any, keep: str | None) -> nn.
             f"The teacher {str(name)!r} would be sharded by DeepSpeed ZeRO-3 as it is loaded. Store its logits "
             "(`store_logits`) and give the folder to `Distillation`."
         )
-    config = transformers.AutoConfig.from_pretrained(name)
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    kind = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-    with _whole_on_each_rank():
-        teacher: nn.Module = kind.from_pretrained(name, dtype=student.dtype)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = (getattr(config, "architectures", None) or [""])[0]
+        kind = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+        with _whole_on_each_rank():
+            teacher: nn.Module = kind.from_pretrained(name, dtype=student.dtype)
+    except OSError as error:
+        raise ValueError(
+            f"The teacher {str(name)!r} is no folder of stored logits (`store_logits` writes one), and it could not be "
+            f"loaded as a model: {error}"
+        ) from error
     teacher.requires_grad_(False).eval()
     device = student.device
     if keep == "int8":

@@ -109,6 +109,7 @@ class _Tokenizer:
         ({}, TEXT, {"length": 0}, "`length` is 0; it must be an integer, 1 or more"),
         ({}, TEXT, {"damping": -1}, "`damping` is -1; it must be a positive number"),
         ({"target_modules": ["q_proj", "lm_head"]}, TEXT, {}, "not all inside one list of blocks"),
+        ({"target_modules": ["q_projection"]}, TEXT, {}, r"no module of this model is called so.* 'q_proj'"),
         ({"group_size": 5}, TEXT, {}, "does not divide"),
     ],
 )
@@ -259,6 +260,8 @@ def test_a_mixture_whose_experts_are_left_out():
     [
         ({"config": LoraConfig()}, "`config` is .*LoraConfig.*Give an LRQATConfig or a LowBitSRConfig"),
         ({"calibration": []}, "`calibration` is empty"),
+        ({"calibration": [torch.tensor([[1, 96]])]}, "has the token id 96, but the model has 96 tokens, from 0"),
+        ({"calibration": [torch.tensor([[1, -100]])]}, "has the token id -100, but the model has 96 tokens"),
         ({"calibration": bytewise("gpt-2")}, "`calibration` is of type .*; give a list"),
         ({"calibration": ["a few words"]}, r"`calibration` has \d+ tokens, fewer than one window \(`length=1024`\)"),
         ({"calibration": [{"text": "words"}]}, r"a mapping with \['text'\]; it needs `input_ids`"),

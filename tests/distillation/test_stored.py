@@ -135,6 +135,13 @@ def test_a_sequence_that_is_not_there(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="`trainer` is a LlamaForCausalLM; it must be the Trainer"):
         store_logits(tiny(), tmp_path / "logits", tiny(seed=1))
+    for given, message in [
+        ({"folder": 5}, "`folder` is 5; it must be the path of a folder"),
+        ({"teacher": str(tmp_path / "nowhere")}, "The teacher '.*nowhere' .* could not be loaded as a model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            store_logits(plain(tmp_path), **{"folder": tmp_path / "logits", "teacher": TEACHER, **given})
+    assert not (tmp_path / "logits").exists()
     folder = store(tmp_path, rows=4)
     for options, message in [
         ({"temperature": 2.0}, "stored at the temperature 1.0"),

@@ -16,7 +16,7 @@ from .experts import adopt_experts, release_experts, restore_experts
 from .extras import task_heads
 from .loading import loaded_layers
 from .preflight import check_activations, check_base, check_cache, check_layers, check_targets
-from .targets import inside_experts, inside_extras, left_out, routers
+from .targets import check_names, inside_experts, inside_extras, left_out, routers
 
 
 class FindsTargets(LoraModel):
@@ -39,6 +39,9 @@ class FindsTargets(LoraModel):
         nn.Module.__init__(finder)  # PEFT's methods for this read nothing that __init__ sets
         adopted = adopt_experts(model, config)
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # `get_peft_model` says it again
+                check_names(model, config)
             release_experts(model, adopted, finder._targets(model, config, None))
             targets = finder._targets(model, config, None)
             check_base(model, config)

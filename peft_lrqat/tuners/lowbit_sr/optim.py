@@ -194,7 +194,7 @@ class LowBitAdamW(Optimizer):
             ...     optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args),
             ... )
         """
-        cls([torch.zeros(0)], **options)  # which says what is wrong with them
+        cls([torch.zeros(0)], **{"fused_backward": True, **options})  # which says what is wrong with them
         return cls, options_of(args, options)
 
     def _forget(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import operator
 import warnings
 from collections.abc import Sequence
@@ -40,10 +39,10 @@ of_rule = operator.itemgetter("eps", "weight_decay", "error_feedback", "lr_unit"
 def check_options(group: dict[str, Any]) -> None:
     """Raise ValueError for options of a parameter group, or of all, that are out of range."""
     lr: Rate = group["lr"]
-    if not isinstance(lr, torch.Tensor) and not (isinstance(lr, numbers.Real) and lr >= 0):
+    if not isinstance(lr, torch.Tensor) and not rules.NOT_NEGATIVE.allows(lr):
         raise ValueError(
-            f"`lr` is {lr!r}; it must be a number of 0 or more, or a tensor with one. (YAML reads 1e-3 as text, "
-            "and 1.0e-3 as a number.)"
+            f"`lr` is {lr!r}; it must be a number of 0 or more, and finite, or a tensor with one. (YAML reads 1e-3 as "
+            "text, and 1.0e-3 as a number.)"
         )
     for name, rule in _RULES.items():
         rules.check_value(name, group[name], rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -261,6 +262,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         if self.target_modules == ALL_LINEAR:  # PEFT knows no layers of it
             hidden |= {"layers_to_transform": None, "layers_pattern": None}
         own = {name: getattr(self, name) for name in hidden}
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn("`loftq_config` does nothing without `init_lora_weights='loftq'`.", stacklevel=3)
         vars(self).update(hidden)
         super().__post_init__()
         vars(self).update(own)
@@ -404,16 +407,26 @@ class LRQATConfig(GridConfig, LoraConfig):
                 f"`lora_dropout` is {self.lora_dropout}, but the adapter acts on the weight, inside the rounding: "
                 "there is no adapter input to drop. Use 0."
             )
-        iterations = _loftq_iterations(self.loftq_config)
+        iterations = _of_loftq(self.loftq_config, "loftq_iter", 1)
         if self.init_lora_weights == "loftq" and iterations != 1:
             raise ValueError(
                 f"`loftq_config` asks for loftq_iter={iterations}; only 1 is supported (as in the paper): with more, "
                 "the frozen codes would depend on the SVD and could not be recomputed when the adapter is loaded."
             )
+        self._check_loftq_bits()
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
         self._set_strength()
+
+    def _check_loftq_bits(self) -> None:
+        """Raise ValueError for `loftq_bits` of another grid. 4, LoftQConfig's default, may be nobody's word."""
+        bits = _of_loftq(self.loftq_config, "loftq_bits", 4)
+        if self.init_lora_weights == "loftq" and bits not in (4, self.bits or 4):
+            raise ValueError(
+                f"`loftq_config` asks for loftq_bits={bits}, but the grid has `bits={self.bits or 4}`, and the adapter "
+                f"makes up for what rounding to that loses. Set `bits={bits}`, or leave `loftq_bits` out."
+            )
 
     def _set_strength(self) -> None:
         """Set a `lora_alpha` that was left open, and `alpha_pattern`, so that the strength of every layer is 16 steps.
@@ -432,7 +445,7 @@ class LRQATConfig(GridConfig, LoraConfig):
         self._default_alpha = self.lora_alpha, dict(self.alpha_pattern)
 
 
-def _loftq_iterations(loftq_config: Any) -> int:
+def _of_loftq(loftq_config: Any, name: str, default: int) -> int:
     if isinstance(loftq_config, dict):
-        return loftq_config.get("loftq_iter", 1)
-    return getattr(loftq_config, "loftq_iter", 1)
+        return loftq_config.get(name, default)
+    return getattr(loftq_config, name, default)

@@ -17,6 +17,8 @@ from tests.models import low_bit, tiny
         ({"lr": -1.0}, "`lr` is -1.0"),
         ({"lr": "1e-3"}, "`lr` is '1e-3'; it must be a number"),
         ({"lr": float("nan")}, "`lr` is nan"),
+        ({"lr": float("inf")}, "`lr` is inf; it must be a number of 0 or more, and finite"),
+        ({"lr": True}, "`lr` is True"),
         ({"betas": (0.9, 1.0)}, r"`betas` is \(0.9, 1.0\); it must be two numbers"),
         ({"betas": 0.9}, "`betas` is 0.9; it must be two numbers"),
         ({"betas": ("0.9", 0.98)}, "`betas` is .*; it must be two numbers"),

@@ -65,6 +65,14 @@ def test_clipping_ends_where_it_is_the_default_and_is_said(tmp_path: Path, caplo
     assert caplog.text.count("`max_grad_norm`") == 1
 
 
+def test_steps_of_an_accumulation_may_be_told(tmp_path: Path):
+    """`fused_backward`, with which alone they matter, is on by itself."""
+    args = arguments(tmp_path)
+    assert LowBitAdamW.for_trainer(args, gradient_accumulation_steps=2)[1]["gradient_accumulation_steps"] == 2
+    with pytest.raises(ValueError, match="matters with `fused_backward=True` only"):
+        LowBitAdamW.for_trainer(args, gradient_accumulation_steps=2, fused_backward=False)
+
+
 def test_clipping_that_was_asked_for_is_not_dropped(tmp_path: Path):
     args = arguments(tmp_path, max_grad_norm=0.5)
     with pytest.raises(ValueError, match=r"0\.5.*`max_grad_norm=0`.*`fused_backward=False`"):

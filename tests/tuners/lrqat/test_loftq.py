@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoftQConfig, PeftModel
 from torch import nn
 
 from peft_lrqat import LRQATConfig
@@ -133,6 +133,20 @@ def test_a_second_adapter_has_no_float_weight_to_start_from():
 def test_more_than_one_iteration_is_refused():
     with pytest.raises(ValueError, match="loftq_iter"):
         LRQATConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 2})
+
+
+@pytest.mark.parametrize("form", [dict, LoftQConfig])
+def test_bits_of_another_grid_are_refused(form: type):
+    """They were ignored: the grid's are `bits`. LoftQConfig's default of 4 says nothing."""
+    with pytest.raises(ValueError, match=r"loftq_bits=8, but the grid has `bits=3`.*Set `bits=8`"):
+        LRQATConfig(bits=3, init_lora_weights="loftq", loftq_config=form(loftq_bits=8))
+    LRQATConfig(bits=3, init_lora_weights="loftq", loftq_config=LoftQConfig())
+    LRQATConfig(bits=8, init_lora_weights="loftq", loftq_config=form(loftq_bits=8))
+
+
+def test_a_configuration_of_loftq_without_it_is_said_to_do_nothing():
+    with pytest.warns(UserWarning, match="`loftq_config` does nothing without `init_lora_weights='loftq'`"):
+        LRQATConfig(loftq_config=LoftQConfig())
 
 
 def test_a_saved_adapter_loads_beside_another(tmp_path):
