@@ -57,18 +57,20 @@ def train(
     model.train()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     kl = options.get("kl", 0.0)
+    fused = bool(options.get("fused_backward"))  # then weights change in backward, which no graph has and no clipping
     step = Step(
         model,
         trained,
         (args.batch, args.length),
-        graph=windows.is_cuda,
+        graph=windows.is_cuda and not fused,
         loss=lambda model, rows: loss_of(model, rows, teacher=teacher, kl=kl),
     )
     for number, rows in enumerate(batches(windows, steps, args.batch, seed)):
         for tensor, peak in rates:
             tensor.fill_(peak * schedule(number, steps))
         step(rows)
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        if not fused:
+            nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     return model
 
