@@ -97,7 +97,8 @@ def preprocess_blockwise(
     quantized one, as after `preprocess_gptq`.
 
     Memory above the float model (of one that is loaded here: one block, and what lies outside the blocks): twice the
-    hidden states of the calibration tokens and, for one block at a time, five fp32 copies of its weights.
+    hidden states of the calibration tokens and, for one block at a time, about seven fp32 copies of its weights: the
+    trained ones, gradients, Adam's moments, the best so far, and what rounding them in forward and backward takes.
 
     Args:
         model (nn.Module | str | os.PathLike): as for `preprocess_gptq`.
@@ -310,6 +311,8 @@ def _train(
                     experts |= found.view(len(experts), -1).any(1)
             optimizer.step()
             schedule.step()
+            optimizer.zero_grad()  # before the next ones are made: they are as large as the block in fp32
+            del gradients
         if missed := sorted(weights.keys() - reached):
             raise ValueError(
                 f"No calibration token reached layer {missed[0]!r} of block {index}. Leave it out of `target_modules`, "
@@ -318,7 +321,8 @@ def _train(
         now = test_error()
         if now < best:
             best = now
-            kept = [parameter.clone() for parameter in parameters]
+            for parameter, value in zip(parameters, kept, strict=True):
+                value.copy_(parameter)
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.copy_(value)
     if spared := sorted({expert for experts in hit.values() for expert in (~experts).nonzero().flatten().tolist()}):

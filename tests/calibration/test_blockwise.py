@@ -16,6 +16,7 @@ from peft_lrqat import LowBitSRConfig, LRQATConfig, export, load_quantized, prep
 from peft_lrqat.calibration.calibrate import BlockInputs
 from peft_lrqat.checkpoint.inspect import inspect
 from peft_lrqat.modules.packed import QuantizedLinear
+from tests.memory import LiveBytes
 from tests.mixtures import EXPERTS, FIRST, mixture
 from tests.models import logits, tiny, tokens, train
 
@@ -141,6 +142,18 @@ def test_forms_of_calibration_text_and_memory():
     of_padded = trained(calibration=[padded])
     assert equal(of_padded, trained(calibration=[other]))  # what stands in the padding does not count
     assert not equal(of_padded, trained(calibration=[{"input_ids": padded["input_ids"]}]))
+
+
+def test_it_takes_seven_copies_of_one_block_however_many_there_are():
+    taken = []
+    for blocks in (2, 3):
+        model = tiny(num_hidden_layers=blocks, hidden_size=256, intermediate_size=704, dtype=torch.bfloat16)
+        block = sum(p.numel() for p in model.model.layers[0].parameters())
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            trained({"bits": 4, "group_size": 32}, model, [part[:1, :8] for part in TEXT], epochs=2, batch=1)
+        taken.append((live.peak - live.start) / (4 * block))
+    assert taken[1] <= taken[0] + 0.02
+    assert 5 < max(taken) < 7
 
 
 def test_no_epoch_is_kept_that_made_the_held_out_text_worse():
