@@ -28,7 +28,7 @@ from .in_backward import Released, UpdateInBackward, gradients_are_complete, ref
 from .optimizer_options import check_options, has_latent_weights, of_rule, warn_of_latent_weights
 from .remainder import last_positive, scale_remainder
 from .tensor import LowBitTensor
-from .trainer_arguments import options_of
+from .trainer_arguments import end_clipping, options_of
 
 # torch decorates it in a way that hides its signature
 torch_adamw: Any = adamw
@@ -194,8 +194,10 @@ class LowBitAdamW(Optimizer):
             ...     optimizer_cls_and_kwargs=LowBitAdamW.for_trainer(args),
             ... )
         """
-        cls([torch.zeros(0)], **{"fused_backward": True, **options})  # which says what is wrong with them
-        return cls, options_of(args, options)
+        found = options_of(args, options)
+        cls([torch.zeros(0)], **found)  # which says what is wrong with them
+        end_clipping(args, found)
+        return cls, found
 
     def _forget(self) -> None:
         """Begin with nothing that is known of steps."""

@@ -20,15 +20,23 @@ def options_of(args: TrainingArguments, options: dict[str, Any]) -> dict[str, An
             "DPOConfig or another of their kind."
         )
     found: dict[str, Any] = {"lr": args.learning_rate, "eps": args.adam_epsilon}
-    usual = {field.name: field.default for field in dataclasses.fields(args)}
+    usual = _defaults(args)
     betas = {"adam_beta1": args.adam_beta1, "adam_beta2": args.adam_beta2}
     if any(value != usual[name] for name, value in betas.items()):  # somebody has chosen them
         found["betas"] = tuple(betas.values())
     # torchrun has one process, too, wrapped by DistributedDataParallel, which copies every gradient
     found["fused_backward"] = args.world_size == 1 and args.parallel_mode != ParallelMode.DISTRIBUTED
-    found |= options
-    if found["fused_backward"] and args.max_grad_norm:
-        if args.max_grad_norm != usual["max_grad_norm"]:
+    return found | options
+
+
+def end_clipping(args: TrainingArguments, options: dict[str, Any]) -> None:
+    """Set `max_grad_norm` of a Trainer's arguments to 0 where `options_of` them update weights in backward.
+
+    Raises:
+        ValueError: somebody has asked for clipping.
+    """
+    if options["fused_backward"] and args.max_grad_norm:
+        if args.max_grad_norm != _defaults(args)["max_grad_norm"]:
             raise ValueError(
                 f"`max_grad_norm` of the arguments is {args.max_grad_norm}, but with `fused_backward=True` no gradient "
                 "waits to be clipped by the norm of all. Set `max_grad_norm=0` in the arguments, or "
@@ -39,4 +47,7 @@ def options_of(args: TrainingArguments, options: dict[str, Any]) -> dict[str, An
             "Low-bit SR: weights are updated in backward, so gradients are not clipped: `max_grad_norm` of the "
             "Trainer's arguments is 0 now."
         )
-    return found
+
+
+def _defaults(args: TrainingArguments) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(args)}

@@ -50,10 +50,12 @@ def test_what_nobody_has_chosen_is_the_optimizers_own(tmp_path: Path):
     kind, options = LowBitAdamW.for_trainer(args, state="factored", lr=1e-3)
     assert kind is LowBitAdamW
     assert options == {"lr": 1e-3, "eps": 1e-8, "fused_backward": True, "state": "factored"}
+    args = arguments(tmp_path)
     with pytest.raises(TypeError, match=r"`stat`\. Did you mean `state`"):
         LowBitAdamW.for_trainer(args, stat="factored")
     with pytest.raises(ValueError, match="`state` is '4bit'"):
         LowBitAdamW.for_trainer(args, state="4bit")
+    assert args.max_grad_norm == 1.0  # an error changes nothing
 
 
 def test_clipping_ends_where_it_is_the_default_and_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -84,6 +86,8 @@ def test_clipping_that_was_asked_for_is_not_dropped(tmp_path: Path):
 def test_several_processes_average_gradients_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     args = arguments(tmp_path)
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
     assert not LowBitAdamW.for_trainer(args)[1]["fused_backward"]
     assert args.max_grad_norm == 1.0
 
