@@ -61,11 +61,19 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
             if isinstance(module, Conv1D):
                 out_features, in_features = in_features, out_features
         widths[name], experts = in_features, getattr(module, "experts", 1)
-        for part, shape in config.expected_shapes(name, out_features, in_features, experts).items():
-            key = f"base_model.model.{name}.{part}"
+        expected = config.expected_shapes(name, out_features, in_features, experts)
+        keys = {f"{PREFIX}{name}.{part}": shape for part, shape in expected.items()}
+        absent = keys.keys() - shapes.keys()
+        if absent and len(absent) < len(keys):
+            raise ValueError(
+                f"The adapter file has a part of module {name!r}, but not {min(absent)!r}, so it would not be what was "
+                "trained. The file is damaged, or adapter_config.json is another adapter's: take another copy of both. "
+                "Nothing was loaded."
+            )
+        for key, shape in keys.items():
             saved = shapes.get(key)
             if saved is None:
-                continue  # PEFT warns about missing tensors, and its `key_mapping` may rename them
+                continue  # PEFT warns about missing modules, and its `key_mapping` may rename them
             if saved != shape:
                 raise ValueError(
                     f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "

@@ -267,6 +267,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         shapes: dict[str, tuple] = {
             "lowbitsr_codes": (out_features, words_per_row(in_features, self.grid.code_bits)),
             "lowbitsr_scale": scales,
+            "lowbitsr_stream": (2,),
         }
         if self.learn_scales:
             shapes["lowbitsr_scale_shift.weight"] = scales

@@ -290,9 +290,9 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
         weight = self._weight(adapter)
-        if weight.scale.is_meta:
-            self._check_values([adapter])
         shift = weight_of(self._modules["lowbitsr_scale_shift"], adapter)
+        if weight.packed.is_meta or weight.scale.is_meta or (shift is not None and shift.is_meta):
+            self._check_values([adapter])
         if shift is None and self.adapter_options[adapter].forward_bits is None:
             return weight.scale, None, None
         kept = self.frozen.scale_dtype

@@ -239,11 +239,11 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """What these adapters make together, whole even if FSDP2 shards them."""
         if len(adapters) == 1 and (A := weight_of(self._modules["lora_A"], adapters[0])) is not None:
             # nearly always: with little Python
-            if A.is_meta:
-                self._check_values(adapters)
             name, parts = adapters[0], self._modules
-            shift = weight_of(parts["lora_scale_shift"], name)
-            return Operands(shift, A, weight_of(parts["lora_B"], name), self.scaling[name])
+            shift, B = weight_of(parts["lora_scale_shift"], name), weight_of(parts["lora_B"], name)
+            if A.is_meta or B.is_meta or (shift is not None and shift.is_meta):
+                self._check_values(adapters)
+            return Operands(shift, A, B, self.scaling[name])
         shifts = [whole(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
         shift = None
         if shifts:
@@ -253,7 +253,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             return Operands(shift, None, None, 1.0)
         A = [whole(self.lora_A[name].weight) for name in present]
         B = [whole(self.lora_B[name].weight) for name in present]
-        if any(factor.is_meta for factor in A):
+        if any(part.is_meta for part in (*shifts, *A, *B)):
             self._check_values(present)
         if len(present) == 1:
             return Operands(shift, A[0], B[0], self.scaling[present[0]])

@@ -64,6 +64,23 @@ def test_damaged_values(method: ModuleType, folder: Path):
             assert torch.equal(logits(adapted, method.IDS), before)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_layer_of_which_a_part_is_absent(method: ModuleType, folder: Path, low_cpu_mem_usage: bool):
+    """Half of it would come from the file, the other half from the start of a training."""
+    file = folder / "adapter_model.safetensors"
+    good = load_file(file)
+    fresh = tiny()
+    parts = [key for key in good if key.startswith(LAYER)]
+    assert len(parts) == 3
+    for absent in parts:
+        save_file({key: value for key, value in good.items() if key != absent}, file)
+        with refused(fresh, f"a part of module 'model.layers.1.mlp.up_proj', but not '{absent}'"):
+            PeftModel.from_pretrained(fresh, folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    save_file({key: value for key, value in good.items() if key not in parts}, file)
+    with pytest.warns(UserWarning, match="missing adapter keys"):  # PEFT's, of a layer that begins anew
+        PeftModel.from_pretrained(fresh, folder)
+
+
 def test_tensors_that_belong_nowhere_are_named(method: ModuleType, folder: Path):
     file = folder / "adapter_model.safetensors"
     good = load_file(file)

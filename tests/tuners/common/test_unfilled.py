@@ -69,6 +69,23 @@ def test_injected_adapters_may_wait_too(method: ModuleType):
     assert {value.device.type for value in get_peft_model_state_dict(lazy).values()} == {"meta"}
 
 
+def test_nor_with_one_that_has_a_part_of_its_values(method: ModuleType):
+    config = method.config(task_type="CAUSAL_LM", learn_scales=True)
+    tensors = get_peft_model_state_dict(get_peft_model(tiny(), config))
+    parts = [key for key in tensors if "layers.1.mlp.up_proj" in key and "stream" not in key]  # seen by training alone
+    assert len(parts) == 3
+    for absent in parts:
+        with pytest.warns(UserWarning, match=SAYS):
+            model = get_peft_model(tiny(), config, low_cpu_mem_usage=True).eval()
+        some = {key: value for key, value in tensors.items() if key != absent}
+        set_peft_model_state_dict(model, some, low_cpu_mem_usage=True)
+        for compute in (lambda model=model: model.generate(input_ids=IDS, max_new_tokens=2), model.merge_and_unload):
+            with pytest.raises(
+                ValueError, match=r"^Adapter 'default' has no values in layer 'model\.layers\.1\.mlp\.up_proj'"
+            ):
+                compute()
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "for inference"])
 def test_no_road_computes_with_an_adapter_without_values(method: ModuleType, trained: bool):
     """Also those that pass by the tuner's forward, and adapters that are not trained."""
