@@ -100,12 +100,14 @@ def cuda_graphs(model: nn.Module) -> Iterator[None]:
 
 def _graphs_of(model: Any) -> BlockGraphs:
     """Raises ValueError where a model, or how it is trained, does not go with graphs."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is {model!r:.80}; it must be a model of transformers, with or without adapters.")
     if announced_fsdp() is not None or announced_zero() is not None:
         raise ValueError(
             "CUDA graphs do not go with FSDP and DeepSpeed, which gather parameters in Python when a block is called. "
             "Use plain data parallelism (`torchrun --nproc-per-node N script.py`), or leave the graphs out."
         )
-    adapted = next(
+    adapted: Any = next(
         (module for module in model.modules() if hasattr(module, "peft_config")), None
     )  # DDP may be around it
     for name, config in adapted.peft_config.items() if adapted is not None else ():

@@ -230,6 +230,11 @@ def test_arguments_that_do_not_go_with_graphs(change, words):
         CudaGraphCallback().on_train_begin(args, None, None, model=adapted(tiny(), range_method="minmax"))
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match="`model` is 'a name'; it must be a model of transformers"):
+        cuda_graphs("a name").__enter__()
+
+
 @pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
 def test_sharded_training_is_refused(way, monkeypatch):
     model = get_peft_model(tiny(), LoraConfig(target_modules="all-linear"))

@@ -83,8 +83,9 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     if "quantization_config" in kwargs:
         raise ValueError("`quantization_config` is not for `load_quantized`: the checkpoint's own one is used.")
     if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+        given = pretrained_model_name_or_path
         raise ValueError(
-            f"`pretrained_model_name_or_path` is {pretrained_model_name_or_path!r}; it must be a folder, or the name "
+            f"`pretrained_model_name_or_path` is {given!r:.80}; it must be a folder, or the name "
             "of a repository of the Hub."
         )
     if model_class is not None and not hasattr(model_class, "from_pretrained"):

@@ -269,6 +269,9 @@ def test_layers_that_an_architecture_keeps_in_fp32(tmp_path: Path):
 def test_what_is_no_place_no_class_and_no_flag():
     with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is 5; it must be a folder, or the name"):
         load_quantized(5)
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is Sequential") as found:
+        load_quantized(torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(99)]))
+    assert len(str(found.value)) < 300  # a model's representation has a line a layer
     with pytest.raises(ValueError, match="`model_class` is 'causal'; it must be a model's class"):
         load_quantized("name", model_class="causal")
     with pytest.raises(ValueError, match="`trust_remote_code` is 'no'; allowed are True, False"):

@@ -7,7 +7,7 @@ transformers and Trainer load into adapters that exist, and older files are pick
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,8 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
         expected = config.expected_shapes(name, out_features, in_features, experts)
         keys = {f"{PREFIX}{name}.{part}": shape for part, shape in expected.items()}
         absent = keys.keys() - shapes.keys()
-        if absent and len(absent) < len(keys):
+        # not where something else of the module may become it, by PEFT's `key_mapping`
+        if absent and len(absent) < len(keys) and not _has_others(shapes, f"{PREFIX}{name}.", keys):
             raise ValueError(
                 f"The adapter file has a part of module {name!r}, but not {min(absent)!r}, so it would not be what was "
                 "trained. The file is damaged, or adapter_config.json is another adapter's: take another copy of both. "
@@ -73,7 +74,7 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
         for key, shape in keys.items():
             saved = shapes.get(key)
             if saved is None:
-                continue  # PEFT warns about missing modules, and its `key_mapping` may rename them
+                continue  # PEFT warns about what is absent, and its `key_mapping` may rename it
             if saved != shape:
                 raise ValueError(
                     f"In the adapter file {key!r} has shape {saved}, but this model needs {shape}. The adapter was "
@@ -88,6 +89,10 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
                 check_tensor(key, file.get_slice(key)[:0], content)
             elif content is not None:
                 check_tensor(key, file.get_tensor(key), content)
+
+
+def _has_others(found: Collection[str], module: str, known: Collection[str]) -> bool:
+    return any(key.startswith(module) and key not in known for key in found)
 
 
 def content_of(key: str, config: Any) -> Content | None:

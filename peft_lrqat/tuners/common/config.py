@@ -230,9 +230,9 @@ class GridConfig(PeftConfigMixin):
         """There is none. `from_pretrained` asks its `quantization_config` for it, and is to say what belongs there."""
         name = type(self).__name__
         raise AttributeError(
-            f"`quantization_config` is an {name}, which is for `get_peft_model` and the trainers' `peft_config`. To "
-            "quantize a model while it is loaded, give `quantization_config=config.for_loading()`; otherwise leave it "
-            "out."
+            f"`quantization_config` is of type {name}, which is for `get_peft_model` and the trainers' `peft_config`. "
+            "To quantize a model while it is loaded, give `quantization_config=config.for_loading()`; otherwise leave "
+            "it out."
         )
 
     @property

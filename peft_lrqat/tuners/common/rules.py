@@ -49,7 +49,10 @@ def check_fields(config: Any, rules: Mapping[str, Rule]) -> None:
 def check_value(name: str, value: Any, rule: Rule) -> None:
     """Raise ValueError unless `value`, of the field `name`, obeys the rule."""
     if not rule.allows(value):
-        raise ValueError(f"`{name}` is {value!r}; {rule.says}.")
+        found = repr(value)
+        if len(found) > 1000:  # a model, a data set
+            found = f"of type {type(value).__name__}"
+        raise ValueError(f"`{name}` is {found}; {rule.says}.")
     if rule.entries is not None and isinstance(value, dict):
         for key, entry in value.items():
             check_value(f"{name}[{key!r}]", entry, rule.entries)

@@ -97,11 +97,17 @@ def check_names(model: nn.Module, config: Any) -> None:
     wanted = config.target_modules
     if config.inference_mode or not wanted:
         return
+    named = dict(model.named_modules())
     if isinstance(wanted, str):
         if wanted != ALL_LINEAR and nearest(wanted.replace("_", "-"), [ALL_LINEAR]):
             raise ValueError(f"`target_modules` is {wanted!r}. Did you mean {ALL_LINEAR!r}?")
+        if wanted != ALL_LINEAR and not any(re.fullmatch(wanted, name) for name in named):
+            raise ValueError(
+                f"`target_modules` is {wanted!r}. A string is a regular expression for whole names, such as "
+                f"'model.layers.0.self_attn.q_proj', and this one fits none. Names are given as a list: "
+                f"{[part.strip() for part in wanted.split(',')]}."
+            )
         return
-    named = dict(model.named_modules())
     unknown = [one for one in sorted(wanted) if not any(name == one or name.endswith("." + one) for name in named)]
     if len(unknown) == len(wanted) and not getattr(config, "target_parameters", None):
         adapted = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))

@@ -252,7 +252,9 @@ def test_a_cache_that_transformers_would_not_round_is_refused(method: ModuleType
 
 
 def test_the_configuration_itself_is_refused(method: ModuleType, base_folder: Path) -> None:
-    with pytest.raises(AttributeError, match=r"`quantization_config` is an .*`quantization_config=config\.for_loading"):
+    with pytest.raises(
+        AttributeError, match=r"`quantization_config` is of type .*`quantization_config=config\.for_loading"
+    ):
         AutoModelForCausalLM.from_pretrained(base_folder, quantization_config=method.config())
 
 

@@ -303,10 +303,17 @@ def test_a_truncated_file(folder: Path, keep: int):
         PeftModel.from_pretrained(model, folder)
 
 
-def test_a_file_that_lacks_a_tensor_is_loaded_with_pefts_warning(folder: Path):
+def test_a_file_that_lacks_a_layer_is_loaded_with_pefts_warning(folder: Path):
     path = folder / "adapter_model.safetensors"
-    values = load_file(path)
-    del values[next(key for key in values if "layers.1.mlp.up_proj" in key)]
-    save_file(values, path)
+    save_file({key: value for key, value in load_file(path).items() if "layers.1.mlp.up_proj" not in key}, path)
     with pytest.warns(UserWarning, match=r"missing adapter keys.*layers.1.mlp.up_proj"):
         PeftModel.from_pretrained(tiny(), folder)
+
+
+def test_names_of_a_file_may_be_mapped(method: ModuleType, folder: Path):
+    path = folder / "adapter_model.safetensors"
+    values, part = load_file(path), next(iter(sorted(method.STORED))).partition(".")[0]
+    save_file({key.replace(part, "called_otherwise"): value for key, value in values.items()}, path)
+    again = PeftModel.from_pretrained(tiny(), folder, key_mapping={"called_otherwise": part})
+    save_file(values, path)
+    assert torch.equal(logits(again, method.IDS), logits(PeftModel.from_pretrained(tiny(), folder), method.IDS))

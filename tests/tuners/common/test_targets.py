@@ -7,11 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from peft_lrqat.tuners.common.targets import routers
 from tests.architectures import ARCHITECTURES
 from tests.models import logits, tiny, tokens, train
+from tests.refusals import refused
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -40,6 +41,17 @@ def test_modules_are_chosen_as_in_lora(method: ModuleType, options: dict, expect
 def test_a_name_that_no_module_has_is_said(method: ModuleType):
     with pytest.warns(UserWarning, match="`target_modules` names 'v_porj', but no module"):
         method.adapt(tiny(), **method.GRID, target_modules=["q_proj", "v_porj"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "listed"), [("q_proj", r"\['q_proj'\]"), ("q_proj, v_proj", r"\['q_proj', 'v_proj'\]")]
+)
+def test_a_string_is_no_name(method: ModuleType, wanted: str, listed: str):
+    model, config = tiny(), method.config(target_modules=wanted)
+    with refused(
+        model, rf"^`target_modules` is '{wanted}'\. A string is a regular expression .* a list: {listed}", config=config
+    ):
+        get_peft_model(model, config)
 
 
 def test_what_one_adapter_trains_in_float_is_no_layer_for_the_next(method: ModuleType, tmp_path: Path):
