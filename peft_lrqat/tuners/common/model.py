@@ -220,10 +220,6 @@ class QuantizingModel(QuickWalks, FindsTargets):
         if (required := config._required_checksum) is not None:
             version = version_of(required)
             check_checksum(in_order((int(layer.frozen.checksum(version)) for layer in layers), version), required)
-        # transformers' own `load_adapter` reads the file without us, and would report the checksum as a stray tensor
-        ignored = vars(model).get("_keys_to_ignore_on_load_unexpected")
-        if isinstance(ignored, set):
-            ignored.add(rf"(^|\.){self.prefix}{_CHECKSUM}(\.|$)")
 
     def _source_checksum(self, name: str) -> int | None:
         """The checksum of the weight that is being converted, where it is known."""

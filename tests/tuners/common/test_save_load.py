@@ -21,6 +21,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 from tests.models import logits, tiny, tokens, train
 
@@ -45,6 +46,7 @@ ROUTES: dict[str, Callable[[Path, Path], torch.nn.Module]] = {
     "transformers": lambda base, folder: AutoModelForCausalLM.from_pretrained(folder),
     "load_adapter": _into_transformers,
 }
+OF_TRANSFORMERS = ("transformers", "load_adapter")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,17 @@ def trained(
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_gives_the_same_bits(
-    method: ModuleType, base_folder: Path, trained, route: str, capfd: pytest.CaptureFixture
+    method: ModuleType, base_folder: Path, trained, route: str, caplog: pytest.LogCaptureFixture
 ):
     folder, expected, integers = trained
-    model = ROUTES[route](base_folder, folder).eval()
-    said = capfd.readouterr().err  # where transformers reports tensors that have no place
-    assert "UNEXPECTED" not in said
-    assert "base_checksum" not in said
+    enable_propagation()
+    try:
+        model = ROUTES[route](base_folder, folder).eval()
+    finally:
+        disable_propagation()
+    stray = {line.split()[0] for line in caplog.text.splitlines() if "| UNEXPECTED |" in line}
+    # transformers reads a file by itself, and has no place for the checksum (docs/guides/adapters.md)
+    assert [key.partition("_")[2] for key in stray] == ["base_checksum.default"] * (route in OF_TRANSFORMERS)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert torch.equal(logits(model, IDS), expected)
     found = method.integers(model)
