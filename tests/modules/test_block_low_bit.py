@@ -189,9 +189,7 @@ def not_fused(model: nn.Module):
     return optimizer_of(model, fused_backward=False)
 
 
-@pytest.mark.parametrize(
-    ("backwards", "optimizer"), [(1, None), (1, not_fused), (3, told_of_three), (3, not_fused)], ids=str
-)
+@pytest.mark.parametrize(("backwards", "optimizer"), [(1, None), (1, not_fused), (3, told_of_three), (3, not_fused)])
 def test_several_forwards_before_their_backwards(backwards, optimizer):
     """As DPO does. The gradient of the first use of a weight waits until that of the last is there."""
     runs = []
