@@ -271,8 +271,8 @@ class LowBitAdamW(Optimizer):
     def _register(self) -> None:
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                if not isinstance(parameter, LowBitTensor):
-                    continue
+                if not isinstance(parameter, LowBitTensor) or not parameter.requires_grad:
+                    continue  # an adapter that is not active; once it is, its first gradient waits for `step()`
                 hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
                 alive = any(isinstance(hook, UpdateInBackward) and hook.optimizer() for hook in hooks.values())
                 if not alive:

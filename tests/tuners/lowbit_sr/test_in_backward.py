@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 
 from peft_lrqat import LowBitAdamW
-from tests.lowbit_sr import IDS, codes, run, trainable, weights
+from tests.lowbit_sr import IDS, codes, config, run, trainable, weights
 from tests.models import low_bit, tiny
 
 
@@ -34,6 +34,24 @@ def test_fused_backward_is_the_ordinary_step(accumulate: int, learn_scales: bool
     for p, q in zip(weights(model).values(), weights(twin).values(), strict=True):
         tensors = {name: value for name, value in ordinary.state[q].items() if isinstance(value, torch.Tensor)}
         assert all(torch.equal(fused.state[p][name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_that_are_trained_in_turns_are_all_in_one_optimizer(dtype: torch.dtype):
+    """torch registers no hook on a parameter that is not trained, as that of an adapter that waits for its turn."""
+    model = low_bit(tiny(dtype=dtype), bits=4)
+    model.add_adapter("second", config(group_size=-1))
+    twin = copy.deepcopy(model)
+    fused = LowBitAdamW(weights(model).values(), lr=1e-2, fused_backward=True)
+    ordinary = LowBitAdamW(weights(twin).values(), lr=1e-2)
+    before = codes(model)
+    for name in ("default", "second", "default", "second"):
+        for one, optimizer in ((model, fused), (twin, ordinary)):
+            one.set_adapter(name)
+            run(one, optimizer, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(codes(model), codes(twin), strict=True))
+    assert len(before) == 28
+    assert not any(torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
 
 
 def test_fused_backward_keeps_no_gradient():
