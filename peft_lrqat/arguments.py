@@ -1,10 +1,11 @@
-"""Checks of the arguments of public functions and classes: names that there are not, and flags."""
+"""Checks of the arguments of public functions and classes: names that there are not, flags, folders."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,13 @@ C = TypeVar("C", bound=Callable[..., Any])
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option that `name` is most likely a typing error of; None: it is like none of them."""
     return next(iter(difflib.get_close_matches(name, list(options), 1)), None)
+
+
+def check_folder(**given: Any) -> None:
+    """Raise ValueError for what is no path, given by the names of the arguments."""
+    for name, value in given.items():
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise ValueError(f"`{name}` is {value!r:.80}; it must be the path of a folder.")
 
 
 def check_flags(**flags: Any) -> None:

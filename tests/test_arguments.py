@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import peft_lrqat
+from peft_lrqat import export, preprocess_blockwise
 from peft_lrqat.arguments import check_flags, with_suggestions
 
 
@@ -62,3 +63,13 @@ def test_flags(value: object):
     check_flags(first=True, second=False)
     with pytest.raises(ValueError, match=f"`second` is {value!r}; allowed are True, False"):
         check_flags(first=True, second=value)
+
+
+@pytest.mark.parametrize("given", [5, None, ""])
+def test_what_is_no_folder(given: Any):
+    says = r"is (5|None|''); it must be the path of a folder"
+    with pytest.raises(ValueError, match=f"`out` {says}"):
+        export("model", given)
+    if given is not None:  # which says that nothing is kept
+        with pytest.raises(ValueError, match=f"`resume_from` {says}"):
+            preprocess_blockwise("model", peft_lrqat.LRQATConfig(), ["text"], resume_from=given)

@@ -27,14 +27,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..arguments import check_flags, with_suggestions
+from ..arguments import check_flags, check_folder, with_suggestions
 from ..checkpoint.load import replace_layer
 from ..formats.record import Record
 from ..modules.experts import ExpertStack
 from ..modules.packed import describe, merged_layer
 from ..tuners.common.experts import settle_experts
 from ..tuners.common.fingerprint import float_checksum, in_order
-from ..tuners.common.rules import FOLDER, INTEGER, NOT_NEGATIVE, NUMBER, WHOLE, Rule, check_value, optional
+from ..tuners.common.rules import INTEGER, NOT_NEGATIVE, NUMBER, WHOLE, Rule, check_value
 from ..tuners.lrqat import LRQATConfig
 from .block_results import BlockResults
 from .block_weight import BlockWeight, FixedPoint
@@ -143,7 +143,8 @@ def preprocess_blockwise(
     """
     settings = _Settings(epochs, learning_rate, scale_learning_rate, held_out, batch, seed)
     check_flags(offload=offload, progressbar=progressbar)
-    check_value("resume_from", resume_from, optional(FOLDER))
+    if resume_from is not None:
+        check_folder(resume_from=resume_from)
     check_config(config)
     if config.rounds_inputs:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from ..arguments import check_flags, options_of
+from ..arguments import check_flags, check_folder, options_of
 from ..files import new_folder, write_atomically
 from ..formats import writer_of
 from ..formats.gguf.reader import GGUFFile
@@ -134,6 +134,7 @@ def export(
         True
         >>> report = export("out-gptq", "out", "compressed-tensors")
     """
+    check_folder(out=out)
     out = Path(out)
     size = parse_size(max_shard_size)
     check_flags(overwrite=overwrite, progress=progress, trust_remote_code=trust_remote_code)

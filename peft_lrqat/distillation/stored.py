@@ -28,10 +28,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer
 
-from ..arguments import with_suggestions
+from ..arguments import check_folder, with_suggestions
 from ..files import read_json, write_atomically
 from ..tuners.common import loss as lean
-from ..tuners.common.rules import FOLDER, check_value
 from .loss import TopK, check_options, top_k
 from .segments import check_positions, segments, without_padding
 from .teacher import ModelTeacher, causal_lm, check_keep, check_teacher, load_teacher
@@ -91,7 +90,7 @@ def store_logits(
         raise ValueError(
             f"`trainer` is a {type(trainer).__name__}; it must be the Trainer that will train, whose batches are read."
         )
-    check_value("folder", folder, FOLDER)
+    check_folder(folder=folder)
     check_teacher(teacher)
     check_keep(keep, teacher)
     student = causal_lm(trainer.model)

@@ -146,9 +146,6 @@ INTEGER = Rule("it must be an integer", lambda value: isinstance(value, Integral
 WHOLE = Rule("it must be an integer, 1 or more", lambda value: is_index(value) and value > 0)
 RANK = Rule("a rank must be a positive integer", lambda value: is_index(value) and value > 0)
 TEXT = Rule("it must be a string", lambda value: isinstance(value, str))
-FOLDER = Rule(
-    "it must be the path of a folder", lambda value: isinstance(value, (str, os.PathLike)) and os.fspath(value) != ""
-)
 MODULES = Rule(
     "it must be 'all-linear', a list of names of modules, or a regular expression for their whole names",
     lambda value: _selects(value) and bool(value),
