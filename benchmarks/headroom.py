@@ -31,17 +31,12 @@ RUNS: list[tuple[float | None, dict[str, Any]]] = [
     (8, {"grow_scales": False}),
     (8, {}),
     *((8, {"grow_scales": False, "headroom": factor}) for factor in (2.0, 4.0, 8.0)),
-    (4, {}),
-    (4, {"range_method": "minmax"}),
-    (4, {"headroom": 1.5}),
-    (4, {"headroom": 2.0}),
-    (4, {"learn_scales": True}),
-    (4, {"learn_scales": True, "headroom": 1.5}),
-    (3, {}),
-    (3, {"range_method": "minmax"}),
-    (3, {"headroom": 1.5}),
-    (3, {"headroom": 2.0}),
-    (3, {"learn_scales": True}),
+    *((bits, {}) for bits in (4, 3, 2)),
+    *((bits, {"range_method": "minmax"}) for bits in (4, 3, 2)),
+    *((bits, {"learn_scales": True}) for bits in (4, 3, 2)),
+    *((bits, {"headroom": factor}) for bits in (4, 3, 2) for factor in (1.5, 2.0, 3.0, 4.0)),
+    *((bits, {"latent_weights": True}) for bits in (4, 3, 2, 1.58)),
+    *((bits, {"latent_weights": True, "headroom": factor}) for bits, factor in ((4, 3.0), (3, 2.0), (2, 1.5))),
     (1.58, {}),
     (1.58, {"headroom": 1.5}),
     (1.58, {"learn_scales": True}),
@@ -90,7 +85,7 @@ def measured(bits: float | None, options: dict[str, Any], init: str, args: argpa
             bits=bits,
             group_size=-1,
             error_feedback=True,
-            **options,
+            **{key: value for key, value in options.items() if key != "latent_weights"},
             target_modules=targets,
             modules_to_save=rest,
         )
@@ -98,8 +93,12 @@ def measured(bits: float | None, options: dict[str, Any], init: str, args: argpa
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     rule = {"lr": args.rate, "betas": (0.9, 0.98), "weight_decay": 0.0}
-    # scales that follow latent weights need no room
-    optimizer = LowBitAdamW(trained, **rule, latent_weights=False) if bits else torch.optim.AdamW(trained, **rule)
+    if bits:
+        optimizer: torch.optim.Optimizer = LowBitAdamW(
+            trained, **rule, latent_weights=options.get("latent_weights", False)
+        )
+    else:
+        optimizer = torch.optim.AdamW(trained, **rule)
     order = torch.Generator().manual_seed(1)
     at_first = None
 
@@ -137,10 +136,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--inits", nargs="+", choices=("linear", "normal"), default=["linear", "normal"])
+    parser.add_argument("--bits", type=float, nargs="+", help="rows of these bits alone, 0: float")
     args = parser.parse_args()
     runs = []
-    for init in ("linear", "normal"):
+    for init in args.inits:
         for bits, chosen in RUNS:
+            if args.bits and (bits or 0) not in args.bits:
+                continue
             found = measured(bits, chosen, init, args)
             name = ", ".join([f"{bits:g} bits" if bits else "float", *(f"{k}={v}" for k, v in chosen.items())])
             ends = " -> ".join(f"{share:.3f}" for share in found["at_ends"]) if bits else ""
