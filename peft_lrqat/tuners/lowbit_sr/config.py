@@ -81,8 +81,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             of `range_p`. Default: `"minmax"` at 8 bits; "absmean" for ternary; "lp" between.
         range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
         headroom (float): A factor on the first scales, 1 or more, that leaves weights room to grow and makes the grid
-            as much coarser. From scratch 4 bits may take 1.5, and 8 bits without `grow_scales` 2 to 4. For fine-tuning
-            leave it at 1. Default: `1.0`.
+            as much coarser. From scratch take 2 at 4 and 3 bits, 1.5 at 2 bits, and 2 to 4 at 8 bits without
+            `grow_scales`. For fine-tuning leave it at 1. Default: `1.0`.
         grow_scales (bool | None): Double a scale during training, and halve its codes, where more than a 128th of these
             lie at the ends of the grid. It is for 8 bits only. Default: `True`; False below 8 bits, and where
             `range_method` is not "minmax".
@@ -306,7 +306,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         if self.grow_scales and self.bits != 8:
             raise ValueError(
                 f"`grow_scales` is True, but `bits` is {self.bits}: halved codes of a grid as coarse would lose what "
-                "they were trained to. Leave it out, and give the scales `headroom`, or `learn_scales=True`."
+                "they were trained to. Leave it out, and give the scales `headroom`."
             )
         if self.forward_bits is not None and self.grid.code_bits < 3:
             raise ValueError(

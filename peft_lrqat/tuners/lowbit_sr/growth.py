@@ -133,10 +133,10 @@ def warn_of_full_grids(model: nn.Module) -> None:
         return
     setattr(weights[0], _SAID, True)
     name = "ternary" if bits == TERNARY else f"{bits}-bit"
-    remedy = "`grow_scales=True`" if bits == 8 else "`learn_scales=True`"
+    remedy = {8: "`grow_scales=True`, or with ", TERNARY: "`learn_scales=True`, or with "}.get(bits, "")
     warnings.warn(
         f"{100 * share:.0f} % of the {name} codes lie on the two outermost levels of their grid (of some rows of all "
         f"weights, while {100 * FULL[bits]:g} % is much): their scales keep these weights from growing. Train with "
-        f"{remedy}, or with a larger `headroom` (docs/concepts/low-bit-sr.md).",
+        f"{remedy}a larger `headroom` (docs/concepts/low-bit-sr.md).",
         stacklevel=2,
     )

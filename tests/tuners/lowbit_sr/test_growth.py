@@ -202,7 +202,7 @@ def filled(bits: float, **options) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize(("bits", "remedy"), [(8, "grow_scales=True"), (4, "learn_scales=True"), (1.58, "learn_sc")])
+@pytest.mark.parametrize(("bits", "remedy"), [(8, "grow_scales=True"), (4, "with a larger"), (1.58, "learn_sc")])
 def test_weights_that_fill_their_grid_are_said_once(bits: float, remedy: str, tmp_path: Path):
     model = filled(bits)
     with pytest.warns(UserWarning, match=rf"100 % of the .*{FULL}.*{remedy}.*headroom"):

@@ -29,7 +29,7 @@ IDS = tokens()
         ({"forward_bits": 2}, "`forward_bits` is 2; allowed are None, 1.58"),
         (
             {"bits": 4, "grow_scales": True},
-            "`grow_scales` is True, but `bits` is 4.*`headroom`, or `learn_scales",
+            "`grow_scales` is True, but `bits` is 4.*`headroom`",
         ),
         ({"forward_bits": 1.58, "bits": 2}, "nothing to project. Train at least 3 bits"),
         ({"bits": 8, "container_bits": 4}, "`container_bits` is 4.*take 8 bits"),
