@@ -309,10 +309,11 @@ class _Wanted:
             )
         for option, found in (("target_modules", self.in_part), ("exclude_modules", self.excluded_in_part)):
             if found:
-                names, whole = (
-                    list(dict.fromkeys(one.name for one in found)),
-                    {p for of in (found[0].parts or {}).values() for p in of},
-                )
+                names = list(dict.fromkeys(one.name for one in found))
+                whole = {p for of in (found[0].parts or {}).values() for p in of}
+                own = {f"{found[0].name}.{projection}" for projection in found[0].projections}
+                if option == "target_modules" and any(_matches(self.parameters, name) for name in own):
+                    option, whole = "target_parameters", {".".join(name.split(".")[-2:]) for name in own}
                 warnings.warn(
                     f"`{option}` names a part of the experts of {_listed(names)} only, so all of them stay as they "
                     f"are: they are quantized together. Name all of it ({', '.join(sorted(whole))}), or none.",

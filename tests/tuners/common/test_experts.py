@@ -77,15 +77,19 @@ def test_names_of_experts_are_known(targets: list[str]):
 @pytest.mark.filterwarnings("ignore:Most of the model")
 @pytest.mark.filterwarnings("error:.*no module of this model is called so")
 @pytest.mark.parametrize(
-    ("option", "options"),
+    ("option", "options", "whole"),
     [
-        ("target_modules", {"target_modules": ["q_proj", "down_proj"]}),
-        ("target_modules", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
-        ("exclude_modules", {"exclude_modules": ["down_proj"]}),
+        ("target_modules", {"target_modules": ["q_proj", "down_proj"]}, "down_proj, gate_proj, up_proj"),
+        (
+            "target_parameters",
+            {"target_modules": ["q_proj"], "target_parameters": PARAMETERS[:1]},
+            "experts.down_proj, .*",
+        ),
+        ("exclude_modules", {"exclude_modules": ["down_proj"]}, "down_proj, gate_proj, up_proj"),
     ],
 )
-def test_a_part_of_the_experts_is_not_enough(option: str, options: dict):
-    said = rf"`{option}` names a part of the experts of 2 layers, e.g. '{FIRST}'.*gate_proj, up_proj"
+def test_a_part_of_the_experts_is_not_enough(option: str, options: dict, whole: str):
+    said = rf"`{option}` names a part of the experts of 2 layers, e.g. '{FIRST}'.*\({whole}\)"
     with pytest.warns(UserWarning, match=said):
         assert not converted(**options)
 
