@@ -32,7 +32,7 @@ import quiet  # noqa: F401  before what it silences
 import torch
 from corpus import from_user, python_documentation
 from datasets import Dataset
-from given import tokenizer as given_tokenizer
+from given import tokenizer_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from perplexity import perplexity, windows
 from progress import ProgressCallback, console, track
@@ -281,7 +281,7 @@ def write(rows: list[Row], args: argparse.Namespace, seconds: float) -> None:
 
 def opened(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, torch.Tensor]:
     """Tokenizer, training documents and windows of held-out tokens; ValueError for what cannot be opened."""
-    tokenizer = given_tokenizer(args.model)
+    tokenizer = tokenizer_of(args.model)
     with console.status("collecting text"):
         if args.dataset:
             documents, held_out = from_user(args.dataset, args.split, args.eval_split, args.text_column)

@@ -73,7 +73,7 @@ def check_chats(name: str, documents: Dataset) -> None:
         )
 
 
-def tokenizer(model: str, *, for_chats: bool = False) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: str, *, for_chats: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, which is a folder or a Hub id.
 
     Args:

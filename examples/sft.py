@@ -6,7 +6,7 @@ python examples/sft.py --model "$(python examples/smollm2.py)" --dataset gsm8k_t
 
 import argparse
 
-from given import chats, tokenizer
+from given import chats, tokenizer_of
 from trl import SFTConfig, SFTTrainer
 
 from peft_lrqat import LRQATConfig  # 1. was: from peft import LoraConfig
@@ -31,7 +31,7 @@ def prompt_and_completion(example: dict) -> dict:
 def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
-        dataset, processing_class = chats(args.dataset), tokenizer(args.model, for_chats=True)
+        dataset, processing_class = chats(args.dataset), tokenizer_of(args.model, for_chats=True)
     except ValueError as error:
         parser.error(str(error))
 

@@ -186,7 +186,7 @@ def test_a_user_without_a_connection_is_told_so(example):
     with pytest.raises(ValueError, match="someone/something cannot be read from the Hub, and there is no such file"):
         example("given").rows("someone/something")
     with pytest.raises(ValueError, match="--model someone/something is no folder, and cannot be had from the Hub"):
-        example("given").tokenizer("someone/something")
+        example("given").tokenizer_of("someone/something")
 
 
 def test_rows_without_text_are_left_out(example, tmp_path):
