@@ -28,8 +28,7 @@ does; then what is trained is what is served, to the last bit.
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -56,9 +55,10 @@ from .config import LowBitSRConfig
 from .dropped import DroppedBase
 from .parts import PARTS, LowBitWeight, PartView
 from .tensor import LowBitTensor
+from .unscaled import Unscaled
 
 
-class LowBitSRLayer(MergingLayer):
+class LowBitSRLayer(Unscaled, MergingLayer):
     """What `get_peft_model` puts in the place of a linear layer for low-bit SR: an adapter is a set of codes of its
     own.
 
@@ -96,44 +96,6 @@ class LowBitSRLayer(MergingLayer):
     def act_scales(self) -> Any:
         """`lowbitsr_act_scale`."""
         return self.lowbitsr_act_scale
-
-    # LoRA's factor on an adapter. PEFT sets and multiplies it, and would not notice that nobody reads it.
-
-    @property
-    def scaling(self) -> Any:
-        """Empty: there is no factor on an adapter. Setting it raises a ValueError, as the methods do that set it."""
-        return MappingProxyType({})
-
-    @scaling.setter
-    def scaling(self, value: Any) -> None:
-        if "_without_scaling" in vars(self):  # LoraLayer's __init__ sets it once
-            _refuse_scaling()
-        vars(self)["_without_scaling"] = True
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Refused, but for 1: integers have no strength.
-
-        Raises:
-            ValueError: `scale` is another number.
-        """
-        if scale != 1:
-            _refuse_scaling()
-
-    def scale_layer(self, scale: float) -> None:
-        """See `set_scale`."""
-        self.set_scale("", scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """See `set_scale`."""
-        self.set_scale("", 1 if scale is None else scale)
-
-
-def _refuse_scaling() -> NoReturn:
-    raise ValueError(
-        "An adapter of low-bit SR is the integers of the weights themselves, on which there is no factor (`set_scale`, "
-        "`rescale_adapter_scale`): what lies between it and the base would have to be rounded a second time. Use it as "
-        "it is, or LRQATConfig, whose adapters can be scaled."
-    )
 
 
 class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
