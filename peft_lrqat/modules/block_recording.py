@@ -15,18 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.dispatch import refuse_second_derivatives
 from ..ops.narrow_gradient import Lender, NarrowGradient
 from .block_state import BlockState, in_parts, stand_in
 
 _CHANGED = (
     "A trained weight, an adapter or a scale was changed in place between forward and backward (an optimizer step, a "
     "load, a merge). Run forward again."
-)
-
-#: torch would say so only where it comes to the block again, and leaves it out for inputs that are named.
-_TWICE = (
-    "`create_graph=True` asks for second derivatives (a gradient penalty, a Hessian), which blocks that are replayed "
-    "as CUDA graphs do not have. Train without them, or without CUDA graphs."
 )
 
 
@@ -405,8 +400,7 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(_TWICE)
+        refuse_second_derivatives("blocks that are replayed as CUDA graphs do not have", "without CUDA graphs")
         if ctx.versions != ctx.graph.state.versions():
             raise RuntimeError(_CHANGED)
         return None, None, *ctx.graph.backward(list(ctx.saved_tensors), list(grads))

@@ -130,15 +130,24 @@ def refuse_transforms() -> None:
         )
 
 
-def refuse_second_derivatives() -> None:
+_WITHOUT_GRAPH = (
+    "a layer on a grid does not have: its rounded weight is built outside of the graph",
+    "leave the layers that they go through float (`exclude_modules`)",
+)
+
+
+def refuse_second_derivatives(lack: str = _WITHOUT_GRAPH[0], instead: str = _WITHOUT_GRAPH[1]) -> None:
     """For backward: raise RuntimeError if it is recorded (`create_graph=True`), because W^ is built without a graph.
 
     It cannot wait until the second derivative is taken: with named inputs (`autograd.grad`, `backward(inputs=...)`)
     torch never comes to the node that would raise, and leaves that part out.
+
+    Args:
+        lack: who has no second derivatives, as the message goes on.
+        instead: what can be done, besides training without them.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "`create_graph=True` asks for second derivatives (a gradient penalty, a Hessian), which a layer on a grid "
-            "does not have: its rounded weight is built outside of the graph. Train without them, or leave the layers "
-            "that they go through float (`exclude_modules`)."
+            f"`create_graph=True` asks for second derivatives (a gradient penalty, a Hessian), which {lack}. Train "
+            f"without them, or {instead}."
         )
