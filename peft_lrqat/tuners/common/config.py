@@ -82,6 +82,7 @@ class GridConfig(PeftConfigMixin):
     rules: ClassVar[dict[str, Rule]]
     contents: ClassVar[dict[str, Any]]
     absent: ClassVar[dict[str, str]] = OF_OTHERS
+    inference_mode: bool
     target_modules: Any
     bits: int
     group_size: int
@@ -176,6 +177,11 @@ class GridConfig(PeftConfigMixin):
         """Note what a loaded adapter says of its base and its past: the fields become those of the model at hand."""
         self._required_fingerprint, self._required_checksum = self.base_fingerprint, self.base_checksum
         self._required_dtype, self._noted_trainings = self.base_dtype, self.trainings or ()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the adapter is to be trained from its start, and is no file's."""
+        return not self.inference_mode and self._required_fingerprint is None
 
     def require_any_base(self) -> None:
         """Forget which base a loaded adapter asks for."""

@@ -170,8 +170,7 @@ def check_extras(model: nn.Module, targets: dict[str, nn.Module], config: Any) -
 
 def _check_task(model: nn.Module, config: Any) -> None:
     """Raise ValueError if a new adapter is to generate text with a model that cannot; PEFT would fail afterwards."""
-    new = not config.inference_mode and config._required_fingerprint is None
-    if new and config.task_type in _GENERATES and not hasattr(model, "prepare_inputs_for_generation"):
+    if config.is_new and config.task_type in _GENERATES and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
             f"`task_type` is {TaskType(config.task_type).value!r}, but {type(model).__name__} generates no text. Give "
             "the task that it has ('SEQ_CLS', 'TOKEN_CLS', 'QUESTION_ANS', 'FEATURE_EXTRACTION'), or leave `task_type` "

@@ -14,8 +14,8 @@ from torch import nn
 
 
 def warn_of_no_values(adapter: str, config: Any) -> None:
-    """Warn that an adapter of a new configuration, which is no file's, is made without values."""
-    if config.inference_mode or config._required_fingerprint is not None:
+    """Warn that a new adapter is made without values."""
+    if not config.is_new:
         return
     warnings.warn(
         f"`low_cpu_mem_usage=True` makes adapter {adapter!r} without values: its tensors are to be loaded next. To "
