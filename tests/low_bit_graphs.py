@@ -9,12 +9,12 @@ from torch import nn
 
 from peft_lrqat import LowBitAdamW
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
-from tests.lowbit_sr import integers
+from tests.lowbit_sr import integers, trainable
 from tests.models import tokens
 
 
 def optimizer_of(model: nn.Module, **options: Any) -> LowBitAdamW:
-    return LowBitAdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, **options)
+    return LowBitAdamW(trainable(model), lr=3e-3, **options)
 
 
 def loss_of(model: Any, seed: int = 1, autocast: bool = False, length: int = 16) -> torch.Tensor:
@@ -40,7 +40,7 @@ def run(
             found.append(loss_of(model))
         model.train()
     found += integers(model)
-    found += [p.detach() for p in model.parameters() if p.requires_grad and not isinstance(p, LowBitTensor)]
+    found += [p.detach() for p in trainable(model) if not isinstance(p, LowBitTensor)]
     for parameter in model.parameters():
         state = optimizer.state.get(parameter, {})
         found += [state[name] for name in sorted(state) if isinstance(state[name], torch.Tensor)]
@@ -49,7 +49,7 @@ def run(
 
 def low_bit_weights(model: nn.Module) -> list[Any]:
     """Those that are trained."""
-    return [p for p in model.parameters() if isinstance(p, LowBitTensor) and p.requires_grad]
+    return [p for p in trainable(model) if isinstance(p, LowBitTensor)]
 
 
 def several_forwards(model: Any, backwards: int) -> list[torch.Tensor]:

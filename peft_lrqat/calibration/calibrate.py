@@ -379,12 +379,12 @@ def read_batches(
                 f"`calibration` holds a mapping with {sorted(batch)}; it needs `input_ids`, an int64 tensor (batch, "
                 "length). Of a dataset with a column of texts, give that column and a `tokenizer`."
             )
-        check_ids(batch["input_ids"], len(embeddings))
+        _check_token_ids(batch["input_ids"], len(embeddings))
         kept = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
         yield {key: value if value.ndim > 1 else value.unsqueeze(0) for key, value in kept.items()}
 
 
-def check_ids(ids: torch.Tensor, tokens: int) -> None:
+def _check_token_ids(ids: torch.Tensor, tokens: int) -> None:
     """Raise ValueError unless token ids are among those of a model, of which there are `tokens`: torch would say that
     some index is out of range, and a GPU less."""
     lowest, highest = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)

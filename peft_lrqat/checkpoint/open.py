@@ -46,7 +46,7 @@ def open_source(model_or_dir: Any, trust_remote_code: bool = False) -> Source:
 def _open_folder(folder: Path, trust_remote_code: bool) -> Source:
     if (folder / "adapter_config.json").exists():
         return ModelSource(*open_adapter(folder, trust_remote_code))
-    check_folder(folder)
+    _check_is_folder(folder)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"The folder {str(folder)!r} holds neither config.json nor adapter_config.json, so it is neither a merged "
@@ -62,7 +62,7 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[Any, st
     Raises:
         ValueError: the folder holds no adapter of this package's methods, or it or the base model cannot be read.
     """
-    check_folder(folder)
+    _check_is_folder(folder)
     if not (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{str(folder)!r} holds no adapter (no adapter_config.json). A checkpoint that is merged already is "
@@ -82,7 +82,7 @@ def _inside(folder: Path) -> str:
     return f" {str(last)!r} holds one. (`trainer.save_model()` writes the last one into the folder itself.)"
 
 
-def check_folder(folder: Path) -> None:
+def _check_is_folder(folder: Path) -> None:
     """Raise ValueError if `folder` is a file, or has a name that safetensors cannot open."""
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file. Name the folder of a checkpoint or of an adapter.")

@@ -141,7 +141,8 @@ def prepared(graphs: bool, optimizer=None, model: nn.Module | None = None) -> tu
     """A bf16 model whose blocks are recorded, with an optimizer whose steps are in backward."""
     model = MODELS["bf16 model"]() if model is None else model
     attach = attached(model) if graphs else None
-    checkpointed(model) if attach is None else None
+    if attach is None:
+        checkpointed(model)
     model.optimizer = optimizer_of(model, fused_backward=True) if optimizer is None else optimizer(model)
     for seed in range(2):
         loss_of(model, seed).backward()

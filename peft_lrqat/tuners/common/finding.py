@@ -27,16 +27,23 @@ class FindsTargets(LoraModel):
     config_cls: Any
 
     @classmethod
+    def _finder(cls) -> Any:
+        """A tuner without a model."""
+        finder = cls.__new__(cls)
+        nn.Module.__init__(finder)
+        return finder
+
+    @classmethod
     def find_targets(cls, model: nn.Module, config: Any, *, loading: bool = False) -> dict[str, nn.Module]:
-        """Name -> module of what `config` names in a model; raises ValueError if they cannot be quantized.
+        """Name -> module of what `config` names in a model that is calibrated first; raises ValueError if they cannot
+        be quantized.
 
         A projection of experts is an ExpertStack, which is not in the model.
 
         Args:
             loading: their weights are not there yet, and are not judged.
         """
-        finder, config = cls.__new__(cls), copy.deepcopy(config)
-        nn.Module.__init__(finder)  # PEFT's methods for this read nothing that __init__ sets
+        finder, config = cls._finder(), copy.deepcopy(config)
         adopted = adopt_experts(model, config)
         try:
             with warnings.catch_warnings():
@@ -62,8 +69,7 @@ class FindsTargets(LoraModel):
         Raises:
             ValueError: they cannot be quantized as `config` says.
         """
-        finder, config = cls.__new__(cls), copy.deepcopy(config)
-        nn.Module.__init__(finder)
+        finder, config = cls._finder(), copy.deepcopy(config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # `get_peft_model` says it again
             experts = adopt_experts(model, config)

@@ -87,7 +87,7 @@ class _NoDropout(dict):
 class MergingLayer(LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
-    A subclass has `_run_one`, `grid_tensor`, `_float_layer` and `act_scales`.
+    A subclass has `act_scales`, `_run_one`, and what raises NotImplementedError here.
 
     Attributes:
         adapter_options: adapter -> its configuration.
