@@ -9,7 +9,7 @@ its registration with `torch.library` (schema, fake implementation, autograd), a
     activations.py                  reference_inputs.py; kernels/inputs.py
     static_inputs.py                reference_inputs.py; kernels/static_inputs.py
     kv_cache.py                     reference_cache.py; kernels/cache.py
-    low_bit_step.py                 reference_step.py; kernels/low_bit_step.py
+    low_bit_step.py                 reference_step.py; kernels/low_bit_step.py, second_moment.py
 
 A reference and its kernel have one name, one signature and one result (`kernels/__init__.py` lists the pairs, a test
 compares them), so an operation only chooses between them: `kernels_for(x) or reference`. `dispatch.py` decides which

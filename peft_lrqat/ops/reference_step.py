@@ -1,6 +1,7 @@
 """The reference of one AdamW step on packed codes (`LowBitAdamW`), a row chunk at a time.
 
-On a GPU `kernels/low_bit_step.py` does the same, bit for bit, in one launch.
+On a GPU `kernels/low_bit_step.py` does the same, bit for bit, in one launch; `kernels/second_moment.py` sums the norms
+of the factored state in another order.
 
 Everything happens in fp32 on the rows at hand; in and out go packed codes and the compact state:
 

@@ -4,19 +4,20 @@ References: `ops/reference.py`; of experts `ops/reference_experts.py`, of the op
 rounded inputs `ops/reference_inputs.py`, of a rounded cache `ops/reference_cache.py`, of scales that follow latent
 weights `ops/latent.py`. Files:
 
-tiles.py      what the kernels share: unpacking, Phi + B~ A~, rounding
-prepare.py    a layer's small operands: the stored scale, A and B as fixed point
-weight.py     W^ in one pass
-backward.py   masks, scales and sums of the backward, around the vendor library's products
-experts.py    stacks of experts: the same kernels, and grouped products
-low_bit_weight.py   W^ of low-bit SR, and the gradient of its scales
-low_bit_step.py   the optimizer step on packed codes
-arithmetic.py  quotients, roots and random words of that step
-factors.py     the factored second moment of that step
-latent.py     ternary scales that follow their latent weights
-inputs.py     inputs rounded per token or group
-static_inputs.py  inputs rounded with a fixed scale, and the gradients
-cache.py      keys and values rounded by vLLM's rule
+tiles.py           what the kernels share: unpacking, Phi + B~ A~, rounding
+prepare.py         a layer's small operands: the stored scale, A and B as fixed point
+weight.py          W^ in one pass
+backward.py        masks, scales and sums of the backward, around the vendor library's products
+experts.py         stacks of experts: the same kernels, and grouped products
+low_bit_weight.py  W^ of low-bit SR, and the gradient of its scales
+low_bit_step.py    the optimizer step on packed codes
+arithmetic.py      quotients, roots and random words of that step
+second_moment.py   the factored second moment of that step
+latent.py          ternary scales that follow their latent weights
+inputs.py          inputs rounded per token or group
+static_inputs.py   inputs rounded with a fixed scale, and the gradients
+cache.py           keys and values rounded by vLLM's rule
+launch.py          launching one of them with little Python
 """
 
 from .backward import keeps_output, linear_backward
@@ -28,11 +29,11 @@ from .experts import (
     expert_weights_backward,
     experts_keep_output,
 )
-from .factors import update_factors
 from .inputs import rounded_inputs
 from .latent import follow_magnitude, mean_magnitude
 from .low_bit_step import low_bit_update
 from .low_bit_weight import low_bit_weight, scale_gradient
+from .second_moment import update_factors
 from .static_inputs import rounded_static, static_gradients
 from .weight import linear_weight
 

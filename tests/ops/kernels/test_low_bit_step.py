@@ -20,7 +20,7 @@ from tests.problems import DEVICE
 
 @pytest.fixture(autouse=True)
 def _norms_of_one_order(monkeypatch: pytest.MonkeyPatch):
-    """The kernels sum the norms of the factored state in another order (`test_factors.py`); here both have torch's."""
+    """The kernels sum the factored state's norms in another order (`test_second_moment.py`): here both have torch's."""
     monkeypatch.setattr(kernels, "update_factors", reference_step.update_factors)
 
 
