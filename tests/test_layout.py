@@ -46,9 +46,7 @@ SIBLINGS = ("tuners.lrqat", "tuners.lowbit_sr")
 WITHOUT_TEST = {
     "one constant": ("_version",),
     "a few lines, behind everything that is made of them": ("chunks", "registration"),
-    "all kernels beside their references, in tests/ops/test_kernels.py and test_low_bit_kernels.py": (
-        "ops.kernels.tiles",
-    ),
+    "all kernels beside their references, in tests/ops/kernels": ("ops.kernels.tiles",),
     "parts of the operations that tests/ops compares with autograd": (
         "ops.dispatch",
         "ops.reference_experts",
