@@ -28,6 +28,7 @@ from ...read_only import ReadOnlyTensor
 from .fingerprint import VERSION, codes_checksum, float_checksum, position_weighted_sum
 from .packed_parameter import PackedParameter, packs_state_dicts, whole
 from .parallel import refuse_data_parallel
+from .staying import StaysHere
 
 _WHY_READ_ONLY = (
     "The base of this layer is frozen integers, of which this weight is built for reading. Change the float model "
@@ -35,7 +36,7 @@ _WHY_READ_ONLY = (
 )
 
 
-class FrozenWeight(nn.Module, KeepsWeight):
+class FrozenWeight(StaysHere, KeepsWeight):
     """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
 
     `of_floats` rounds a float layer; `of_codes` takes the codes, scales and zero points of one that was quantized

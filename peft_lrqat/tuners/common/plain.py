@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...modules.experts import ExpertStack
 from ...modules.packed import MERGED
+from .staying import takes_away
 
 _PLAIN = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward, ExpertStack.forward)
 
@@ -82,7 +83,7 @@ def check_plain(module: nn.Module, where: str) -> None:
 
 def offloads(module: nn.Module) -> bool:
     """Whether accelerate keeps the parameters of a module itself somewhere else, and brings them in for every call."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    return takes_away(getattr(module, "_hf_hook", None))
 
 
 def is_offloaded(model: nn.Module) -> bool:

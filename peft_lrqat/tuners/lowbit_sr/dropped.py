@@ -11,9 +11,10 @@ from torch import nn
 from ..common.fingerprint import VERSION
 from ..common.frozen import FrozenWeight
 from ..common.parallel import refuse_data_parallel
+from ..common.staying import StaysHere
 
 
-class DroppedBase(nn.Module):
+class DroppedBase(StaysHere):
     """What stays of a layer whose base codes were dropped (`keep_base=False`): its shape, dtype and bias."""
 
     bias: nn.Parameter | None
