@@ -35,7 +35,8 @@ from .graphs import CudaGraphCallback, cuda_graphs
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .monitor import QuantizationCallback
-from .registration import before_injection, register
+from .registration import before_injection, before_loading, before_saving, register
+from .tuners.common.model import check_method_of_file, check_savable
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .tuners.lrqat.optim import create_lrqat_optimizer
@@ -71,4 +72,6 @@ __all__ = [
 register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATModel.prefix)
 register("lowbitsr", config_cls=LowBitSRConfig, model_cls=LowBitSRModel, prefix=LowBitSRModel.prefix)
 before_injection(adopt_own)
+before_saving(check_savable)
+before_loading(check_method_of_file)
 keep_in_generate()

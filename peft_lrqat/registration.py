@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
@@ -65,3 +65,45 @@ def before_injection(prepare: Callable[[nn.Module], None]) -> None:
 
     prepared.prepare = prepare  # type: ignore[attr-defined]  # how the second call knows
     BaseTuner.inject_adapter = prepared  # type: ignore[method-assign]  # PEFT offers no hook for this
+
+
+def before_saving(check: Callable[[nn.Module, list[str], Any], None]) -> None:
+    """Have `check(model, adapters, state_dict)` called before a PeftModel writes the first of its files; a second call
+    with it does nothing.
+    """
+    save = PeftModel.save_pretrained
+    if getattr(save, "check", None) is check:
+        return
+
+    @functools.wraps(save)
+    def checked(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        adapters = list(self.peft_config) if selected_adapters is None else selected_adapters
+        check(self, adapters, kwargs.get("state_dict"))
+        save(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+    checked.check = check  # type: ignore[attr-defined]  # how the second call knows
+    PeftModel.save_pretrained = checked  # type: ignore[method-assign]  # PEFT offers no hook before its model card
+
+
+def before_loading(check: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Have `check(config, state_dict)` called before PEFT loads tensors into an adapter of any method; a second call
+    with it does nothing.
+    """
+    remap = BaseTuner._remap_adapter_state_dict_for_load.__func__  # type: ignore[attr-defined]  # of a classmethod
+    if getattr(remap, "check", None) is check:
+        return
+
+    @functools.wraps(remap)
+    def checked(cls: type, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]) -> Any:
+        check(config, state_dict)
+        return remap(cls, model, config, adapter_name, state_dict)
+
+    checked.check = check  # type: ignore[attr-defined]  # how the second call knows
+    BaseTuner._remap_adapter_state_dict_for_load = classmethod(checked)  # type: ignore[assignment,method-assign]

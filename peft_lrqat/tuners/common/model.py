@@ -16,7 +16,7 @@ from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
 from .async_rollouts import teach_async_trainers
-from .config import ALL_LINEAR, current_key
+from .config import ALL_LINEAR, GridConfig, current_key
 from .experts import adopt_experts, release_experts, settle_experts
 from .extras import (
     adopt_labels,
@@ -51,7 +51,7 @@ from .summary import report, say_how_to_serve
 from .targets import check_names, tell_left_out
 from .trainers import check_trained
 from .undo import Undo
-from .unfilled import check_filled, warn_of_no_values
+from .unfilled import check_filled, check_saved_values, warn_of_no_values
 from .walking import QuickWalks
 
 # How an adapter's file names, after the method's prefix, the checksum of the base.
@@ -310,13 +310,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         warn_of_unnamed_base(model, config)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)
-        adapted = {name: model.get_submodule(name) for name in _layers_with(adapter_name, model)}
-        if not adapted:
-            raise ValueError(
-                f"Adapter {adapter_name!r} cannot be saved: the model has no layer of it any more, since "
-                "`merge_and_unload()` or `unload()`. Save adapters before; what these return is saved by its own "
-                "`save_pretrained`."
-            )
+        adapted = _layers_to_save(adapter_name, model)
         if dtype_of(adapted) == "float32":  # perhaps since `model.float()`; it holds the values of every base
             config.base_dtype = "float32"
         config._saved_as = adapter_name
@@ -433,6 +427,46 @@ class QuantizingModel(QuickWalks, FindsTargets):
             attach_card(model, merged_card(model, config, record, served))
             say_how_to_serve(config, served)
         return model
+
+
+def check_savable(model: Any, adapters: list[str], state_dict: Any) -> None:
+    """Raise ValueError if adapters of this package could not be saved.
+
+    Args:
+        model: a PeftModel.
+        adapters: their names; PEFT refuses those that there are not.
+        state_dict: the values to save, where they are not the model's; else None.
+    """
+    for name in adapters:
+        if isinstance(model.peft_config.get(name), GridConfig):
+            layers = _layers_to_save(name, model)
+            if state_dict is None:
+                check_saved_values(name, layers)
+
+
+def check_method_of_file(config: Any, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if tensors are those of an adapter's file of this package, and `config` is of another method,
+    such as LoRA, to which they would mean something else.
+    """
+    if isinstance(config, GridConfig):
+        return
+    ours = [key for key in state_dict if key.split(".")[-1].endswith(f"_{_CHECKSUM}")]
+    if ours:
+        raise ValueError(
+            f"The tensors are those of an adapter of peft-lrqat (they have {ours[0]!r}), which belong inside the "
+            f"rounding, but the configuration is a {type(config).__name__}. Load the adapter with its own, on a fresh "
+            "copy of its base: leave `config` out of `PeftModel.from_pretrained`."
+        )
+
+
+def _layers_to_save(adapter: str, model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer with an adapter; ValueError if there is none."""
+    if layers := {name: model.get_submodule(name) for name in _layers_with(adapter, model)}:
+        return layers
+    raise ValueError(
+        f"Adapter {adapter!r} cannot be saved: the model has no layer of it any more, since `merge_and_unload()` or "
+        "`unload()`. Save adapters before; what these return is saved by its own `save_pretrained`."
+    )
 
 
 def _adapters_of(module: nn.Module) -> dict[str, Any]:

@@ -37,6 +37,16 @@ def refuse_unfilled(adapters: list[str], layer: str) -> NoReturn:
     raise ValueError(f"Adapter {names} has no values in layer {layer!r}: it was {_WHY}")
 
 
+def check_saved_values(adapter: str, layers: dict[str, nn.Module]) -> None:
+    """Raise ValueError if an adapter of some layers (by name) is to be saved, and has no values in one of them."""
+    for layer, module in layers.items():
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta and adapter in name.split("."):
+                raise ValueError(
+                    f"Adapter {adapter!r} cannot be saved: it has no values, e.g. in layer {layer!r}. It was {_WHY}"
+                )
+
+
 def check_filled(model: nn.Module) -> None:
     """Raise ValueError if a trained parameter of a model has no values."""
     empty = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta]

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -47,6 +47,13 @@ def into_an_existing_adapter(method: ModuleType, file: Path) -> Callable:
         set_peft_model_state_dict(model, load_file(file))
 
     return load
+
+
+def test_another_method_does_not_take_its_tensors(method: ModuleType, folder: Path):
+    """LoRA's factors are called as LR-QAT's are, and would be taken for them without a word."""
+    with pytest.raises(ValueError, match=r"those of an adapter of peft-lrqat.* configuration is a LoraConfig"):
+        PeftModel.from_pretrained(tiny(), folder, config=LoraConfig(r=4, target_modules="all-linear"))
+    PeftModel.from_pretrained(tiny(), folder, config=method.config())
 
 
 def test_damaged_values(method: ModuleType, folder: Path):

@@ -86,6 +86,29 @@ def test_nor_with_one_that_has_a_part_of_its_values(method: ModuleType):
                 compute()
 
 
+def test_saving_one_without_values_is_refused_before_anything_is_written(method: ModuleType, tmp_path: Path):
+    model = get_peft_model(tiny(), method.config(task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match="adapter 'other'"):
+        model.add_adapter("other", method.config(), low_cpu_mem_usage=True)
+    for chosen in (None, ["other"]):
+        with pytest.raises(ValueError, match=r"^Adapter 'other' cannot be saved: it has no values, e\.g\. in layer"):
+            model.save_pretrained(tmp_path / "adapter", selected_adapters=chosen)
+    assert not (tmp_path / "adapter").exists()
+    model.save_pretrained(tmp_path / "adapter", selected_adapters=["default"])
+    tensors = get_peft_model_state_dict(PeftModel.from_pretrained(tiny(), tmp_path / "adapter"))
+    set_peft_model_state_dict(model, tensors, "other", low_cpu_mem_usage=True)
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "other" / "adapter_model.safetensors").exists()
+
+
+def test_nor_is_anything_written_of_an_adapter_that_is_merged_away(method: ModuleType, tmp_path: Path):
+    model = get_peft_model(tiny(), method.config(task_type="CAUSAL_LM"))
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="cannot be saved: the model has no layer of it any more"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "for inference"])
 def test_no_road_computes_with_an_adapter_without_values(method: ModuleType, trained: bool):
     """Also those that pass by the tuner's forward, and adapters that are not trained."""
