@@ -132,6 +132,7 @@ def preprocess_blockwise(
             nothing was changed then. Or no token reached a layer (some experts may go without), or outputs of a block,
             or weights of one that came in, are not finite: blocks before it are quantized by then, so load the model
             again.
+        FileNotFoundError: `model` is neither a folder nor the name of a repository.
 
     Examples:
         >>> from peft import get_peft_model

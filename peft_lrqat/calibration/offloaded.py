@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..checkpoint.code import class_of, without_weights
+from ..checkpoint.hub import check_place
 from ..checkpoint.load import HUB_OPTIONS
 from ..modules.experts import ExpertStack
 from ..tuners.common.experts import expose_stacks
@@ -46,8 +47,13 @@ def by_block(
 
     Raises:
         ValueError: the model cannot be quantized as `config` says (before any weight is read), or there are options
-            for a model that is loaded already.
+            for a model that is loaded already; or `model` is neither.
+        FileNotFoundError: there is no such folder, and no repository is called so.
     """
+    if not isinstance(model, (nn.Module, str, os.PathLike)):
+        raise ValueError(
+            f"`model` is {model!r:.80}; it must be a model, a folder, or the name of a repository of the Hub."
+        )
     if isinstance(model, nn.Module):
         if options is not None:
             raise ValueError(
@@ -69,6 +75,7 @@ def _load_without_blocks(
     trusted = options["trust_remote_code"] = bool(options.get("trust_remote_code"))  # None: transformers would ask
     described = options.pop("config", None)
     if described is None:
+        check_place(pretrained)
         described = AutoConfig.from_pretrained(pretrained, **{k: options[k] for k in HUB_OPTIONS if k in options})
     kind, skeleton = class_of(described, trusted), without_weights(described, trusted)
     if skeleton is None:

@@ -75,6 +75,7 @@ def preprocess_gptq(
             targeted layers are not those of decoder blocks: nothing was changed then. Or no token reached a layer, its
             Hessian could not be factored, or a weight of a block that came in was not finite: blocks before it are
             quantized by then, so load the model again.
+        FileNotFoundError: `model` is neither a folder nor the name of a repository.
 
     Examples:
         >>> from peft import get_peft_model

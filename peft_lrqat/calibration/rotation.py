@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,7 +120,11 @@ def preprocess_rotation(
 def _check_model(model: Any) -> None:
     """Raise ValueError if the weights of a model are not all there, as floats."""
     if not isinstance(model, PreTrainedModel):
-        kind = "a PeftModel; rotate the base model, before `get_peft_model`" if isinstance(model, PeftModel) else "none"
+        kind = "none"
+        if isinstance(model, PeftModel):
+            kind = "a PeftModel; rotate the base model, before `get_peft_model`"
+        elif isinstance(model, (str, os.PathLike)):
+            kind = "none. Load it first, with `from_pretrained`"
         raise ValueError(f"`model` must be a model of transformers; {type(model).__name__} is {kind}.")
     kinds = (*MERGED, FrozenWeight, BaseTunerLayer)
     if name := next((name for name, module in model.named_modules() if isinstance(module, kinds)), None):

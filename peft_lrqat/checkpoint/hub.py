@@ -14,13 +14,20 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 _PLACE = re.compile(
     r"(?:hf://)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/@]+))?(?:/(?P<inside>[^/].*?))?/?"
 )
 _SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/[^/]+(?:/(.+))?")
+_NOWHERE = "There is no folder {!r}; a repository of the Hub is called 'OWNER/NAME'."
 _READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "adapter_model.bin")
 _NOT_READ = ("*/*", "consolidated*", "original*")  # of the folder that is asked for
 
@@ -59,6 +66,20 @@ def cached(place: Any) -> Path | None:
     )
 
 
+def check_place(place: str | os.PathLike) -> None:
+    """Raise FileNotFoundError for what `from_pretrained` finds nowhere: neither a folder here nor the name of a
+    repository, which, for transformers, may do without an owner.
+    """
+    if os.path.exists(place):
+        return
+    try:
+        if isinstance(place, str):
+            return validate_repo_id(place)
+    except HFValidationError:
+        pass
+    raise FileNotFoundError(_NOWHERE.format(str(place)))
+
+
 def fetched(place: str | os.PathLike) -> Path:
     """The path of a folder (or of a GGUF file), which is downloaded if `place` names a repository.
 
@@ -70,7 +91,7 @@ def fetched(place: str | os.PathLike) -> Path:
         return Path(place)
     named = repository(place)
     if named is None:
-        raise FileNotFoundError(f"There is no folder {str(place)!r}; a repository of the Hub is called 'OWNER/NAME'.")
+        raise FileNotFoundError(_NOWHERE.format(str(place)))
     folder = f"{named.inside}/" if named.inside else ""
     wanted, unwanted = [folder + pattern for pattern in _READ], [folder + pattern for pattern in _NOT_READ]
     if named.inside.endswith(".gguf"):

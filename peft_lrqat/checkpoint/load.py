@@ -35,6 +35,7 @@ from ..modules.experts import is_stacked
 from ..modules.kv_cache import round_cache
 from ..modules.packed import describe, merged_layer
 from .code import class_of
+from .hub import check_place
 
 _METHOD = "peft_lrqat"  # transformers' name for our reader; it is in no file
 #: Those of `from_pretrained`'s options that a configuration is found by.
@@ -70,6 +71,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     Raises:
         ValueError: the checkpoint is not quantized, or in a way that has no exact counterpart, or it is incomplete or
             damaged. The message says which.
+        FileNotFoundError: there is no such folder, and no repository is called so.
 
     Examples:
         >>> from peft import get_peft_model
@@ -99,6 +101,7 @@ def load_quantized(pretrained_model_name_or_path: str | os.PathLike, *, model_cl
     config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        check_place(pretrained_model_name_or_path)
         _refuse_others(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
     quantization = getattr(config, "quantization_config", None)

@@ -245,6 +245,9 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
     Returns:
         A context manager, without a value.
 
+    Raises:
+        ValueError: `model` is no module.
+
     Examples:
         >>> import torch
         >>> from peft_lrqat import kept_weights
@@ -254,6 +257,8 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
         ...         best = model(input_ids=tokens).logits[:, -1:].argmax(-1)
         ...         tokens = torch.cat([tokens, best], dim=1)
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is {model!r:.80}; it must be a model, an `nn.Module`. Load it first.")
     _watch_optimizers()
     with _lock:
         generation = _GENERATIONS.get(model)

@@ -134,6 +134,14 @@ def test_what_is_refused(folder: Path):
         preprocess_gptq(folder, wide, TEXT, progressbar=False)
 
 
+@pytest.mark.parametrize("quantize", [gptq, blockwise])
+def test_what_is_no_model_and_no_folder(quantize: Callable, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"^There is no folder '.*none'; a repository of the Hub is called"):
+        quantize(tmp_path / "none")
+    with pytest.raises(ValueError, match="`model` is 3; it must be a model, a folder, or the name of a repository"):
+        quantize(3)
+
+
 def test_a_damaged_weight_is_found_when_its_block_comes_in(tmp_path: Path):
     tiny().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -112,6 +112,12 @@ def test_folders_without_a_checkpoint(tmp_path: Path):
             load_quantized(place)
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path):
+    for place in (tmp_path / "none", str(tmp_path / "none"), "./none"):
+        with pytest.raises(FileNotFoundError, match=r"^There is no folder '.*none'; a repository of the Hub is called"):
+            load_quantized(place)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

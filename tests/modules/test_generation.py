@@ -182,6 +182,11 @@ def test_a_loop_of_ones_own(merged: nn.Module, mode: Any):
         assert held() == 0
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(ValueError, match=r"`model` is 'x'; it must be a model, an `nn.Module`\."), kept_weights("x"):
+        pass
+
+
 def test_a_part_that_generates_by_itself_stays_with_the_whole(merged: nn.Module):
     with torch.no_grad(), kept_weights(merged):
         with kept_weights(merged.model):

@@ -314,11 +314,11 @@ class _Wanted:
                 own = {f"{found[0].name}.{projection}" for projection in found[0].projections}
                 if option == "target_modules" and any(_matches(self.parameters, name) for name in own):
                     option, whole = "target_parameters", {".".join(name.split(".")[-2:]) for name in own}
-                warnings.warn(
-                    f"`{option}` names a part of the experts of {_listed(names)} only, so all of them stay as they "
-                    f"are: they are quantized together. Name all of it ({', '.join(sorted(whole))}), or none.",
-                    stacklevel=2,
-                )
+                part = f"`{option}` names a part of the experts of {_listed(names)} only"
+                how = f"they are quantized together. Name all of it ({', '.join(sorted(whole))})"
+                if option == "target_parameters" and self._names_nothing_else():
+                    raise ValueError(f"{part}, and nothing else is to be converted; {how}.")
+                warnings.warn(f"{part}, so all of them stay as they are: {how}, or none.", stacklevel=2)
         if self.parameters:
             config.target_parameters = None  # PEFT would wrap them
         if config.target_modules == ALL_LINEAR or not (self.more or self.by_part):
@@ -335,6 +335,12 @@ class _Wanted:
             config.target_modules = others | self.more
         else:
             config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, sorted(self.more))])
+
+    def _names_nothing_else(self) -> bool:
+        """Whether `target_modules` holds what `target_parameters` does (`LRQATConfig` does so where it is empty), and
+        no experts but those that are named in part are meant."""
+        targets = self.config.target_modules
+        return not isinstance(targets, str) and set(targets or ()) <= self.parameters and not self.more
 
 
 def _listed(names: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -442,6 +443,18 @@ class LRQATConfig(GridConfig, LoraConfig):
         self.lora_alpha = _STRENGTH * divisor(self.r)
         by_rank = {key: _STRENGTH * divisor(rank) for key, rank in ranks.items() if key not in self._given_alpha}
         self.alpha_pattern = {**self._given_alpha, **by_rank}
+        self._default_alpha = self.lora_alpha, dict(self.alpha_pattern)
+
+    def forget_unmatched(self, names: Collection[str]) -> None:
+        """Take out of `alpha_pattern` what `_set_strength` wrote there for ranks of none of these layers.
+
+        PEFT warns of unmatched keys in both patterns, and the user has written one of them.
+        """
+        if self._default_alpha != (self.lora_alpha, self.alpha_pattern):
+            return
+        matched = {key for key in self.rank_pattern or () for name in names if get_pattern_key([key], name) == key}
+        kept = matched | self._given_alpha.keys()
+        self.alpha_pattern = {key: alpha for key, alpha in (self.alpha_pattern or {}).items() if key in kept}
         self._default_alpha = self.lora_alpha, dict(self.alpha_pattern)
 
 

@@ -69,6 +69,11 @@ class LRQATModel(QuantizingModel):
         adopt_base(model, self._targets(model, config, state_dict), config)
         return adopted
 
+    def _check(self, model: nn.Module, targets: dict[str, nn.Module], config: LRQATConfig) -> dict[str, int]:
+        checksums = super()._check(model, targets, config)
+        config.forget_unmatched(targets)
+        return checksums
+
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         config.conversion_device()  # an early error

@@ -22,7 +22,8 @@ def adopt_base(model: nn.Module, targets: dict[str, nn.Module], config: LRQATCon
     """Complete `config` by the grid of the targeted modules of `model` that are quantized already, if any.
 
     Raises:
-        ValueError: `config` asks for another grid; the modules are on several grids; some of them are float.
+        ValueError: `config` asks for another grid; the modules are on several grids, or on the ternary one; some of
+            them are float.
     """
     packed = packed_targets(model, targets)
     adapted: list[Any] = [module for module in targets.values() if isinstance(module, MergingLayer)]
@@ -37,6 +38,12 @@ def adopt_base(model: nn.Module, targets: dict[str, nn.Module], config: LRQATCon
             config.adopt(**theirs, signed_scales=signed, scale_dtype=frozen.scale_dtype, downcast=frozen.downcast)
         return
     grid = grid_of_base(model, packed, eight_bits=False)
+    if grid.ternary:
+        raise ValueError(
+            f"The base model is quantized to ternary weights (module {next(iter(packed))!r} and others), and LR-QAT's "
+            "grids have 2 to 8 bits. Train it with `LowBitSRConfig(bits=1.58, ...)`; for LR-QAT, start from the float "
+            "model."
+        )
     if config.adopt(bits=grid.bits) and config.bits == 8:
         grid = grid_of_base(model, packed, eight_bits=True)
     scales, holds = scales_of(packed)

@@ -94,6 +94,12 @@ def test_a_part_of_the_experts_is_not_enough(option: str, options: dict, whole: 
         assert not converted(**options)
 
 
+def test_nor_to_convert_nothing_else():
+    said = r"`target_parameters` names a part of the experts of 2 layers.*nothing else.*Name all of it \(experts.down_"
+    with pytest.raises(ValueError, match=said):
+        converted(target_modules=[], target_parameters=PARAMETERS[:1])
+
+
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
 def test_single_experts_are_refused(option: str):
     with pytest.raises(ValueError, match=rf"`{option}` names 1 of the 5 experts of '{FIRST}' \(up_proj\)"):

@@ -9,11 +9,24 @@ import torch
 from peft import LoraConfig, LoraRuntimeConfig, get_peft_model
 from torch import nn
 
+from peft_lrqat import LRQATConfig
+from tests import lowbit_sr
 from tests.lrqat import config
 from tests.models import adapted, logits, tiny, tokens
 from tests.refusals import refused
 
 IDS = tokens()
+
+
+def test_a_ternary_base_is_said_to_be_one():
+    says = "The base model is quantized to ternary weights.*LR-QAT's grids have 2 to 8 bits.*LowBitSRConfig"
+    ternary = {"bits": 1.58, "group_size": 0}
+    model = lowbit_sr.adapt(tiny(), **ternary).merge_and_unload()
+    before = logits(model, IDS)
+    for options in ({}, {"bits": 2}):
+        with pytest.raises(ValueError, match=says):
+            get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", **options))
+    assert torch.equal(logits(lowbit_sr.adapt(model, **ternary, init_weights=True), IDS), before)  # as it advises
 
 
 # -- configurations

@@ -45,6 +45,24 @@ def test_the_default_is_16_in_every_layer(options: dict, tmp_path: Path):
     assert saved["lora_alpha"] is not None  # the file says what was trained
 
 
+def test_a_rank_for_no_layer_is_warned_of_once(tmp_path: Path):
+    options = {"rank_pattern": {"q_proj": 8, "nope": 2}}
+    given = config(**options)
+    with pytest.warns(RuntimeWarning, match="did not match any targeted module") as caught:
+        model = get_peft_model(tiny(), given)
+    said = [str(one.message) for one in caught if "did not match" in str(one.message)]
+    assert len(said) == 1
+    assert said[0].startswith("The following rank_pattern keys")
+    assert "'nope'" in said[0]
+    assert given.alpha_pattern.keys() == {"q_proj", "nope"}  # its owner may use it for another model
+    assert set(strengths(model).values()) == {16}
+    model.save_pretrained(tmp_path)
+    with pytest.warns(RuntimeWarning, match="rank_pattern keys"):
+        assert strengths(PeftModel.from_pretrained(tiny(), tmp_path)) == strengths(model)
+    with pytest.warns(RuntimeWarning, match=r"alpha_pattern keys.*'mine'"):
+        get_peft_model(tiny(), config(alpha_pattern={"mine": 3.0}, **options))
+
+
 def test_an_explicit_lora_alpha_means_what_it_means_to_peft():
     r, alpha = 4, 20
     assert set(strengths(adapt(tiny(), lora_alpha=alpha)).values()) == {alpha / r}
