@@ -1,4 +1,4 @@
-"""Registering tuner types with PEFT from outside.
+"""Registering tuner types with PEFT from outside, and being asked before it injects, saves or loads an adapter.
 
 PEFT's `register_peft_method` accepts only names that are members of its `PeftType` enum, and offers no way to add one.
 A new member is made the way `enum` itself makes them; afterwards `PeftType("LRQAT")`, `PeftType.LRQAT`, pickling and
