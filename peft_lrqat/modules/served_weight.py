@@ -45,12 +45,22 @@ class ServedWeight(torch.Tensor):
     _is_param = True  # isinstance(..., nn.Parameter)
 
     @staticmethod
-    def __new__(cls, layer: Any, transposed: bool = False) -> ServedWeight:
+    def __new__(cls, layer: Any, transposed: bool = False, **of_parameters: Any) -> ServedWeight:
         """
         Args:
             layer: a merged layer, with `weight`, (out, in), and its description. It is not kept alive.
             transposed: show (in, out), as a Conv1D has it.
+            **of_parameters: nobody's, but accelerate's, which makes a parameter anew to move it.
+
+        Raises:
+            ValueError: `layer` is a tensor, from which accelerate would make one.
         """
+        if isinstance(layer, torch.Tensor):
+            raise ValueError(
+                "accelerate moves this model (`cpu_offload`, `disk_offload`, `dispatch_model`) while adapters are "
+                "merged in place, and the weights that it then shows are built for reading. Move what "
+                "`merge_and_unload()` returns, or call `unmerge_adapter()` before."
+            )
         shape = (layer.out_features, layer.in_features)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape[::-1] if transposed else shape, dtype=layer.compute_dtype, device=layer.weight_scale.device

@@ -169,7 +169,7 @@ class LoadingQuantizer(HfQuantizer):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         frozen = FrozenWeight.of(layer, self._config, source_checksum=checksum)
         frozen.training, frozen.loading = layer.training, True
-        frozen._is_hf_initialized = True  # type: ignore[assignment]  # transformers shall not initialize it
+        frozen._is_hf_initialized = True  # transformers shall not initialize it
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, frozen)
         layer.weight = None

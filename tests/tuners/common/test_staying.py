@@ -68,3 +68,14 @@ def test_what_merging_leaves_can_be_offloaded(method: ModuleType):
     merged: nn.Module = method.random_adapter(tiny()).merge_and_unload()
     before = logits(merged, IDS)
     assert torch.equal(logits(cpu_offload(merged, CPU), IDS), before)
+
+
+def test_nor_while_adapters_are_merged_in_place(method: ModuleType):
+    model = method.random_adapter(tiny())
+    before = logits(model, IDS)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"accelerate moves this model.*merge_and_unload.*unmerge_adapter"):
+        cpu_offload(model, CPU)
+    remove_hook_from_module(model, recurse=True)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), before)
