@@ -36,7 +36,7 @@ from .loading import adopt_loaded
 from .loss import restore_loss, use_lean_loss
 from .offload import arrange, check_offload_announced, check_offload_sharded, offloaded_parameters
 from .packed_parameter import packed_state_dict
-from .parallel import check_announced, check_loaded, check_sharded
+from .parallel import check_announced, check_loaded, check_sharded, of_first_process
 from .preflight import (
     check_adapter_name,
     check_base,
@@ -216,10 +216,11 @@ class QuantizingModel(QuickWalks, FindsTargets):
         """Note which integers the base became; raises ValueError if the adapter was trained over others."""
         model: nn.Module = self.model
         layers: list[Any] = [model.get_submodule(name) for name in targets]
-        config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
+        config.base_checksum = of_first_process(in_order(int(layer.frozen.checksum()) for layer in layers))
         if (required := config._required_checksum) is not None:
             version = version_of(required)
-            check_checksum(in_order((int(layer.frozen.checksum(version)) for layer in layers), version), required)
+            found = in_order((int(layer.frozen.checksum(version)) for layer in layers), version)
+            check_checksum(of_first_process(found), required)
 
     def _source_checksum(self, name: str) -> int | None:
         """The checksum of the weight that is being converted, where it is known."""
