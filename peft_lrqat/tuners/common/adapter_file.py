@@ -161,6 +161,30 @@ def check_shapes(here: dict[str, Any], found: dict[str, Any]) -> None:
             )
 
 
+def _bases(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The bases under an adapter, by the names of its layers."""
+    return {
+        path: layer.frozen
+        for path, layer in model.named_modules()
+        if isinstance(layer, MergingLayer) and adapter_name in layer.adapter_options
+    }
+
+
+def note_sharded_base(model: nn.Module, configs: dict[str, Any]) -> bool:
+    """Note for each adapter which integers its base is, if FSDP has sharded that, and return whether it has.
+
+    With accelerate's `cpu_ram_efficient_loading`, its default, transformers 5.17 loads weights in the first process
+    only. What the others convert is empty until FSDP gives them the first one's, and their noted checksum is of that.
+    A collective call: for a forward of the sharded model, which is one, too.
+    """
+    sharded = False
+    for name, config in configs.items():
+        bases = list(_bases(model, name).values())
+        if bases and hasattr(bases[0].base, "full_tensor"):
+            sharded, config.base_checksum = True, in_order(int(base.checksum()) for base in bases)
+    return sharded
+
+
 def check_same_base(
     model: nn.Module, config: Any, adapter_name: str, saved: dict[str, torch.Tensor], name: str
 ) -> None:
@@ -170,11 +194,7 @@ def check_same_base(
         config: of the adapter in the model.
         saved: the checksums, called `name`, of its file: one for the adapter, or, from earlier versions, one a layer.
     """
-    layers: dict[str, Any] = {
-        path: layer.frozen
-        for path, layer in model.named_modules()
-        if isinstance(layer, MergingLayer) and adapter_name in layer.adapter_options
-    }
+    layers = _bases(model, adapter_name)
     signed = config.signed_scales and not config.wants_quantized_base
     for key, value in saved.items():
         where = key.partition(f".{name}")[0]

@@ -14,7 +14,7 @@ from ...checkpoint.card import attach_card, merged_card, merged_serving
 from ...formats.record import Record
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
-from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict
+from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict, note_sharded_base
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, GridConfig, current_key
 from .experts import adopt_experts, release_experts, settle_experts
@@ -36,7 +36,7 @@ from .loading import adopt_loaded
 from .loss import restore_loss, use_lean_loss
 from .offload import arrange, check_offload_announced, check_offload_sharded, offloaded_parameters
 from .packed_parameter import packed_state_dict
-from .parallel import check_announced, check_loaded, check_sharded, of_first_process
+from .parallel import announced_fsdp, check_announced, check_loaded, check_sharded, has_peers
 from .preflight import (
     check_adapter_name,
     check_base,
@@ -87,6 +87,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
     trains_integers = False
     runs: list[Run]
     unfilled = False
+    _base_was_sharded = False
     peft_config: dict[str, Any]  # PEFT's annotation, PeftConfig, does not know our fields
     _conversion: _Conversion | None = None  # while layers are converted
 
@@ -216,11 +217,10 @@ class QuantizingModel(QuickWalks, FindsTargets):
         """Note which integers the base became; raises ValueError if the adapter was trained over others."""
         model: nn.Module = self.model
         layers: list[Any] = [model.get_submodule(name) for name in targets]
-        config.base_checksum = of_first_process(in_order(int(layer.frozen.checksum()) for layer in layers))
+        config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
         if (required := config._required_checksum) is not None:
             version = version_of(required)
-            found = in_order((int(layer.frozen.checksum(version)) for layer in layers), version)
-            check_checksum(of_first_process(found), required)
+            check_checksum(in_order((int(layer.frozen.checksum(version)) for layer in layers), version), required)
 
     def _source_checksum(self, name: str) -> int | None:
         """The checksum of the weight that is being converted, where it is known."""
@@ -282,6 +282,8 @@ class QuantizingModel(QuickWalks, FindsTargets):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's; ValueError if an adapter that it trains has no values."""
         self._check_filled()
+        if self.training and not self._base_was_sharded and has_peers() and announced_fsdp() is not None:
+            self._base_was_sharded = note_sharded_base(self, self.peft_config)
         return super().forward(*args, **kwargs)
 
     def _check_filled(self) -> None:

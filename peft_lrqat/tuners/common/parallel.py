@@ -157,19 +157,6 @@ def announced_fsdp() -> int | None:
     return int(version) if _set("ACCELERATE_USE_FSDP") and version.isdigit() else None
 
 
-def of_first_process(text: str) -> str:
-    """Return what the first process has here, where FSDP is to shard its weights; elsewhere `text` itself.
-
-    With accelerate's `cpu_ram_efficient_loading`, its default, earlier transformers (5.17) load weights in the first
-    process only. What the others convert is empty, until FSDP gives them the first one's parameters.
-    """
-    if announced_fsdp() is None or not has_peers():
-        return text
-    said = [text]
-    torch.distributed.broadcast_object_list(said, src=0)
-    return said[0]
-
-
 def announced_zero() -> int | None:
     """0 to 3: the stage of DeepSpeed's ZeRO that will be used; None: no DeepSpeed, or not known yet."""
     from transformers.integrations.deepspeed import deepspeed_config

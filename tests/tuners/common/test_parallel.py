@@ -94,6 +94,8 @@ def _fsdp2(state_dict: str, rank: int, folder: Path) -> dict[str, Any]:
     run.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     run.save_model(str(out / "adapter"))
     _merge_gathered(run, rank, out / "merged")
+    if rank == 0:  # nobody waits for the others
+        AutoModelForCausalLM.from_pretrained(folder / "base").load_adapter(str(out / "adapter"))
 
     announce({**FSDP2, "FSDP_STATE_DICT_TYPE": state_dict})
     again = trainer("lrqat", folder / "base", out, use_cpu=False)
