@@ -35,7 +35,8 @@ from .graphs import CudaGraphCallback, cuda_graphs
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .monitor import QuantizationCallback
-from .registration import before_injection, before_loading, before_saving, register
+from .peft_hooks import before_injection, before_loading, before_saving
+from .registration import register
 from .tuners.common.model import check_method_of_file, check_savable
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel

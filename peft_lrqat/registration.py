@@ -1,4 +1,4 @@
-"""Registering tuner types with PEFT from outside, and being asked before it injects, saves or loads an adapter.
+"""Registering tuner types with PEFT from outside.
 
 PEFT's `register_peft_method` accepts only names that are members of its `PeftType` enum, and offers no way to add one.
 A new member is made the way `enum` itself makes them; afterwards `PeftType("LRQAT")`, `PeftType.LRQAT`, pickling and
@@ -7,15 +7,10 @@ JSON behave as for PEFT's own methods. Everything here is idempotent.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
-from torch import nn
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -50,60 +45,3 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
             f"The PEFT method {name!r} is already registered by {known.__module__}. Import only one of the two "
             "packages."
         )
-
-
-def before_injection(prepare: Callable[[nn.Module], None]) -> None:
-    """Have `prepare(model)` called before PEFT injects an adapter of any method; a second call with it does nothing."""
-    inject = BaseTuner.inject_adapter
-    if getattr(inject, "prepare", None) is prepare:
-        return
-
-    @functools.wraps(inject)
-    def prepared(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        prepare(model)
-        inject(self, model, *args, **kwargs)
-
-    prepared.prepare = prepare  # type: ignore[attr-defined]  # how the second call knows
-    BaseTuner.inject_adapter = prepared  # type: ignore[method-assign]  # PEFT offers no hook for this
-
-
-def before_saving(check: Callable[[nn.Module, list[str], Any], None]) -> None:
-    """Have `check(model, adapters, state_dict)` called before a PeftModel writes the first of its files; a second call
-    with it does nothing.
-    """
-    save = PeftModel.save_pretrained
-    if getattr(save, "check", None) is check:
-        return
-
-    @functools.wraps(save)
-    def checked(
-        self: PeftModel,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        adapters = list(self.peft_config) if selected_adapters is None else selected_adapters
-        check(self, adapters, kwargs.get("state_dict"))
-        save(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
-
-    checked.check = check  # type: ignore[attr-defined]  # how the second call knows
-    PeftModel.save_pretrained = checked  # type: ignore[method-assign]  # PEFT offers no hook before its model card
-
-
-def before_loading(check: Callable[[Any, dict[str, Any]], None]) -> None:
-    """Have `check(config, state_dict)` called before PEFT loads tensors into an adapter of any method; a second call
-    with it does nothing.
-    """
-    remap = BaseTuner._remap_adapter_state_dict_for_load.__func__  # type: ignore[attr-defined]  # of a classmethod
-    if getattr(remap, "check", None) is check:
-        return
-
-    @functools.wraps(remap)
-    def checked(cls: type, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]) -> Any:
-        check(config, state_dict)
-        return remap(cls, model, config, adapter_name, state_dict)
-
-    checked.check = check  # type: ignore[attr-defined]  # how the second call knows
-    BaseTuner._remap_adapter_state_dict_for_load = classmethod(checked)  # type: ignore[assignment,method-assign]

@@ -34,6 +34,7 @@ FLOORS = (
         "chunks",
         "files",
         "installing",
+        "peft_hooks",
         "read_only",
         "registration",
         "_version",

@@ -1,0 +1,98 @@
+"""PEFT asks before it injects, saves or loads an adapter, of whichever method, and does nothing if the answer is no."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peft_lrqat.peft_hooks import before_injection, before_loading, before_saving
+
+
+@pytest.fixture(autouse=True)
+def _peft_as_it_was(monkeypatch):
+    for owner, name in (
+        (BaseTuner, "inject_adapter"),
+        (BaseTuner, "_remap_adapter_state_dict_for_load"),
+        (PeftModel, "save_pretrained"),
+    ):
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+
+
+class Refusal(Exception):
+    """What the asked one raises."""
+
+
+def _lora() -> PeftModel:
+    return get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+
+
+def test_nothing_is_injected():
+    layer, asked = nn.Linear(4, 4), []
+
+    def refuse(model: nn.Module) -> None:
+        asked.append(model)
+        raise Refusal
+
+    before_injection(refuse)
+    model = nn.Sequential(layer)
+    with pytest.raises(Refusal):
+        get_peft_model(model, LoraConfig(target_modules=["0"]))
+    assert model[0] is layer
+    assert asked == [model]
+
+
+@pytest.mark.parametrize(("selected", "names"), [(None, ["default", "second"]), (["second"], ["second"])])
+def test_nothing_is_written(selected: list[str] | None, names: list[str], tmp_path: Path):
+    model = _lora()
+    model.add_adapter("second", LoraConfig(target_modules=["0"]))
+    asked = []
+
+    def refuse(*given: Any) -> None:
+        asked.append(given)
+        raise Refusal
+
+    before_saving(refuse)
+    values = get_peft_model_state_dict(model)
+    with pytest.raises(Refusal):
+        model.save_pretrained(tmp_path / "adapter", selected_adapters=selected, state_dict=values)
+    assert not (tmp_path / "adapter").exists()
+    ((of, adapters, state_dict),) = asked
+    assert of is model
+    assert adapters == names
+    assert state_dict is values
+
+
+def test_nothing_is_loaded():
+    model = _lora()
+    values = get_peft_model_state_dict(model)
+    before = {name: tensor.clone() for name, tensor in values.items()}
+    asked = []
+
+    def refuse(config: Any, state_dict: dict[str, Any]) -> None:
+        asked.append((config, state_dict.keys()))
+        raise Refusal
+
+    before_loading(refuse)
+    with pytest.raises(Refusal):
+        set_peft_model_state_dict(model, {name: tensor + 1 for name, tensor in values.items()})
+    assert all(tensor.equal(before[name]) for name, tensor in get_peft_model_state_dict(model).items())
+    assert len(asked) == 1
+    assert asked[0][0] is model.peft_config["default"]
+
+
+def test_a_second_call_asks_no_second_time(tmp_path: Path):
+    asked = []
+    for before, kind in ((before_injection, "inject"), (before_saving, "save"), (before_loading, "load")):
+        ask = functools.partial(lambda kind, *_: asked.append(kind), kind)
+        before(ask)
+        before(ask)
+    model = _lora()
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+    assert asked == ["inject", "save", "inject", "load"]
