@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -37,17 +38,28 @@ from .packed_parameter import whole
 from .plain import user_attributes
 from .unfilled import refuse_unfilled
 
-_MODEL_OPTIONS: contextvars.ContextVar[Any] = contextvars.ContextVar("model_options", default=None)
+
+class _Merge(NamedTuple):
+    """What the layers know of the merge of a whole model."""
+
+    options: Any
+    computed: weakref.WeakKeyDictionary[Any, dict[str, torch.Tensor]]  # layer -> adapter -> what it was checked with
+
+
+_MERGE: contextvars.ContextVar[_Merge | None] = contextvars.ContextVar("merge", default=None)
 
 
 @contextlib.contextmanager
 def merging(options: Any) -> Iterator[None]:
-    """Layers that are merged in this context, and have none of the adapters, are merged with these options."""
-    token = _MODEL_OPTIONS.set(options)
+    """Layers that are merged in this context, and have none of the adapters, are merged with these options.
+
+    Nothing may be trained in it: what a layer computes to be checked, it need not compute to be merged.
+    """
+    token = _MERGE.set(_Merge(options, weakref.WeakKeyDictionary()))
     try:
         yield
     finally:
-        _MODEL_OPTIONS.reset(token)
+        _MERGE.reset(token)
 
 
 def check_method(config: Any, wanted: type, adapter_name: str) -> None:
@@ -271,8 +283,9 @@ class MergingLayer(LoraLayer):
             ValueError: the layer has none of them, and `options` is None.
         """
         own = next((self.adapter_options[name] for name in adapters if name in self.adapter_options), None)
+        merge = _MERGE.get()
         # a model into which adapters were injected has no options of its own
-        found = own or options or _MODEL_OPTIONS.get() or next(iter(self.adapter_options.values()), None)
+        found = own or options or (merge and merge.options) or next(iter(self.adapter_options.values()), None)
         if found is None:
             raise ValueError("No adapter is left, so nothing says how to merge. Add one, or call `unload()`.")
         return found
@@ -354,6 +367,16 @@ class MergingLayer(LoraLayer):
             ValueError: no checkpoint can hold it, or the method cannot merge these adapters.
         """
         raise NotImplementedError
+
+    def _once_a_merge(self, adapter: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` returns for an adapter. Where a whole model is merged, whose layers are all checked before the
+        first is changed, it is called in the check alone.
+        """
+        merge = _MERGE.get()
+        computed = {} if merge is None else merge.computed.setdefault(self, {})
+        if adapter not in computed:
+            computed[adapter] = compute()
+        return computed[adapter]
 
     def _check_values(self, adapters: list[str]) -> None:
         """Raise ValueError, for adapters on the meta device, unless the whole layer is there."""

@@ -222,6 +222,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             )
         return present[0] if present else None
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Compute how far training has moved the weight.
 
@@ -232,8 +233,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             fp32 (out, in), transposed for Conv1D, in weight units.
         """
         frozen = self._kept()
-        levels, scale = self._levels(adapter)
-        here = dequantize(levels, scale, None, torch.float32)
+        scale, ternary, _ = self._scales(adapter)
+        here = dequantize(*self._levels(adapter, scale, ternary), None, torch.float32)
         base = dequantize(unpack(frozen.base, frozen.fmt.bits, frozen.in_features), frozen.scale0, None, torch.float32)
         delta = here - base
         return delta.t() if self.fan_in_fan_out else delta
@@ -249,8 +250,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         """The adapter's `LowBitTensor`."""
         return weight_of(self._modules["lowbitsr_weight"], adapter)
 
-    def _scales(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups)."""
+    def _scales(
+        self, adapter: str, mean: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """s, the ternary projection's scale (or None), and s / s0 (or None where s is s0); fp32 (rows, groups).
+
+        Args:
+            mean: the `_mean_code` of the projection, where it is known.
+        """
         weight = self._weight(adapter)
         shift = weight_of(self._modules["lowbitsr_scale_shift"], adapter)
         if weight.packed.is_meta or weight.scale.is_meta or (shift is not None and shift.is_meta):
@@ -264,11 +271,15 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             scale = trained_scale(weight.scale.clone(), shift, kept)
             factor = (scale / weight.scale).detach()
         if self.adapter_options[adapter].forward_bits is not None:
-            rows, groups = weight.scale.shape
             # positive: a ternary grid has no side to choose, and BitNet's format no sign
-            start = weight.scale.abs() * mean_code(weight.packed, rows, groups, weight.grid.code_bits, weight.shape[1])
+            start = weight.scale.abs() * (self._mean_code(weight) if mean is None else mean)
             ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
         return scale, ternary, factor
+
+    @staticmethod
+    def _mean_code(weight: Any) -> torch.Tensor:
+        """mean|q| of a `LowBitTensor`, fp32 (rows, groups): a pass over all codes."""
+        return mean_code(weight.packed, *weight.scale.shape, weight.grid.code_bits, weight.shape[1])
 
     def _read(self, adapters: list[str]) -> torch.Tensor:
         adapter = self._the_one(adapters)
@@ -281,7 +292,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             refuse_rounded_inputs(self.adapter_activations[adapter])
             return low_bit_linear(x, weight, weight.packed, scale, ternary, factor, None, weight.grid.code_bits)
 
-        values = dequantize(*self._levels(adapter), None, self.frozen.compute_dtype)
+        with torch.no_grad():
+            values = dequantize(*self._levels(adapter, scale, ternary), None, self.frozen.compute_dtype)
         return readable_weight(values, product, weight, scale, ternary)
 
     def _trained_scales(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -394,16 +406,17 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
     # -- merging
 
-    @torch.no_grad()
-    def _levels(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """int8 (out, in), the integers of the forward, and their fp32 scale."""
+    def _levels(
+        self, adapter: str, scale: torch.Tensor, ternary: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 (out, in), the integers of the forward, and the one of the two scales that they have."""
         weight: Any = self.lowbitsr_weight[adapter].weight
-        scale, ternary, _ = self._scales(adapter)
         if ternary is None:
             return weight.codes(), scale
         levels = low_bit_levels(weight.packed, scale, ternary, weight.grid.code_bits, weight.shape[1])
         return levels.to(torch.int8), ternary
 
+    @torch.no_grad()
     def grid_tensor(
         self, adapters: list[str] | None = None, options: Any = None, safe_merge: bool = False
     ) -> GridTensor:
@@ -415,13 +428,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             ValueError: the layer has two of the adapters, or none, and its base is not what `options` describe.
         """
         names = self._adapters_at_work() if adapters is None else adapters
-        scale, adapter = self._stored_scale(names, options, safe_merge), self._the_one(names)
+        adapter = self._the_one(names)
         if adapter is None:
-            frozen = self._kept()
+            scale, frozen = self._stored_scale(names, options, safe_merge), self._kept()
             codes = unpack(frozen.base, frozen.fmt.bits, frozen.in_features)
             return GridTensor(codes, scale, None, frozen.grid)
+        levels, scale = self._levels(adapter, *self._checked_scales(adapter, safe_merge))
         stored = self.adapter_options[adapter].stored_grid
-        return GridTensor(self._levels(adapter)[0], scale, None, stored, self._input_scale([adapter]))
+        return GridTensor(levels, scale, None, stored, self._input_scale([adapter]))
 
     @torch.no_grad()
     def _stored_scale(self, adapters: list[str], options: Any, safe_merge: bool) -> torch.Tensor:
@@ -435,10 +449,17 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "float model with the adapter to merge."
                 )
             return self._kept().scale0
-        start, ternary, _ = self._scales(adapter)
-        scale = start if ternary is None else ternary
-        self._check_scale([adapter], safe_merge, scale)
-        return scale
+        scale, ternary = self._checked_scales(adapter, safe_merge)
+        return scale if ternary is None else ternary
+
+    def _checked_scales(self, adapter: str, safe_merge: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """s and the ternary projection's scale (or None), after `_check_scale` of the one that merging stores."""
+        mean = None
+        if self.adapter_options[adapter].forward_bits is not None:
+            mean = self._once_a_merge(adapter, lambda: self._mean_code(self._weight(adapter)))
+        scale, ternary, _ = self._scales(adapter, mean)
+        self._check_scale([adapter], safe_merge, scale if ternary is None else ternary)
+        return scale, ternary
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:

@@ -4,6 +4,7 @@ logits for every width, container and format."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from peft_lrqat import calibrate_activations
+from peft_lrqat.grid import GridTensor
 from peft_lrqat.modules.packed import MERGED, QuantizedLinear
 from peft_lrqat.modules.rounded_input import BitNetLinear, Int8Linear
+from peft_lrqat.ops import mean_code
 from peft_lrqat.tuners.lowbit_sr import LowBitSRLinear
 from peft_lrqat.tuners.lrqat import LRQATLinear
 from tests.files import read
@@ -169,6 +172,54 @@ def test_rounded_activations_are_equal_under_autocast(make):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         trained = logits(model, tokens())
         assert torch.equal(logits(model.merge_and_unload(), tokens()), trained)
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "learn_scales": True, "group_size": 8}], ids=str)
+def test_a_merge_reads_the_codes_once_for_the_scales_of_a_ternary_forward(options: dict, monkeypatch):
+    model = low_bit(tiny(**MODEL), **options, forward_bits=1.58)
+    layers = {
+        name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LowBitSRLinear)
+    }
+
+    def stored() -> dict[str, GridTensor]:
+        return {name: layer.grid_tensor() for name, layer in layers.items()}
+
+    train(model, tokens(), lr=2e-2)
+    model.merge_adapter()  # which must not leave anything of these codes behind
+    before = stored()
+    model.unmerge_adapter()
+    train(model, tokens(), lr=2e-2)
+    after = stored()
+    assert any(not torch.equal(before[name].scale, weight.scale) for name, weight in after.items())
+
+    read = Counter()
+
+    def counted(packed: torch.Tensor, *shape: int) -> torch.Tensor:
+        read[packed.data_ptr()] += 1
+        return mean_code(packed, *shape)
+
+    monkeypatch.setattr("peft_lrqat.tuners.lowbit_sr.layer.mean_code", counted)
+    codes = [layer.lowbitsr_weight["default"].weight.packed for layer in layers.values()]
+    merged = model.merge_and_unload(safe_merge=True)
+    assert read == {packed.data_ptr(): 1 for packed in codes}
+    for name, weight in after.items():
+        again = merged.get_submodule(name).grid_tensor()
+        assert torch.equal(again.codes, weight.codes)
+        assert torch.equal(again.scale, weight.scale)
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_a_weight_that_is_stored_or_shown_has_its_codes_read_once_for_its_scales(learn_scales: bool, monkeypatch):
+    model = low_bit(tiny(**MODEL), bits=8, forward_bits=1.58, learn_scales=learn_scales)
+    layer = next(module for module in model.modules() if isinstance(module, LowBitSRLinear))
+    expected = layer.grid_tensor()
+    read = []
+    monkeypatch.setattr(
+        "peft_lrqat.tuners.lowbit_sr.layer.mean_code", lambda *given: read.append(0) or mean_code(*given)
+    )
+    assert torch.equal(layer.grid_tensor().codes, expected.codes)
+    assert torch.equal(layer.weight, expected.dequantize(torch.float32))
+    assert len(read) == 2
 
 
 def test_a_base_with_rounded_activations_is_the_model_at_step_0():
