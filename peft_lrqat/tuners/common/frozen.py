@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -20,15 +20,14 @@ from ...ops.inputs import linear_input
 from ...ops.latent import places_of
 from ...ops.linear import linear_weight
 from ...ops.shared_inputs import round_shared
-from ...ops.staging import Schedule, Stored, in_memory
 from ...ops.static_inputs import LearnedScale
 from ...ops.stored_base import BaseFormat, decode_base, encode_base, from_eight_bits, to_eight_bits
 from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
 from .fingerprint import VERSION, codes_checksum, float_checksum, position_weighted_sum
-from .packed_parameter import PackedParameter, packs_state_dicts, whole
+from .offload import Offloadable
+from .packed_parameter import PackedParameter, packs_state_dicts
 from .parallel import refuse_data_parallel
-from .staying import StaysHere
 
 _WHY_READ_ONLY = (
     "The base of this layer is frozen integers, of which this weight is built for reading. Change the float model "
@@ -36,7 +35,7 @@ _WHY_READ_ONLY = (
 )
 
 
-class FrozenWeight(StaysHere, KeepsWeight):
+class FrozenWeight(Offloadable, KeepsWeight):
     """W0 in grid steps, downcast: what LR-QAT keeps of an nn.Linear (LR-QAT eq. 6 and 7).
 
     `of_floats` rounds a float layer; `of_codes` takes the codes, scales and zero points of one that was quantized
@@ -46,7 +45,7 @@ class FrozenWeight(StaysHere, KeepsWeight):
     `.half()` or mixed-precision policy can change a bit of them.
 
     Parameters:
-        base: (out, words), see `ops.reference.encode_base`.
+        base: (out, words), see `ops.stored_base.encode_base`.
         scale0_bits: int32 (rows, groups), the bit patterns of the fp32 scales s0 (weight units per grid step).
         zero_point: int8 (rows, groups) or None, grid steps.
         bias: (out,) or None, as in the original layer.
@@ -58,13 +57,8 @@ class FrozenWeight(StaysHere, KeepsWeight):
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
         container_bits: how wide the codes of that layer were stored, if it was quantized.
         activations: how that layer rounded its input; None: not at all.
-        offloaded: whether base, scales and zero points lie in the CPU's memory, and are copied to `device` to be used.
-        schedule, block: the order of such layers in the model, and where in it this one is (`ops/staging.py`).
     """
 
-    base: nn.Parameter
-    scale0_bits: nn.Parameter
-    zero_point: nn.Parameter | None
     bias: nn.Parameter | None
     out_features: int
     in_features: int
@@ -73,20 +67,11 @@ class FrozenWeight(StaysHere, KeepsWeight):
     places: torch.Tensor | None = None
     experts: int = 1  # of how many experts of a mixture it is a projection (`lrqat/experts.py`)
     loading: bool = False  # while transformers loads the model, which asks for weights without reading them
-    offloaded: bool = False
-    _device: torch.device | None = None  # of a layer whose tensors are offloaded
-    schedule: Schedule
-    block: int = 0
-    _name: str = ""
-
-    #: The parameters that are stored in integers.
-    STORED = ("base", "scale0_bits", "zero_point")
 
     #: The attributes that describe the base.
-    description = frozenset(
+    description = Offloadable.description | frozenset(
         {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "activations", "fmt"}
-        | {"source_checksum", "lossless", "places", "loading", "experts", "offloaded"}
-        | {"_device", "schedule", "block", "_name"}
+        | {"source_checksum", "lossless", "places", "loading", "experts"}
     )
 
     def __init__(
@@ -257,43 +242,6 @@ class FrozenWeight(StaysHere, KeepsWeight):
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
         self.register_parameter("bias", bias)
 
-    def offload(self, schedule: Schedule | None = None, block: int = 0, name: str = "") -> None:
-        """Have base, scales and zero points in the CPU's memory from now on; where the layer computes stays the same.
-
-        Args:
-            schedule, block, name: the order of such layers, and the layer's place and name in it. None: an order of its
-                own.
-        """
-        self.offloaded, self._device = True, self.device
-        self.schedule, self.block, self._name = schedule or Schedule(), block, name
-        self._settle()
-
-    def _settle(self) -> None:
-        """Bring offloaded tensors to where they can be copied from, and take note of them."""
-        for name in self.STORED:
-            parameter = self._parameters[name]
-            if parameter is not None and (there := in_memory(parameter.data, self.device)) is not parameter.data:
-                self._parameters[name] = PackedParameter(there)
-        self.schedule.hold(self.block, self._name, self._tensors(), self.device)
-
-    def _tensors(self) -> Stored:
-        held: Any = self._parameters  # every product asks, and `self.base` takes half a microsecond
-        return whole(held["base"]), whole(held["scale0_bits"]).view(torch.float32), whole(held["zero_point"])
-
-    def stored(self) -> Stored:
-        """What operations take: base, s0 and zero point. They may be staged (`ops/staging.py`)."""
-        tensors = self._tensors()
-        if not self.offloaded or torch.compiler.is_compiling():
-            return tensors
-        if self.schedule.knows(self.block, self._name, tensors, self.device):
-            return tensors
-        self._settle()  # of a copy of a model, or one whose tensors somebody has moved
-        return self._tensors()
-
-    def here(self, tensor: Any) -> Any:
-        """All of one of the layer's tensors, on its device."""
-        return whole(tensor) if tensor is None else whole(tensor).to(self.device)
-
     @torch.no_grad()
     def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(base, s0, zero point) of a float (out, in) weight, a row chunk at a time."""
@@ -316,16 +264,6 @@ class FrozenWeight(StaysHere, KeepsWeight):
             parts.append(encode_base(levels.view(-1, self.in_features), self.fmt.bits, self.downcast))
         self.lossless = int((changed == 0).sum()), changed.numel()
         return torch.cat(parts), scale, zero_point
-
-    @property
-    def scale0(self) -> torch.Tensor:
-        """s0: fp32 (rows, groups), weight units per grid step."""
-        return self.here(self.scale0_bits).view(torch.float32)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return self.base.device if self._device is None else self._device
 
     def slot(self) -> Slot | None:
         return None if self.offloaded else super().slot()  # there is no room for weights
@@ -400,23 +338,11 @@ class FrozenWeight(StaysHere, KeepsWeight):
 
     _replicate_for_data_parallel = refuse_data_parallel
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # the dtype of what is built from the integers follows `model.to(dtype)`, as a float weight would
-        moved = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
-        self.compute_dtype = moved.dtype
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
         self.places = None if self.places is None else fn(self.places)
-        if not self.offloaded:
-            return super()._apply(fn, recurse)
-        stays = {name: self._parameters.pop(name) for name in self.STORED}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            others = dict(self._parameters)
-            self._parameters.clear()
-            self._parameters.update({**stays, **others})
-        self._device = moved.device
-        self._settle()
-        return self
+        return super()._apply(fn, recurse)
 
     def product(
         self,
