@@ -20,7 +20,7 @@ A merged module (`modules/packed.py`, `modules/rounded_input.py`) holds the same
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -131,12 +131,40 @@ def quantization_config(
     """
     loading = loading or Loading()
     alike: dict[Stored, list[str]] = {}
-    for name, scheme in layers.items():
-        alike.setdefault(scheme, []).append(name)
+    for name, stored in layers.items():
+        alike.setdefault(stored, []).append(name)
     targets = [["Linear"]] if len(alike) == 1 else list(alike.values())
-    groups = [_group(names, *scheme) for names, scheme in zip(targets, alike, strict=True)]
-    config = _config(float_linears, {f"group_{i}": group for i, group in enumerate(groups)}, loading)
-    return {**config, "kv_cache_scheme": _cache_scheme(cache)}
+    groups = [_group(names, *stored) for names, stored in zip(targets, alike, strict=True)]
+    formats = {group["format"] for group in groups}
+    config: dict[str, Any] = {
+        "quant_method": NAME,
+        "version": "0.18.0",  # the first that packs odd widths as `packing.py` does
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": [*float_linears, *([_EXPERTS] if loading.experts else [])],
+        "kv_cache_scheme": _cache_scheme(cache),
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+    }
+    if _dequantizes(alike, loading):
+        config["dequantize"] = True
+    if loading.joins and not loading.packed_experts:
+        config["config_groups"]["floats_to_join"] = _FLOATS_TO_JOIN
+    return config
+
+
+#: How config.json names the experts of a mixture, which are one tensor in the model and modules in the file.
+_EXPERTS = r"re:.*\.experts\..*"
+
+# transformers 5.23 takes whatever it joins while loading for quantized experts, drops tensors that are not, and fails.
+# How they are quantized, it reads from the group whose patterns speak of "experts"; those of 8-bit floats without
+# scales it leaves as they are. This one says so, of modules that no model has.
+_FLOATS_TO_JOIN = {
+    "targets": ["re:^no module: float experts stay as they are$"],
+    "format": "float-quantized",
+    "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
+    "input_activations": None,
+    "output_activations": None,
+}
 
 
 def _cache_scheme(cache: CacheRounding | None) -> dict[str, Any] | None:
@@ -182,7 +210,7 @@ def _group(targets: list[str], grid: Grid, bits: int, activations: Activations |
             "num_bits": bits,
             "type": "int",
             "symmetric": grid.symmetric,
-            # a per-tensor scale is stored once per channel, see QuantizedLinear
+            # a per-tensor scale is stored once per channel, see `packed_tensors`
             "strategy": "group" if grid.group_size > 0 else "channel",
             "group_size": grid.group_size if grid.group_size > 0 else None,
             "dynamic": False,
@@ -192,71 +220,39 @@ def _group(targets: list[str], grid: Grid, bits: int, activations: Activations |
     }
 
 
+#: What all activations that are rounded have in common.
+_INTEGERS = {"type": "int", "symmetric": True}
+
+
 def _input_activations(activations: Activations) -> dict[str, Any]:
+    said = {"num_bits": activations.bits, **_INTEGERS, "dynamic": not activations.static}
     if activations.static:
-        return {"num_bits": activations.bits, "type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+        return {**said, "strategy": "tensor"}
     by_token = activations.group_size == PER_TOKEN
-    said = {"num_bits": activations.bits, "type": "int", "symmetric": True, "dynamic": True}
     said |= {"strategy": "token"} if by_token else {"strategy": "group", "group_size": activations.group_size}
     return said if activations.rule == NAME else {**said, "observer_kwargs": {_RULE: activations.rule}}
 
 
 def _read_activations(inputs: dict[str, Any]) -> Activations | None:
     """What `_input_activations` says, or None if inputs are rounded in another way."""
-    strategy, dynamic = inputs.get("strategy"), inputs.get("dynamic")
-    if (strategy, dynamic, inputs.get("num_bits")) == ("tensor", False, 8):
-        inputs = {**inputs, "strategy": "token", "dynamic": True}
-        found = _read_activations(inputs)
-        return None if found is None else replace(found, static=True)
-    plain = {"type": "int", "symmetric": True, "dynamic": True}
-    size = {"token": PER_TOKEN, "group": inputs.get("group_size")}.get(str(inputs.get("strategy")))
-    if any(inputs.get(key) != value for key, value in plain.items()) or not isinstance(size, int):
+    strategy, dynamic, bits = (inputs.get(key) for key in ("strategy", "dynamic", "num_bits"))
+    static = (strategy, dynamic, bits) == ("tensor", False, 8)
+    size = PER_TOKEN if static or strategy == "token" else inputs.get("group_size") if strategy == "group" else None
+    if any(inputs.get(key) != value for key, value in _INTEGERS.items()) or (dynamic is not True and not static):
         return None
-    bits, rule = inputs.get("num_bits"), (inputs.get("observer_kwargs") or {}).get(_RULE, NAME)
-    return Activations(rule, bits, size) if bits in (4, 8) and (size > 0 or size == PER_TOKEN) else None
+    if bits not in (4, 8) or not isinstance(size, int) or (size <= 0 and size != PER_TOKEN):
+        return None
+    return Activations((inputs.get("observer_kwargs") or {}).get(_RULE, NAME), bits, size, static)
 
 
-def _config(float_linears: list[str], groups: dict[str, dict[str, Any]], loading: Loading) -> dict[str, Any]:
-    formats = {group["format"] for group in groups.values()}
-    config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "version": "0.18.0",  # the first that packs odd widths as `packing.py` does
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "ignore": [*float_linears, *([EXPERTS] if loading.experts else [])],
-        "kv_cache_scheme": None,
-        "config_groups": groups,
-    }
-    if _dequantizes([group["weights"]["symmetric"] for group in groups.values()], loading):
-        config["dequantize"] = True
-    if loading.joins and not loading.packed_experts:
-        config["config_groups"] = {**groups, "floats_to_join": _FLOATS_TO_JOIN}
-    return config
-
-
-def _dequantizes(symmetric: Collection[bool], loading: Loading) -> bool:
+def _dequantizes(layers: Iterable[Stored], loading: Loading) -> bool:
     """Whether transformers must decompress while it loads. It takes the choice from config.json; vLLM ignores the key.
 
     Otherwise it keeps the model compressed until the first forward. There it sizes packed zero points wrongly (its
     "weight_zero_point" has one row per output channel, and loading fails; seen with transformers 5.23 and
     compressed-tensors 0.20), and has no weight for those who read one before that forward.
     """
-    return loading.early or not all(symmetric)
-
-
-# transformers 5.23 takes whatever it joins while loading for quantized experts, drops tensors that are not, and fails.
-# How they are quantized, it reads from the group whose patterns speak of "experts"; those of 8-bit floats without
-# scales it leaves as they are. This one says so, of modules that no model has.
-_FLOATS_TO_JOIN = {
-    "targets": ["re:^no module: float experts stay as they are$"],
-    "format": "float-quantized",
-    "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
-    "input_activations": None,
-    "output_activations": None,
-}
-
-#: How config.json names the experts of a mixture, which are one tensor in the model and modules in the file.
-EXPERTS = r"re:.*\.experts\..*"
+    return loading.early or not all(grid.symmetric for grid, _, _ in layers)
 
 
 def stored_problem(
@@ -266,10 +262,13 @@ def stored_problem(
     kinds = set(layers)
     if problem := loading_problem(kinds, loading, cache):
         return problem
-    lacks = "`dequantize`: true"
-    if quantization.get("dequantize") or not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
-        lacks = "a group for the experts" if loading.joins and not _speaks_of_experts(quantization) else ""
-    return lacks and f"quantization_config in config.json lacks {lacks}; export it anew, which adds it"
+    if _dequantizes(kinds, loading) and not quantization.get("dequantize"):
+        lacks = "`dequantize`: true"
+    elif loading.joins and not _speaks_of_experts(quantization):
+        lacks = "a group for the experts"
+    else:
+        return ""
+    return f"quantization_config in config.json lacks {lacks}; export it anew, which adds it"
 
 
 def _speaks_of_experts(quantization: dict[str, Any]) -> bool:
@@ -299,16 +298,15 @@ def loading_problem(layers: Iterable[Stored], loading: Loading, cache: CacheRoun
         )
     if loading.packed_experts and not all(grid.symmetric for grid, _, _ in kinds):
         return "transformers reads no zero points of experts (seen with 5.23)"
-    if not _dequantizes([grid.symmetric for grid, _, _ in kinds], loading):
+    if not _dequantizes(kinds, loading):
         return ""
     why = "reads weights of this architecture before the first forward" if loading.early else "reads zero points"
+    then = f"transformers {why}, so it decompresses the model while loading, and then"
     if any(activations is not None for _, _, activations in kinds):
-        return f"transformers {why}, so it decompresses the model while loading, and then rounds no activations"
+        return f"{then} rounds no activations"
     if cache is not None and cache.rule == "transformers":
-        return f"transformers {why}, so it decompresses the model while loading, and then rounds no KV cache"
-    if len(kinds) > 1:
-        return f"transformers {why}, so it decompresses the model while loading, and then knows one grid for all layers"
-    return ""
+        return f"{then} rounds no KV cache"
+    return f"{then} knows one grid for all layers" if len(kinds) > 1 else ""
 
 
 # -- reading
@@ -385,8 +383,8 @@ def scheme_of(label: str, group: dict[str, Any], fallback: str | None, packing: 
                 f"{label} of the checkpoint quantizes activations as well as weights, as {inputs} (and outputs as "
                 f"{group.get('output_activations')}). Of those, 8 or 4 bits, symmetric and dynamic, per token or "
                 "group, and 8 bits, symmetric, with one fixed scale, beside symmetric weights can be read. Start from "
-                "a weight-only checkpoint or from the float model; `act_bits`, of either "
-                "configuration, trains with activations on such a grid."
+                "a weight-only checkpoint or from the float model; `act_bits`, of either configuration, trains with "
+                "activations on such a grid."
             )
     return Scheme(NAME, weights.get("num_bits", 8), group_size, symmetric, packing, activations)
 
@@ -428,15 +426,16 @@ def read_codes(scheme: Scheme, tensors: Tensors, out_features: int, in_features:
     and are checked."""
     if "weight_packed" in tensors:
         return _unpack_rows(tensors["weight_packed"], scheme.bits, in_features, scheme.variant)
-    codes = tensors["weight"]
-    if codes.is_floating_point():
-        scale, zero_point = read_scales(scheme, tensors, out_features, in_features)
-        scale, zero_point = scale.float(), None if zero_point is None else zero_point.to(torch.int8)
-        codes = quantize(tensors["weight"], scale, zero_point, Grid(scheme.bits, PER_CHANNEL, zero_point is None))
-        if not torch.equal(dequantize(codes, scale, zero_point, tensors["weight"].dtype), tensors["weight"]):
-            raise RuntimeError("the weight was changed after it was loaded, and does not lie on its grid any more")
-    elif codes.dtype != torch.int8:
-        raise RuntimeError(f"`weight` is {codes.dtype}, not int8")
+    weight = tensors["weight"]
+    if not weight.is_floating_point():
+        if weight.dtype != torch.int8:
+            raise RuntimeError(f"`weight` is {weight.dtype}, not int8")
+        return weight
+    scale, zero_point = read_scales(scheme, tensors, out_features, in_features)
+    scale, zero_point = scale.float(), None if zero_point is None else zero_point.to(torch.int8)
+    codes = quantize(weight, scale, zero_point, Grid(scheme.bits, PER_CHANNEL, zero_point is None))
+    if not torch.equal(dequantize(codes, scale, zero_point, weight.dtype), weight):
+        raise RuntimeError("the weight was changed after it was loaded, and does not lie on its grid any more")
     return codes
 
 
@@ -473,9 +472,9 @@ class CompressedTensorsWriter(SafetensorsWriter):
     in_vllm = True
 
     def problems(self, source: Source, settings: Settings) -> list[Problem]:
-        packed, found = self.packed(source), no_linear(source, "compressed-tensors")
+        packed, found = self.packed(source), no_linear(source, NAME)
         found += scale_problems(source, {name: info.dtype for name, info in packed.items()})
-        found += container_problems(packed, settings, WIDTHS, "compressed-tensors")
+        found += container_problems(packed, settings, WIDTHS, NAME)
         stored = {name: _stored(info, settings) for name, info in packed.items()}
         for trained, by in dict.fromkeys((info.activations, stored[name][2]) for name, info in packed.items()):
             if trained is not None and by is not None and trained != by:

@@ -31,7 +31,7 @@ class Scheme:
         bits: width of the stored codes.
         group_size: as in `Grid`.
         symmetric: what the checkpoint says; the zero points that it stores have the last word.
-        variant: what else the method tells apart: GPTQ's version, compressed-tensors' kind of file.
+        variant: what else the method tells apart: GPTQ's version, how compressed-tensors packed codes of odd width.
         activations: how inputs are rounded, or None.
         code_grid: the bits of the grid, where it is not that of `bits`: 1.58 for ternary codes in two bits.
     """
