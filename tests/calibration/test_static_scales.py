@@ -16,7 +16,7 @@ from peft_lrqat.checkpoint.open import open_source
 from peft_lrqat.checkpoint.verify import verify
 from peft_lrqat.modules.rounded_input import Int8Linear
 from peft_lrqat.ops import use_kernels
-from peft_lrqat.tuners.common import layer as layer_module
+from peft_lrqat.tuners.common import input_scale
 from tests.files import read
 from tests.models import adapted, logits, low_bit, tiny, tokens, train
 
@@ -88,7 +88,7 @@ def test_a_product_rounds_its_input_as_the_rounding_alone_does(make, autocast, k
     found = []
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr(layer_module, "shared_values", lambda *args: None)
+            monkeypatch.setattr(input_scale, "shared_values", lambda *args: None)
         model.zero_grad()
         with use_kernels(kernels), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = model(input_ids=tokens(), labels=tokens())

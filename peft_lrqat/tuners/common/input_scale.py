@@ -1,4 +1,5 @@
-"""The learned fixed scale of a layer's input, and which layers have it in common: those that are given one input.
+"""How an adapted layer rounds its input; and the learned fixed scale of it, which layers that are given one input have
+in common.
 
 An engine makes one product of q, k and v, of gate and up, and of DeepSeek's q_a and kv_a (between which q_b stands),
 and has one fixed scale for what goes in: vLLM 0.32 has one place for it, and copies the scale of each of the layers
@@ -20,8 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ...ops.activations import Activations, round_activations
+from ...ops.inputs import linear_input
+from ...ops.shared_inputs import shared_values
+from ...ops.static_inputs import LearnedScale, round_learned, static_scale
 from .decay import watch
-from .packed_parameter import share
+from .packed_parameter import share, whole
 
 
 class AdapterWeight(nn.Module):
@@ -118,6 +123,97 @@ class InputScale(AdapterWeight):
             missing: torch's list of missing keys, which each call makes anew.
         """
         return any(other.weight is self.weight and other._loaded_in is missing for other in self.before)
+
+
+class RoundsInput:
+    """A layer whose input is rounded where the options of its adapters say so.
+
+    Attributes:
+        act_scales: nn.ModuleDict, adapter -> InputScale, where inputs have a fixed scale.
+        adapter_options: adapter -> its configuration.
+        name: of the module in the model.
+    """
+
+    act_scales: Any
+    adapter_options: dict[str, Any]
+    name: str
+    _calibrated: set[str]  # the adapters whose fixed scale is known to be set
+    _observer: Any = None  # while `calibrate_activations` runs: its `see` is called with the inputs
+
+    @property
+    def frozen(self) -> Any:
+        """The base."""
+        raise NotImplementedError
+
+    def _add_input_scale(self, adapter: str, config: Any) -> None:
+        """Give an adapter its fixed scale of inputs, if it has one: not a number until it is calibrated or loaded."""
+        if config.learns_input_scale(self.name):
+            self._calibrated.discard(adapter)
+            self.act_scales[adapter] = InputScale(self.frozen.device)
+
+    def _rounded(
+        self, x: torch.Tensor, activations: Activations | None, adapters: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LearnedScale | None]:
+        """Round an input, x (..., in), for these adapters.
+
+        Returns:
+            (rounded, None, None): x checked, in autocast's dtype and rounded, differentiable. Or, where the layers that
+            are given one input round it together, (x, values, learned): x as it was, which the gradient belongs to,
+            the numbers that it was rounded to, and the fixed scale that did it, if one did.
+        """
+        if activations is None:
+            return linear_input(x, self.frozen), None, None
+        learned = None
+        if activations.static:
+            if self._observer is not None:
+                self._observer.see(x)
+                return linear_input(x, self.frozen), None, None
+            learned = self._learned_scale(adapters, activations.bits)
+        values = shared_values(x, activations, self.frozen, learned)
+        if values is not None:
+            return x, values, learned
+        x = linear_input(x, self.frozen)
+        return (round_activations(x, activations) if learned is None else round_learned(x, learned)), None, None
+
+    def _input_scale(self, adapters: list[str]) -> torch.Tensor | None:
+        """The fixed scale of inputs with these adapters, fp32 (1,), as it is stored; None: inputs have none."""
+        log2 = self._log2_scale(adapters)
+        return None if log2 is None else static_scale(log2, self.frozen.scale_dtype)
+
+    def _learned_scale(self, adapters: list[str], bits: int) -> LearnedScale | None:
+        """The fixed scale of inputs with these adapters, to be learned; None: inputs have none."""
+        log2 = self._log2_scale(adapters)
+        return None if log2 is None else LearnedScale(log2, self.frozen.scale_dtype, bits)
+
+    def _log2_scale(self, adapters: list[str]) -> torch.Tensor | None:
+        """The parameter of the fixed scale of inputs with these adapters, (1,); None: inputs have none."""
+        scales = self.act_scales
+        if len(adapters) == 1 and (name := adapters[0]) in self._calibrated and name in scales:  # with little Python
+            return whole(scales[name].weight)
+        present = [name for name in adapters if name in scales]
+        if len(present) != 1:  # which is seen at once; options, in every forward, would cost Python
+            own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
+            if not any(self.adapter_options[name].learns_input_scale(self.name) for name in own):
+                return None
+            raise ValueError(
+                f"Fixed scales of activations (`act_scale='static'`) belong to an adapter, but layer {self.name!r} is "
+                f"to work with {' and '.join(map(repr, present)) or 'none'}. Activate one adapter; for a reference "
+                "model without adapter (DPO), load one of its own, or use act_scale='dynamic'."
+            )
+        if not self._is_calibrated(present[0]):
+            raise ValueError(
+                f"The fixed scale of the input of layer {self.name!r} is not set. Call "
+                "`calibrate_activations(model, batches)` before training, or load a trained adapter."
+            )
+        scales[present[0]].settle()
+        return whole(scales[present[0]].weight)
+
+    @torch.compiler.assume_constant_result  # torch.compile asks once, while it compiles
+    def _is_calibrated(self, adapter: str) -> bool:
+        """Whether the fixed scale of an adapter is set, which it then remains."""
+        if adapter not in self._calibrated and not bool(whole(self.act_scales[adapter].weight).isnan().any()):
+            self._calibrated.add(adapter)
+        return adapter in self._calibrated
 
 
 _DIFFER = (

@@ -29,12 +29,7 @@ from ...formats.source import LayerInfo
 from ...grid import GridTensor, scale_bounds, scales_out_of_range
 from ...modules.carry import carry_hooks
 from ...modules.packed import merged_layer
-from ...ops.activations import Activations, round_activations
-from ...ops.inputs import linear_input
-from ...ops.shared_inputs import shared_values
-from ...ops.static_inputs import LearnedScale, round_learned, static_scale
-from .input_scale import InputScale
-from .packed_parameter import whole
+from .input_scale import RoundsInput
 from .plain import user_attributes
 from .unfilled import refuse_unfilled
 
@@ -96,10 +91,10 @@ class _NoDropout(dict):
         pass
 
 
-class MergingLayer(LoraLayer):
+class MergingLayer(RoundsInput, LoraLayer):
     """A layer over a `FrozenWeight` whose `base_layer` is what the checkpoint will hold while adapters are merged.
 
-    A subclass has `act_scales`, `_run_one`, and what raises NotImplementedError here.
+    A subclass has `act_scales`, and what raises NotImplementedError here.
 
     Attributes:
         adapter_options: adapter -> its configuration.
@@ -110,10 +105,6 @@ class MergingLayer(LoraLayer):
     base_layer: Any
     named_parameters: Any  # of nn.Module, which a subclass is as well
     _before_merge: Any = None
-    adapter_options: dict[str, Any]
-    act_scales: Any  # ModuleDict, adapter -> InputScale, where inputs have a fixed scale
-    _calibrated: set[str]  # the adapters whose fixed scale is known to be set
-    _observer: Any = None  # while `calibrate_activations` runs: its `see` is called with the inputs
 
     other_param_names = (*LoraLayer.other_param_names, "adapter_options")
 
@@ -128,6 +119,8 @@ class MergingLayer(LoraLayer):
         super().__init__(base_layer, ephemeral_gpu_offload, **kwargs)
         for name in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_dropout"):
             delattr(self, name)
+        self.adapter_options: dict[str, Any] = {}
+        self._calibrated = set()
 
     @property
     def frozen(self) -> Any:
@@ -180,8 +173,26 @@ class MergingLayer(LoraLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The layer with one adapter; "__base__": with none."""
+    # -- forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the layer's output, with the active adapters: x (..., in) to (..., out)."""
+        adapter_names = None
+        if kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._run(x, [])
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        if self.merged:
+            return self._run_merged(x)
+        return self._run(x, self.active_adapters)
+
+    def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        """The layer, not merged, with those of these adapters that it has; the base where it has none."""
         raise NotImplementedError
 
     def _run_merged(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,84 +206,11 @@ class MergingLayer(LoraLayer):
         out: torch.Tensor | None = None
         for name in dict.fromkeys(adapter_names):
             index = [i for i, other in enumerate(adapter_names) if other == name]
-            part = self._run_one(x[index], name)
+            part = self._run(x[index], [] if name == "__base__" else [name])
             if out is None:
                 out = part.new_empty(x.shape[0], *part.shape[1:])
             out[index] = part
-        return out if out is not None else self._run_one(x, "__base__")
-
-    # -- inputs
-
-    def _add_input_scale(self, adapter: str, config: Any) -> None:
-        """Give an adapter its fixed scale of inputs, if it has one: not a number until it is calibrated or loaded."""
-        if config.learns_input_scale(self.name):
-            self._calibrated.discard(adapter)
-            self.act_scales[adapter] = InputScale(self.frozen.device)
-
-    def _rounded(
-        self, x: torch.Tensor, activations: Activations | None, adapters: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LearnedScale | None]:
-        """What the layer multiplies with these adapters: an input, checked, in autocast's dtype and rounded. Or the
-        input as it was, which the gradient belongs to, the numbers that it was rounded to, and the fixed scale that did
-        it, if one did."""
-        if activations is None:
-            return linear_input(x, self.frozen), None, None
-        learned = None
-        if activations.static:
-            if self._observer is not None:
-                self._observer.see(x)
-                return linear_input(x, self.frozen), None, None
-            learned = self._learned_scale(adapters, activations.bits)
-        values = shared_values(x, activations, self.frozen, learned)
-        if values is not None:
-            return x, values, learned
-        x = linear_input(x, self.frozen)
-        return (round_activations(x, activations) if learned is None else round_learned(x, learned)), None, None
-
-    def _input_scale(self, adapters: list[str]) -> torch.Tensor | None:
-        """The fixed scale of inputs with these adapters, fp32 (1,), as it is stored; None: inputs have none."""
-        log2 = self._log2_scale(adapters)
-        return None if log2 is None else static_scale(log2, self.frozen.scale_dtype)
-
-    def _learned_scale(self, adapters: list[str], bits: int) -> LearnedScale | None:
-        """The fixed scale of inputs with these adapters, to be learned; None: inputs have none."""
-        log2 = self._log2_scale(adapters)
-        return None if log2 is None else LearnedScale(log2, self.frozen.scale_dtype, bits)
-
-    def _log2_scale(self, adapters: list[str]) -> torch.Tensor | None:
-        """The parameter of the fixed scale of inputs with these adapters, (1,); None: inputs have none."""
-        scales = self.act_scales
-        if len(adapters) == 1 and (name := adapters[0]) in self._calibrated and name in scales:  # with little Python
-            return whole(scales[name].weight)
-        present = [name for name in adapters if name in scales]
-        if len(present) != 1:  # which is seen at once; options, in every forward, would cost Python
-            own = [name for name in adapters if name in self.adapter_options] or list(self.adapter_options)
-            if not any(self.adapter_options[name].learns_input_scale(self.name) for name in own):
-                return None
-            raise ValueError(
-                f"Fixed scales of activations (`act_scale='static'`) belong to an adapter, but layer {self.name!r} is "
-                f"to work with {' and '.join(map(repr, present)) or 'none'}. Activate one adapter; for a reference "
-                "model without adapter (DPO), load one of its own, or use act_scale='dynamic'."
-            )
-        if not self._is_calibrated(present[0]):
-            raise ValueError(
-                f"The fixed scale of the input of layer {self.name!r} is not set. Call "
-                "`calibrate_activations(model, batches)` before training, or load a trained adapter."
-            )
-        scales[present[0]].settle()
-        return whole(scales[present[0]].weight)
-
-    @torch.compiler.assume_constant_result  # torch.compile asks once, while it compiles
-    def _is_calibrated(self, adapter: str) -> bool:
-        """Whether the fixed scale of an adapter is set, which it then remains."""
-        if adapter not in self._calibrated and not bool(whole(self.act_scales[adapter].weight).isnan().any()):
-            self._calibrated.add(adapter)
-        return adapter in self._calibrated
-
-    def check_input_scale(self) -> None:
-        """Raise ValueError if the fixed scale of inputs, of the adapters that would be merged, is not set yet."""
-        if not self.merged:
-            self._input_scale(self._adapters_at_work())
+        return out if out is not None else self._run(x, [])
 
     # -- what merging makes of the layer
 
@@ -377,6 +315,11 @@ class MergingLayer(LoraLayer):
         if adapter not in computed:
             computed[adapter] = compute()
         return computed[adapter]
+
+    def check_input_scale(self) -> None:
+        """Raise ValueError if the fixed scale of inputs, of the adapters that would be merged, is not set yet."""
+        if not self.merged:
+            self._input_scale(self._adapters_at_work())
 
     def _check_values(self, adapters: list[str]) -> None:
         """Raise ValueError, for adapters on the meta device, unless the whole layer is there."""

@@ -131,8 +131,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             self.add_module(name_of_part, PartView(self.lowbitsr_weight, attribute))
         self.lowbitsr_scale_shift = nn.ModuleDict({})
         self.lowbitsr_act_scale = nn.ModuleDict({})
-        self._calibrated: set[str] = set()
-        self.adapter_options: dict[str, LowBitSRConfig] = {}
         self.adapter_activations: dict[str, Activations | None] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, name=name)
@@ -307,27 +305,12 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
     # -- forward
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the layer's output, with the active adapter's codes: x (..., in) to (..., out)."""
-        adapter_names = None
-        if kwargs:
-            self._check_forward_args(x, *args, **kwargs)
-            adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._base(x)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names=adapter_names)
-        if self.merged:
-            return self._run_merged(x)
-        adapter = self._the_one(self.active_adapters)
-        return self._base(x) if adapter is None else self._run(x, adapter)
+    forward = MergingLayer.forward  # nn.Module's, which raises, would come first
 
-    def _base(self, x: torch.Tensor) -> torch.Tensor:
-        return self._kept()(x)
-
-    def _run(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        adapter = self._the_one(adapters)
+        if adapter is None:
+            return self._kept()(x)
         weight = self._weight(adapter)
         options = self.adapter_options[adapter]
         if not hasattr(weight, "packed"):
@@ -400,9 +383,6 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
 
         shifts = [self.lowbitsr_scale_shift[adapter].weight] if adapter in self.lowbitsr_scale_shift else []
         return slot.get(dtype, (weight.packed, weight.scale, *shifts), build, adapter)
-
-    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        return self._run(x, adapter) if adapter in self.lowbitsr_weight else self._base(x)
 
     # -- merging
 

@@ -148,8 +148,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.name = kwargs.get("target_name", "")
         self.lora_scale_shift = nn.ModuleDict({})
         self.lora_act_scale = nn.ModuleDict({})
-        self._calibrated: set[str] = set()
-        self.adapter_options: dict[str, LRQATConfig] = {}
         self.activations = config.activations_of(self.name)  # all adapters of a model share it
         self._active_adapter = adapter_name
         # the float weight is at hand only now, for the initialization that wants it
@@ -294,21 +292,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     # -- forward
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the layer's output, with the active adapters inside the rounding: x (..., in) to (..., out)."""
-        adapter_names = None
-        if kwargs:
-            self._check_forward_args(x, *args, **kwargs)
-            adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._run(x, [])
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names=adapter_names)
-        if self.merged:
-            return self._run_merged(x)
-        return self._run(x, self.active_adapters)
+    forward = MergingLayer.forward  # nn.Module's, which raises, would come first
 
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         frozen: Any = self._modules["base_layer"]
@@ -333,9 +317,6 @@ class LRQATLinear(nn.Module, LRQATLayer):
         factors = [factor[name].weight for name in present for factor in (self.lora_A, self.lora_B)]
         shifts = [self.lora_scale_shift[name].weight for name in adapters if name in self.lora_scale_shift]
         return frozen.kept_weight(dtype, slot, (*factors, *shifts), key, lambda: self._operands(adapters))
-
-    def _run_one(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        return self._run(x, [] if adapter == "__base__" else [adapter])
 
     # -- merging
 
