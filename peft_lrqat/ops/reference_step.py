@@ -189,11 +189,15 @@ def decode_second_moment(codes: torch.Tensor, top: torch.Tensor) -> torch.Tensor
     return _unblock((k << _V_SHIFT).view(torch.float32).square(), codes.shape[1])
 
 
+#: What a state is called -> the tensor of the second moment that it has, and others have not.
+SECOND_MOMENT = {"fp32": "exp_avg_sq", "8bit": "exp_avg_sq_codes", "factored": "exp_avg_sq_rows"}
+
+
 def new_state(shape: torch.Size, kind: str, momentum: str | None, device: torch.device) -> dict[str, torch.Tensor]:
     """Make the state of an (out, in) weight before its first step: zeros, by name.
 
     Args:
-        kind: "8bit", "factored" or "fp32".
+        kind: one of `SECOND_MOMENT`.
         momentum: its name, `Rule.momentum`; None leaves it out.
     """
     rows, columns = shape
@@ -341,7 +345,7 @@ def settle_momentum(state: dict[str, torch.Tensor], rule: Rule) -> None:
     if rule.momentum is None or _has_momentum(state, rule.momentum):
         return
     other = MOMENTUM if rule.momentum == DIRECTION else DIRECTION
-    v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
+    v = state[SECOND_MOMENT[rule.state]]
     new = new_state(torch.Size((v.shape[0], rule.columns)), rule.state, rule.momentum, v.device)
     state |= {name: new[name] for name in _momentum_names(rule.momentum) if name in new}
     if not _has_momentum(state, other):

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...rounding import SHARED_BITS
 from ..latent import PARTS, REACH
-from ..reference_step import BLOCK, CUBES, SMALLEST, Corrections, Rule
+from ..reference_step import BLOCK, CUBES, SECOND_MOMENT, SMALLEST, Corrections, Rule
 from .arithmetic import (
     cube_root_floor,
     dither,
@@ -415,7 +415,7 @@ def low_bit_update(
     device = packed.device
     poison = _poison(device, torch._C._cuda_getCurrentRawStream(device.index) if packed.is_cuda else 0)
     momentum = rule.momentum
-    v = next(state[name] for name in ("exp_avg_sq", "exp_avg_sq_codes", "exp_avg_sq_rows") if name in state)
+    v = state[SECOND_MOMENT[rule.state]]
     launch = _launch(rows, words, tuple(scale.shape), rule)
     of_parts = torch.empty(launch.grid, dtype=torch.float32, device=device) if norms else None
     launch(

@@ -138,6 +138,7 @@ class GridConfig(PeftConfigMixin):
 
     @staticmethod
     def _act_bits(bits: int | None) -> int | None:
+        """A value of `act_bits` or its pattern, with None for float, which users may call 16 as well."""
         return None if bits == FLOAT_BITS else bits
 
     def activations_of(self, name: str) -> Activations | None:
@@ -324,7 +325,7 @@ class GridConfig(PeftConfigMixin):
 
     def check_cache(self) -> None:
         """Raise ValueError if nothing serves a KV cache of `kv_bits` beside `export_format`."""
-        if self.kv_bits is not None and self.kv_rule == "transformers" and self.export_format == "bitnet":
+        if self.kv_bits is not None and self.kv_rule == "transformers" and self.export_format == bitnet.NAME:
             raise ValueError(
                 f"`kv_bits` is {self.kv_bits} with `export_format='bitnet'`, whose files cannot say that transformers "
                 "is to round the cache. Use `kv_rule='vllm'`, or `export_format='compressed-tensors'`."

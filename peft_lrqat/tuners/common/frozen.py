@@ -51,9 +51,14 @@ class FrozenWeight(Offloadable, KeepsWeight):
         bias: (out,) or None, as in the original layer.
 
     Attributes:
+        grid, downcast, scale_dtype: of the codes; one of `DOWNCASTS`; in what the scales that are stored are exact.
+        compute_dtype: of the weights that are built of it: that of the model, also after `model.to(dtype)`.
+        transposed: whether the layer was a Conv1D, whose weight is (in, out).
+        ranges: see `__init__`.
         source_checksum: of the weight that it was made from, see `fingerprint.py`; None where that was not finite.
         lossless: how many scales gave all their weights back when a float weight was rounded, and of how many.
-        places: where between the levels the float weights lay (`ops/latent.py`), for the first adapter to take.
+        places: int8 (out, in), where between the levels the float weights lay (`ops/latent.py`), for the first adapter
+            to take; None where it has, or takes none.
         fixed_point: whether that was a layer of 8-bit codes that are fixed-point numbers in steps of `grid`.
         container_bits: how wide the codes of that layer were stored, if it was quantized.
         activations: how that layer rounded its input; None: not at all.
@@ -217,7 +222,8 @@ class FrozenWeight(Offloadable, KeepsWeight):
 
     @skip_init_on_device
     def _again(self) -> FrozenWeight:
-        """The same base, over the same tensors, without what users have hung on the module."""
+        """The same base, over the same tensors, without what users have hung on the module: of one that was made of
+        floats while they were loaded (`loading.py`)."""
         shape = (self.out_features, self.in_features)
         ours = (self.grid, self.downcast, self.scale_dtype, self.compute_dtype, self.ranges, self.transposed)
         again = type(self)(shape, *ours)
@@ -296,8 +302,7 @@ class FrozenWeight(Offloadable, KeepsWeight):
         Args:
             dtype: of the result; None: the original layer's.
         """
-        bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
-        constants = (c, bits, downcast, kept, self.in_features, dtype or self.compute_dtype)
+        constants = (c, self.fmt.bits, self.downcast, self.scale_dtype, self.in_features, dtype or self.compute_dtype)
         base, scale0, zero_point = self.stored()
         return linear_weight(base, scale0, shift, zero_point, A, B, *constants)
 
@@ -333,6 +338,7 @@ class FrozenWeight(Offloadable, KeepsWeight):
             if tensor is not None:
                 stored = self.here(tensor.detach()).contiguous()
                 stored = stored.view(torch.uint8).reshape(stored.shape[0], -1)
+                # a salt for each, or bytes of one could make up for those of another
                 total += position_weighted_sum(stored, 40503 * (index + 1), version)
         return total
 
@@ -356,10 +362,10 @@ class FrozenWeight(Offloadable, KeepsWeight):
         learned: LearnedScale | None = None,
     ) -> torch.Tensor:
         """x W^T + bias with an adapter inside the rounding: see `ops.quantized_linear`."""
-        bits, downcast, kept = self.fmt.bits, self.downcast, self.scale_dtype
         base, scale0, zero_point = self.stored()
         weight = (base, scale0, shift, zero_point, A, B)
-        return quantized_linear(x, *weight, bias, c, bits, downcast, kept, values, learned)
+        constants = (c, self.fmt.bits, self.downcast, self.scale_dtype)
+        return quantized_linear(x, *weight, bias, *constants, values, learned)
 
     def kept_weight(
         self,

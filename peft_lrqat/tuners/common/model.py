@@ -233,6 +233,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         self._check_shared(config, self.peft_config)
 
     def _check_shared(self, config: Any, others: dict[str, Any]) -> None:
+        """Raise ValueError if a new adapter's `shared_options` are not those of the others (name -> configuration)."""
         for name, other in others.items():
             if other is config or not isinstance(other, self.config_cls):
                 continue

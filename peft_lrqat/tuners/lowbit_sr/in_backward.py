@@ -121,7 +121,7 @@ def gradients_are_complete() -> bool:
     return GradientState._shared_state.get("sync_gradients", True)
 
 
-def refuse_data_parallel() -> None:
+def refuse_several_processes() -> None:
     """Raise ValueError where several processes average their gradients."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(

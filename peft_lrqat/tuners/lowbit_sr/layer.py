@@ -210,6 +210,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         super().set_adapter(names, inference_mode=inference_mode)
 
     def _the_one(self, names: list[str]) -> str | None:
+        """The one of these adapters that the layer has, or None; ValueError if it has several."""
         # every forward asks, and torch looks modules up in Python
         weights: Any = self._modules["lowbitsr_weight"]
         present = [name for name in names if name in weights._modules]
@@ -230,15 +231,15 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         Returns:
             fp32 (out, in), transposed for Conv1D, in weight units.
         """
-        frozen = self._kept()
+        frozen = self._needed_base()
         scale, ternary, _ = self._scales(adapter)
         here = dequantize(*self._levels(adapter, scale, ternary), None, torch.float32)
         base = dequantize(unpack(frozen.base, frozen.fmt.bits, frozen.in_features), frozen.scale0, None, torch.float32)
         delta = here - base
         return delta.t() if self.fan_in_fan_out else delta
 
-    def _kept(self) -> FrozenWeight:
-        """The base; ValueError if it was dropped."""
+    def _needed_base(self) -> FrozenWeight:
+        """The base, for what cannot do without: ValueError if it was dropped."""
         frozen = self.frozen
         if isinstance(frozen, DroppedBase):
             frozen.refuse()
@@ -262,16 +263,16 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             self._check_values([adapter])
         if shift is None and self.adapter_options[adapter].forward_bits is None:
             return weight.scale, None, None
-        kept = self.frozen.scale_dtype
+        scale_dtype = self.frozen.scale_dtype
         scale, factor, ternary = weight.scale, None, None
         if shift is not None:
             # a copy: the optimizer may write to weight.scale (`rounding.poison`) while backward is still running
-            scale = trained_scale(weight.scale.clone(), shift, kept)
+            scale = trained_scale(weight.scale.clone(), shift, scale_dtype)
             factor = (scale / weight.scale).detach()
         if self.adapter_options[adapter].forward_bits is not None:
             # positive: a ternary grid has no side to choose, and BitNet's format no sign
             start = weight.scale.abs() * (self._mean_code(weight) if mean is None else mean)
-            ternary = snap_scale(start, kept) if shift is None else trained_scale(start, shift, kept)
+            ternary = snap_scale(start, scale_dtype) if shift is None else trained_scale(start, shift, scale_dtype)
         return scale, ternary, factor
 
     @staticmethod
@@ -282,7 +283,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     def _read(self, adapters: list[str]) -> torch.Tensor:
         adapter = self._the_one(adapters)
         if adapter is None:
-            return readable_weight(self._kept().built(), self._kept().product)
+            return readable_weight(self._needed_base().built(), self._needed_base().product)
         weight: Any = self.lowbitsr_weight[adapter].weight
         scale, ternary, factor = self._scales(adapter)
 
@@ -310,7 +311,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
     def _run(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         adapter = self._the_one(adapters)
         if adapter is None:
-            return self._kept()(x)
+            return self._needed_base()(x)
         weight = self._weight(adapter)
         options = self.adapter_options[adapter]
         if not hasattr(weight, "packed"):
@@ -348,8 +349,8 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         scale, ternary, factor = self._scales(adapter)
         bits = weight.grid.code_bits
         if options.export_format == "bitnet":
-            # levels times one scale, which multiplies the output, where its gradient is autograd's
-            relative, projected, scale = self._levels_and_scale(scale, ternary)
+            # integers times one scale, which multiplies the output, where its gradient is autograd's
+            relative, projected, scale = self._bitnet_scales(scale, ternary)
             how = (relative, projected, 1 / weight.scale, None, bits, values, learned)
             out = low_bit_linear(x, weight, weight.packed, *how)
             return out * scale.to(out.dtype)
@@ -357,10 +358,14 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         return low_bit_linear(x, *operands, values, learned, weight.taken_at_once, weight.gradient_places)
 
     @staticmethod
-    def _levels_and_scale(
+    def _bitnet_scales(
         scale: torch.Tensor, ternary: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Scales for a weight of levels, as `low_bit_linear` takes them, and the one that multiplies the output."""
+        """Scales for a weight that is integers alone, as in BitNet's format.
+
+        Returns:
+            Scale and ternary scale as `low_bit_linear` takes them, (1, 1) each; and the one scale, (1,), of its output.
+        """
         one = torch.ones_like(scale)
         if ternary is None:
             return one, None, scale.view(1)
@@ -377,7 +382,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
             scale, ternary, _ = self._scales(adapter)
             of_output = None
             if self.adapter_options[adapter].export_format == "bitnet":
-                scale, ternary, of_output = self._levels_and_scale(scale, ternary)
+                scale, ternary, of_output = self._bitnet_scales(scale, ternary)
             bits, width = weight.grid.code_bits, weight.shape[1]
             return low_bit_weight(weight.packed, scale, ternary, bits, width, dtype), of_output
 
@@ -410,7 +415,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         names = self._adapters_at_work() if adapters is None else adapters
         adapter = self._the_one(names)
         if adapter is None:
-            scale, frozen = self._stored_scale(names, options, safe_merge), self._kept()
+            scale, frozen = self._stored_scale(names, options, safe_merge), self._needed_base()
             codes = unpack(frozen.base, frozen.fmt.bits, frozen.in_features)
             return GridTensor(codes, scale, None, frozen.grid)
         levels, scale = self._levels(adapter, *self._checked_scales(adapter, safe_merge))
@@ -428,7 +433,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
                     "`forward_bits`, which the checkpoint would apply. Unload it first: adapt a fresh copy of the "
                     "float model with the adapter to merge."
                 )
-            return self._kept().scale0
+            return self._needed_base().scale0
         scale, ternary = self._checked_scales(adapter, safe_merge)
         return scale if ternary is None else ternary
 

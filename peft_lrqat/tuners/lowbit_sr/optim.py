@@ -22,9 +22,9 @@ from ...grid import TERNARY
 from ...ops.latent import new_latent
 from ...ops.low_bit_step import Scalars, step_codes
 from ...ops.narrow_gradient import NarrowGradient
-from ...ops.reference_step import DIRECTION, MOMENTUM, Rule, momentum_of_linear_codes, new_state
+from ...ops.reference_step import DIRECTION, MOMENTUM, SECOND_MOMENT, Rule, momentum_of_linear_codes, new_state
 from .growth import grow
-from .in_backward import Released, UpdateInBackward, gradients_are_complete, refuse_data_parallel, take_over
+from .in_backward import Released, UpdateInBackward, gradients_are_complete, refuse_several_processes, take_over
 from .optimizer_options import check_options, has_latent_weights, of_rule, warn_of_latent_weights
 from .remainder import last_positive, scale_remainder
 from .tensor import LowBitTensor
@@ -157,7 +157,7 @@ class LowBitAdamW(Optimizer):
                 if isinstance(parameter, LowBitTensor):
                     self._rule(parameter, group)  # an early error
         if fused_backward:
-            refuse_data_parallel()
+            refuse_several_processes()
             self._register()
 
     @classmethod
@@ -281,7 +281,7 @@ class LowBitAdamW(Optimizer):
 
     def arrive(self, parameter: Any, group: dict[str, Any]) -> bool:
         """Update a weight whose gradient is complete, and free the gradient; False: it is not complete yet."""
-        refuse_data_parallel()
+        refuse_several_processes()
         if self.gradient_accumulation_steps is None:
             complete = gradients_are_complete()
         else:
@@ -318,14 +318,13 @@ class LowBitAdamW(Optimizer):
                 "`latent_weights` is True, but there are low-bit weights of 8 bits, which are as fine themselves. Use "
                 "it for coarser grids, or for parameter groups without 8-bit weights; None means ternary weights only."
             )
-        kept = self.state.get(parameter, {})
-        made = {"exp_avg_sq_codes": "8bit", "exp_avg_sq_rows": "factored", "exp_avg_sq": "fp32"}
-        for name, kind in made.items():
-            if name in kept and kind != group["state"]:
-                raise ValueError(
-                    f"`state` of a parameter group is {group['state']!r}, but its weights have been trained with "
-                    f"{kind!r}. Go on with that, or make another LowBitAdamW."
-                )
+        made = self.state.get(parameter, {})
+        kind = next((kind for kind, name in SECOND_MOMENT.items() if name in made), group["state"])
+        if kind != group["state"]:
+            raise ValueError(
+                f"`state` of a parameter group is {group['state']!r}, but its weights have been trained with {kind!r}. "
+                "Go on with that, or make another LowBitAdamW."
+            )
         return Rule(
             parameter.grid,
             parameter.shape[1],
@@ -433,6 +432,7 @@ class LowBitAdamW(Optimizer):
         warn_of_latent_weights(asked, self._latent_weights())
         for parameter, state in self.state.items():
             if isinstance(parameter, LowBitTensor):
+                # name -> a tensor of the dtype that was saved; of both momenta, because either may be there
                 kinds = {"latent_codes": torch.empty(0, dtype=torch.int8)}
                 for momentum in (MOMENTUM, DIRECTION):
                     kinds |= new_state(torch.Size((1, 1)), "8bit", momentum, torch.device("cpu"))
