@@ -112,8 +112,9 @@ def stack(
     return made
 
 
-def listed(name: str) -> torch.Tensor | None:
-    return None if LISTS[name] is None else torch.tensor(LISTS[name], dtype=torch.int64, device=DEVICE)
+def listed(s: Stack, name: str) -> torch.Tensor | None:
+    """Which experts of a stack are asked for, where the stack is."""
+    return None if LISTS[name] is None else torch.tensor(LISTS[name], dtype=torch.int64, device=s.base.device)
 
 
 def weights(s: Stack, experts: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -122,7 +123,7 @@ def weights(s: Stack, experts: torch.Tensor | None, dtype: torch.dtype = torch.f
 
 def check_weights(s: Stack, name: str) -> None:
     """The weights and every gradient are the formula's, expert by expert."""
-    experts = listed(name)
+    experts = listed(s, name)
     which = list(range(E)) if experts is None else experts.tolist()
     found = weights(s, experts)
     grad = torch.randn(found.shape, device=found.device)
@@ -144,8 +145,8 @@ def routed(s: Stack, name: str, dtype: torch.dtype = torch.float32) -> tuple[tor
     """Tokens for the experts: x (T, in), a leaf; where those of each end, (E,); and dL/dy (T, out)."""
     counts = torch.tensor(ROUTES[name])
     out, cols = s.shape
-    x, dy = (torch.randn(int(counts.sum()), n).to(DEVICE, dtype) for n in (cols, out))
-    return x.requires_grad_(), counts.cumsum(0).int().to(DEVICE), dy
+    x, dy = (torch.randn(int(counts.sum()), n).to(s.base.device, dtype) for n in (cols, out))
+    return x.requires_grad_(), counts.cumsum(0).int().to(s.base.device), dy
 
 
 def linear(s: Stack, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

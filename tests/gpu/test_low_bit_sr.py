@@ -62,7 +62,7 @@ def test_ternary_scales_follow_on_a_gpu_as_on_a_cpu(group_size):
     """By the kernel, eager and as a CUDA graph, which waits for nothing, and by torch."""
     from peft_lrqat.ops import kernels, latent
 
-    start = weight(1.58, group_size, (2050, 5600 if group_size == 25 else 5632)).to("cpu")
+    start = weight(1.58, group_size, (2050, 5600 if group_size == 25 else 5632))
     codes, lr = torch.randint(-127, 128, start.shape, dtype=torch.int8), torch.tensor(0.01)
     mean = latent.mean_magnitude(start.packed, codes, start.scale, start.grid, start.shape[1])
     c, expected = mean.float() * (torch.rand(mean.shape) + 0.5), start.scale.clone()

@@ -50,7 +50,8 @@ def test_an_expert_is_the_linear_layer_of_its_tensors_bit_for_bit(group_size):
     for dtype in (torch.float32, torch.bfloat16):
         built = weights(s, None, dtype)
         assert all(torch.equal(built[e], linear_weight(*s.expert(e), *s.constants[1:], dtype)) for e in range(E))
-        assert torch.equal(weights(s, listed("some"), dtype), built[listed("some")])
+        some = listed(s, "some")
+        assert torch.equal(weights(s, some, dtype), built[some])
         x, ends, dy = routed(s, "some", dtype)
         found, gradients = s.results(linear(s, x, ends), dy, x), s.zeros()
         for e, tokens in enumerate(tokens_of(ends)):
@@ -81,9 +82,9 @@ def test_fixed_scales_and_no_adapter():
 
 
 def test_opcheck():
-    for group_size, experts in ((9, listed("some")), (BY_CHANNEL, None)):
+    for group_size, name in ((9, "some"), (BY_CHANNEL, "all")):
         s = stack(4, group_size, group_size == BY_CHANNEL, **SMALL)
-        args = (*s.tensors, experts, *s.constants, torch.float32)
+        args = (*s.tensors, listed(s, name), *s.constants, torch.float32)
         torch.library.opcheck(torch.ops.peft_lrqat.expert_weights.default, args)
     x, ends, _ = routed(s, "some")
     _, *constants, _ = s.constants

@@ -23,10 +23,9 @@ LARGE = [{"rows": 33, "cols": 27}, {"rows": 64, "cols": 72}]
 
 
 def check_weights_are_equal(s: Stack, name: str, dtype: torch.dtype = torch.float32) -> None:
-    experts = listed(name)
-    expected = weights(s, None if experts is None else experts.cpu(), dtype)
+    expected, there = weights(s, listed(s, name), dtype), s.there()
     with use_kernels(True):
-        assert torch.equal(weights(s.there(), experts, dtype).cpu(), expected)
+        assert torch.equal(weights(there, listed(there, name), dtype).cpu(), expected)
 
 
 def check(s: Stack, name: str) -> None:

@@ -12,7 +12,7 @@ from peft_lrqat.ops import kernels, latent, use_kernels
 from peft_lrqat.ops.low_bit_step import step_codes
 from peft_lrqat.ops.reference_step import DIRECTION, Rule, new_state
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
-from tests.low_bit_weights import weight
+from tests.low_bit_weights import kernel_weight
 from tests.problems import DEVICE
 
 # group sizes and shapes: rows that are no multiple of a tile's, and are; less than a word; whole tiles and a bit;
@@ -32,7 +32,7 @@ def latent_codes(start: LowBitTensor) -> torch.Tensor:
 @pytest.mark.parametrize(("group_size", "shape"), CASES)
 @pytest.mark.parametrize("bits", [1.58, 2, 3, 4])
 def test_mean_magnitudes_are_the_references(bits, group_size, shape):
-    start = weight(bits, group_size, shape)
+    start = kernel_weight(bits, group_size, shape)
     for codes in (latent_codes(start), None):
         operands = start.packed, codes, start.scale, start.grid, shape[1]
         found = kernels.mean_magnitude(*operands)
@@ -42,7 +42,7 @@ def test_mean_magnitudes_are_the_references(bits, group_size, shape):
 
 @pytest.mark.parametrize(("group_size", "shape"), CASES)
 def test_scales_follow_as_the_references(group_size, shape):
-    start = weight(1.58, group_size, shape)
+    start = kernel_weight(1.58, group_size, shape)
     codes = latent_codes(start)
     means = [latent.mean_magnitude(start.packed, k, start.scale, start.grid, shape[1]) for k in (codes, None)]
     first = latent.first_magnitude(*means)
@@ -66,7 +66,7 @@ def test_scales_follow_as_the_references(group_size, shape):
 
 def test_operands_of_any_strides():
     """A checkpoint, or a view, may bring what kernels cannot walk through."""
-    start = weight(1.58, 16, (6, 48))
+    start = kernel_weight(1.58, 16, (6, 48))
     codes = latent_codes(start)
     operands = start.packed, codes, start.scale, start.grid, 48
     expected = latent.mean_magnitude(*operands)
@@ -82,7 +82,7 @@ def test_operands_of_any_strides():
 
 def test_scales_with_gaps_are_stepped_on_where_they_are():
     """Kernels would write beside them."""
-    start, found = weight(1.58, 16, (6, 48)), []
+    start, found = kernel_weight(1.58, 16, (6, 48)), []
     grad, lr = torch.randn(6, 48, device=DEVICE), torch.tensor(0.01, device=DEVICE)
     rule = Rule(start.grid, 48, 0.9, 0.98, 1e-8, 0.0, True, "weight", "factored", latent_weights=True)
     for gaps in (False, True):

@@ -14,7 +14,7 @@ from peft_lrqat.ops import kernels, reference_step, use_kernels
 from peft_lrqat.packing import pack
 from peft_lrqat.rounding import random_words
 from peft_lrqat.tuners.lowbit_sr import LowBitTensor
-from tests.low_bit_weights import weight
+from tests.low_bit_weights import kernel_weight
 from tests.problems import DEVICE
 
 
@@ -71,7 +71,7 @@ SHAPES = {-1: (5, 300), 0: (2, 45), 128: (7, 256), 25: (1, 275), 256: (8, 1280)}
 @pytest.mark.parametrize(("bits", "state"), [*zip(BITS, STATES * 2, strict=False), (3, "8bit"), (3, "factored")])
 def test_steps_are_the_references_bit_for_bit(bits, state):
     for number, (group_size, shape) in enumerate(SHAPES.items()):
-        start = weight(bits, group_size, shape)
+        start = kernel_weight(bits, group_size, shape)
         unit = "grid" if group_size == 128 else "weight"
         options = {"lr": 0.3 if unit == "grid" else 0.01, "lr_unit": unit, "error_feedback": number % 2 == 0}
         options |= {"weight_decay": 0.1, "betas": (0.9, 0.98), "latent_weights": False}
@@ -88,7 +88,7 @@ def test_steps_are_the_references_bit_for_bit(bits, state):
 )
 def test_latent_weights_are_the_references_bit_for_bit(bits, state):
     for number, (group_size, shape) in enumerate(SHAPES.items()):
-        start = weight(bits, group_size, shape)
+        start = kernel_weight(bits, group_size, shape)
         options = {"latent_weights": True, "error_feedback": number % 2 == 0, "lr_unit": "weight" if number else "grid"}
         options["lr"] = 0.01 if number else 0.3
         found = check(start, gradients(shape, 3), state=state, weight_decay=0.1, **options)
@@ -102,20 +102,20 @@ def test_latent_weights_are_the_references_bit_for_bit(bits, state):
 @pytest.mark.parametrize("state", STATES)
 def test_without_momentum(state):
     options = {"lr": 0.01, "state": state, "betas": (0.0, 0.98), "error_feedback": False}
-    check(weight(3, 9, (3, 45)), gradients((3, 45), 2), **options)
-    check(weight(1.58, 9, (3, 45)), gradients((3, 45), 2), **options, latent_weights=True)
+    check(kernel_weight(3, 9, (3, 45)), gradients((3, 45), 2), **options)
+    check(kernel_weight(1.58, 9, (3, 45)), gradients((3, 45), 2), **options, latent_weights=True)
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_gradients_in_bf16_and_of_any_strides(state):
     options = {"lr": torch.tensor(0.01, device=DEVICE), "state": state, "error_feedback": True}
-    check(weight(4, -1, (5, 45)), gradients((5, 45), 2, torch.bfloat16), **options)
-    check(weight(4, -1, (5, 45)), [g.t() for g in gradients((45, 5), 1)], **options)
+    check(kernel_weight(4, -1, (5, 45)), gradients((5, 45), 2, torch.bfloat16), **options)
+    check(kernel_weight(4, -1, (5, 45)), [g.t() for g in gradients((45, 5), 1)], **options)
 
 
 @pytest.mark.parametrize(("bits", "state"), list(zip(BITS, STATES * 2, strict=False)))
 def test_a_learning_rate_of_zero_changes_no_code(bits, state):
-    start = weight(bits, 9, (3, 45))
+    start = kernel_weight(bits, 9, (3, 45))
     found = check(start, gradients((3, 45), 2), lr=0.0, state=state, error_feedback=True, weight_decay=0.1)
     assert torch.equal(found["packed"], start.packed)
     assert torch.equal(found["scale"], start.scale)
@@ -126,7 +126,7 @@ def test_a_learning_rate_of_zero_changes_no_code(bits, state):
     [("8bit", -1, float("nan")), ("8bit", 9, float("inf")), ("fp32", 0, float("inf")), ("fp32", 9, float("nan"))],
 )
 def test_a_gradient_that_is_not_finite_poisons_the_scale(state, group_size, bad):
-    start = weight(3, group_size, (6, 45))
+    start = kernel_weight(3, group_size, (6, 45))
     (grad,) = gradients((6, 45), 1)
     grad[4, 30] = bad
     found, expected = (
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_finite_poisons_the_scale(state, group_size, bad)
 
 def test_what_one_weight_broke_another_does_not_have():
     """Steps one after the other: scales are NaN where the update was not finite, and only there."""
-    start = weight(3, -1, (6, 300))
+    start = kernel_weight(3, -1, (6, 300))
     finite, broken = gradients((6, 300), 1)[0], torch.full((6, 300), torch.nan, device=DEVICE)
     options = {"lr": 0.01, "state": "8bit", "error_feedback": False}
     assert trained(True, start, [broken], **options)["scale"].isnan().all()
@@ -153,7 +153,7 @@ def test_what_one_weight_broke_another_does_not_have():
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_step_counts_as_a_write(kernels: bool):
     """Autograd, and layers that keep a weight, ask torch whether something was written."""
-    p = nn.Parameter(weight(4, -1, (5, 45)))
+    p = nn.Parameter(kernel_weight(4, -1, (5, 45)))
     inner = p.packed, p.scale, p.stream
     before = [tensor._version for tensor in inner]
     optimizer = LowBitAdamW([p])
@@ -166,7 +166,7 @@ def test_a_step_counts_as_a_write(kernels: bool):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("kernels", [True, False])
 def test_norms_of_parts_make_the_norm(kernels: bool, state: str):
-    p = nn.Parameter(weight(4, -1, (6, 300)))
+    p = nn.Parameter(kernel_weight(4, -1, (6, 300)))
     optimizer = LowBitAdamW([p], state=state)
     (grad,) = gradients((6, 300), 1, torch.bfloat16)
     with use_kernels(kernels):

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from peft_lrqat.ops import kernels, low_bit_linear, mean_code, reference, use_kernels
-from tests.low_bit_weights import weight
+from tests.low_bit_weights import kernel_weight
 from tests.problems import DEVICE
 
 
@@ -19,7 +19,7 @@ from tests.problems import DEVICE
 @pytest.mark.parametrize("projection", [False, True])
 def test_the_weight_is_the_references_bit_for_bit(bits, dtype, projection):
     for group_size, shape in {-1: (35, 130), 0: (3, 45), 32: (32, 64), 9: (1, 45)}.items():
-        w = weight(bits, group_size, shape)
+        w = kernel_weight(bits, group_size, shape)
         ternary = None
         if projection:  # 0.25: exact ties
             mean = mean_code(w.packed, *w.scale.shape, bits, shape[1])
@@ -31,7 +31,7 @@ def test_the_weight_is_the_references_bit_for_bit(bits, dtype, projection):
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("group_size", [-1, 0, 9])
 def test_the_gradient_of_the_scales(group_size, projection):
-    w, grad = weight(3, group_size, (35, 45)), torch.randn(35, 45, device=DEVICE)
+    w, grad = kernel_weight(3, group_size, (35, 45)), torch.randn(35, 45, device=DEVICE)
     operands = (grad, w.packed, w.scale, w.scale * 3.3 if projection else None, 3)
     found, expected = (code.scale_gradient(*operands) for code in (kernels, reference))
     assert found.shape == w.scale.shape
@@ -41,7 +41,7 @@ def test_the_gradient_of_the_scales(group_size, projection):
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("group_size", [-1, 0, 9])
 def test_every_gradient(group_size, projection):
-    w = weight(4, group_size, (35, 45))
+    w = kernel_weight(4, group_size, (35, 45))
     scale = w.scale.clone().requires_grad_()
     ternary = (w.scale * 3.3).requires_grad_() if projection else None
     x = torch.randn(7, 45, device=DEVICE, requires_grad=True)
