@@ -25,7 +25,7 @@ endif
 PACKAGING := .venv-package/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow engines grids sync notebook quality style pages docs package venv clean
+.PHONY: help demo test slow gpu engines grids sync notebook quality style pages docs package venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +34,15 @@ demo: $(STAMP) ## Train SmolLM2-135M to 4 bits and compare it with rounding (5 m
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # worksteal: each process has a half of the files in one piece, so that what a module's tests share is made once
+# a GPU is hidden: a Trainer would take it, and these tests compare with what a CPU computes
 test: $(STAMP) ## Run the tests that CI runs (ARGS="-k grid" for some of them)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 slow: $(STAMP) ## Run the tests that take longer than CI should
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow $(ARGS)
+
+gpu: $(STAMP) ## Run the tests of kernels and of trainings on a GPU
+	$(BIN)/python -m pytest tests/gpu tests/ops/kernels $(ARGS)
 
 engines: $(STAMP) ## One checkpoint in every format and engine (makes .venv-vllm, -gptq, -onnx: 6 GB, on the first call)
 	$(PYTHON) engines/matrix.py $(ARGS)

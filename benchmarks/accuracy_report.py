@@ -190,10 +190,11 @@ def all_rows(files: list[str], text: str = "report") -> str:
 
 
 def best_of(rows: list[Row]) -> dict[str, dict[tuple[int, int, bool], Row]]:
-    """By family and grid, the row whose settings are best on `tune`."""
+    """By family and grid, the row whose settings are best on `tune`, of those with as many steps as the others."""
     best: dict[str, dict[tuple[int, int, bool], Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: -row.mean("tune", "ppl")):
-        best[family(row.runs[0]["job"])][row.grid] = row
+        if (job := row.runs[0]["job"])["steps"] in (0, DEFAULTS["steps"]):
+            best[family(job)][row.grid] = row
     return best
 
 
@@ -361,6 +362,7 @@ def family(job: dict[str, Any]) -> str:
     name = _name(job)
     if job["method"] == "round" and job["signed"]:
         return name + ", signed scales"
+    taught = ", KL" if job["kl"] else ""
     if job["method"] == "scales" and job["start"] == "blockwise":
-        return "block-wise, then scales"
-    return name + (", KL" if job["kl"] else "") + (", from block-wise" if job["start"] == "blockwise" else "")
+        return "block-wise, then scales" + taught
+    return name + taught + (", from block-wise" if job["start"] == "blockwise" else "")

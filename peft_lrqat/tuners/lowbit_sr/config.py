@@ -81,8 +81,9 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             of `range_p`. Default: `"minmax"` at 8 bits; "absmean" for ternary; "lp" between.
         range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
         headroom (float): A factor on the first scales, 1 or more, that leaves weights room to grow and makes the grid
-            as much coarser. From scratch take 2 at 4 and 3 bits, 1.5 at 2 bits, and 2 to 4 at 8 bits without
-            `grow_scales`. For fine-tuning leave it at 1. Default: `1.0`.
+            as much coarser. From scratch take 3 at 4 bits, 2 at 3 bits and 1.5 at 2 bits together with
+            `LowBitAdamW(latent_weights=True)`, and 2 to 4 at 8 bits without `grow_scales`. For fine-tuning leave it
+            at 1. Default: `1.0`.
         grow_scales (bool | None): Double a scale during training, and halve its codes, where more than a 128th of these
             lie at the ends of the grid. It is for 8 bits only. Default: `True`; False below 8 bits, and where
             `range_method` is not "minmax".
