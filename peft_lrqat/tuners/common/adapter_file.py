@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...modules.experts import ExpertStack
 from ...modules.packed import QuantizedLinear
-from .fingerprint import check_checksum, in_order, of_tensor, version_of
+from .fingerprint import check_checksum, fingerprint, in_order, of_tensor, version_of
 from .frozen import FrozenWeight
 from .layer import MergingLayer
+from .packed_parameter import is_rewritten, take_note
 
 #: How a PeftModel's files name the model.
 PREFIX = "base_model.model."
@@ -183,6 +184,38 @@ def note_sharded_base(model: nn.Module, configs: dict[str, Any]) -> bool:
         if bases and hasattr(bases[0].base, "full_tensor"):
             sharded, config.base_checksum = True, in_order(int(base.checksum()) for base in bases)
     return sharded
+
+
+def note_rewritten_base(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Note for each adapter which base it lies over, if that was replaced after the model was converted.
+
+    New float weights are (PEFT's `set_base_model_state_dict`), and whatever else writes to the integers: their load
+    from a state dict, or somebody who averages all tensors of one. Only what may have been written to is read.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MergingLayer)}
+    written = {name for name, layer in layers.items() if is_rewritten(layer.frozen)}
+    for name, config in configs.items():
+        own: dict[str, Any] = {path: layer for path, layer in layers.items() if name in layer.adapter_options}
+        if not own or config.base_checksum is None:
+            continue
+        known = fingerprint(own, {path: layer.frozen.source_checksum for path, layer in own.items()})
+        if known == config.base_fingerprint and not own.keys() & written:
+            continue
+        found = in_order(int(layer.frozen.checksum()) for layer in own.values())
+        if found == config.base_checksum:
+            continue
+        for path in own.keys() & written:
+            own[path].frozen.source_checksum = known = None
+        config.base_checksum, config.base_fingerprint = found, known
+        if known is None:
+            warnings.warn(
+                f"The integers of the base under adapter {name!r} are others than the model was converted to: somebody "
+                "has written to them, or loaded a state dict. The adapter's file says so, and is refused on the model "
+                "that it began with. Where a state dict is averaged (EMA), leave tensors of integers as they are.",
+                stacklevel=2,
+            )
+    for path in written:
+        take_note(layers[path].frozen)
 
 
 def check_same_base(

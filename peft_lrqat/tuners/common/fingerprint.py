@@ -12,7 +12,7 @@ fingerprint only while the float weights exist.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -120,14 +120,17 @@ def of_tensor(saved: torch.Tensor) -> str:
     return in_order([value], version)
 
 
-def fingerprint(targets: dict[str, nn.Module], checksums: dict[str, int]) -> str:
+def fingerprint(targets: dict[str, nn.Module], checksums: Mapping[str, int | None]) -> str | None:
     """The fingerprint of targeted modules; that of integers starts with `QUANTIZED_BASE`.
 
     Args:
-        checksums: of their weights, by the modules' names.
+        checksums: of their weights, by the modules' names; None: of a base that was written to, whose weights nobody
+            knows. Then there is no fingerprint, and the checksum tells.
     """
-    integers = any(map(_holds_integers, targets.values()))
-    return (QUANTIZED_BASE if integers else "") + in_order(checksums[name] for name in targets)
+    known = [checksum for name in targets if (checksum := checksums[name]) is not None]
+    if len(known) < len(targets):
+        return None
+    return (QUANTIZED_BASE if any(map(_holds_integers, targets.values())) else "") + in_order(known)
 
 
 def _holds_integers(module: Any) -> bool:
@@ -149,13 +152,13 @@ def _dtype(module: Any) -> torch.dtype:
     return getattr(layer, "compute_dtype", None) or layer.weight.dtype
 
 
-def check_fingerprint(found: str, required: str | None, dtype: str | None = None) -> None:
+def check_fingerprint(found: str | None, required: str | None, dtype: str | None = None) -> None:
     """Raise AnotherBase if an adapter was made for a base with another fingerprint (None: for any).
 
     Args:
         dtype: that of the base on which it was trained, if that is known.
     """
-    if required is None or required == found:
+    if required is None or found is None or required == found:
         return
     both = [text.startswith(QUANTIZED_BASE) for text in (found, required)]
     if version_of(required) != version_of(found) and both[0] == both[1]:

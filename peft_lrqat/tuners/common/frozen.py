@@ -26,7 +26,7 @@ from ...ranges import choose_range
 from ...read_only import ReadOnlyTensor
 from .fingerprint import VERSION, codes_checksum, float_checksum, position_weighted_sum
 from .offload import Offloadable
-from .packed_parameter import PackedParameter, packs_state_dicts
+from .packed_parameter import PackedParameter, packs_state_dicts, take_note
 from .parallel import refuse_data_parallel
 
 _WHY_READ_ONLY = (
@@ -247,6 +247,7 @@ class FrozenWeight(Offloadable, KeepsWeight):
         self.scale0_bits = PackedParameter(scale.view(torch.int32))
         self.register_parameter("zero_point", None if zero_point is None else PackedParameter(zero_point))
         self.register_parameter("bias", bias)
+        take_note(self)
 
     @torch.no_grad()
     def _convert(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -410,27 +411,34 @@ class FrozenWeight(Offloadable, KeepsWeight):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
+    def shows(self, weight: torch.Tensor) -> bool:
+        """Whether this is the weight that a state dict of the layer has. It leaves the base as it is, which may hold
+        fractions of grid steps that no such weight has.
+        """
+        return torch.equal(weight.to(self.device, self.compute_dtype), self.dense())
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         weight = state_dict.get(prefix + "weight")
         if weight is None:
             return super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing, unexpected, errors
             )
-        weight = weight.t() if self.transposed else weight
-        if tuple(weight.shape) != (self.out_features, self.in_features):
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        if tuple(weight.shape) != shape:
             errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self!r}.")
             return
-        if self.quantized_before:
-            if not torch.equal(weight.to(self.device, self.compute_dtype), self.dense()):
+        if not self.shows(weight):
+            weight = (weight.t() if self.transposed else weight).to(self.device, self.compute_dtype)
+            if self.quantized_before:
                 errors.append(f"{prefix}weight is another than the quantized one that {self!r} was made from.")
-            return
-        weight = weight.to(self.device, self.compute_dtype)
-        base, scale, zero_point = self._convert(weight)
-        self.source_checksum = float_checksum(weight)
-        with torch.no_grad():  # not through `.data`, which hides it from who has a copy
-            self.base.copy_(base)
-            self.scale0_bits.copy_(scale.view(torch.int32))
-            if zero_point is not None and self.zero_point is not None:
-                self.zero_point.copy_(zero_point)
+                return
+            base, scale, zero_point = self._convert(weight)
+            self.source_checksum = float_checksum(weight)
+            with torch.no_grad():  # not through `.data`, which hides it from who has a copy
+                self.base.copy_(base)
+                self.scale0_bits.copy_(scale.view(torch.int32))
+                if zero_point is not None and self.zero_point is not None:
+                    self.zero_point.copy_(zero_point)
+            take_note(self)
         if self.bias is not None and prefix + "bias" in state_dict:
             self.bias.data.copy_(state_dict[prefix + "bias"])

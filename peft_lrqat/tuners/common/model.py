@@ -14,7 +14,15 @@ from ...checkpoint.card import attach_card, merged_card, merged_serving
 from ...formats.record import Record
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
-from .adapter_file import PREFIX, check_adapter_file, check_same_base, check_shapes, check_state_dict, note_sharded_base
+from .adapter_file import (
+    PREFIX,
+    check_adapter_file,
+    check_same_base,
+    check_shapes,
+    check_state_dict,
+    note_rewritten_base,
+    note_sharded_base,
+)
 from .async_rollouts import teach_async_trainers
 from .config import ALL_LINEAR, GridConfig, current_key
 from .experts import adopt_experts, release_experts, settle_experts
@@ -319,6 +327,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
             config.base_dtype = "float32"
         config._saved_as = adapter_name
         note_trainings(config, runs, adapter_name)
+        note_rewritten_base(model, {adapter_name: config, **getattr(model, "peft_config", {})})
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...ops.staging import versions
 from .parallel import FSDP1, ZERO3, Mark
 
 # Inside `packed_state_dict()`, state dicts hold the base as it is stored; outside, as the float weight it stands for.
@@ -54,8 +55,13 @@ def share(tensor: Any) -> Any:
 
 
 class PackedParameter(nn.Parameter):
-    """A frozen integer parameter. FSDP2 shards it; FSDP1 and DeepSpeed ZeRO-3 are refused when they take it."""
+    """A frozen integer parameter. FSDP2 shards it; FSDP1 and DeepSpeed ZeRO-3 are refused when they take it.
 
+    Attributes:
+        noted_version: torch's count of writes to it when somebody took note of it; -1: nobody has, as of a copy.
+    """
+
+    noted_version: int | None = -1
     _fsdp_flattened = Mark(FSDP1, asking=True)  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED
     ds_param_type = Mark(ZERO3)  # the first that `deepspeed.zero.Init` sets
 
@@ -74,3 +80,19 @@ class PackedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[torch.Tensor]]:
         return PackedParameter, (self.detach(),)
+
+
+def take_note(base: nn.Module) -> None:
+    """Take note of the integers of a base as they are, for `is_rewritten`."""
+    for parameter in _integers(base):
+        parameter.noted_version = versions([parameter])[0]
+
+
+def is_rewritten(base: nn.Module) -> bool:
+    """Whether the integers of a base may be others than when `take_note` was called. Never where FSDP2 shards them."""
+    return any(getattr(p, "noted_version", -1) != versions([p])[0] for p in _integers(base))
+
+
+def _integers(base: nn.Module) -> list[Any]:
+    # of any class: `load_state_dict(..., assign=True)` makes plain parameters
+    return [p for p in base.parameters() if not p.is_floating_point() and not hasattr(p, "full_tensor")]

@@ -367,5 +367,17 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """The base at step 0 as the kind of float layer that it was."""
         return self.frozen.float_layer()
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        weight, frozen = state_dict.get(f"{prefix}base_layer.weight"), self.frozen
+        given = any(key.startswith((f"{prefix}lora_A.", f"{prefix}lora_B.")) for key in state_dict)
+        if weight is not None and given and not self.merged and not frozen.shows(weight):
+            errors.append(
+                f"{prefix}base_layer.weight is that of another base. A state dict of a model with adapters inside "
+                "has the base rounded, and not the fractions of grid steps over which its adapters were trained. "
+                "Make the model of the same float weights first, or load the adapter alone: "
+                "`get_peft_model_state_dict`, or `PeftModel.save_pretrained`."
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
     def __repr__(self) -> str:
         return "lrqat." + super().__repr__()

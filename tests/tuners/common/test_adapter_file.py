@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_base_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from tests.models import logits, tiny
+from peft_lrqat.tuners.common.frozen import FrozenWeight
+from tests.models import logits, tiny, tokens, train
 from tests.refusals import refused
 
 LAYER = "base_model.model.model.layers.1.mlp.up_proj."
@@ -109,3 +111,57 @@ def test_a_whole_file_is_loaded_without_a_word(method: ModuleType, tmp_path: Pat
         again = PeftModel.from_pretrained(tiny("qwen2"), tmp_path)
         again.load_adapter(tmp_path, adapter_name="second")
     assert torch.equal(logits(again, method.IDS), logits(model, method.IDS))
+
+
+# -- a base that is replaced after the model was converted
+
+
+def test_an_adapter_belongs_to_the_weights_that_were_set_later(method: ModuleType, tmp_path: Path):
+    model = method.adapt(tiny(), **method.GRID)
+    set_base_model_state_dict(model, tiny(seed=1).state_dict())
+    train(model, tokens())
+    model.add_adapter("other", method.other())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(seed=1), tmp_path).eval()
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+    loaded.load_adapter(tmp_path / "other", "other")
+    for folder in (tmp_path, tmp_path / "other"):
+        with refused(first := tiny(), "trained on another base model: its float weights"):
+            PeftModel.from_pretrained(first, folder)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_adapter_belongs_to_the_integers_that_were_loaded(method: ModuleType, tmp_path: Path, assign: bool):
+    state = copy.deepcopy(method.random_adapter(tiny()).state_dict())
+    model = method.adapt(tiny(seed=1), **method.GRID).eval()
+    model.load_state_dict(state, assign=assign)
+    with pytest.warns(UserWarning, match="integers of the base under adapter 'default' are others than the model was"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path).eval(), tokens()), logits(model, tokens()))
+    with refused(first := tiny(seed=1), "trained on another base: its integers have the checksum"):
+        PeftModel.from_pretrained(first, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The integers of the base")
+        model.save_pretrained(tmp_path)  # it is said once
+
+
+def test_an_average_of_all_tensors_is_no_adapter_of_that_base(method: ModuleType, tmp_path: Path):
+    """An EMA over `state_dict().values()` rounds packed integers down, of the base too."""
+    model = method.random_adapter(tiny())
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            mean.copy_(0.9 * mean + 0.1 * value)
+    average.add_adapter("other", method.other())
+    with pytest.warns(UserWarning, match=r"leave tensors of integers as they are"):
+        average.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "other"):
+        with refused(first := tiny(), "trained on another base: its integers have the checksum"):
+            PeftModel.from_pretrained(first, folder)
+
+
+def test_a_base_that_nobody_writes_to_is_not_read_again(method: ModuleType, tmp_path: Path, monkeypatch):
+    model = method.random_adapter(tiny())
+    monkeypatch.setattr(FrozenWeight, "checksum", lambda *args: pytest.fail("a pass over the base in every save"))
+    train(model, tokens(), steps=1)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)

@@ -163,6 +163,9 @@ def test_state_dicts_speak_of_a_float_weight_or_of_what_is_stored():
     frozen = freeze(layer, symmetric=False)
     assert frozen.state_dict().keys() == {"weight", "bias"}
     assert torch.equal(frozen.state_dict()["weight"], frozen.weight)
+    before = frozen.checksum()
+    frozen.load_state_dict(frozen.state_dict())
+    assert frozen.checksum() == before
     with packed_state_dict():
         packed = frozen.state_dict()
     assert packed.keys() == {"base", "scale0_bits", "zero_point", "bias"}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat.tuners.common.frozen import FrozenWeight
-from tests.lrqat import integers, layers
+from tests.lrqat import MOVED, config, integers, layers, random_adapter
 from tests.models import adapted, logits, tiny, tokens, train
 
 IDS = tokens()
@@ -125,3 +125,28 @@ def test_adapters_of_earlier_versions_are_loaded_and_their_base_is_checked(
     with pytest.raises(ValueError, match="trained on another base: its integers have the checksum"):
         other.load_adapter(tmp_path, adapter_name="default")
     assert torch.equal(logits(other, IDS), before)
+
+
+# -- state dicts of the whole model, with the base as the float weight that it stands for
+
+
+def test_a_state_dict_of_adapters_and_weights_is_read_back_over_the_same_base():
+    """The weights are the rounded ones: taken for the base, they would leave its fractions of grid steps out."""
+    options = {"lora_alpha": 32}  # as `random_adapter` has it
+    for model in (random_adapter(tiny()).get_base_model(), inject_adapter_in_model(config(**MOVED, **options), tiny())):
+        before, codes = logits(model.eval(), IDS), integers(model)
+        state = copy.deepcopy(model.state_dict())
+        model.load_state_dict(state)
+        assert torch.equal(logits(model, IDS), before)
+        fresh = inject_adapter_in_model(config(**options), tiny()).eval()
+        fresh.load_state_dict(state)
+        assert all(torch.equal(a, b) for a, b in zip(integers(fresh), codes, strict=True))
+
+
+def test_over_another_base_it_is_refused():
+    state = inject_adapter_in_model(config(**MOVED), tiny()).state_dict()
+    other = inject_adapter_in_model(config(), tiny(seed=1)).eval()
+    with pytest.raises(
+        RuntimeError, match=r"q_proj\.base_layer\.weight is that of another base\..*has the base rounded"
+    ):
+        other.load_state_dict(state)
