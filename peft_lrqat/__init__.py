@@ -35,8 +35,9 @@ from .graphs import CudaGraphCallback, cuda_graphs
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .monitor import QuantizationCallback
-from .peft_hooks import before_injection, before_loading, before_saving
+from .peft_hooks import before_injection, before_loading, before_saving, before_saving_a_model
 from .registration import register
+from .tuners.common.extras import warn_of_adapters_inside
 from .tuners.common.model import check_method_of_file, check_savable
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
@@ -74,5 +75,6 @@ register("lrqat", config_cls=LRQATConfig, model_cls=LRQATModel, prefix=LRQATMode
 register("lowbitsr", config_cls=LowBitSRConfig, model_cls=LowBitSRModel, prefix=LowBitSRModel.prefix)
 before_injection(adopt_own)
 before_saving(check_savable)
+before_saving_a_model(warn_of_adapters_inside)
 before_loading(check_method_of_file)
 keep_in_generate()

@@ -1,6 +1,7 @@
-"""Being asked before PEFT injects, saves or loads an adapter, for which it has no hooks.
+"""Being asked before PEFT injects, saves or loads an adapter, or transformers saves a model, for which they have no
+hooks.
 
-Each function here puts a wrapper around one of PEFT's, which then serves adapters of every method: a LoRA on a base of
+Each function here puts a wrapper around one of theirs, which then serves adapters of every method: a LoRA on a base of
 ours, or a configuration of LoRA for a file of ours, is what nobody else would see. A second call with the same function
 does nothing.
 """
@@ -8,12 +9,14 @@ does nothing.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 # attribute of a wrapper: what it calls first
 _FIRST = "_peft_lrqat_first"
@@ -34,31 +37,42 @@ def before_injection(prepare: Callable[[nn.Module], None]) -> None:
     BaseTuner.inject_adapter = prepared  # type: ignore[method-assign]
 
 
-def before_saving(check: Callable[[nn.Module, list[str], Any], None]) -> None:
-    """Have `check(model, adapters, state_dict)` called before a PeftModel writes the first of its files, a model card.
+def before_saving(check: Callable[[nn.Module, list[str], dict[str, Any]], None]) -> None:
+    """Have `check(model, adapters, options)` called before a PeftModel writes the first of its files, a model card.
 
-    `adapters` are the names of those to be saved; `state_dict` has their values where they are not the model's, else it
-    is None.
+    `adapters` are the names of those to be saved; `options` are those of `save_pretrained` that were given, by name.
     """
     save = PeftModel.save_pretrained
     if getattr(save, _FIRST, None) is check:
         return
 
+    signature = inspect.signature(save)
+
     @functools.wraps(save)
-    def checked(
-        self: PeftModel,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        adapters = list(self.peft_config) if selected_adapters is None else selected_adapters
-        check(self, adapters, kwargs.get("state_dict"))
-        save(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+    def checked(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        options = dict(signature.bind(self, *args, **kwargs).arguments)
+        options |= options.pop("kwargs", {})
+        adapters = options.get("selected_adapters")
+        check(self, list(self.peft_config) if adapters is None else adapters, options)
+        save(self, *args, **kwargs)
 
     setattr(checked, _FIRST, check)
     PeftModel.save_pretrained = checked  # type: ignore[method-assign]
+
+
+def before_saving_a_model(look: Callable[[nn.Module], None]) -> None:
+    """Have `look(model)` called before transformers saves a model, or the adapter that it manages itself."""
+    save = PreTrainedModel.save_pretrained
+    if getattr(save, _FIRST, None) is look:
+        return
+
+    @functools.wraps(save)
+    def looked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        look(self)
+        save(self, *args, **kwargs)
+
+    setattr(looked, _FIRST, look)
+    PreTrainedModel.save_pretrained = looked  # type: ignore[method-assign]
 
 
 def before_loading(check: Callable[[Any, dict[str, Any]], None]) -> None:

@@ -10,8 +10,10 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
-from peft_lrqat.peft_hooks import before_injection, before_loading, before_saving
+from peft_lrqat.peft_hooks import before_injection, before_loading, before_saving, before_saving_a_model
+from tests.models import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,7 @@ def _peft_as_it_was(monkeypatch):
         (BaseTuner, "inject_adapter"),
         (BaseTuner, "_remap_adapter_state_dict_for_load"),
         (PeftModel, "save_pretrained"),
+        (PreTrainedModel, "save_pretrained"),
     ):
         monkeypatch.setattr(owner, name, vars(owner)[name])
 
@@ -62,10 +65,23 @@ def test_nothing_is_written(selected: list[str] | None, names: list[str], tmp_pa
     with pytest.raises(Refusal):
         model.save_pretrained(tmp_path / "adapter", selected_adapters=selected, state_dict=values)
     assert not (tmp_path / "adapter").exists()
-    ((of, adapters, state_dict),) = asked
+    ((of, adapters, options),) = asked
     assert of is model
     assert adapters == names
-    assert state_dict is values
+    assert options["state_dict"] is values
+    with pytest.raises(Refusal):
+        model.save_pretrained(tmp_path / "adapter", True, selected, "auto", True, "where it began")
+    assert asked[1][2]["path_initial_model_for_weight_conversion"] == "where it began"
+
+
+def test_no_model_is_written(tmp_path: Path):
+    def refuse(model: nn.Module) -> None:
+        raise Refusal
+
+    before_saving_a_model(refuse)
+    with pytest.raises(Refusal):
+        tiny(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_nothing_is_loaded():
@@ -88,11 +104,18 @@ def test_nothing_is_loaded():
 
 def test_a_second_call_asks_no_second_time(tmp_path: Path):
     asked = []
-    for before, kind in ((before_injection, "inject"), (before_saving, "save"), (before_loading, "load")):
+    kinds = (
+        (before_injection, "inject"),
+        (before_saving, "save"),
+        (before_loading, "load"),
+        (before_saving_a_model, "m"),
+    )
+    for before, kind in kinds:
         ask = functools.partial(lambda kind, *_: asked.append(kind), kind)
         before(ask)
         before(ask)
     model = _lora()
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
-    assert asked == ["inject", "save", "inject", "load"]
+    tiny(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    assert asked == ["inject", "save", "inject", "load", "m"]

@@ -5,6 +5,7 @@ share.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -95,6 +96,13 @@ class KeepsScales(nn.Linear, KeepsWeight):
             cast = after.dtype != before.dtype and not after.is_meta and not before.is_meta
             if cast and not torch.equal(after.to(before.device, torch.float32), before.float()):
                 self.weight_scale = before.to(after.device)
+                warnings.warn(
+                    f"The model is {after.dtype} now, but scales of its quantized layers are {before.dtype} numbers "
+                    "that it does not hold; they stay what they are. The model computes with them exactly, and so does "
+                    "`peft_lrqat.load_quantized` of what it saves, but transformers rounds them when it loads that: "
+                    "call `model.float()` before saving.",
+                    stacklevel=2,
+                )
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -123,6 +123,11 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, prefix: str, s
         state_dict: names as in the model -> tensors.
     """
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, MergingLayer)}
+    if any(adapter in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"Adapter {adapter!r} is merged, so that the model would not show what is loaded into it. Call "
+            "`model.unmerge_adapter()` before, and merge it again afterwards. Nothing was loaded."
+        )
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     strange: list[str] = []
     for key, values in state_dict.items():

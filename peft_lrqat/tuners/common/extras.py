@@ -113,6 +113,20 @@ def warn_of_unsaved(model: nn.Module, config: Any) -> None:
         )
 
 
+def warn_of_adapters_inside(model: Any) -> None:
+    """Warn if a model is to be saved with layers of adapters inside, as no `from_pretrained` reads it: not the
+    PeftModel, nor what merging makes of it, but the model between the two.
+    """
+    layer = next((name for name, module in model.named_modules() if isinstance(module, MergingLayer)), None)
+    if layer is not None and not getattr(model, "_hf_peft_config_loaded", False):  # then transformers saves the adapter
+        warnings.warn(
+            f"This {type(model).__name__} has adapters inside, and its folder will have their layers under names of "
+            f"their own ('{layer}.base_layer...'), which `from_pretrained` does not read: it would begin with random "
+            "weights there. Save the adapter (the PeftModel's `save_pretrained`) or what `merge_and_unload()` returns.",
+            stacklevel=3,
+        )
+
+
 def warn_of_unnamed_base(model: nn.Module, config: Any) -> None:
     """Warn, once, where an adapter belongs to integers that were made in memory, and names what they were made of."""
     made = next((module for module in model.modules() if FLOAT_NAME in vars(module)), None)

@@ -349,6 +349,8 @@ class MergingLayer(RoundsInput, LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapter_options]
         if self.merged and not names:
             return
+        if self.merged:
+            self._catch_up()
         merged = self._merged([*self.merged_adapters, *names], safe_merge=safe_merge)
         merged.kv_bits = self.options_for([*self.merged_adapters, *names]).kv_bits
         merged.show_weight(transposed=self.kind == "conv1d")
@@ -436,8 +438,13 @@ class MergingLayer(RoundsInput, LoraLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
-        frozen = self._before_merge.to(here)
+        self._catch_up()
+        frozen = self._before_merge
         object.__setattr__(self, "_before_merge", None)
         self.base_layer = frozen
         self.merged_adapters.clear()
+
+    def _catch_up(self) -> None:
+        """Have the base that waits go where the model has gone meanwhile, which does not find it: device and dtype."""
+        here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
+        self._before_merge.to(here, self.base_layer.compute_dtype)

@@ -442,18 +442,24 @@ class QuantizingModel(QuickWalks, FindsTargets):
         return model
 
 
-def check_savable(model: Any, adapters: list[str], state_dict: Any) -> None:
+def check_savable(model: Any, adapters: list[str], options: dict[str, Any]) -> None:
     """Raise ValueError if adapters of this package could not be saved.
 
     Args:
         model: a PeftModel.
         adapters: their names; PEFT refuses those that there are not.
-        state_dict: the values to save, where they are not the model's; else None.
+        options: of `save_pretrained`; with `state_dict`, the values to save are not the model's.
     """
     for name in adapters:
         if isinstance(model.peft_config.get(name), GridConfig):
+            if (path := options.get("path_initial_model_for_weight_conversion")) is not None:
+                raise ValueError(
+                    f"`path_initial_model_for_weight_conversion` is {path!r}: PEFT would write the difference of two "
+                    f"adapters as one of LoRA, but adapter {name!r} acts inside the rounding, where it is none. Leave "
+                    "the option out: the file holds the adapter as it was trained."
+                )
             layers = _layers_to_save(name, model)
-            if state_dict is None:
+            if options.get("state_dict") is None:
                 check_saved_values(name, layers)
 
 

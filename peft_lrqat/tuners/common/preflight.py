@@ -132,6 +132,13 @@ def check_layers(model: nn.Module, targets: dict[str, nn.Module], config: Any, *
             "but the experts of a layer are trained together. Name all parts of them, or leave them out with "
             r"`exclude_modules=r'.*\.experts\..*'`."
         )
+    if compiled := next((name for name in targets if "_orig_mod" in name.split(".")), None):
+        raise ValueError(
+            f"Module {compiled!r} is inside of a compiled module (`torch.compile(module)`), which gives all names in "
+            "it another beginning: no file of the adapter, or of the merged model, would fit a model that is not "
+            "compiled. Adapt the model first and compile it then (`torch.compile(get_peft_model(...))`, or the "
+            "Trainer's `torch_compile=True`), or compile it with `model.compile()`, which changes no names."
+        )
     _check_readers(model, targets, config)
     owners = _owners(model)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) if loading else {}
@@ -252,13 +259,18 @@ def _tied_to(weight: str, ties: dict[str, str]) -> list[str]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Identity of a weight -> the slots that hold it; a slot of a shared parent counts once."""
+    """Identity of a parameter -> the modules whose weight it is, and parameters of other names that it is; a slot of a
+    shared parent counts once.
+    """
     owners: dict[int, list[str]] = {}
     for parent_name, parent in model.named_modules():
-        for child_name, child in parent._modules.items():
-            weight = None if child is None else child._parameters.get("weight")
-            if weight is not None:
-                owners.setdefault(id(weight), []).append(f"{parent_name}.{child_name}".lstrip("."))
+        slots = [
+            (name, child._parameters.get("weight")) for name, child in parent._modules.items() if child is not None
+        ]
+        slots += [(name, parameter) for name, parameter in parent._parameters.items() if name != "weight"]
+        for name, parameter in slots:
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{parent_name}.{name}".lstrip("."))
     return owners
 
 

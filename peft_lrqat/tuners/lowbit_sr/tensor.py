@@ -24,6 +24,7 @@ on the packed codes and needs no float copy at all.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -41,6 +42,13 @@ from ..common.parallel import DEEPSPEED, FSDP1, FSDP2, Mark
 from .any_optimizer import install_hooks
 
 _aten = torch.ops.aten
+
+_BETWEEN = (
+    "Values that lie between the levels of a low-bit weight, or beyond them, were copied to it. Each goes to the "
+    "nearest level: moves of less than half a step are lost. Steps belong to an optimizer, which rounds them "
+    "stochastically; an average of weights (AveragedModel, an EMA) belongs in float tensors, which the weight's "
+    "`to_float()` gives."
+)
 
 _REMEDY = (
     "Update it with a `torch.optim.Optimizer` (its `step()` is intercepted), or with `peft_lrqat.LowBitAdamW`, which "
@@ -204,15 +212,21 @@ class LowBitTensor(torch.Tensor):
                 self.write(name, getattr(source, name))
             return
         same = torch.ones((), dtype=torch.bool, device=self.device)
+        between, narrow = torch.zeros_like(same), source.dtype in (torch.bfloat16, torch.float16)
+        precision = 4 * torch.finfo(source.dtype if narrow else torch.float32).eps  # of s q, and of its quotient by s
         for rows in row_chunks(self.shape[0], self.shape[1], self.device):
             scale = rows_of(self.scale, rows)
             values = source[rows].to(self.device, torch.float32).contiguous()
-            levels = (grouped(values, scale) / scale.unsqueeze(-1)).round_()
-            codes = levels.clamp_(self.grid.qmin, self.grid.qmax).to(torch.int8).view_as(values)
+            places = grouped(values, scale) / scale.unsqueeze(-1)
+            levels = places.round().clamp_(self.grid.qmin, self.grid.qmax)
+            between |= ((places - levels).abs() > precision * levels.abs()).any()
+            codes = levels.to(torch.int8).view_as(values)
             packed = pack(codes, self.grid.code_bits)
             same &= (packed == self.packed[rows]).all()
             self.packed[rows] = packed
         self._places_hold_if(same)  # data-parallel processes copy every weight to itself
+        if between:
+            warnings.warn(_BETWEEN, stacklevel=3)
 
     # What torch would do without dispatching it, to memory that is not there.
 

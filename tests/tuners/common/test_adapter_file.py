@@ -113,6 +113,24 @@ def test_a_whole_file_is_loaded_without_a_word(method: ModuleType, tmp_path: Pat
     assert torch.equal(logits(again, method.IDS), logits(model, method.IDS))
 
 
+def test_nothing_is_loaded_into_an_adapter_that_is_merged(method: ModuleType, folder: Path):
+    """The model would go on with the integers that it was merged to."""
+    model = method.random_adapter(tiny())
+    model.merge_adapter()
+    before = logits(model, tokens())
+    for load in (lambda: model.load_adapter(folder, "default"), lambda: into(model, folder)):
+        with pytest.raises(ValueError, match=r"Adapter 'default' is merged.*`model.unmerge_adapter\(\)` before"):
+            load()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens()), before)
+    into(model, folder)
+    assert not torch.equal(logits(model, tokens()), before)
+
+
+def into(model, folder: Path) -> None:
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
 # -- a base that is replaced after the model was converted
 
 

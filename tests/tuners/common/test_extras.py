@@ -205,6 +205,22 @@ def test_weights_that_no_file_holds_are_warned_of(method: ModuleType, tmp_path: 
         named.save_pretrained(tmp_path / "named")
 
 
+def test_a_model_that_is_saved_with_adapters_inside_is_warned_of(method: ModuleType, tmp_path: Path):
+    """transformers would read random weights back."""
+    model = method.random_adapter(tiny(num_hidden_layers=1))
+    said = r"LlamaForCausalLM has adapters inside.*\('model\.layers\.0\.self_attn\.q_proj\.base_layer\.\.\.'\)"
+    with pytest.warns(UserWarning, match=said):
+        model.get_base_model().save_pretrained(tmp_path / "inside")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "This Llama")
+        model.save_pretrained(tmp_path / "adapter")
+        managed = tiny(num_hidden_layers=1)
+        managed.add_adapter(method.config())
+        managed.save_pretrained(tmp_path / "managed")  # transformers saves the adapter
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "managed" / "adapter_config.json").exists()
+
+
 def test_what_stays_behind_of_tied_embeddings_is_warned_of(method: ModuleType):
     with pytest.warns(
         UserWarning, match=r"names 'model\.embed_tokens', to which 'lm_head' is tied.*keeps its weight, frozen"

@@ -34,6 +34,19 @@ def test_merging_and_unmerging_change_nothing(method: ModuleType, base: PreTrain
         model.unmerge_adapter()
 
 
+def test_a_cast_while_adapters_are_merged_reaches_the_base(method: ModuleType, base: PreTrainedModel):
+    """Nobody finds the base then: it would make scales of the earlier dtype for a model of another one."""
+    model = method.random_adapter(base)
+    straight = copy.deepcopy(model).bfloat16()
+    model.merge_adapter()
+    model.bfloat16()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), logits(straight, IDS))
+    found, expected = model.merge_and_unload().state_dict(), straight.merge_and_unload().state_dict()
+    assert {name: value.dtype for name, value in found.items()} == {k: v.dtype for k, v in expected.items()}
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 def test_layers_have_no_modules_that_nothing_uses(method: ModuleType, base: PreTrainedModel):
     """A Trainer walks through all modules in every step."""
     model = method.random_adapter(base)

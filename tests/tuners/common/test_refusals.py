@@ -213,6 +213,34 @@ def test_layers_of_a_shared_block_are_not_tied_but_shared_layers_are(method: Mod
         get_peft_model(shared, method.config(target_modules=["a"]))
 
 
+class Both(nn.Module):
+    """A layer whose weight the module around it multiplies with, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+        self.again = self.up.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.up(x), self.again)
+
+
+def test_a_weight_that_has_another_name_is_tied(method: ModuleType):
+    with refused(model := Both(), r"weight of module 'up' \(Linear\) is tied to 'again', which would stay float"):
+        get_peft_model(model, method.config(target_modules=["up"]))
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_compiled_modules_have_names_that_no_file_fits(method: ModuleType, part: str):
+    model = tiny()
+    if part == "block":
+        model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    compiled = torch.compile(model, backend="eager") if part == "model" else model
+    with refused(compiled, r"_orig_mod.* is inside of a compiled module.*Adapt the model first and compile it then"):
+        get_peft_model(compiled, method.config())
+    torch.compile(method.random_adapter(tiny()), backend="eager")(input_ids=IDS)
+
+
 # -- further adapters
 
 
@@ -317,3 +345,12 @@ def test_names_of_a_file_may_be_mapped(method: ModuleType, folder: Path):
     again = PeftModel.from_pretrained(tiny(), folder, key_mapping={"called_otherwise": part})
     save_file(values, path)
     assert torch.equal(logits(again, method.IDS), logits(PeftModel.from_pretrained(tiny(), folder), method.IDS))
+
+
+def test_no_difference_of_two_adapters_is_saved(method: ModuleType, folder: Path, tmp_path: Path):
+    """PEFT's conversion of PiSSA and the like: it wrote a file that nothing loads in the place of what was trained."""
+    model = method.random_adapter(tiny())
+    with pytest.raises(ValueError, match=r"`path_initial_model_for_weight_conversion` is .*inside the rounding"):
+        model.save_pretrained(tmp_path / "saved", True, None, "auto", True, str(folder))
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "saved", path_initial_model_for_weight_conversion=None)
