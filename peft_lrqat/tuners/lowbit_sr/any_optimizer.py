@@ -59,6 +59,12 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
             "closure; LBFGS and other line searches cannot train them: use torch.optim.AdamW or "
             "peft_lrqat.LowBitAdamW."
         )
+    if callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{type(optimizer).__name__} has an `eval()`: it gives the model other weights between steps, as "
+            "Schedule-Free does, and integers would be rounded every time. Use an optimizer that leaves weights alone "
+            "between steps: peft_lrqat.LowBitAdamW, torch.optim.AdamW."
+        )
     _mention_latent_weights(optimizer, [parameter for _, _, parameter in found])
     swapped: list[tuple[dict[str, Any], int, Any, nn.Parameter]] = []
     for group, index, parameter in found:

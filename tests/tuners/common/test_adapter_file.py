@@ -115,7 +115,7 @@ def test_a_whole_file_is_loaded_without_a_word(method: ModuleType, tmp_path: Pat
 
 def test_nothing_is_loaded_into_an_adapter_that_is_merged(method: ModuleType, folder: Path):
     """The model would go on with the integers that it was merged to."""
-    model = method.random_adapter(tiny())
+    model = method.adapt(tiny(), **method.GRID).eval()
     model.merge_adapter()
     before = logits(model, tokens())
     for load in (lambda: model.load_adapter(folder, "default"), lambda: into(model, folder)):

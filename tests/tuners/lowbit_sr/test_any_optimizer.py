@@ -98,3 +98,24 @@ def test_a_wrapper_leaves_the_weights_to_the_optimizer_within(kind: type[torch.o
         assert {*inner.state} == {*weights}
         found.append([weight.packed for weight in weights])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class _ScheduleFree(torch.optim.SGD):
+    """Trains at one point, and evaluates at another."""
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.lerp_(torch.zeros(parameter.shape), 0.5)
+
+
+def test_what_changes_weights_between_steps_is_refused_in_the_first():
+    parameter = next(p for p in low_bit(tiny(num_hidden_layers=1)).parameters() if isinstance(p, LowBitTensor))
+    parameter.grad = torch.randn(parameter.shape)
+    before = parameter.codes()
+    with pytest.raises(ValueError, match=r"_ScheduleFree has an `eval\(\)`.*LowBitAdamW, torch\.optim\.AdamW"):
+        _ScheduleFree([parameter], lr=0.1).step()
+    assert torch.equal(parameter.codes(), before)
+    plain = torch.nn.Parameter(torch.ones(3))
+    plain.grad = torch.ones(3)
+    _ScheduleFree([plain], lr=0.1).step()
