@@ -35,8 +35,15 @@ from .graphs import CudaGraphCallback, cuda_graphs
 from .grid import Grid
 from .modules.generation import keep_in_generate, kept_weights, limit_kept_weights
 from .monitor import QuantizationCallback
-from .peft_hooks import before_injection, before_loading, before_saving, before_saving_a_model
+from .peft_hooks import (
+    before_injection,
+    before_loading,
+    before_loading_a_file,
+    before_saving,
+    before_saving_a_model,
+)
 from .registration import register
+from .tuners.common.adapter_file import check_options_of_file
 from .tuners.common.extras import warn_of_adapters_inside
 from .tuners.common.model import check_method_of_file, check_savable
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
@@ -77,4 +84,5 @@ before_injection(adopt_own)
 before_saving(check_savable)
 before_saving_a_model(warn_of_adapters_inside)
 before_loading(check_method_of_file)
+before_loading_a_file(check_options_of_file)
 keep_in_generate()

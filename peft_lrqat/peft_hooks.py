@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +92,21 @@ def before_loading(check: Callable[[Any, dict[str, Any]], None]) -> None:
 
     setattr(checked, _FIRST, check)
     BaseTuner._remap_adapter_state_dict_for_load = classmethod(checked)  # type: ignore[assignment,method-assign]
+
+
+def before_loading_a_file(look: Callable[[PeftModel, str, str], None]) -> None:
+    """Have `look(model, folder, adapter)` called before a PeftModel loads a folder, or what the Hub has under that
+    name, into the adapter.
+    """
+    load = PeftModel.load_adapter
+    if getattr(load, _FIRST, None) is look:
+        return
+
+    @functools.wraps(load)
+    def looked(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        inside = kwargs.get("subfolder")
+        look(self, os.path.join(model_id, inside) if inside else str(model_id), adapter_name)
+        return load(self, model_id, adapter_name, *args, **kwargs)
+
+    setattr(looked, _FIRST, look)
+    PeftModel.load_adapter = looked  # type: ignore[method-assign,assignment]  # its arguments are handed on

@@ -12,7 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_lrqat.peft_hooks import before_injection, before_loading, before_saving, before_saving_a_model
+from peft_lrqat.peft_hooks import (
+    before_injection,
+    before_loading,
+    before_loading_a_file,
+    before_saving,
+    before_saving_a_model,
+)
 from tests.models import tiny
 
 
@@ -22,6 +28,7 @@ def _peft_as_it_was(monkeypatch):
         (BaseTuner, "inject_adapter"),
         (BaseTuner, "_remap_adapter_state_dict_for_load"),
         (PeftModel, "save_pretrained"),
+        (PeftModel, "load_adapter"),
         (PreTrainedModel, "save_pretrained"),
     ):
         monkeypatch.setattr(owner, name, vars(owner)[name])
@@ -84,6 +91,22 @@ def test_no_model_is_written(tmp_path: Path):
     assert not (tmp_path / "model").exists()
 
 
+def test_no_file_is_opened(tmp_path: Path):
+    model, asked = _lora(), []
+    before = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+    def refuse(*given: Any) -> None:
+        asked.append(given)
+        raise Refusal
+
+    before_loading_a_file(refuse)
+    for options in ({}, {"subfolder": "best"}):
+        with pytest.raises(Refusal):
+            model.load_adapter(tmp_path, "default", **options)
+    assert asked == [(model, str(tmp_path), "default"), (model, str(tmp_path / "best"), "default")]
+    assert all(tensor.equal(before[name]) for name, tensor in get_peft_model_state_dict(model).items())
+
+
 def test_nothing_is_loaded():
     model = _lora()
     values = get_peft_model_state_dict(model)
@@ -104,13 +127,14 @@ def test_nothing_is_loaded():
 
 def test_a_second_call_asks_no_second_time(tmp_path: Path):
     asked = []
-    kinds = (
-        (before_injection, "inject"),
-        (before_saving, "save"),
-        (before_loading, "load"),
-        (before_saving_a_model, "m"),
-    )
-    for before, kind in kinds:
+    kinds = {
+        before_injection: "inject",
+        before_saving: "save",
+        before_loading: "load",
+        before_loading_a_file: "open",
+        before_saving_a_model: "save model",
+    }
+    for before, kind in kinds.items():
         ask = functools.partial(lambda kind, *_: asked.append(kind), kind)
         before(ask)
         before(ask)
@@ -118,4 +142,4 @@ def test_a_second_call_asks_no_second_time(tmp_path: Path):
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     tiny(num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    assert asked == ["inject", "save", "inject", "load", "m"]
+    assert asked == ["inject", "save", "inject", "open", "load", "save model"]

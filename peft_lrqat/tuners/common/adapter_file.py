@@ -6,18 +6,23 @@ transformers and Trainer load into adapters that exist, and older files are pick
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...modules.experts import ExpertStack
 from ...modules.packed import QuantizedLinear
+from .config import GridConfig
 from .fingerprint import check_checksum, fingerprint, in_order, of_tensor, version_of
 from .frozen import FrozenWeight
 from .layer import MergingLayer
@@ -92,6 +97,44 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
                 check_tensor(key, file.get_tensor(key), content)
 
 
+def check_options_of_file(model: Any, folder: str, adapter: str) -> None:
+    """Look at the options of a file that is loaded into an adapter which the model has, as a Trainer does to resume:
+    PEFT takes the tensors, and keeps the options of the model.
+
+    Args:
+        model: a PeftModel.
+        folder: the file's; one that is not here is not looked at.
+
+    Raises:
+        ValueError: the file is of another method.
+    """
+    config = model.peft_config.get(adapter)
+    path = os.path.join(folder, CONFIG_NAME)
+    if not isinstance(config, GridConfig) or not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        kind, here = json.load(file).get("peft_type"), PeftType(config.peft_type).value
+    if kind != here:
+        raise ValueError(
+            f"{folder!r} is an adapter of the method {kind}, and adapter {adapter!r} of the model one of {here}, in "
+            "which its tensors mean something else. Load it on a fresh copy of its base."
+        )
+    saved: Any = type(config).from_pretrained(folder)
+    saved.forget_unmatched({name for name, layer in model.named_modules() if isinstance(layer, MergingLayer)})
+    said = [
+        f"{name}={getattr(saved, name)!r} (here {getattr(config, name)!r})"
+        for name in config.meaning
+        if getattr(saved, name) != getattr(config, name)
+    ]
+    if said:
+        warnings.warn(
+            f"The adapter in {folder!r} was trained with {', '.join(said)}. It is loaded into adapter {adapter!r}, "
+            "which keeps its own options, and does not compute what was trained. To go on where that stopped, make the "
+            "model with the options of the file.",
+            stacklevel=3,
+        )
+
+
 def _has_others(found: Collection[str], module: str, known: Collection[str]) -> bool:
     return any(key.startswith(module) and key not in known for key in found)
 
@@ -130,13 +173,25 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, prefix: str, s
         )
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     strange: list[str] = []
+    found: dict[str, set[str]] = {}  # layer -> what there is of it
     for key, values in state_dict.items():
         layer, _, part = key.rpartition("." + prefix)
         content = content_of(prefix + part, config) if layer else None
         if content is not None and layer in layers and adapter in layers[layer].adapter_options:
             check_tensor(key, values, content)
+            found.setdefault(layer, set()).add(prefix + part.split(".")[0])
         elif layer or key not in own:
             strange.append(key)
+    for name, kinds in found.items():
+        shapes = config.expected_shapes(name, layers[name].out_features, layers[name].in_features)
+        if other := kinds ^ {key.split(".")[0] for key in shapes}:
+            what = "lacks" if other - kinds else "has"
+            raise ValueError(
+                f"The adapter file {what} {min(other)!r} for module {name!r}, otherwise than adapter {adapter!r} of "
+                "the model, of which a part would stay what it was, or the file's would get lost. Load it with the "
+                "options that it was trained with (`learn_scales`, `act_scale`): see its adapter_config.json. Nothing "
+                "was loaded."
+            )
     if strange:
         warnings.warn(
             f"{len(strange)} tensors of the adapter file are no part of adapter {adapter!r} in this model, e.g. "
@@ -199,18 +254,17 @@ def note_rewritten_base(model: nn.Module, configs: dict[str, Any]) -> None:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MergingLayer)}
     written = {name for name, layer in layers.items() if is_rewritten(layer.frozen)}
+    anew = {name for name, layer in layers.items() if getattr(layer.frozen, "replaced", False)}
     for name, config in configs.items():
         own: dict[str, Any] = {path: layer for path, layer in layers.items() if name in layer.adapter_options}
-        if not own or config.base_checksum is None:
-            continue
-        known = fingerprint(own, {path: layer.frozen.source_checksum for path, layer in own.items()})
-        if known == config.base_fingerprint and not own.keys() & written:
+        if own.keys().isdisjoint(written | anew) or config.base_checksum is None:
             continue
         found = in_order(int(layer.frozen.checksum()) for layer in own.values())
         if found == config.base_checksum:
             continue
         for path in own.keys() & written:
-            own[path].frozen.source_checksum = known = None
+            own[path].frozen.source_checksum = None
+        known = fingerprint(own, {path: layer.frozen.source_checksum for path, layer in own.items()})
         config.base_checksum, config.base_fingerprint = found, known
         if known is None:
             warnings.warn(
@@ -219,8 +273,9 @@ def note_rewritten_base(model: nn.Module, configs: dict[str, Any]) -> None:
                 "that it began with. Where a state dict is averaged (EMA), leave tensors of integers as they are.",
                 stacklevel=2,
             )
-    for path in written:
+    for path in written | anew:
         take_note(layers[path].frozen)
+        layers[path].frozen.replaced = False
 
 
 def check_same_base(

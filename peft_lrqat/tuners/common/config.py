@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -42,6 +42,7 @@ class GridConfig(PeftConfigMixin):
         quantizes: the classes of modules that can be adapted.
         rules: what each field may hold.
         contents: what the parts of a layer hold in an adapter's file.
+        meaning: fields that say what an adapter's tensors compute, and that neither the tensors nor the base tell.
         absent: options that it does not have, and users may bring along -> what is said to them.
         act_bits (int | None): 8 or 4: the input of every converted layer is rounded to so many bits, with a scale for
             every token. It happens in training and in the checkpoint. It needs a symmetric grid. Default: `None`, float
@@ -81,6 +82,10 @@ class GridConfig(PeftConfigMixin):
     quantizes: ClassVar[tuple[type, ...]]
     rules: ClassVar[dict[str, Rule]]
     contents: ClassVar[dict[str, Any]]
+    meaning: ClassVar[tuple[str, ...]] = (
+        *("act_bits", "act_bits_pattern", "act_group_size", "act_rule", "act_scale"),
+        *("kv_bits", "kv_rule"),
+    )
     absent: ClassVar[dict[str, str]] = OF_OTHERS
     inference_mode: bool
     target_modules: Any
@@ -380,6 +385,9 @@ class GridConfig(PeftConfigMixin):
         Args:
             widths: name of a layer -> its number of input features.
         """
+
+    def forget_unmatched(self, names: Collection[str]) -> None:
+        """Take out of patterns what they say of none of these layers, as far as no user wrote it there."""
 
     def makes_reference(self, name: str, others: Mapping[str, Any]) -> bool:
         """Whether TRL adds the adapter `name` as the reference of a trained one, whose values it copies afterwards.

@@ -70,13 +70,14 @@ class FrozenWeight(Offloadable, KeepsWeight):
     source_checksum: int | None
     lossless: tuple[int, int] | None = None
     places: torch.Tensor | None = None
+    replaced: bool = False  # whether new float weights were converted since an adapter's file was last written
     experts: int = 1  # of how many experts of a mixture it is a projection (`lrqat/experts.py`)
     loading: bool = False  # while transformers loads the model, which asks for weights without reading them
 
     #: The attributes that describe the base.
     description = Offloadable.description | frozenset(
         {"downcast", "scale_dtype", "ranges", "transposed", "fixed_point", "container_bits", "activations", "fmt"}
-        | {"source_checksum", "lossless", "places", "loading", "experts"}
+        | {"source_checksum", "lossless", "places", "loading", "experts", "replaced"}
     )
 
     def __init__(
@@ -440,5 +441,6 @@ class FrozenWeight(Offloadable, KeepsWeight):
                 if zero_point is not None and self.zero_point is not None:
                     self.zero_point.copy_(zero_point)
             take_note(self)
+            self.replaced = True
         if self.bias is not None and prefix + "bias" in state_dict:
             self.bias.data.copy_(state_dict[prefix + "bias"])

@@ -149,6 +149,7 @@ class LowBitSRConfig(GridConfig, PeftConfig):
         "lowbitsr_scale_shift": FACTOR,
         "lowbitsr_act_scale": FACTOR,
     }
+    meaning = ("forward_bits", "export_format", *GridConfig.meaning)
     absent: ClassVar[dict[str, str]] = _ABSENT
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,

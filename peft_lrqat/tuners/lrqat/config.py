@@ -185,6 +185,7 @@ class LRQATConfig(GridConfig, LoraConfig):
     contents: ClassVar[dict[str, Any]] = dict.fromkeys(
         ("lora_A", "lora_B", "lora_scale_shift", "lora_act_scale"), FACTOR
     )
+    meaning = ("lora_alpha", "alpha_pattern", "use_rslora", *GridConfig.meaning)
     absent: ClassVar[dict[str, str]] = _ABSENT
     rules: ClassVar[dict[str, Rule]] = {
         **SHARED,

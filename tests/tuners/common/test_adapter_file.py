@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, set_base_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_base_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -129,6 +130,58 @@ def test_nothing_is_loaded_into_an_adapter_that_is_merged(method: ModuleType, fo
 
 def into(model, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+# -- an adapter that exists, of other options than the file's
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "LR-QAT": {"lora_alpha": 5, "use_rslora": True, "act_bits": 8, "kv_bits": 8, "alpha_pattern": {"q_proj": 3}},
+    "Low-bit SR": {"forward_bits": 1.58, "act_bits": 8, "kv_bits": 8},
+}
+
+
+def test_options_that_a_file_was_trained_with_and_the_model_has_not_are_said(method: ModuleType, folder: Path):
+    """As in a resumed training, where somebody has changed them: PEFT takes the tensors alone."""
+    for name, value in OTHERWISE[method.NAME].items():
+        model = method.adapt(tiny(), **method.GRID, **{name: value})
+        with pytest.warns(UserWarning, match=rf"trained with .*{name}=.* \(here .*keeps its own options"):
+            model.load_adapter(folder, "default")
+    same = method.adapt(tiny(), **method.GRID, **method.MOVED).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The adapter in")
+        same.load_adapter(folder, "default")
+        loaded = PeftModel.from_pretrained(tiny(), folder)
+        loaded.load_adapter(folder.parent, "default", subfolder=folder.name)
+        loaded.load_adapter(folder, "another")
+    assert torch.equal(logits(loaded.eval(), tokens()), logits(same, tokens()))
+
+
+def test_an_adapter_of_another_method_is_not_loaded_into_it(method: ModuleType, tmp_path: Path):
+    """LoRA's factors would count grid steps in LR-QAT."""
+    get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path)
+    model = method.adapt(tiny(), **method.GRID, learn_scales=False).eval()
+    before = logits(model, tokens())
+    with pytest.raises(
+        ValueError, match=rf"an adapter of the method LORA, and adapter 'default' .* one of {method.TYPE}"
+    ):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model, tokens()), before)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_scales_that_one_side_has_not_learned_are_not_left_out(method: ModuleType, tmp_path: Path, trained: bool):
+    source = method.adapt(tiny(), **method.GRID, learn_scales=trained)
+    train(source, tokens())
+    source.save_pretrained(tmp_path)
+    model = method.adapt(tiny(), **method.GRID, learn_scales=not trained).eval()
+    train(model, tokens())
+    before = logits(model, tokens())
+    said = rf"adapter file {'has' if trained else 'lacks'} '\w+_scale_shift' for module .*`learn_scales`"
+    for load in (lambda: model.load_adapter(tmp_path, "default"), lambda: into(model, tmp_path)):
+        with pytest.raises(ValueError, match=said):
+            load()
+    assert torch.equal(logits(model, tokens()), before)
 
 
 # -- a base that is replaced after the model was converted

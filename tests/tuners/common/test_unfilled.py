@@ -71,14 +71,15 @@ def test_injected_adapters_may_wait_too(method: ModuleType):
 
 def test_nor_with_one_that_has_a_part_of_its_values(method: ModuleType):
     config = method.config(task_type="CAUSAL_LM", learn_scales=True)
-    tensors = get_peft_model_state_dict(get_peft_model(tiny(), config))
-    parts = [key for key in tensors if "layers.1.mlp.up_proj" in key and "stream" not in key]  # seen by training alone
+    tensors = get_peft_model(tiny(), config).state_dict()
+    adapter = [key for key in tensors if "layers.1.mlp.up_proj" in key and ".default" in key]
+    parts = [key for key in adapter if "stream" not in key]  # which training alone looks at
     assert len(parts) == 3
     for absent in parts:
         with pytest.warns(UserWarning, match=SAYS):
             model = get_peft_model(tiny(), config, low_cpu_mem_usage=True).eval()
         some = {key: value for key, value in tensors.items() if key != absent}
-        set_peft_model_state_dict(model, some, low_cpu_mem_usage=True)
+        model.load_state_dict(some, strict=False, assign=True)  # PEFT's own ways are refused (`adapter_file.py`)
         for compute in (lambda model=model: model.generate(input_ids=IDS, max_new_tokens=2), model.merge_and_unload):
             with pytest.raises(
                 ValueError, match=r"^Adapter 'default' has no values in layer 'model\.layers\.1\.mlp\.up_proj'"
