@@ -263,8 +263,8 @@ def config_of(job: dict[str, Any]) -> Any:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
-    if job["method"] == "scales":  # rank 1 and never trained: the integers stay
-        options |= {"r": 1, "downcast": "int"}
+    if job["method"] == "scales":
+        options |= {"r": 0, "downcast": "int"}
     elif job["method"] == "lrqat":
         options |= {"r": job["rank"], "lora_alpha": round(job["c"] * job["rank"])}
     else:
@@ -334,9 +334,6 @@ def prepare(model: nn.Module, job: dict[str, Any], text: Text) -> tuple[nn.Modul
             from peft_lrqat import calibrate_activations
 
             calibrate_activations(model, text.calibration(job))
-        if method == "scales":
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and "scale" in name)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return model, [
         {"params": [p for n, p in named if scales not in n], "lr": job["lr"]},

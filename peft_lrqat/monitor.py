@@ -189,6 +189,8 @@ class QuantizationCallback(TrainerCallback):
         qat_edge            share at the smallest or largest integer of the grid, where they can go no further
         qat_scale_change    mean of |s / s0 - 1| over the scales of as many rows
 
+    Where only scales are trained (`LRQATConfig(r=0)`), the integers' shares stay 0, and that is no fault.
+
     At the end, process 0 prints a table by kind of layer, with advice where a figure is off, and writes the curves as
     `quantization.png` into the Trainer's `output_dir` if matplotlib is installed. With a teacher (`Distillation`), its
     `kl` is in both. Checkpoints keep the samples, so training that is resumed goes on counting. With FSDP2 every
@@ -297,6 +299,7 @@ class QuantizationCallback(TrainerCallback):
         total = _mean([one for those in kinds.values() for one in those])
         started = float(torch.cat([watched.start_edge.cpu() for watched in self._watched]).mean())
         usual = max(_USUAL[isinstance(one, LRQATLayer)] for w in self._watched for one in w.layers.values())
+        moving = any(one.moves_integers(one._adapters_at_work()) for w in self._watched for one in w.layers.values())
         self._watched = []
         if state.global_step in self._curves:  # the last log looked at this very step: nothing has changed since then
             total = total._replace(changed_last=self._curves[state.global_step].changed_last)
@@ -304,7 +307,7 @@ class QuantizationCallback(TrainerCallback):
             state.log_history[-1].update(total.logged())
         if not state.is_world_process_zero:
             return
-        hardly = few_changes(total.changed, _peak_rate(args, **kwargs), state.global_step, usual)
+        hardly = few_changes(total.changed, _peak_rate(args, **kwargs), state.global_step, usual) if moving else ""
         advised = advice(total, started, hardly)
         divergence = {entry["step"]: entry["kl"] for entry in state.log_history if "kl" in entry}
         if divergence:

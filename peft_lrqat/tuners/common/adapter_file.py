@@ -183,14 +183,15 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, prefix: str, s
         elif layer or key not in own:
             strange.append(key)
     for name, kinds in found.items():
-        shapes = config.expected_shapes(name, layers[name].out_features, layers[name].in_features)
+        layer = layers[name]  # whose own name is the one that patterns of names are for
+        shapes = config.expected_shapes(layer.name, layer.out_features, layer.in_features)
         if other := kinds ^ {key.split(".")[0] for key in shapes}:
             what = "lacks" if other - kinds else "has"
             raise ValueError(
                 f"The adapter file {what} {min(other)!r} for module {name!r}, otherwise than adapter {adapter!r} of "
                 "the model, of which a part would stay what it was, or the file's would get lost. Load it with the "
-                "options that it was trained with (`learn_scales`, `act_scale`): see its adapter_config.json. Nothing "
-                "was loaded."
+                "options that it was trained with (`learn_scales`, `act_scale`, a rank of 0): see its "
+                "adapter_config.json. Nothing was loaded."
             )
     if strange:
         warnings.warn(

@@ -162,6 +162,10 @@ class MergingLayer(RoundsInput, LoraLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.frozen.device, self.frozen.compute_dtype
 
+    def _note_without_factors(self, adapter_name: str) -> None:
+        """Let PEFT know an adapter that has no lora_A: that is where it looks up those of a mixed batch."""
+        self.lora_A[adapter_name] = nn.Identity()
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to where the base is, as it is: PEFT would round what was loaded to the base's dtype, and
         would make it trainable."""
@@ -401,6 +405,10 @@ class MergingLayer(RoundsInput, LoraLayer):
             return None
         start, scale = found
         return scales_out_of_range(scale, start, self.frozen.scale_dtype).sum()
+
+    def moves_integers(self, adapters: list[str]) -> bool:
+        """Whether training these adapters can make other integers; else only the scales change."""
+        return True
 
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:
         """The integers of some rows as these adapters have moved them, for a look while training goes on.

@@ -144,7 +144,7 @@ NOT_NEGATIVE = Rule(
 POSITIVE = Rule("it must be a positive number, and finite", is_positive)
 INTEGER = Rule("it must be an integer", lambda value: isinstance(value, Integral) and not isinstance(value, bool))
 WHOLE = Rule("it must be an integer, 1 or more", lambda value: is_index(value) and value > 0)
-RANK = Rule("a rank must be a positive integer", lambda value: is_index(value) and value > 0)
+RANK = Rule("a rank must be an integer, 0 or more (0: only the scales are trained)", is_index)
 TEXT = Rule("it must be a string", lambda value: isinstance(value, str))
 MODULES = Rule(
     "it must be 'all-linear', a list of names of modules, or a regular expression for their whole names",

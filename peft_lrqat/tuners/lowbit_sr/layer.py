@@ -89,7 +89,7 @@ class LowBitSRLayer(Unscaled, MergingLayer):
     lowbitsr_act_scale: Any
 
     adapter_layer_names = ("lowbitsr_weight", "lowbitsr_scale_shift", "lowbitsr_act_scale")
-    # PEFT looks an adapter of a mixed batch up in lora_A
+    # lora_A: `_note_without_factors`
     other_param_names = (*MergingLayer.other_param_names, "adapter_activations", "lora_A")
 
     @property
@@ -163,7 +163,7 @@ class LowBitSRLinear(nn.Module, LowBitSRLayer, KeepsWeight):
         self.adapter_options[adapter_name] = config
         self.adapter_activations[adapter_name] = config.activations_of(name)
         self._add_input_scale(adapter_name, config)
-        self.lora_A[adapter_name] = nn.Identity()
+        self._note_without_factors(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @skip_init_on_device  # PEFT would move a tensor subclass to the meta device in a way that it cannot be

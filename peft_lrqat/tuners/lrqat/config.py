@@ -105,7 +105,7 @@ class LRQATConfig(GridConfig, LoraConfig):
             where a scale serves a channel or the tensor, and `bits` is 5 or more or `act_scale` is "static".
         downcast (str | None): How the frozen base is kept, in grid steps. "fx8": 8-bit fixed point, 1 byte a weight.
             "int": the rounded codes, `bits` / 8 bytes. "bf16", "fp16": 2 bytes. "fp32": 4 bytes. Default: `"fx8"`;
-            "int" at 8 bits and on a quantized base.
+            "int" at 8 bits, at `r=0`, and on a quantized base.
         range_method (str): Where the first scales come from. "lp": the scale with the least sum of rounding errors to
             the power of `range_p`. "minmax": the one that covers every weight. Default: `"lp"`.
         range_p (float): Exponent of `range_method="lp"`, above 0. Multiples of 0.5 are fast. Default: `2.5`.
@@ -113,11 +113,14 @@ class LRQATConfig(GridConfig, LoraConfig):
             "channel": all groups of an output channel by one factor, which makes the backward cheaper (from 4 bits on,
             in layers without a bias); `lora_alpha / r` then counts steps of the channel's largest scale. Without groups
             that is the same as True. Default: `True`.
-        r (int): Rank of the adapter inside the rounding. Default: `32`.
+        r (int): Rank of the adapter inside the rounding. 0: there is none. The integers stay as they are, only the
+            scales are trained (PEQA, arXiv 2305.14152), and `lora_alpha` means nothing. That is meant for a base whose
+            integers are good already, such as that of `preprocess_blockwise`. Default: `32`.
         lora_alpha (int | float | None): `lora_alpha / r` (with `use_rslora`: `lora_alpha / sqrt(r)`) scales the
             adapter, in grid steps. Default: `512`, 16 steps at rank 32. Where it is left out, it and `alpha_pattern`
             are set so that it is 16 steps in every layer, whatever `r`, `rank_pattern` and `use_rslora` are.
-        rank_pattern (dict[str, int]): Other ranks for some layers: patterns of names -> rank. Default: `{}`.
+        rank_pattern (dict[str, int]): Other ranks for some layers, 0 among them: patterns of names -> rank. Default:
+            `{}`.
         alpha_pattern (dict[str, float]): Other `lora_alpha` for some layers: patterns of names -> value. Default: `{}`.
         use_rslora (bool): Divide `lora_alpha` by sqrt(r) in place of r. Default: `False`.
         init_lora_weights (bool | str): True: the adapter starts at zero. "loftq": it starts at the best fit of what
@@ -283,7 +286,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         """Give what was left open its value on a float base."""
         self.adopt(**{**_GRID_DEFAULTS, **({"group_size": PER_CHANNEL} if self.rounds_inputs else {})})
         wide = isinstance(self.bits, (int, float)) and self.bits > 7  # what else it may be is refused later
-        self.adopt(downcast="int" if wide else "fx8", signed_scales=bool(self.symmetric))
+        whole = wide or not self.has_factors  # without factors nothing ever asks for the fraction of a step
+        self.adopt(downcast="int" if whole else "fx8", signed_scales=bool(self.symmetric))
 
     def adopt(self, **found: Any) -> list[str]:
         """Take a quantized base's values for the options that were left open.
@@ -320,11 +324,15 @@ class LRQATConfig(GridConfig, LoraConfig):
         ranges += " with signed scales" if self.signed_scales else ""
         if self.wants_quantized_base:
             ranges = "integers and scales of a quantized base"
-        divisor = "sqrt(r)" if self.use_rslora else "r"
+        trained = "LR-QAT (arXiv 2406.06385) at rank 0: the integers stay, the scales are trained (arXiv 2305.14152), "
+        if self.has_factors:
+            divisor = "sqrt(r)" if self.use_rslora else "r"
+            trained = (
+                f"LR-QAT (arXiv 2406.06385): rank {self.r}, "
+                f"lora_alpha {self.lora_alpha} (over {divisor}, in {self.adapter_unit}), "
+            )
         return (
-            f"LR-QAT (arXiv 2406.06385): rank {self.r}, "
-            f"lora_alpha {self.lora_alpha} (over {divisor}, in {self.adapter_unit}), "
-            f"base kept as {self.downcast}, {ranges}"
+            f"{trained}base kept as {self.downcast}, {ranges}"
             + (f", {self.describe_activations()}" if self.rounds_inputs else "")
             + (f", {self.kv_bits}-bit KV cache as {self.kv_rule} has it" if self.kv_bits is not None else "")
         )
@@ -345,14 +353,26 @@ class LRQATConfig(GridConfig, LoraConfig):
     def bytes_per_weight(self) -> float:
         return {"fx8": 1, "int": self.grid.code_bits / 8, "bf16": 2, "fp16": 2, "fp32": 4}[str(self.downcast)]
 
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks that layers may have."""
+        return {self.r, *(self.rank_pattern or {}).values()}
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether some layers have low-rank factors."""
+        return any(self.ranks)
+
     def rank_of(self, name: str) -> int:
-        """The rank in the layer of that name."""
+        """The rank in the layer of that name; 0: it has no factors."""
         pattern: dict[str, int] = self.rank_pattern or {}
         return pattern.get(get_pattern_key(list(pattern), name), self.r)
 
     def expected_shapes(self, name: str, out_features: int, in_features: int, experts: int = 1) -> dict[str, tuple]:
         rank = self.rank_of(name) * experts
-        shapes: dict[str, tuple] = {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
+        shapes: dict[str, tuple] = {}
+        if rank:
+            shapes |= {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
         if self.learn_scales:
             shapes["lora_scale_shift.weight"] = self.shift_shape(
                 *self.grid.scale_shape(out_features * experts, in_features)
@@ -416,6 +436,7 @@ class LRQATConfig(GridConfig, LoraConfig):
                 "the frozen codes would depend on the SVD and could not be recomputed when the adapter is loaded."
             )
         self._check_loftq_bits()
+        self._check_without_factors()
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"LR-QAT does not support `{name}`: {reason}.")
@@ -430,6 +451,21 @@ class LRQATConfig(GridConfig, LoraConfig):
                 f"makes up for what rounding to that loses. Set `bits={bits}`, or leave `loftq_bits` out."
             )
 
+    def _check_without_factors(self) -> None:
+        """Raise ValueError where nothing has a rank, and an option makes sense with low-rank factors only."""
+        if self.has_factors:
+            return
+        if self.init_lora_weights == "loftq":
+            raise ValueError(
+                "`init_lora_weights` is 'loftq' with `r=0`, but it fits low-rank factors to what rounding lost, and at "
+                "rank 0 there are none. Use True, or a rank of 1 or more."
+            )
+        if not self.learn_scales and not (self.rounds_inputs and self.act_scale == "static"):
+            raise ValueError(
+                "`r` is 0 with `learn_scales=False`, which leaves nothing to train: at rank 0 only the scales are. Use "
+                "`learn_scales=True`, or a rank of 1 or more."
+            )
+
     def _set_strength(self) -> None:
         """Set a `lora_alpha` that was left open, and `alpha_pattern`, so that the strength of every layer is 16 steps.
 
@@ -441,8 +477,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         elif (self.lora_alpha, given) != self._default_alpha:  # somebody's own
             return
         divisor: Any = math.sqrt if self.use_rslora else int
-        self.lora_alpha = _STRENGTH * divisor(self.r)
-        by_rank = {key: _STRENGTH * divisor(rank) for key, rank in ranks.items() if key not in self._given_alpha}
+        self.lora_alpha = _STRENGTH * divisor(self.r or 1)  # of rank 0 nobody asks
+        by_rank = {key: _STRENGTH * divisor(r) for key, r in ranks.items() if r and key not in self._given_alpha}
         self.alpha_pattern = {**self._given_alpha, **by_rank}
         self._default_alpha = self.lora_alpha, dict(self.alpha_pattern)
 

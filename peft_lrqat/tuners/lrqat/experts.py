@@ -126,6 +126,8 @@ class LRQATExpertLinear(LRQATLinear):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """c lora_B lora_A before the rounding, of each expert: (experts, out, in), in the adapter's unit."""
+        if not self.r[adapter]:
+            return super().get_delta_weight(adapter).view(self.experts, -1, self.frozen.in_features)
         A, B = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
         A, B = A.view(self.experts, -1, A.shape[1]), B.view(B.shape[0], -1, self.experts)
         return torch.einsum("ore,eri->eoi", B, A) * self.scaling[adapter]

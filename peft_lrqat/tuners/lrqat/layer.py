@@ -69,6 +69,7 @@ from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
 from .learning_rate import watch
 from .loftq import residual_factors
+from .strength import Strength
 
 
 class Operands(NamedTuple):
@@ -80,7 +81,7 @@ class Operands(NamedTuple):
     c: float  # lora_alpha / r
 
 
-class LRQATLayer(MergingLayer):
+class LRQATLayer(Strength, MergingLayer):
     """What `get_peft_model` puts in the place of a layer for LR-QAT: PEFT's LoRA layer, with the adapter inside the
     rounding.
 
@@ -90,6 +91,8 @@ class LRQATLayer(MergingLayer):
     Attributes:
         base_layer (FrozenWeight): the base, in grid steps, in an integer dtype; while adapters are merged, the layer
             that the checkpoint will hold.
+        lora_A, lora_B (nn.ModuleDict): adapter -> nn.Linear, whose weights are (r, in) and (out, r). Where an adapter
+            has rank 0, lora_B has no entry, and lora_A one without a weight.
         lora_scale_shift (nn.ModuleDict): adapter -> AdapterWeight, fp32 (rows, groups), the relative change of the
             scales. With `learn_scales="channel"` it is (rows, 1); with `learn_scales=False` it has no entry.
         lora_act_scale (nn.ModuleDict): adapter -> InputScale, fp32 (1,), log2 of the fixed scale of inputs. Entries
@@ -178,12 +181,15 @@ class LRQATLinear(nn.Module, LRQATLayer):
                 torch.zeros(shape, dtype=torch.float32, device=frozen.device)
             )
         self._add_input_scale(adapter_name, config)
-        self._add_factors(adapter_name, r, lora_alpha, config, **kwargs)
+        if r:
+            self._add_factors(adapter_name, r, lora_alpha, config, **kwargs)
+        else:
+            self._add_without_factors(adapter_name, lora_alpha, config)
         LoraLayer._move_adapter_to_device_of_base_layer(self, adapter_name)  # a new adapter takes the base's dtype
         self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)
-        if not config.inference_mode:
+        if r and not config.inference_mode:
             # the factors of all experts lie in one: its rank, too, is that many times as large
             width = frozen.in_features * frozen.experts
             watch(self.lora_B[adapter_name].weight, width, self.scaling[adapter_name])
@@ -192,8 +198,20 @@ class LRQATLinear(nn.Module, LRQATLayer):
         """Add lora_A and lora_B, as PEFT does it."""
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def _add_without_factors(self, adapter_name: str, lora_alpha: int, config: LRQATConfig) -> None:
+        """Note an adapter of rank 0, as PEFT notes those with factors."""
+        self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = 0, lora_alpha, 1.0
+        self.use_rslora[adapter_name] = config.use_rslora
+        self._note_without_factors(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
     def _random_adapter(self, adapter_name: str) -> None:
         """`init_lora_weights=False`, for tests: an adapter that moves more than half of the weights."""
+        if not self.r[adapter_name]:
+            shift = weight_of(self.lora_scale_shift, adapter_name)
+            if shift is not None and not shift.is_meta:
+                nn.init.normal_(shift, std=0.1)
+            return
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
         if A.device.type == "meta":
             return
@@ -228,31 +246,36 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
         Returns:
             fp32 (out, in), transposed for Conv1D, in *grid steps*; with `learn_scales="channel"` on groups, in those of
-            the row's largest scale (`LRQATConfig.adapter_unit`).
+            the row's largest scale (`LRQATConfig.adapter_unit`). Zeros at rank 0.
         """
-        delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
+        frozen = self.frozen
+        if not self.r[adapter]:
+            delta = torch.zeros(frozen.out_features, frozen.in_features, dtype=torch.float32, device=frozen.device)
+        else:
+            delta = self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float() * self.scaling[adapter]
         return delta.t() if self.fan_in_fan_out else delta
 
     def _operands(self, adapters: list[str]) -> Operands:
         """What these adapters make together, whole even if FSDP2 shards them."""
-        if len(adapters) == 1 and (A := weight_of(self._modules["lora_A"], adapters[0])) is not None:
+        if len(adapters) == 1 and adapters[0] in self.scaling:
             # nearly always: with little Python
             name, parts = adapters[0], self._modules
             shift, B = weight_of(parts["lora_scale_shift"], name), weight_of(parts["lora_B"], name)
-            if A.is_meta or B.is_meta or (shift is not None and shift.is_meta):
+            A: Any = None if B is None else weight_of(parts["lora_A"], name)
+            if (B is not None and (A.is_meta or B.is_meta)) or (shift is not None and shift.is_meta):
                 self._check_values(adapters)
             return Operands(shift, A, B, self.scaling[name])
         shifts = [whole(self.lora_scale_shift[name].weight) for name in adapters if name in self.lora_scale_shift]
         shift = None
         if shifts:
             shift = shifts[0] if len(shifts) == 1 else torch.stack([shift.float() for shift in shifts]).sum(0)
-        present = [name for name in adapters if name in self.lora_A]
-        if not present:
-            return Operands(shift, None, None, 1.0)
+        present = [name for name in adapters if name in self.lora_B]
         A = [whole(self.lora_A[name].weight) for name in present]
         B = [whole(self.lora_B[name].weight) for name in present]
         if any(part.is_meta for part in (*shifts, *A, *B)):
-            self._check_values(present)
+            self._check_values(adapters)
+        if not present:
+            return Operands(shift, None, None, 1.0)
         if len(present) == 1:
             return Operands(shift, A[0], B[0], self.scaling[present[0]])
         scaled = [b.float() * self.scaling[name] for b, name in zip(B, present, strict=True)]
@@ -312,8 +335,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         slot = frozen.slot()
         if slot is None:
             return None
-        present = [name for name in adapters if name in self.lora_A]
-        key = tuple((name, self.scaling[name]) for name in present)
+        key = tuple((name, self.scaling[name]) for name in adapters if name in self.scaling)
+        present = [name for name in adapters if name in self.lora_B]
         factors = [factor[name].weight for name in present for factor in (self.lora_A, self.lora_B)]
         shifts = [self.lora_scale_shift[name].weight for name in adapters if name in self.lora_scale_shift]
         return frozen.kept_weight(dtype, slot, (*factors, *shifts), key, lambda: self._operands(adapters))
@@ -337,6 +360,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         scale = self._scale(shift)
         self._check_scale(adapters, safe_merge, scale, A, B)
         return scale
+
+    def moves_integers(self, adapters: list[str]) -> bool:
+        return any(name in self.lora_B for name in adapters)
 
     @torch.no_grad()
     def sample_codes(self, rows: torch.Tensor, adapters: list[str]) -> tuple[torch.Tensor, int, int] | None:

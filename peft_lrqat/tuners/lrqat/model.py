@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,18 +124,26 @@ class LRQATModel(QuantizingModel):
         """Combine adapters as PEFT's `add_weighted_adapter` does.
 
         The products A B are combined as `combination_type` says, in grid steps. The scale shifts, which are no matrices
-        of low rank, are always combined linearly: shift = sum of weight * shift.
+        of low rank, are always combined linearly: shift = sum of weight * shift. Adapters of rank 0 have nothing else.
 
         Raises:
-            ValueError: there is an adapter of that name (PEFT would leave it as it is, whatever the weights are), or
-                the model has experts.
+            ValueError: there is an adapter of that name (PEFT would leave it as it is, whatever the weights are); the
+                model has experts, and the adapters factors; or some layers of the adapters have factors, and some not.
         """
         if adapter_name in self.peft_config:
             raise ValueError(
                 f"There is an adapter {adapter_name!r} already. Choose another name, or `model.delete_adapter("
                 f"{adapter_name!r})` first."
             )
-        if any(isinstance(layer, LRQATExpertLinear) for layer in self.modules()):
+        known = [self.peft_config[name] for name in adapters if name in self.peft_config]  # PEFT refuses the others
+        ranks: set[int] = set().union(*(config.ranks for config in known))
+        if 0 in ranks and any(ranks):
+            raise ValueError(
+                "`add_weighted_adapter` combines low-rank factors layer by layer, but adapters of rank 0 have none, "
+                f"and the ranks of {adapters} are {sorted(ranks)}. Combine adapters that all have factors, or none; or "
+                "activate several (`model.base_model.set_adapter([...])`), which adds them up."
+            )
+        if any(ranks) and any(isinstance(layer, LRQATExpertLinear) for layer in self.modules()):
             raise ValueError(
                 "`add_weighted_adapter` combines the factors of single layers, but the factors of all experts of a "
                 "layer lie in one. Activate several adapters instead (`model.base_model.set_adapter([...])`), which "
@@ -142,7 +151,10 @@ class LRQATModel(QuantizingModel):
             )
         self._combining = tuple(adapters)
         try:
-            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+            if known and not any(ranks):
+                self._add_without_factors(adapters, adapter_name)
+            else:
+                super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         except BaseException:
             if adapter_name in self.peft_config:  # PEFT adds it before it combines the others
                 self.delete_adapter(adapter_name)
@@ -157,14 +169,25 @@ class LRQATModel(QuantizingModel):
                     if adapter in layer.lora_scale_shift:
                         target.data.add_(layer.lora_scale_shift[adapter].weight.data.to(target.dtype), alpha=weight)
 
+    def _add_without_factors(self, adapters: list[str], adapter_name: str) -> None:
+        """Add an adapter of rank 0 to all layers of others of rank 0."""
+        *_, modules = self._check_add_weighted_adapter(adapters, "linear", None)
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = replace(first, target_modules=modules, rank_pattern={}, alpha_pattern={})
+        self.inject_adapter(self.model, adapter_name)
+
 
 def _warn_of_shards(state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
-    """Warn of flat or empty factors, which a model has that ZeRO-3 or FSDP1 has sharded and nobody gathered."""
-    flat = [name for name, value in state_dict.items() if "lora_" in name and (value.ndim < 2 or not value.numel())]
-    factors = [name for name in flat if ".lora_A" in name or ".lora_B" in name]
-    if factors:
+    """Warn of flat or empty matrices, which a model has that ZeRO-3 or FSDP1 has sharded and nobody gathered."""
+    matrices = (".lora_A", ".lora_B", ".lora_scale_shift")
+    flat = [
+        name
+        for name, value in state_dict.items()
+        if any(part in name for part in matrices) and (value.ndim < 2 or not value.numel())
+    ]
+    if flat:
         warnings.warn(
-            f"{len(factors)} factors of adapter {adapter_name!r} are flat or empty, e.g. {factors[0]!r}: these are "
+            f"{len(flat)} matrices of adapter {adapter_name!r} are flat or empty, e.g. {flat[0]!r}: these are "
             "ZeRO-3 / FSDP shards, and the file could not be loaded. Gather the model before saving it (DeepSpeed: "
             "`stage3_gather_16bit_weights_on_model_save`; FSDP: a full state dict).",
             stacklevel=2,

@@ -54,12 +54,12 @@ def create_lrqat_optimizer(
         if not isinstance(value, torch.Tensor) and not (option == "scale_lr" and value is None):
             check_value(option, value, NOT_NEGATIVE)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not any("lora_A" in name for name in named):
+    of_scales = ("lora_scale_shift", "lora_act_scale")
+    if not any(part in name for part in ("lora_A", *of_scales) for name in named):
         raise ValueError(
             "`model` has no trainable LR-QAT adapter. Make it with get_peft_model(model, LRQATConfig(...)), and load "
             "saved adapters with is_trainable=True."
         )
-    of_scales = ("lora_scale_shift", "lora_act_scale")
     scales = [p for name, p in named.items() if any(part in name for part in of_scales)]
     rest = {name: p for name, p in named.items() if not any(part in name for part in of_scales)}
     decayed = [p for name, p in rest.items() if p.ndim > 1 and not name.endswith("bias")]

@@ -56,7 +56,7 @@ WRONG: dict[str, list[Any]] = {
     "auto_mapping": ["a"],
 }
 LRQAT: dict[str, list[Any]] = {
-    "r": ["4", 4.0, True, 0, -1, NAN, None, [4]],
+    "r": ["4", 4.0, True, -1, NAN, None, [4]],
     "lora_alpha": ["16", 0, -1, NAN, INF, True, [1]],
     "rank_pattern": [{"q_proj": 4.0}, {"q_proj": True}, {3: 4}, {"(": 4}, [("q_proj", 4)], "q_proj"],
     "alpha_pattern": [{"q_proj": INF}, {"q_proj": "1"}, {"q_proj": -1.0}],

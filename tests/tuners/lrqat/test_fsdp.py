@@ -32,6 +32,7 @@ CASES = {
     "group-asymmetric": {"bits": 3, "group_size": 8, "symmetric": False, "downcast": "int", "container_bits": 4},
     "tensor": {"bits": 4, "group_size": 0},
     "scales by channel": {"bits": 4, "group_size": 8, "learn_scales": "channel"},
+    "rank 0": {"bits": 4, "group_size": 8, "r": 0},
     "fixed scales of inputs": {"bits": 4, "act_bits": 8, "act_scale": "static"},
 }
 
