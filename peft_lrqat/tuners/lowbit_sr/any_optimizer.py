@@ -29,6 +29,7 @@ _SWAPPED = "_peft_lrqat_swapped"
 _MENTIONED = "_peft_lrqat_latent_weights_mentioned"
 
 
+@torch.compiler.disable  # of a compiled step: torch 2.13 cannot trace what packed codes are read by
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     check_rate(optimizer)
@@ -102,6 +103,7 @@ def _mention_latent_weights(optimizer: Optimizer, parameters: list[Any]) -> None
     )
 
 
+@torch.compiler.disable
 def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for _, _, parameter, stand_in in getattr(optimizer, _SWAPPED, ()):
         parameter.round_from(stand_in.detach())

@@ -228,8 +228,9 @@ class LowBitAdamW(Optimizer):
 
     # -- the step
 
+    @torch.compiler.disable  # as any optimizer's (`any_optimizer.py`); `compile` compiles the update
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # torch overloads it
         """Update everything that has a gradient, and was not updated in backward.
 
         Args:

@@ -119,3 +119,22 @@ def test_what_changes_weights_between_steps_is_refused_in_the_first():
     plain = torch.nn.Parameter(torch.ones(3))
     plain.grad = torch.ones(3)
     _ScheduleFree([plain], lr=0.1).step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, LowBitAdamW])
+def test_a_compiled_step_is_the_step(kind: type[torch.optim.Optimizer]):
+    """As torch's recipe for compiled optimizers has it: torch could not trace the packed codes."""
+    torch._dynamo.reset()
+    weights = [
+        [p for p in low_bit(tiny(num_hidden_layers=1)).parameters() if isinstance(p, LowBitTensor)] for _ in range(2)
+    ]
+    for parameters, compiled in zip(weights, (False, True), strict=True):
+        optimizer = kind(parameters, lr=0.01)
+        step = torch.compile(lambda step=optimizer.step: step(), backend="aot_eager") if compiled else optimizer.step
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            step()
+    assert all(int(p.stream[1]) == 3 for p in weights[1])
+    assert all(torch.equal(a.packed, b.packed) for a, b in zip(*weights, strict=True))
