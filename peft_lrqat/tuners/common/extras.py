@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ...modules.packed import FLOAT_NAME
@@ -111,6 +112,25 @@ def warn_of_unsaved(model: nn.Module, config: Any) -> None:
             f"configuration instead (`modules_to_save={modules}`), or save the whole model with `merge_and_unload()`.",
             stacklevel=2,
         )
+
+
+def check_merged_extras(model: nn.Module, adapters: Collection[str]) -> None:
+    """Raise ValueError if merging these adapters would leave the `modules_to_save` of others in the model: PEFT takes
+    those of the active adapter, whichever is merged.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        there, wanted = (
+            [adapter for adapter in some if adapter in module.modules_to_save]
+            for some in (module.active_adapters, adapters)
+        )
+        if set(there) != set(wanted):
+            raise ValueError(
+                f"The adapters {sorted(adapters)} are to be merged, but {name!r}, which adapters train in float, would "
+                f"be that of {there[0] if there else 'the base'!r}, which is active. Activate what is merged "
+                "(`model.set_adapter(name)`), and leave `adapter_names` out."
+            )
 
 
 def warn_of_adapters_inside(model: Any) -> None:

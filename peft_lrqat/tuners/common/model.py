@@ -29,6 +29,7 @@ from .experts import adopt_experts, release_experts, settle_experts
 from .extras import (
     adopt_labels,
     check_extras,
+    check_merged_extras,
     check_reference,
     head_of,
     warn_of_converted_head,
@@ -403,6 +404,11 @@ class QuantizingModel(QuickWalks, FindsTargets):
             raise ValueError("There is no adapter left to merge. Call `unload()` for the base at step 0.")
         if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
             raise ValueError(f"There is no adapter {unknown[0]!r} to merge; the model has {sorted(self.peft_config)}.")
+        if adapter_names:
+            merged = {
+                name for layer in self.modules() if isinstance(layer, MergingLayer) for name in layer.merged_adapters
+            }
+            check_merged_extras(self, merged.union(adapter_names))
         return self.peft_config[(adapter_names or self.active_adapters or list(self.peft_config))[0]]
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, but returns the model

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peft_lrqat import LRQATConfig, load_quantized
 from peft_lrqat.checkpoint.model_source import load_adapter
-from tests.models import adapted, tiny, tokens
+from tests.models import adapted, logits, tiny, tokens, train
 
 _IDS = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BERT = {**_IDS, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -203,6 +203,29 @@ def test_weights_that_no_file_holds_are_warned_of(method: ModuleType, tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         named.save_pretrained(tmp_path / "named")
+
+
+@pytest.mark.parametrize("of_default", [["lm_head"], None])
+def test_what_one_adapter_trains_in_float_is_not_merged_with_the_integers_of_another(
+    method: ModuleType, of_default: list[str] | None
+):
+    """PEFT takes the modules of the active adapter, whichever is merged."""
+    model = method.random_adapter(tiny(num_hidden_layers=1), modules_to_save=of_default)
+    model.add_adapter("other", method.other(modules_to_save=["lm_head"]))
+    model.set_adapter("other")
+    train(model, tokens())
+    expected = logits(model, tokens())
+    model.set_adapter("default")
+    active = logits(model, tokens())
+    said = (
+        rf"\['other'\] are to be merged, but .*lm_head'.* that of '{'default' if of_default else 'the base'}', which is"
+    )
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=said):
+            merge(adapter_names=["other"])
+    assert torch.equal(logits(model, tokens()), active)
+    model.set_adapter("other")
+    assert torch.equal(logits(model.merge_and_unload(adapter_names=["other"]), tokens()), expected)
 
 
 def test_a_model_that_is_saved_with_adapters_inside_is_warned_of(method: ModuleType, tmp_path: Path):
