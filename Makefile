@@ -41,8 +41,8 @@ test: $(STAMP) ## Run the tests that CI runs (ARGS="-k grid" for some of them)
 slow: $(STAMP) ## Run the tests that take longer than CI should
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow $(ARGS)
 
-gpu: $(STAMP) ## Run the tests of kernels and of trainings on a GPU
-	$(BIN)/python -m pytest tests/gpu tests/ops/kernels $(ARGS)
+gpu: $(STAMP) ## Run the tests of a GPU: its kernels, and trainings there
+	$(BIN)/python -m pytest tests/gpu tests/ops tests/tuners/lowbit_sr $(ARGS)
 
 engines: $(STAMP) ## One checkpoint in every format and engine (makes .venv-vllm, -gptq, -onnx: 6 GB, on the first call)
 	$(PYTHON) engines/matrix.py $(ARGS)
