@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def trainer(kind: str, base: Path, out: Path, **options: Any) -> Trainer:
         "max_steps": 4,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": accumulation,
-        "max_grad_norm": 0.2,
+        "max_grad_norm": 0.1,
         "eval_strategy": "steps",
         "eval_steps": 2,
         "save_strategy": "steps",
@@ -85,7 +86,7 @@ def trainer(kind: str, base: Path, out: Path, **options: Any) -> Trainer:
     args = arguments(out, **{**settings, **options})
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # DDP and FSDP2 take what rank 0 has
-    adapt = {"lrqat": adapted, "lowbit_sr": low_bit}[kind]
+    adapt = {"lrqat": adapted, "lowbit_sr": low_bit, "rank 0": partial(adapted, r=0)}[kind]
     data = ids_dataset()
     return Trainer(
         model=adapt(model, bits=4), args=args, train_dataset=data, eval_dataset=data.select(range(WORLD * 2))

@@ -46,7 +46,7 @@ def _weights_impl(
 ) -> Tensor:
     fmt = BaseFormat(bits, in_features, downcast)
     with (
-        staged(base, scale0, zero_point, A if experts is None else experts) as (base, scale0, zero_point),
+        staged(base, scale0, zero_point, _one_of(experts, A, shift)) as (base, scale0, zero_point),
         no_autocast(base),
     ):
         stack = (base, scale0, shift, zero_point, A, B)
@@ -79,6 +79,11 @@ def _weights_backward_impl(
     return _filled(grads, grad)
 
 
+def _one_of(*tensors: Tensor | None) -> Tensor | None:
+    """Return the first that there is: of some, all on the device on which is worked, where a base may be elsewhere."""
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
 def _filled(grads: Any, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the weight's side: an op cannot return None, so what was not asked for is empty."""
     dshift, dA, dB = (near.new_empty(0, dtype=torch.float32) if g is None else g for g in grads[1:])
@@ -94,7 +99,9 @@ _weights_backward_op = torch.library.custom_op(
 @_weights_op.register_fake
 def _(base, scale0, shift, zero_point, A, B, experts, num_experts, c, bits, downcast, scale_dtype, in_features, dtype):
     listed = num_experts if experts is None else experts.shape[0]
-    return (scale0 if A is None else A).new_empty((listed, base.shape[0] // num_experts, in_features), dtype=dtype)
+    near = _one_of(A, shift, scale0)
+    assert near is not None
+    return near.new_empty((listed, base.shape[0] // num_experts, in_features), dtype=dtype)
 
 
 @_weights_backward_op.register_fake

@@ -19,6 +19,7 @@ GRAPHED = {
     "fx8": {},
     "int4 in groups": {"downcast": "int", "group_size": 32},
     "channel scales": {"downcast": "int", "group_size": 32, "learn_scales": "channel"},
+    "rank 0": {"r": 0, "group_size": 32},
     "rounded inputs": {"act_bits": 8},
     "rounded cache": {"kv_bits": 8, "kv_rule": "vllm"},
 }

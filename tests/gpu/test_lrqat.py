@@ -25,6 +25,9 @@ LRQAT = [
     )
 ]
 LRQAT += [{"bits": 4, "group_size": -1, "kv_bits": bits} for bits in (8, 4)]
+LRQAT += [{"bits": 4, "group_size": group_size, "r": 0} for group_size in (16, -1)]
+LRQAT += [{"bits": 2, "group_size": 16, "symmetric": False, "r": 0}]
+LRQAT += [{"bits": 4, "group_size": 16, "learn_scales": "channel", "r": 0}]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -42,6 +45,31 @@ def test_lrqat_on_a_gpu(config, dtype, tmp_path):
         if name in integers:
             assert torch.equal(layer.grid_tensor().codes, integers[name].codes.cpu()), name
     check_merged(model.cuda(), ids, tmp_path)
+
+
+@pytest.mark.parametrize("learn_scales", [True, "channel"])
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_rank_0_is_rank_1_with_factors_that_are_never_trained(group_size, learn_scales):
+    """Output, gradients of inputs and of scales, and what is merged."""
+    found = []
+    for options in ({"r": 0}, {"r": 1, "downcast": "int"}):
+        options |= {"bits": 4, "group_size": group_size, "learn_scales": learn_scales}
+        model = adapted(tiny(dtype=torch.bfloat16).cuda(), **options)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_scale_shift" in name)
+        layer = model.get_base_model().model.layers[0].mlp.up_proj
+        torch.manual_seed(0)
+        layer.lora_scale_shift["default"].weight.data.normal_(std=0.1)
+        x = torch.randn(37, layer.in_features, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        y = layer(x)
+        gradients = torch.autograd.grad(y.square().sum(), [x, layer.lora_scale_shift["default"].weight])
+        layer.merge()
+        assert torch.equal(layer(x), y)
+        found.append((y, *gradients, layer.base_layer.weight_packed, layer.base_layer.weight_scale))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][3], found[1][3])
 
 
 @pytest.mark.parametrize("learn_scales", [True, "channel"])

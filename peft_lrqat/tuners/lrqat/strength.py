@@ -22,13 +22,13 @@ class Strength(LoraLayer):
 
         Setting it raises a ValueError if that is to change for an adapter without low-rank factors.
         """
-        return vars(self)["_scaling"]
+        return vars(self)["scaling"]
 
     @scaling.setter
     def scaling(self, value: dict[str, Any]) -> None:
         for adapter, factor in value.items():
             self._check_strength(adapter, factor)
-        vars(self)["_scaling"] = value
+        vars(self)["scaling"] = value
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply lora_alpha / r of an adapter by a number, as PEFT does.

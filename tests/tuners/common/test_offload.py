@@ -34,6 +34,7 @@ MODELS: dict[str, Any] = {
     "mixture, one change a row": lambda **options: on_experts(
         mixture(torch.bfloat16, num_hidden_layers=3), learn_scales="channel", downcast="int", **options
     ),
+    "mixture, rank 0": lambda **options: on_experts(mixture(num_hidden_layers=3), r=0, **options),
     "linear layers": lambda **options: adapted(
         tiny("qwen2", num_hidden_layers=3), init_lora_weights=False, symmetric=False, bits=3, **options
     ),

@@ -36,7 +36,7 @@ OPTIMIZERS = {
     "LowBitAdamW": lambda params: LowBitAdamW(params, lr=1e-2, error_feedback=True),
     "fused AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
 }
-KINDS = ("lrqat", "lowbit_sr")
+KINDS = ("lrqat", "lowbit_sr", "rank 0")
 # Below torch 2.12, FSDP2 shards no integers
 RUNS = [*KINDS, *(["fsdp2 full", "fsdp2 sharded"] if torch.__version__ >= (2, 12) else [])]
 
@@ -159,7 +159,7 @@ def test_two_processes_do_what_one_does(ranks, single, name: str):
         assert here["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         assert len(here["losses"]) == 4
         assert here["norms"] == pytest.approx(expected["norms"], rel=1e-6)
-        assert min(here["norms"]) > 0.2  # gradients were clipped
+        assert min(here["norms"]) > 0.1  # gradients were clipped
         assert here["eval"] == pytest.approx(expected["eval"], rel=1e-6)
         assert here["eval"][0] != here["eval"][1]
         (_close if sharded else _equal)(here["adapter"], expected["adapter"])

@@ -29,6 +29,7 @@ GRIDS: dict[str, dict] = {
     "channel": {"group_size": -1},
     "asymmetric groups": {"group_size": 8, "symmetric": False},
     "tensor": {"group_size": 0},
+    "rank 0": {"group_size": 8, "r": 0},
 }
 
 
