@@ -324,7 +324,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         ranges += " with signed scales" if self.signed_scales else ""
         if self.wants_quantized_base:
             ranges = "integers and scales of a quantized base"
-        trained = "LR-QAT (arXiv 2406.06385) at rank 0: the integers stay, the scales are trained (arXiv 2305.14152), "
+        scales = "the scales" if self.learn_scales else "the scales of inputs"
+        trained = f"LR-QAT (arXiv 2406.06385) at rank 0: the integers stay, {scales} are trained (arXiv 2305.14152), "
         if self.has_factors:
             divisor = "sqrt(r)" if self.use_rslora else "r"
             trained = (

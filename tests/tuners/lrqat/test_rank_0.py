@@ -17,7 +17,14 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from peft_lrqat import LRQATConfig, calibrate_activations, create_lrqat_optimizer, load_quantized
+from peft_lrqat import (
+    Distillation,
+    LRQATConfig,
+    calibrate_activations,
+    create_lrqat_optimizer,
+    load_quantized,
+    preprocess_blockwise,
+)
 from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers
 from tests.mixtures import mixture, on_experts
@@ -394,6 +401,48 @@ def test_compiled_it_is_the_same():
         torch.testing.assert_close(traced, eager)
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, "at rank 0: the integers stay"), (2, "rank 2, lora_alpha 32")])
-def test_the_card_says_what_was_trained(rank: int, says: str):
-    assert says in rank_0(r=rank).peft_config["default"].recipe()
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "at rank 0: the integers stay, the scales are trained"),
+        (OPTIONS["those alone"], "the scales of inputs are trained"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank 0, lora_alpha 16"),
+    ],
+)
+def test_the_card_says_what_was_trained(options: dict[str, Any], says: str):
+    assert says in LRQATConfig(r=0, **options).recipe()
+
+
+def test_a_reference_of_a_trained_adapter():
+    """As TRL makes one for DPO: an adapter of the same configuration, and a copy by names."""
+    model = rank_0()
+    train(model, IDS)
+    seen = logits(model, IDS)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    train(model, IDS, steps=1)
+    assert not torch.equal(logits(model, IDS), seen)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model.eval(), IDS), seen)
+
+
+def test_the_best_recipe(tmp_path: Path):
+    """Block by block, then the scales, with the float model as teacher."""
+    config = LRQATConfig(bits=3, group_size=8, downcast="int", r=0, task_type="CAUSAL_LM")
+    model, teacher = tiny(), tiny()
+    preprocess_blockwise(model, config, [row[None] for row in IDS], epochs=1, progressbar=False)
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in IDS]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, logging_steps=1, learning_rate=1e-2, report_to=[], disable_tqdm=True
+    )
+    adapted_model = get_peft_model(model, config)
+    before = [codes_of(layer) for layer in layers(adapted_model).values()]
+    trainer = Trainer(adapted_model, arguments, train_dataset=rows, callbacks=[Distillation(teacher)])
+    trainer.train()
+    divergence = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert divergence[-1] < divergence[0]
+    assert all(map(torch.equal, before, [codes_of(layer) for layer in layers(adapted_model).values()]))
+    seen = logits(adapted_model.eval(), IDS)
+    assert torch.equal(logits(adapted_model.merge_and_unload(), IDS), seen)
