@@ -124,8 +124,8 @@ class LRQATConfig(GridConfig, LoraConfig):
         alpha_pattern (dict[str, float]): Other `lora_alpha` for some layers: patterns of names -> value. Default: `{}`.
         use_rslora (bool): Divide `lora_alpha` by sqrt(r) in place of r. Default: `False`.
         init_lora_weights (bool | str): True: the adapter starts at zero. "loftq": it starts at the best fit of what
-            rounding lost, for `downcast="int"`. False: it starts with random moves of more than half of the weights,
-            for tests. LoRA's other values are refused. Default: `True`.
+            rounding lost, for `downcast="int"`. False: it starts with random moves of more than half of the weights
+            (rank 0: of the scales), for tests. LoRA's other values are refused. Default: `True`.
         loftq_config (dict | LoftQConfig): For `init_lora_weights="loftq"`; `loftq_iter` must be 1. Default: `{}`.
         target_modules (str | list[str] | None): Names, or a regular expression, of the layers to convert: `nn.Linear`,
             GPT-2's `Conv1D`, and `nn.Embedding` where it is named. "all-linear": all linear layers and experts of

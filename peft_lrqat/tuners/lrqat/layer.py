@@ -44,6 +44,9 @@ Both identities hold again, with groups: d lora_B = c t f (dY^T (X lora_A^T)), l
 d shift_j = sum_t dY_tj Y_tj / f_j. f_j, the factor by which the row's scales have changed, is 1 + shift_j as the
 checkpoint stores it for the largest: snapping is passed through as a factor.
 
+Rank 0. Without lora_A and lora_B, Q is what it was, and the scales alone are trained (PEQA, arXiv 2305.14152): with
+the same ds, none of the work for factors, and X and packed tensors kept as above.
+
 Several adapters add up, in the adapters' usual sense, inside one rounding: their products and their scale shifts.
 """
 
