@@ -247,36 +247,47 @@ def note_sharded_base(model: nn.Module, configs: dict[str, Any]) -> bool:
     return sharded
 
 
-def note_rewritten_base(model: nn.Module, configs: dict[str, Any]) -> None:
-    """Note for each adapter which base it lies over, if that was replaced after the model was converted.
+def note_changed_base(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Note for each adapter which base it lies over, if that is another than the model was converted to.
 
-    New float weights are (PEFT's `set_base_model_state_dict`), and whatever else writes to the integers: their load
-    from a state dict, or somebody who averages all tensors of one. Only what may have been written to is read.
+    New float weights may have been set (PEFT's `set_base_model_state_dict`); somebody may have written to the integers,
+    with a whole state dict or an average of all tensors of one; blocks may have been taken out or have changed places.
+    Only what may have changed is read, and nothing of what FSDP2 shards (`note_sharded_base`).
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MergingLayer)}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, MergingLayer)}
     written = {name for name, layer in layers.items() if is_rewritten(layer.frozen)}
     anew = {name for name, layer in layers.items() if getattr(layer.frozen, "replaced", False)}
     for name, config in configs.items():
-        own: dict[str, Any] = {path: layer for path, layer in layers.items() if name in layer.adapter_options}
-        if own.keys().isdisjoint(written | anew) or config.base_checksum is None:
+        own = {path: layer for path, layer in layers.items() if name in layer.adapter_options}
+        if not own or config.base_checksum is None:
             continue
-        found = in_order(int(layer.frozen.checksum()) for layer in own.values())
-        if found == config.base_checksum:
+        known = _fingerprint(own)
+        # more layers: PEFT lets the name of an adapter be used again, and the configuration is the second one's
+        moved = known != config.base_fingerprint and len(own) <= config._converted
+        if not moved and own.keys().isdisjoint(written | anew):
             continue
-        for path in own.keys() & written:
-            own[path].frozen.source_checksum = None
-        known = fingerprint(own, {path: layer.frozen.source_checksum for path, layer in own.items()})
+        sharded = any(hasattr(getattr(layer.frozen, "base", None), "full_tensor") for layer in own.values())
+        found = config.base_checksum if sharded else in_order(int(layer.frozen.checksum()) for layer in own.values())
+        if found != config.base_checksum:
+            for path in own.keys() & written:
+                own[path].frozen.source_checksum = None
+            known = _fingerprint(own)
+            if known is None or own.keys().isdisjoint(anew):
+                warnings.warn(
+                    f"The base under adapter {name!r} is another than the model was converted to: somebody has written "
+                    "to its integers, or loaded a state dict, or has taken blocks out or moved them. The adapter's "
+                    "file says so, and is refused on the model that it began with. Where a state dict is averaged "
+                    "(EMA), leave tensors of integers as they are.",
+                    stacklevel=2,
+                )
         config.base_checksum, config.base_fingerprint = found, known
-        if known is None:
-            warnings.warn(
-                f"The integers of the base under adapter {name!r} are others than the model was converted to: somebody "
-                "has written to them, or loaded a state dict. The adapter's file says so, and is refused on the model "
-                "that it began with. Where a state dict is averaged (EMA), leave tensors of integers as they are.",
-                stacklevel=2,
-            )
     for path in written | anew:
         take_note(layers[path].frozen)
         layers[path].frozen.replaced = False
+
+
+def _fingerprint(layers: dict[str, Any]) -> str | None:
+    return fingerprint(layers, {path: layer.frozen.source_checksum for path, layer in layers.items()})
 
 
 def check_same_base(

@@ -466,6 +466,8 @@ class GridConfig(PeftConfigMixin):
     # The adapter's file, and what it holds (name -> shape), if this config was loaded from a folder; not saved.
     _adapter_path = cast("str | None", None)  # without annotations: they are no fields
     _adapter_shapes = cast("dict[str, tuple[int, ...]] | None", None)
+    # How many layers got the adapter.
+    _converted = cast("int", 0)
     # The adapter's name, noted when its tensors are collected for saving.
     _saved_as = cast("str", "default")
     # `trainings` of the file, and of the adapter whose tensors were loaded into this one.

@@ -20,7 +20,7 @@ from .adapter_file import (
     check_same_base,
     check_shapes,
     check_state_dict,
-    note_rewritten_base,
+    note_changed_base,
     note_sharded_base,
 )
 from .async_rollouts import teach_async_trainers
@@ -227,6 +227,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         model: nn.Module = self.model
         layers: list[Any] = [model.get_submodule(name) for name in targets]
         config.base_checksum = in_order(int(layer.frozen.checksum()) for layer in layers)
+        config._converted = len(layers)
         if (required := config._required_checksum) is not None:
             version = version_of(required)
             check_checksum(in_order((int(layer.frozen.checksum(version)) for layer in layers), version), required)
@@ -328,7 +329,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
             config.base_dtype = "float32"
         config._saved_as = adapter_name
         note_trainings(config, runs, adapter_name)
-        note_rewritten_base(model, {adapter_name: config, **getattr(model, "peft_config", {})})
+        note_changed_base(model, {adapter_name: config, **getattr(model, "peft_config", {})})
         found = cls._adapter_tensors(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)

@@ -206,13 +206,13 @@ def test_an_adapter_belongs_to_the_integers_that_were_loaded(method: ModuleType,
     state = copy.deepcopy(method.random_adapter(tiny()).state_dict())
     model = method.adapt(tiny(seed=1), **method.GRID).eval()
     model.load_state_dict(state, assign=assign)
-    with pytest.warns(UserWarning, match="integers of the base under adapter 'default' are others than the model was"):
+    with pytest.warns(UserWarning, match="base under adapter 'default' is another than the model was converted to"):
         model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path).eval(), tokens()), logits(model, tokens()))
     with refused(first := tiny(seed=1), "trained on another base: its integers have the checksum"):
         PeftModel.from_pretrained(first, tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "The integers of the base")
+        warnings.filterwarnings("error", "The base under adapter")
         model.save_pretrained(tmp_path)  # it is said once
 
 
@@ -229,6 +229,24 @@ def test_an_average_of_all_tensors_is_no_adapter_of_that_base(method: ModuleType
     for folder in (tmp_path, tmp_path / "other"):
         with refused(first := tiny(), "trained on another base: its integers have the checksum"):
             PeftModel.from_pretrained(first, folder)
+
+
+@pytest.mark.parametrize("places", [[1, 0], [1]])
+def test_an_adapter_belongs_to_the_blocks_as_they_are(method: ModuleType, tmp_path: Path, places: list[int]):
+    """Names count blocks: those of one that has moved are another's in the model that it began with."""
+
+    def arranged(model):
+        model.model.layers = torch.nn.ModuleList([model.model.layers[place] for place in places])
+        return model
+
+    model = method.random_adapter(tiny())
+    arranged(model.get_base_model())
+    before = logits(model, tokens())
+    with pytest.warns(UserWarning, match="has taken blocks out or moved them"):
+        model.save_pretrained(tmp_path)
+    with refused(first := tiny(), "trained on another base"):
+        PeftModel.from_pretrained(first, tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(arranged(tiny()), tmp_path).eval(), tokens()), before)
 
 
 def test_a_base_that_nobody_writes_to_is_not_read_again(method: ModuleType, tmp_path: Path, monkeypatch):
