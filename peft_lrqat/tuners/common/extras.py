@@ -147,6 +147,21 @@ def warn_of_adapters_inside(model: Any) -> None:
         )
 
 
+def warn_of_layers_of_others(model: nn.Module, adapter: str) -> None:
+    """Warn if an adapter was trained beside layers that other adapters have put on the grid, and that are float where
+    its file is loaded alone.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MergingLayer)]
+    others = sum(adapter not in layer.adapter_options for layer in layers)
+    if 0 < others < len(layers):
+        warnings.warn(
+            f"Adapter {adapter!r} has {len(layers) - others} layers; {others} more are rounded in this model, for "
+            "other adapters. Where its file is loaded alone they are float, and the model computes something else than "
+            "here: load an adapter that has them first, and this one beside it.",
+            stacklevel=2,
+        )
+
+
 def warn_of_unnamed_base(model: nn.Module, config: Any) -> None:
     """Warn, once, where an adapter belongs to integers that were made in memory, and names what they were made of."""
     made = next((module for module in model.modules() if FLOAT_NAME in vars(module)), None)

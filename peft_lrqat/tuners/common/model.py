@@ -33,6 +33,7 @@ from .extras import (
     check_reference,
     head_of,
     warn_of_converted_head,
+    warn_of_layers_of_others,
     warn_of_unnamed_base,
     warn_of_unsaved,
 )
@@ -321,6 +322,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         warn_of_lost_scales(model, adapter_name)
         warn_of_unsaved(model, config)
+        warn_of_layers_of_others(model, adapter_name)
         warn_of_unnamed_base(model, config)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)

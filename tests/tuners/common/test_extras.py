@@ -228,6 +228,24 @@ def test_what_one_adapter_trains_in_float_is_not_merged_with_the_integers_of_ano
     assert torch.equal(logits(model.merge_and_unload(adapter_names=["other"]), tokens()), expected)
 
 
+def test_layers_that_others_have_put_on_the_grid_are_warned_of(method: ModuleType, tmp_path: Path):
+    model = method.two_adapters(tiny())
+    model.set_adapter("other")
+    expected = logits(model, tokens())
+    with pytest.warns(UserWarning, match=r"Adapter 'other' has 4 layers; 10 more are rounded in this model") as said:
+        model.save_pretrained(tmp_path)
+    assert not any("Adapter 'default' has" in str(one.message) for one in said)
+    alone = PeftModel.from_pretrained(tiny(), tmp_path / "other").eval()
+    assert not torch.equal(logits(alone, tokens()), expected)
+    beside = PeftModel.from_pretrained(tiny(), tmp_path)
+    beside.load_adapter(tmp_path / "other", "other")
+    beside.set_adapter("other")
+    assert torch.equal(logits(beside.eval(), tokens()), expected)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Adapter 'default'")
+        alone.save_pretrained(tmp_path / "again")
+
+
 def test_a_model_that_is_saved_with_adapters_inside_is_warned_of(method: ModuleType, tmp_path: Path):
     """transformers would read random weights back."""
     model = method.random_adapter(tiny(num_hidden_layers=1))
