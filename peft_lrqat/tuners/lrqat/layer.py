@@ -398,7 +398,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         weight, frozen = state_dict.get(f"{prefix}base_layer.weight"), self.frozen
-        given = any(key.startswith((f"{prefix}lora_A.", f"{prefix}lora_B.")) for key in state_dict)
+        given = any(key.startswith(f"{prefix}lora_") for key in state_dict)
         if weight is not None and given and not self.merged and not frozen.shows(weight):
             errors.append(
                 f"{prefix}base_layer.weight is that of another base. A state dict of a model with adapters inside "

@@ -143,9 +143,11 @@ def test_a_state_dict_of_adapters_and_weights_is_read_back_over_the_same_base():
         assert all(torch.equal(a, b) for a, b in zip(integers(fresh), codes, strict=True))
 
 
-def test_over_another_base_it_is_refused():
-    state = inject_adapter_in_model(config(**MOVED), tiny()).state_dict()
-    other = inject_adapter_in_model(config(), tiny(seed=1)).eval()
+@pytest.mark.parametrize("rank", [4, 0])
+def test_over_another_base_it_is_refused(rank: int):
+    options = {"r": rank, **({} if rank == 0 else MOVED)}
+    state = inject_adapter_in_model(config(**options), tiny()).state_dict()
+    other = inject_adapter_in_model(config(**options), tiny(seed=1)).eval()
     with pytest.raises(
         RuntimeError, match=r"q_proj\.base_layer\.weight is that of another base\..*has the base rounded"
     ):
