@@ -135,6 +135,8 @@ class LRQATModel(QuantizingModel):
                 f"There is an adapter {adapter_name!r} already. Choose another name, or `model.delete_adapter("
                 f"{adapter_name!r})` first."
             )
+        if len(adapters) != len(weights):
+            raise ValueError(f"`weights` has {len(weights)} numbers for {len(adapters)} adapters; give one for each.")
         known = [self.peft_config[name] for name in adapters if name in self.peft_config]  # PEFT refuses the others
         ranks: set[int] = set().union(*(config.ranks for config in known))
         if 0 in ranks and any(ranks):
@@ -152,7 +154,7 @@ class LRQATModel(QuantizingModel):
         self._combining = tuple(adapters)
         try:
             if known and not any(ranks):
-                self._add_without_factors(adapters, adapter_name)
+                self._add_without_factors(adapters, adapter_name, *args, **kwargs)
             else:
                 super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         except BaseException:
@@ -169,9 +171,11 @@ class LRQATModel(QuantizingModel):
                     if adapter in layer.lora_scale_shift:
                         target.data.add_(layer.lora_scale_shift[adapter].weight.data.to(target.dtype), alpha=weight)
 
-    def _add_without_factors(self, adapters: list[str], adapter_name: str) -> None:
+    def _add_without_factors(
+        self, adapters: list[str], adapter_name: str, combination_type: str = "svd", *args: Any, **kwargs: Any
+    ) -> None:
         """Add an adapter of rank 0 to all layers of others of rank 0."""
-        *_, modules = self._check_add_weighted_adapter(adapters, "linear", None)
+        *_, modules = self._check_add_weighted_adapter(adapters, combination_type, None)
         first = self.peft_config[adapters[0]]
         self.peft_config[adapter_name] = replace(first, target_modules=modules, rank_pattern={}, alpha_pattern={})
         self.inject_adapter(self.model, adapter_name)

@@ -303,6 +303,18 @@ def test_weighted_adapters_are_their_scales():
     assert torch.equal(logits(model.merge_and_unload(), IDS), seen)
 
 
+@pytest.mark.parametrize(
+    ("weights", "kind", "match"),
+    [([1.0, 1.0], "median", "Invalid combination"), ([1.0], "svd", "`weights` has 1 numbers for 2 adapters")],
+)
+def test_a_combination_that_there_is_not_adds_no_adapter(weights: list[float], kind: str, match: str):
+    model = moved()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    with refused(model, match):
+        model.add_weighted_adapter(["default", "other"], weights, "mix", kind)
+    assert "mix" not in model.peft_config
+
+
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
 def test_weighted_adapters_all_have_factors_or_none(combination: str):
     model = two()
