@@ -127,8 +127,9 @@ class LRQATModel(QuantizingModel):
         of low rank, are always combined linearly: shift = sum of weight * shift. Adapters of rank 0 have nothing else.
 
         Raises:
-            ValueError: there is an adapter of that name (PEFT would leave it as it is, whatever the weights are); the
-                model has experts, and the adapters factors; or some layers of the adapters have factors, and some not.
+            ValueError: there is an adapter of that name (PEFT would leave it as it is, whatever the weights are);
+                `weights` are not as many as `adapters`; the model has experts, and the adapters factors; or some layers
+                of the adapters have factors, and some not.
         """
         if adapter_name in self.peft_config:
             raise ValueError(

@@ -25,10 +25,12 @@ from peft_lrqat import (
     load_quantized,
     preprocess_blockwise,
 )
+from peft_lrqat.ops import use_kernels
 from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers
 from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, tiny, train
+from tests.problems import DEVICE
 from tests.quantized_files import Spec, write
 from tests.refusals import refused
 
@@ -109,6 +111,23 @@ def test_it_is_rank_1_with_factors_that_are_never_trained():
         )
     assert results[0][0] == results[1][0]
     assert all(torch.equal(mine, other) for mine, other in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["4 bits", "scales by channel", "rounded inputs", "fixed scales of inputs"])
+def test_kernels_compute_what_the_references_do(name: str):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    model = moved(**{"group_size": -1, **OPTIONS[name]})
+    if "act_scale" in OPTIONS[name]:
+        calibrate_activations(model, [IDS])
+    layer, found = next(iter(layers(model.to(DEVICE)).values())), []
+    x = torch.randn(2, 5, layer.in_features, device=DEVICE, requires_grad=True)
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    for kernels in (False, True):
+        with use_kernels(kernels):
+            y = layer(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), trained)))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_what_is_counted_and_kept(capsys: pytest.CaptureFixture):
