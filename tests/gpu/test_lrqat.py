@@ -9,7 +9,7 @@ from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.merged import check_merged
 from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, tiny, tokens, train
-from tests.problems import ours, problem, results
+from tests.problems import assert_close, ours, problem, results
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -66,10 +66,11 @@ def test_rank_0_is_rank_1_with_factors_that_are_never_trained(group_size, learn_
         layer.merge()
         assert torch.equal(layer(x), y)
         found.append((y, *gradients, layer.base_layer.weight_packed, layer.base_layer.weight_scale))
-    for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other)
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][3], found[1][3])
+    (y, dx, dshift, *merged), (other_y, other_dx, other_dshift, *others) = found
+    assert torch.equal(y, other_y)
+    assert torch.equal(dx, other_dx)
+    assert_close(dshift, other_dshift)  # a kernel for each rank, which may sum otherwise
+    assert all(map(torch.equal, merged, others))
 
 
 @pytest.mark.parametrize("learn_scales", [True, "channel"])

@@ -30,7 +30,7 @@ from peft_lrqat.tuners.lrqat.experts import LRQATExpertLinear
 from tests.lrqat import ATTENTION, GRID, IDS, codes_of, layers
 from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, tiny, train
-from tests.problems import DEVICE
+from tests.problems import DEVICE, assert_close
 from tests.quantized_files import Spec, write
 from tests.refusals import refused
 
@@ -127,7 +127,7 @@ def test_kernels_compute_what_the_references_do(name: str):
             y = layer(x)
             found.append((y, *torch.autograd.grad(y.square().sum(), trained)))
     for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other)
+        assert_close(mine, other)
 
 
 def test_what_is_counted_and_kept(capsys: pytest.CaptureFixture):
