@@ -253,7 +253,8 @@ class QuantizingModel(QuickWalks, FindsTargets):
                 if new != old:
                     raise ValueError(
                         f"All adapters of a model share its converted base, but the new adapter has {option}={new!r} "
-                        f"and adapter {name!r} has {option}={old!r}. Load it on a fresh copy of the float model."
+                        f"and adapter {name!r} has {option}={old!r}. Make it with that, or load it on a fresh "
+                        "copy of the float model."
                     )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

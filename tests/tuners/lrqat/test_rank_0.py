@@ -277,6 +277,14 @@ def test_beside_factors_they_add_up_inside_the_rounding():
     assert torch.equal(logits(model.merge_and_unload(adapter_names=["default", "other"]), IDS), seen)
 
 
+def test_an_adapter_whose_base_would_have_fractions_is_told_how_this_one_is_kept():
+    model, config = rank_0(), LRQATConfig(**GRID, r=2)
+    with refused(model, "downcast='fx8' and adapter 'default' has downcast='int'. Make it with that", config=config):
+        model.add_adapter("other", config)
+    config.downcast = "int"
+    model.add_adapter("other", config)
+
+
 def test_switched_while_weights_are_kept(nothing_stays: None):
     """Rank 0, rank 2 and both, in mixed batches and one after the other: what is kept is never another's."""
     model, names = two(), ["default", "__base__", "other", "default"]
