@@ -28,6 +28,7 @@ METHODS = {
     "LR-QAT fx8, groups of 64, by channel": {"group_size": 64, "learn_scales": "channel"},
     "LR-QAT int4, per channel": {"group_size": -1, "downcast": "int"},
     "LR-QAT int4, groups of 64": {"group_size": 64, "downcast": "int"},
+    "LR-QAT int4, groups of 64, scales alone": {"group_size": 64, "r": 0},
 }
 
 
@@ -52,7 +53,7 @@ def make(method: str, rank: int, layers: int) -> tuple[torch.nn.Module, torch.op
     common = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     options = METHODS[method]
     # min-max ranges: the search takes its time at the start and has no part in a step
-    adapter = LoraConfig(**common) if options is None else LRQATConfig(**common, **options, range_method="minmax")
+    adapter = LoraConfig(**common) if options is None else LRQATConfig(**common | options, range_method="minmax")
     model = get_peft_model(model, adapter)
     gc.collect()
     model.train()

@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "LR-QAT fx8, per channel": ("lrqat", {"group_size": -1}),
     "LR-QAT int4, groups of 128": ("lrqat", {"downcast": "int"}),
     "LR-QAT int4, groups of 128, by channel": ("lrqat", {"downcast": "int", "learn_scales": "channel"}),
+    "LR-QAT int4, groups of 128, scales alone": ("lrqat", {"r": 0}),
     "LR-QAT int4, per channel": ("lrqat", {"downcast": "int", "group_size": -1}),
 }
 MEMORY = {"optim": "adamw_bnb_8bit", "use_liger_kernel": True, "activation_offloading": True}
@@ -112,7 +113,7 @@ def peft_config(kind: str, options: dict[str, Any] | None, args: argparse.Namesp
     group = {"group_size": 32} if args.smoke and "group_size" not in (options or {}) else {}
     if options is None:
         return LRQATConfig(**{"bits": 4, "group_size": 128, **shared, "range_method": "minmax", **group})
-    return LRQATConfig(r=args.rank, range_method="minmax", **shared, **options, **group)
+    return LRQATConfig(**{"r": args.rank, "range_method": "minmax", **shared, **options, **group})
 
 
 def trainer_of(
