@@ -70,7 +70,7 @@ from ..common.layer import MergingLayer, check_method
 from ..common.packed_parameter import share, weight_of, whole
 from ..common.readable import readable_weight, refuse_rounded_inputs
 from .config import LRQATConfig
-from .learning_rate import watch
+from .learning_rate import watch, watch_scales
 from .loftq import residual_factors
 from .strength import Strength
 
@@ -192,10 +192,13 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.adapter_options[adapter_name] = config
         if config.init_lora_weights is False:
             self._random_adapter(adapter_name)
-        if r and not config.inference_mode:
-            # the factors of all experts lie in one: its rank, too, is that many times as large
-            width = frozen.in_features * frozen.experts
-            watch(self.lora_B[adapter_name].weight, width, self.scaling[adapter_name])
+        if not config.inference_mode:
+            if r:
+                # the factors of all experts lie in one: its rank, too, is that many times as large
+                width = frozen.in_features * frozen.experts
+                watch(self.lora_B[adapter_name].weight, width, self.scaling[adapter_name])
+            elif config.learn_scales:
+                watch_scales(self.lora_scale_shift[adapter_name].weight)
 
     def _add_factors(self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any) -> None:
         """Add lora_A and lora_B, as PEFT does it."""

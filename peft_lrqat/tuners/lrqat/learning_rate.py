@@ -1,4 +1,4 @@
-"""A warning where the learning rate is so low that hardly any weight would ever leave its grid cell.
+"""A warning where the learning rate is so low that hardly any weight would ever leave its grid cell, or no scale move.
 
 A rule like AdamW moves every entry of lora_B by about the learning rate in each step, and so a weight by about
 
@@ -7,7 +7,8 @@ A rule like AdamW moves every entry of lora_B by about the learning rate in each
 at the start of training, where lora_B is 0 and the entries of lora_A are uniform in +-1 / sqrt(in). A weight has to
 move by half a step, on average, to become another integer. With the default rate and strength that takes some hundred
 updates; with rates that suit other trainings (TRL's default is 2e-5) it would take more than ten thousand, and only the
-scales would learn.
+scales would learn. Where these are all that is trained (a rank of 0), a scale moves by about the learning rate in each
+update, in parts of itself.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ from ..common.first_step import FirstStep
 
 # updates until a typical weight has moved by half a grid step
 _FAR_TOO_MANY = 10_000
+# below it a scale takes more than a hundred updates to move by a hundredth; 1e-3 is what was measured
+_LOW_FOR_SCALES = 1e-4
+
+
+def _rate(group: dict[str, Any]) -> float | None:
+    """The highest rate of a group whose parameters move by about the rate in each update, or None."""
+    rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
+    return None if "betas" not in group or "d" in group or not rate else rate
 
 
 def _look(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[float]]]) -> None:
     group, steps = found[0]
-    rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
-    if "betas" not in group or "d" in group or not rate:
+    if (rate := _rate(group)) is None:
         return
     updates = 0.5 / (rate * median(steps))
     if updates > _FAR_TOO_MANY:
@@ -40,7 +48,19 @@ def _look(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[float]]])
         )
 
 
+def _look_at_scales(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[Any]]]) -> None:
+    rate = _rate(found[0][0])
+    if rate is not None and rate < _LOW_FOR_SCALES:
+        warnings.warn(
+            f"The learning rate of LR-QAT's scales is {rate:.2g}, and with `r=0` they are all that is trained: "
+            f"{type(optimizer).__name__} would take about {0.01 / rate:.0f} updates to move one by a hundredth. 1e-3 "
+            "is a good start (docs/guides/best-accuracy.md).",
+            stacklevel=3,
+        )
+
+
 _first_step = FirstStep("_grid_steps_per_unit", _look)
+_first_step_of_scales = FirstStep("_alone", _look_at_scales)
 
 
 def watch(B: Any, in_features: int, strength: float) -> None:
@@ -51,3 +71,8 @@ def watch(B: Any, in_features: int, strength: float) -> None:
         strength: c, in grid steps (in a row's largest with `learn_scales="channel"`: at least so many then).
     """
     _first_step.watch(B, strength * (B.shape[1] / (3 * in_features)) ** 0.5)
+
+
+def watch_scales(shift: Any) -> None:
+    """The same for an adapter of rank 0: `shift` is its parameter, the relative change of the scales."""
+    _first_step_of_scales.watch(shift)

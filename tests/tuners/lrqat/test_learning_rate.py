@@ -55,6 +55,20 @@ def test_a_strength_stands_in_for_a_rate():
         assert any(SAID in str(w.message) for w in found) == said
 
 
+def test_scales_alone_that_hardly_move():
+    for lr, said in ((1e-3, False), (1e-4, False), (2e-5, True)):  # TRL's default
+        model = adapt(r=0)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step(model, optimizer(model, lr))
+        messages = [str(w.message) for w in found if "The learning rate of LR-QAT's scales is" in str(w.message)]
+        assert len(messages) == said
+        if said:
+            assert "about 500 updates" in messages[0]
+            moved = [layer.lora_scale_shift["default"].weight.detach().abs().max() for layer in layers(model).values()]
+            assert max(moved) == pytest.approx(lr, rel=0.01)
+
+
 def test_other_rules_and_warming_up():
     for kind, lr in ((torch.optim.SGD, 1e-6), (torch.optim.AdamW, 1e-3), (torch.optim.AdamW, 0.0)):
         model = adapt()

@@ -414,7 +414,7 @@ def test_no_learning_rate_is_too_low_for_integers(rate: float, tmp_path: Path, c
     )
     trainer = Trainer(rank_0(), arguments, train_dataset=rows, callbacks=[QuantizationCallback(plot=False)])
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*learning rate.*")
+        warnings.filterwarnings("error", message=".*learning rate of LR-QAT's adapters.*")
         trainer.train()
     said = capsys.readouterr().out
     assert "scales changed by" in said
