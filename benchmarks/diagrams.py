@@ -141,7 +141,7 @@ def figures() -> dict[str, Any]:
         name: run("moe.json", method=method, rank=8)["steps"]["4x1024"]["peak_gib"]
         for name, method in (("lora", "LoRA bf16"), ("channel", "LR-QAT int4, groups of 128, by channel"))
     }
-    recipe = "LR-QAT, KL, from block-wise"
+    recipe = "block-wise, then scales, KL"
     return {
         "plain": {bits: share("LR-QAT", bits) for bits in (4, 3)},
         "recipe": {bits: share(recipe, bits) for bits in (4, 3, 2)},
@@ -174,7 +174,7 @@ def choose() -> str:
         ),
         (
             ("Do you want the best file", "that so few bits can hold?"),
-            ("*Block-wise, then LR-QAT with a teacher", "`preprocess_blockwise, then Distillation`",
+            ("*Block-wise, then scales with a teacher", "`preprocess_blockwise; r=0, Distillation`",
              f"recovers {known['recipe'][4]} at 4 bits, {known['recipe'][3]} at 3, {known['recipe'][2]} at 2"),
         ),
         (
