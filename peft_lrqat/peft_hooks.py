@@ -47,33 +47,45 @@ def before_saving(check: Callable[[nn.Module, list[str], dict[str, Any]], None])
     if getattr(save, _FIRST, None) is check:
         return
 
-    signature = inspect.signature(save)
-
     @functools.wraps(save)
-    def checked(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        options = dict(signature.bind(self, *args, **kwargs).arguments)
-        options |= options.pop("kwargs", {})
-        adapters = options.get("selected_adapters")
-        check(self, list(self.peft_config) if adapters is None else adapters, options)
-        save(self, *args, **kwargs)
+    def checked(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        options = _options(save, self, args, kwargs)
+        if options is not None:
+            adapters = options.get("selected_adapters")
+            check(self, list(self.peft_config) if adapters is None else adapters, options)
+        return save(self, *args, **kwargs)
 
     setattr(checked, _FIRST, check)
     PeftModel.save_pretrained = checked  # type: ignore[method-assign]
 
 
-def before_saving_a_model(look: Callable[[nn.Module], None]) -> None:
-    """Have `look(model)` called before transformers saves a model, or the adapter that it manages itself."""
+def before_saving_a_model(look: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+    """Have `look(model, options)` called before transformers saves a model, or the adapter that it manages itself.
+
+    `options` are those of `save_pretrained` that were given, by name.
+    """
     save = PreTrainedModel.save_pretrained
     if getattr(save, _FIRST, None) is look:
         return
 
     @functools.wraps(save)
-    def looked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        look(self)
-        save(self, *args, **kwargs)
+    def looked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        options = _options(save, self, args, kwargs)
+        if options is not None:
+            look(self, options)
+        return save(self, *args, **kwargs)
 
     setattr(looked, _FIRST, look)
     PreTrainedModel.save_pretrained = looked  # type: ignore[method-assign]
+
+
+def _options(method: Callable[..., Any], self: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call by name; None: they are not what the method takes, which says so itself."""
+    try:
+        options = dict(inspect.signature(method).bind(self, *args, **kwargs).arguments)
+    except TypeError:
+        return None
+    return options | options.pop("kwargs", {})
 
 
 def before_loading(check: Callable[[Any, dict[str, Any]], None]) -> None:

@@ -82,13 +82,36 @@ def test_nothing_is_written(selected: list[str] | None, names: list[str], tmp_pa
 
 
 def test_no_model_is_written(tmp_path: Path):
-    def refuse(model: nn.Module) -> None:
+    asked = []
+
+    def refuse(model: nn.Module, options: dict[str, Any]) -> None:
+        asked.append(options)
         raise Refusal
 
     before_saving_a_model(refuse)
     with pytest.raises(Refusal):
-        tiny(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+        tiny(num_hidden_layers=1).save_pretrained(tmp_path / "model", True, {}, token=None)
     assert not (tmp_path / "model").exists()
+    assert asked[0]["state_dict"] == {}
+    assert asked[0]["save_directory"] == tmp_path / "model"
+
+
+@pytest.mark.parametrize("before", [before_saving, before_saving_a_model])
+def test_what_somebody_else_returns_or_raises_is_theirs(before: Any, monkeypatch):
+    """Of packages that have wrapped the same methods, and of users who misspell a call."""
+    model = _lora() if before is before_saving else tiny(num_hidden_layers=1)
+    owner: Any = PeftModel if before is before_saving else PreTrainedModel
+    own, asked = owner.save_pretrained, []
+    with pytest.raises(TypeError) as without:
+        model.save_pretrained()
+    before(lambda *given: asked.append(given))
+    with pytest.raises(TypeError) as error:
+        model.save_pretrained()
+    assert (str(error.value), asked) == (str(without.value), [])
+    monkeypatch.setattr(owner, "save_pretrained", functools.wraps(own)(lambda *args, **kwargs: "written"))
+    before(lambda *given: asked.append(given))
+    assert model.save_pretrained("folder") == "written"
+    assert len(asked) == 1
 
 
 def test_no_file_is_opened(tmp_path: Path):

@@ -157,13 +157,17 @@ def check_tensor(key: str, values: torch.Tensor, content: Content) -> None:
         )
 
 
-def check_state_dict(model: nn.Module, config: Any, adapter: str, prefix: str, state_dict: dict[str, Any]) -> None:
+def check_state_dict(
+    model: nn.Module, config: Any, adapter: str, prefix: str, state_dict: dict[str, Any], whole: bool
+) -> None:
     """Raise ValueError if tensors cannot be an adapter's, before any is copied; warn of those that belong nowhere.
 
     Args:
         model: has the adapter.
         prefix: how the names of the method's modules begin.
         state_dict: names as in the model -> tensors.
+        whole: whether these are all tensors of an adapter, as files have them, or some that somebody has picked, such
+            as every lora_B (federated training with a frozen lora_A).
     """
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, MergingLayer)}
     if any(adapter in layer.merged_adapters for layer in layers.values()):
@@ -185,7 +189,8 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, prefix: str, s
     for name, kinds in found.items():
         layer = layers[name]  # whose own name is the one that patterns of names are for
         shapes = config.expected_shapes(layer.name, layer.out_features, layer.in_features)
-        if other := kinds ^ {key.split(".")[0] for key in shapes}:
+        known = {key.split(".")[0] for key in shapes}
+        if other := kinds ^ known if whole else kinds - known:
             what = "lacks" if other - kinds else "has"
             raise ValueError(
                 f"The adapter file {what} {min(other)!r} for module {name!r}, otherwise than adapter {adapter!r} of "

@@ -133,12 +133,18 @@ def check_merged_extras(model: nn.Module, adapters: Collection[str]) -> None:
             )
 
 
-def warn_of_adapters_inside(model: Any) -> None:
+def warn_of_adapters_inside(model: Any, options: dict[str, Any]) -> None:
     """Warn if a model is to be saved with layers of adapters inside, as no `from_pretrained` reads it: not the
     PeftModel, nor what merging makes of it, but the model between the two.
+
+    Args:
+        options: of `save_pretrained`; with a `state_dict` whose names are others, the caller has seen to it.
     """
     layer = next((name for name, module in model.named_modules() if isinstance(module, MergingLayer)), None)
-    if layer is not None and not getattr(model, "_hf_peft_config_loaded", False):  # then transformers saves the adapter
+    if layer is None or getattr(model, "_hf_peft_config_loaded", False):  # then transformers saves the adapter
+        return
+    given = options.get("state_dict")
+    if given is None or not given.keys().isdisjoint(model.get_submodule(layer).state_dict(prefix=f"{layer}.")):
         warnings.warn(
             f"This {type(model).__name__} has adapters inside, and its folder will have their layers under names of "
             f"their own ('{layer}.base_layer...'), which `from_pretrained` does not read: it would begin with random "

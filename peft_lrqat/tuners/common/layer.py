@@ -455,4 +455,6 @@ class MergingLayer(RoundsInput, LoraLayer):
     def _catch_up(self) -> None:
         """Have the base that waits go where the model has gone meanwhile, which does not find it: device and dtype."""
         here = next(t.device for t in (*self.base_layer.parameters(), *self.base_layer.buffers()))
-        self._before_merge.to(here, self.base_layer.compute_dtype)
+        self._before_merge.to(here)
+        if self._before_merge.compute_dtype != self.base_layer.compute_dtype:  # or a bias of another dtype were cast
+            self._before_merge.to(self.base_layer.compute_dtype)

@@ -354,7 +354,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         for name, layer in model.named_modules():
             if isinstance(layer, MergingLayer):
                 check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
-        check_state_dict(model, config, adapter_name, cls.prefix, remapped)
+        check_state_dict(model, config, adapter_name, cls.prefix, remapped, whole=bool(saved))
         cls._check_loaded(model, config, adapter_name, remapped)
         config._earlier_trainings = config._noted_trainings
         if saved:

@@ -225,7 +225,7 @@ class LowBitTensor(torch.Tensor):
             same &= (packed == self.packed[rows]).all()
             self.packed[rows] = packed
         self._places_hold_if(same)  # data-parallel processes copy every weight to itself
-        if between:
+        if not between.is_meta and between:
             warnings.warn(_BETWEEN, stacklevel=3)
 
     # What torch would do without dispatching it, to memory that is not there.

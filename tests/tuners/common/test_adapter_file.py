@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_base_model_state_dict
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from peft_lrqat.tuners.common.frozen import FrozenWeight
@@ -182,6 +182,17 @@ def test_scales_that_one_side_has_not_learned_are_not_left_out(method: ModuleTyp
         with pytest.raises(ValueError, match=said):
             load()
     assert torch.equal(logits(model, tokens()), before)
+
+
+def test_some_tensors_of_an_adapter_are_loaded_beside_the_others(method: ModuleType):
+    """As in federated training that exchanges one of two factors, or scales alone."""
+    model, source = (method.adapt(tiny(), **method.GRID, learn_scales=True) for _ in range(2))
+    train(source, tokens())
+    some = {key: value for key, value in get_peft_model_state_dict(source).items() if "scale_shift" in key}
+    set_peft_model_state_dict(model, some)
+    here = get_peft_model_state_dict(model)
+    assert some
+    assert all(torch.equal(here[key], value) for key, value in some.items())
 
 
 # -- a base that is replaced after the model was converted

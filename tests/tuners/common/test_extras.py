@@ -252,9 +252,13 @@ def test_a_model_that_is_saved_with_adapters_inside_is_warned_of(method: ModuleT
     said = r"LlamaForCausalLM has adapters inside.*\('model\.layers\.0\.self_attn\.q_proj\.base_layer\.\.\.'\)"
     with pytest.warns(UserWarning, match=said):
         model.get_base_model().save_pretrained(tmp_path / "inside")
+    with pytest.warns(UserWarning, match=said):  # as a Trainer hands it over
+        model.get_base_model().save_pretrained(tmp_path / "inside", state_dict=model.get_base_model().state_dict())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "This Llama")
         model.save_pretrained(tmp_path / "adapter")
+        plain = tiny(num_hidden_layers=1)
+        model.get_base_model().save_pretrained(tmp_path / "plain", state_dict=plain.state_dict())
         managed = tiny(num_hidden_layers=1)
         managed.add_adapter(method.config())
         managed.save_pretrained(tmp_path / "managed")  # transformers saves the adapter

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_lrqat.modules.packed import QuantizedLinear
-from tests.models import logits, tokens
+from tests.models import logits, tiny, tokens
 
 IDS = tokens(batch=4)
 
@@ -45,6 +45,23 @@ def test_a_cast_while_adapters_are_merged_reaches_the_base(method: ModuleType, b
     found, expected = model.merge_and_unload().state_dict(), straight.merge_and_unload().state_dict()
     assert {name: value.dtype for name, value in found.items()} == {k: v.dtype for k, v in expected.items()}
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_bias_of_another_dtype_stays_what_it_is(method: ModuleType):
+    """Merging in place, as trainers do for every rollout, casts nothing where the model has not been cast."""
+    base = tiny("qwen2", num_hidden_layers=1)
+    for name, module in base.named_modules():
+        if name.endswith("q_proj"):
+            module.weight.data = module.weight.data.bfloat16()
+            torch.nn.init.normal_(module.bias)
+    biases = {name: tensor.clone() for name, tensor in base.named_parameters() if name.endswith("q_proj.bias")}
+    model = method.random_adapter(base, target_modules=["q_proj"])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for name, bias in biases.items():
+        layer = model.get_base_model().get_submodule(name.removesuffix(".bias"))
+        assert layer.frozen.bias.dtype == torch.float32
+        assert torch.equal(layer.frozen.bias, bias)
 
 
 def test_layers_have_no_modules_that_nothing_uses(method: ModuleType, base: PreTrainedModel):

@@ -90,8 +90,11 @@ def test_modules_move_and_cast_it_without_changing_a_code(parameter: LowBitTenso
         move(module)
         assert isinstance(module.weight, LowBitTensor)
         assert torch.equal(module.weight.codes(), before)
+    values = parameter.to_float()
     module.to("meta")
     assert module.weight.packed.is_meta
+    with torch.no_grad():
+        module.weight.copy_(values)  # nothing, as for any tensor there
 
 
 def test_copying_values_rounds_to_nearest_and_is_idempotent(parameter: LowBitTensor):
