@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from .first_step import FirstStep
@@ -26,9 +27,9 @@ def _look(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[Any]]]) -
         )
 
 
-_first_step = FirstStep("_log2_of_a_scale", _look)
+_first_step = FirstStep(_look)
 
 
-def watch(log2: Any) -> None:
-    """Look at the weight decay in the first step of the next optimizer that trains log2 of a scale."""
+def watch(log2: nn.Module) -> None:
+    """Look at the weight decay in the first step of the next optimizer that trains `log2.weight`, log2 of a scale."""
     _first_step.watch(log2)

@@ -56,7 +56,7 @@ class InputScale(AdapterWeight):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.full((1,), torch.nan, dtype=torch.float32, device=device))
-        watch(self.weight)
+        watch(self)
 
     @property
     def in_common(self) -> bool:
@@ -77,7 +77,7 @@ class InputScale(AdapterWeight):
         """Have a parameter of its own, of the same value."""
         if self.in_common:
             self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
-            watch(self.weight)
+            watch(self)
 
     def settle(self) -> None:
         """Have the parameter of a layer before that has the same value: before the first use of an adapter that

@@ -196,9 +196,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
             if r:
                 # the factors of all experts lie in one: its rank, too, is that many times as large
                 width = frozen.in_features * frozen.experts
-                watch(self.lora_B[adapter_name].weight, width, self.scaling[adapter_name])
+                watch(self.lora_B[adapter_name], width, self.scaling[adapter_name])
             elif config.learn_scales:
-                watch_scales(self.lora_scale_shift[adapter_name].weight)
+                watch_scales(self.lora_scale_shift[adapter_name])
 
     def _add_factors(self, adapter_name: str, r: int, lora_alpha: int, config: LRQATConfig, **kwargs: Any) -> None:
         """Add lora_A and lora_B, as PEFT does it."""

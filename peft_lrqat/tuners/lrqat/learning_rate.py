@@ -59,20 +59,20 @@ def _look_at_scales(optimizer: Optimizer, found: list[tuple[dict[str, Any], list
         )
 
 
-_first_step = FirstStep("_grid_steps_per_unit", _look)
-_first_step_of_scales = FirstStep("_alone", _look_at_scales)
+_first_step = FirstStep(_look)
+_first_step_of_scales = FirstStep(_look_at_scales)
 
 
 def watch(B: Any, in_features: int, strength: float) -> None:
     """Look at the learning rate in the first step of the next optimizer that trains the factor `B`.
 
     Args:
-        B: (out, r), the parameter.
+        B: its `weight`, (out, r), is the parameter.
         strength: c, in grid steps (in a row's largest with `learn_scales="channel"`: at least so many then).
     """
-    _first_step.watch(B, strength * (B.shape[1] / (3 * in_features)) ** 0.5)
+    _first_step.watch(B, strength * (B.weight.shape[1] / (3 * in_features)) ** 0.5)
 
 
 def watch_scales(shift: Any) -> None:
-    """The same for an adapter of rank 0: `shift` is its parameter, the relative change of the scales."""
+    """The same for an adapter of rank 0: the `weight` of `shift` is the relative change of the scales."""
     _first_step_of_scales.watch(shift)

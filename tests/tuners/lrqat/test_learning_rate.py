@@ -69,6 +69,15 @@ def test_scales_alone_that_hardly_move():
             assert max(moved) == pytest.approx(lr, rel=0.01)
 
 
+@pytest.mark.parametrize("r", [0, 32])
+def test_a_model_in_bf16_whose_adapter_peft_casts(r):
+    """PEFT puts new parameters into the adapter's modules where it casts them to fp32."""
+    model = get_peft_model(tiny().to(torch.bfloat16), config(r=r)).train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with pytest.warns(UserWarning, match="The learning rate of LR-QAT's (adapters|scales) is"):
+        step(model, optimizer(model, 1e-6))
+
+
 def test_other_rules_and_warming_up():
     for kind, lr in ((torch.optim.SGD, 1e-6), (torch.optim.AdamW, 1e-3), (torch.optim.AdamW, 0.0)):
         model = adapt()
