@@ -15,9 +15,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_base_model_state_dict
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
 from peft_lrqat.tuners.common.frozen import FrozenWeight
-from tests.models import logits, tiny, tokens, train
+from tests.models import adapted, logits, tiny, tokens, train
 from tests.refusals import refused
 
 LAYER = "base_model.model.model.layers.1.mlp.up_proj."
@@ -240,6 +241,24 @@ def test_an_average_of_all_tensors_is_no_adapter_of_that_base(method: ModuleType
     for folder in (tmp_path, tmp_path / "other"):
         with refused(first := tiny(), "trained on another base: its integers have the checksum"):
             PeftModel.from_pretrained(first, folder)
+
+
+@pytest.mark.parametrize("downcast", ["fx8", "int"])
+def test_an_average_of_what_is_float_is_an_adapter_of_that_base(downcast: str, tmp_path: Path):
+    """As docs/guides/troubleshooting.md has it, for LR-QAT."""
+    model = adapted(tiny(), downcast=downcast)
+    average = AveragedModel(
+        model, avg_fn=lambda old, new, n: old + (new - old) * 0.1 if old.is_floating_point() else old
+    )
+    for _ in range(2):
+        train(model, tokens(), 1)
+        average.update_parameters(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The base under adapter")
+        average.module.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(logits(again, tokens()), logits(average.module.eval(), tokens()))
+    assert not torch.equal(logits(again, tokens()), logits(model, tokens()))
 
 
 @pytest.mark.parametrize("places", [[1, 0], [1]])
