@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...formats.reading import METHODS
+from ...formats.record import Record
 from ...modules.architecture import unwritable
 from ...modules.packed import MERGED, QuantizedLinear
 from .fingerprint import codes_checksum, float_checksum
@@ -107,6 +108,15 @@ def check_base(model: nn.Module, config: Any) -> None:
             f"The base model is already quantized ({method}), but {config.method} starts from float "
             f"weights or from integers. {how}; for a model that was dequantized on loading (GGUF), delete "
             "`model.config.quantization_config`."
+        )
+    record = Record.of(getattr(model, "config", None))
+    if record is not None and record.grid != config.stored_grid:
+        raise ValueError(
+            f"The base model was quantized to {record.grid.describe()} (`peft_lrqat` in its config.json), and is float "
+            "now: transformers decompresses weights with zero points, and some others. The configuration would round "
+            f"them once more, to {config.stored_grid.describe()}. Load it with `peft_lrqat.load_quantized(...)`, whose "
+            "integers training starts from, or give the options of its own grid; if another grid is meant, delete "
+            "`model.config.peft_lrqat`."
         )
 
 

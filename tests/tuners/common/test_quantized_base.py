@@ -144,3 +144,18 @@ def test_an_adapter_of_integers_that_no_folder_has_is_warned_of_once(tmp_path: P
         get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), config).save_pretrained(
             tmp_path / "plain"
         )
+
+
+def test_a_base_that_transformers_made_floats_of_keeps_its_grid_or_says_so(method: ModuleType, tmp_path: Path):
+    """As it does with zero points. Low-bit SR has none, so it names the base's grid in no way."""
+    merged(bits=2, symmetric=False).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    start = logits(load_quantized(tmp_path), IDS)
+    with pytest.raises(ValueError, match=r"quantized to 2 bits, asymmetric, groups of 8 .*load_quantized"):
+        method.adapt(model, **GRID)
+    assert torch.equal(logits(model, IDS), start)  # and nothing was converted
+    if method is not lowbit_sr:
+        known = method.adapt(AutoModelForCausalLM.from_pretrained(tmp_path), bits=2, group_size=8, symmetric=False)
+        assert torch.equal(logits(known, IDS), start)
+    del model.config.peft_lrqat
+    method.adapt(model, **GRID)
