@@ -403,10 +403,12 @@ class LRQATLinear(nn.Module, LRQATLayer):
         weight, frozen = state_dict.get(f"{prefix}base_layer.weight"), self.frozen
         given = any(key.startswith(f"{prefix}lora_") for key in state_dict)
         if weight is not None and given and not self.merged and not frozen.shows(weight):
+            ours = frozen.compute_dtype
+            cast = "" if weight.dtype == ours else f", or was cast: it is {weight.dtype}, the model's is {ours}"
             errors.append(
-                f"{prefix}base_layer.weight is that of another base. A state dict of a model with adapters inside "
-                "has the base rounded, and not the fractions of grid steps over which its adapters were trained. "
-                "Make the model of the same float weights first, or load the adapter alone: "
+                f"{prefix}base_layer.weight is that of another base{cast}. A state dict of a model with adapters "
+                "inside has the base rounded, and not the fractions of grid steps over which its adapters were "
+                "trained. Make the model of the same float weights first, or load the adapter alone: "
                 "`get_peft_model_state_dict`, or `PeftModel.save_pretrained`."
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -152,3 +152,5 @@ def test_over_another_base_it_is_refused(rank: int):
         RuntimeError, match=r"q_proj\.base_layer\.weight is that of another base\..*has the base rounded"
     ):
         other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"or was cast: it is torch\.bfloat16, the model's is torch\.float32\."):
+        inject_adapter_in_model(config(**options), tiny()).load_state_dict({k: v.bfloat16() for k, v in state.items()})
