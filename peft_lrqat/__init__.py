@@ -43,9 +43,8 @@ from .peft_hooks import (
     before_saving_a_model,
 )
 from .registration import register
-from .tuners.common.adapter_file import check_options_of_file
+from .tuners.common.adapter_file import check_method_of_file, check_options_of_file, check_savable
 from .tuners.common.extras import warn_of_adapters_inside
-from .tuners.common.model import check_method_of_file, check_savable
 from .tuners.lowbit_sr import LowBitAdamW, LowBitSRConfig, LowBitSRLayer, LowBitSRModel
 from .tuners.lrqat import LRQATConfig, LRQATLayer, LRQATModel
 from .tuners.lrqat.optim import create_lrqat_optimizer

@@ -43,20 +43,12 @@ def before_saving(check: Callable[[nn.Module, list[str], dict[str, Any]], None])
 
     `adapters` are the names of those to be saved; `options` are those of `save_pretrained` that were given, by name.
     """
-    save = PeftModel.save_pretrained
-    if getattr(save, _FIRST, None) is check:
-        return
 
-    @functools.wraps(save)
-    def checked(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        options = _options(save, self, args, kwargs)
-        if options is not None:
-            adapters = options.get("selected_adapters")
-            check(self, list(self.peft_config) if adapters is None else adapters, options)
-        return save(self, *args, **kwargs)
+    def ask(model: Any, options: dict[str, Any]) -> None:
+        adapters = options.get("selected_adapters")
+        check(model, list(model.peft_config) if adapters is None else adapters, options)
 
-    setattr(checked, _FIRST, check)
-    PeftModel.save_pretrained = checked  # type: ignore[method-assign]
+    _before_save_pretrained(PeftModel, check, ask)
 
 
 def before_saving_a_model(look: Callable[[nn.Module, dict[str, Any]], None]) -> None:
@@ -64,19 +56,24 @@ def before_saving_a_model(look: Callable[[nn.Module, dict[str, Any]], None]) -> 
 
     `options` are those of `save_pretrained` that were given, by name.
     """
-    save = PreTrainedModel.save_pretrained
-    if getattr(save, _FIRST, None) is look:
+    _before_save_pretrained(PreTrainedModel, look, look)
+
+
+def _before_save_pretrained(owner: Any, first: Callable[..., None], ask: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Have `ask(model, options)` called before `owner.save_pretrained`, by whose mark `first` is known to be there."""
+    save = owner.save_pretrained
+    if getattr(save, _FIRST, None) is first:
         return
 
     @functools.wraps(save)
-    def looked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
         options = _options(save, self, args, kwargs)
         if options is not None:
-            look(self, options)
+            ask(self, options)
         return save(self, *args, **kwargs)
 
-    setattr(looked, _FIRST, look)
-    PreTrainedModel.save_pretrained = looked  # type: ignore[method-assign]
+    setattr(asked, _FIRST, first)
+    owner.save_pretrained = asked
 
 
 def _options(method: Callable[..., Any], self: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:

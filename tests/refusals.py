@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -103,3 +104,19 @@ def refused(
         yield
     before.check()
     assert fields is None or _fields(config) == fields
+
+
+def check_no_factor(model: Any, layer: Any, match: str) -> None:
+    """PEFT's ways to multiply an adapter are refused with these words, and those that change nothing are not."""
+    changes: tuple[Callable[[], Any], ...] = (
+        lambda: rescale_adapter_scale(model, 0.5).__enter__(),
+        lambda: layer.set_scale("default", 0.5),
+        lambda: layer.scale_layer(2.0),
+        lambda: layer.unscale_layer(0.5),
+    )
+    for change in changes:
+        with pytest.raises(ValueError, match=match):
+            change()
+    layer.set_scale("default", 1)
+    layer.scale_layer(1.0)
+    layer.unscale_layer()

@@ -27,9 +27,12 @@ from .fingerprint import check_checksum, fingerprint, in_order, of_tensor, versi
 from .frozen import FrozenWeight
 from .layer import MergingLayer
 from .packed_parameter import is_rewritten, take_note
+from .unfilled import check_saved_values
 
 #: How a PeftModel's files name the model.
 PREFIX = "base_model.model."
+#: How they name, after the method's prefix, the checksum of the base.
+CHECKSUM = "base_checksum"
 
 
 class Content(NamedTuple):
@@ -95,6 +98,62 @@ def check_adapter_file(targets: dict[str, Any], config: Any) -> None:
                 check_tensor(key, file.get_slice(key)[:0], content)
             elif content is not None:
                 check_tensor(key, file.get_tensor(key), content)
+
+
+def check_savable(model: Any, adapters: list[str], options: dict[str, Any]) -> None:
+    """Raise ValueError if adapters of this package could not be saved.
+
+    Args:
+        model: a PeftModel.
+        adapters: their names; PEFT refuses those that there are not.
+        options: of `save_pretrained`; with `state_dict`, the values to save are not the model's.
+    """
+    for name in adapters:
+        if isinstance(model.peft_config.get(name), GridConfig):
+            if (path := options.get("path_initial_model_for_weight_conversion")) is not None:
+                raise ValueError(
+                    f"`path_initial_model_for_weight_conversion` is {path!r}: PEFT would write the difference of two "
+                    f"adapters as one of LoRA, but adapter {name!r} acts inside the rounding, where it is none. Leave "
+                    "the option out: the file holds the adapter as it was trained."
+                )
+            layers = layers_to_save(name, model)
+            if options.get("state_dict") is None:
+                check_saved_values(name, layers)
+
+
+def check_method_of_file(config: Any, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if tensors are those of an adapter's file of this package, and `config` is of another method,
+    such as LoRA, to which they would mean something else.
+    """
+    if isinstance(config, GridConfig):
+        return
+    ours = [key for key in state_dict if key.split(".")[-1].endswith(f"_{CHECKSUM}")]
+    if ours:
+        raise ValueError(
+            f"The tensors are those of an adapter of peft-lrqat (they have {ours[0]!r}), which belong inside the "
+            f"rounding, but the configuration is a {type(config).__name__}. Load the adapter with its own, on a fresh "
+            "copy of its base: leave `config` out of `PeftModel.from_pretrained`."
+        )
+
+
+def layers_to_save(adapter: str, model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer with an adapter; ValueError if there is none."""
+    if layers := {name: model.get_submodule(name) for name in layers_with(adapter, model)}:
+        return layers
+    raise ValueError(
+        f"Adapter {adapter!r} cannot be saved: the model has no layer of it any more, since `merge_and_unload()` or "
+        "`unload()`. Save adapters before; what these return is saved by its own `save_pretrained`."
+    )
+
+
+def adapters_of(module: nn.Module) -> dict[str, Any]:
+    """Adapter -> its configuration, of a module that may be a layer."""
+    return module.adapter_options if isinstance(module, MergingLayer) else {}
+
+
+def layers_with(adapter: str, model: nn.Module) -> set[str]:
+    """The names of the layers that an adapter has."""
+    return {name for name, module in model.named_modules() if adapter in adapters_of(module)}
 
 
 def check_options_of_file(model: Any, folder: str, adapter: str) -> None:

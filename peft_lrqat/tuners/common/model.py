@@ -15,16 +15,20 @@ from ...formats.record import Record
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
 from .adapter_file import (
+    CHECKSUM,
     PREFIX,
+    adapters_of,
     check_adapter_file,
     check_same_base,
     check_shapes,
     check_state_dict,
+    layers_to_save,
+    layers_with,
     note_changed_base,
     note_sharded_base,
 )
 from .async_rollouts import teach_async_trainers
-from .config import ALL_LINEAR, GridConfig, current_key
+from .config import ALL_LINEAR, current_key
 from .experts import adopt_experts, release_experts, settle_experts
 from .extras import (
     adopt_labels,
@@ -61,11 +65,8 @@ from .summary import report, say_how_to_serve
 from .targets import check_names, tell_left_out
 from .trainers import check_trained
 from .undo import Undo
-from .unfilled import check_filled, check_saved_values, warn_of_no_values
+from .unfilled import check_filled, warn_of_no_values
 from .walking import QuickWalks
-
-# How an adapter's file names, after the method's prefix, the checksum of the base.
-_CHECKSUM = "base_checksum"
 
 
 class _Conversion(NamedTuple):
@@ -173,7 +174,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
             tell_left_out(model)
             warn_of_converted_head(model, targets, config)
         for module in targets.values():  # where PEFT's dictionary has forgotten an adapter of the same name
-            self._check_shared(config, _adapters_of(module))
+            self._check_shared(config, adapters_of(module))
         checksums = self._check(model, targets, config)
         config.base_fingerprint = fingerprint(targets, checksums)
         config.base_dtype = dtype_of(targets)
@@ -186,14 +187,14 @@ class QuantizingModel(QuickWalks, FindsTargets):
         undo.keep([m for m in targets.values() if not isinstance(m, FrozenWeight)], config.bytes_per_weight)
         if adopted and not undo.keeps:
             undo.retake(self.modules())  # adoption changes no number, and what it replaced takes memory
-        known = _layers_with(adapter_name, model)  # PEFT lets a name be used again, and warns
+        known = layers_with(adapter_name, model)  # PEFT lets a name be used again, and warns
         converted = sum(not isinstance(module, MergingLayer | FrozenWeight) for module in targets.values())
         with conversion_bar(converted, config.method) as bar:
             self._conversion = _Conversion(undo, checksums, bar)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             del self._conversion
         self.unfilled |= bool(without_values)
-        if other := (_layers_with(adapter_name, model) ^ targets.keys()) - known:
+        if other := (layers_with(adapter_name, model) ^ targets.keys()) - known:
             raise RuntimeError(
                 f"PEFT adapted other modules than were checked before ({sorted(other)[:3]} ...). "
                 "This version of PEFT chooses them otherwise than the versions that this package knows: please "
@@ -327,7 +328,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         warn_of_unnamed_base(model, config)
         runs = next((tuner.runs for tuner in model.modules() if isinstance(tuner, QuantizingModel)), [])
         config.base_head = head_of(model, config)
-        adapted = _layers_to_save(adapter_name, model)
+        adapted = layers_to_save(adapter_name, model)
         if dtype_of(adapted) == "float32":  # perhaps since `model.float()`; it holds the values of every base
             config.base_dtype = "float32"
         config._saved_as = adapter_name
@@ -337,7 +338,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         if config.base_checksum is not None and any(not value.is_meta for value in found.values()):
             # beside the one in the configuration, which nobody reads who loads into an adapter that exists (Trainer)
             prefix = PREFIX if any(key.startswith(PREFIX) for key in found) else ""
-            found[prefix + cls.prefix + _CHECKSUM] = as_tensor(config.base_checksum)
+            found[prefix + cls.prefix + CHECKSUM] = as_tensor(config.base_checksum)
         return found
 
     @classmethod
@@ -350,7 +351,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         state_dict = {current_key(key): value for key, value in state_dict.items()}
         with packed_state_dict():
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        saved = {key: remapped.pop(key) for key in list(remapped) if cls.prefix + _CHECKSUM in key.split(".")}
+        saved = {key: remapped.pop(key) for key in list(remapped) if cls.prefix + CHECKSUM in key.split(".")}
         for name, layer in model.named_modules():
             if isinstance(layer, MergingLayer):
                 check_shapes(dict(layer.named_parameters(prefix=name)), remapped)
@@ -358,7 +359,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         cls._check_loaded(model, config, adapter_name, remapped)
         config._earlier_trainings = config._noted_trainings
         if saved:
-            check_same_base(model, config, adapter_name, saved, cls.prefix + _CHECKSUM)
+            check_same_base(model, config, adapter_name, saved, cls.prefix + CHECKSUM)
         return remapped
 
     @classmethod
@@ -450,57 +451,3 @@ class QuantizingModel(QuickWalks, FindsTargets):
             attach_card(model, merged_card(model, config, record, served))
             say_how_to_serve(config, served)
         return model
-
-
-def check_savable(model: Any, adapters: list[str], options: dict[str, Any]) -> None:
-    """Raise ValueError if adapters of this package could not be saved.
-
-    Args:
-        model: a PeftModel.
-        adapters: their names; PEFT refuses those that there are not.
-        options: of `save_pretrained`; with `state_dict`, the values to save are not the model's.
-    """
-    for name in adapters:
-        if isinstance(model.peft_config.get(name), GridConfig):
-            if (path := options.get("path_initial_model_for_weight_conversion")) is not None:
-                raise ValueError(
-                    f"`path_initial_model_for_weight_conversion` is {path!r}: PEFT would write the difference of two "
-                    f"adapters as one of LoRA, but adapter {name!r} acts inside the rounding, where it is none. Leave "
-                    "the option out: the file holds the adapter as it was trained."
-                )
-            layers = _layers_to_save(name, model)
-            if options.get("state_dict") is None:
-                check_saved_values(name, layers)
-
-
-def check_method_of_file(config: Any, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if tensors are those of an adapter's file of this package, and `config` is of another method,
-    such as LoRA, to which they would mean something else.
-    """
-    if isinstance(config, GridConfig):
-        return
-    ours = [key for key in state_dict if key.split(".")[-1].endswith(f"_{_CHECKSUM}")]
-    if ours:
-        raise ValueError(
-            f"The tensors are those of an adapter of peft-lrqat (they have {ours[0]!r}), which belong inside the "
-            f"rounding, but the configuration is a {type(config).__name__}. Load the adapter with its own, on a fresh "
-            "copy of its base: leave `config` out of `PeftModel.from_pretrained`."
-        )
-
-
-def _layers_to_save(adapter: str, model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer with an adapter; ValueError if there is none."""
-    if layers := {name: model.get_submodule(name) for name in _layers_with(adapter, model)}:
-        return layers
-    raise ValueError(
-        f"Adapter {adapter!r} cannot be saved: the model has no layer of it any more, since `merge_and_unload()` or "
-        "`unload()`. Save adapters before; what these return is saved by its own `save_pretrained`."
-    )
-
-
-def _adapters_of(module: nn.Module) -> dict[str, Any]:
-    return module.adapter_options if isinstance(module, MergingLayer) else {}
-
-
-def _layers_with(adapter: str, model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if adapter in _adapters_of(module)}

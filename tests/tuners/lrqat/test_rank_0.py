@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from tests.mixtures import mixture, on_experts
 from tests.models import adapted, logits, tiny, train
 from tests.problems import DEVICE, assert_close
 from tests.quantized_files import Spec, write
-from tests.refusals import refused
+from tests.refusals import check_no_factor, refused
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4, "group_size": 8},
@@ -353,18 +352,7 @@ def test_weighted_adapters_all_have_factors_or_none(combination: str):
 def test_a_factor_on_an_adapter_without_factors_is_refused():
     model = moved()
     seen, layer = logits(model, IDS), next(iter(layers(model).values()))
-    changes: tuple[Callable, ...] = (
-        lambda: rescale_adapter_scale(model, 0.5).__enter__(),
-        lambda: layer.set_scale("default", 0.5),
-        lambda: layer.scale_layer(0.5),
-        lambda: layer.unscale_layer(0.5),
-    )
-    for change in changes:
-        with pytest.raises(ValueError, match=r"rank 0, so there are no low-rank factors .*add_weighted_adapter"):
-            change()
-    layer.set_scale("default", 1)
-    layer.scale_layer(1.0)
-    layer.unscale_layer()
+    check_no_factor(model, layer, r"rank 0, so there are no low-rank factors .*add_weighted_adapter")
     with rescale_adapter_scale(model, 1):
         assert torch.equal(logits(copy.deepcopy(model), IDS), seen)
 
