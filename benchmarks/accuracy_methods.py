@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "parts": 1,  # a batch's gradients are summed over so many parts
     "lr": None,  # by method
     "scale_lr": 1e-3,
+    "norm_lr": 0.0,  # of the weights of norms, where a PEFT method trains them as well (`modules_to_save`)
     "rank": 32,
     "c": 16,  # lora_alpha / r
     "kl": 0.0,  # weight of KL to the float model in the loss; 1: nothing else
@@ -272,6 +273,7 @@ def config_of(job: dict[str, Any]) -> Any:
     if kind is LRQATConfig:
         options["symmetric"] = job["symmetric"]
     options["learn_scales"] = job["scale_lr"] > 0
+    options |= {"modules_to_save": ["norm"]} if job["norm_lr"] else {}
     names = {f.name for f in fields(kind)} - {"symmetric"}
     return kind(**options | {key: value for key, value in job.items() if key in names and key not in ("bits",)})
 
@@ -335,7 +337,10 @@ def prepare(model: nn.Module, job: dict[str, Any], text: Text) -> tuple[nn.Modul
 
             calibrate_activations(model, text.calibration(job))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    norms = [(n, p) for n, p in named if "modules_to_save" in n]
+    layers = [(n, p) for n, p in named if "modules_to_save" not in n]
     return model, [
-        {"params": [p for n, p in named if scales not in n], "lr": job["lr"]},
-        {"params": [p for n, p in named if scales in n], "lr": job["lr"] if method == "scales" else job["scale_lr"]},
+        {"params": [p for n, p in layers if scales not in n], "lr": job["lr"]},
+        {"params": [p for n, p in layers if scales in n], "lr": job["lr"] if method == "scales" else job["scale_lr"]},
+        {"params": [p for _, p in norms], "lr": job["norm_lr"]},
     ]
