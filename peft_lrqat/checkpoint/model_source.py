@@ -27,6 +27,7 @@ from ..modules.architecture import float_names, loading, module_names, skeleton_
 from ..modules.experts import Experts
 from ..modules.kv_cache import rounding_of
 from ..modules.split_experts import ExpertPart, parts_of
+from ..modules.trained_vectors import as_served
 from . import hub
 from .code import class_of
 
@@ -240,7 +241,7 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(module, ModulesToSaveWrapper):
         active = [adapter for adapter in module.active_adapters if adapter in module.modules_to_save]
-        yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, name)
+        yield from _walk(as_served(module.modules_to_save[active[0]]) if active else module.original_module, name)
         return
     if isinstance(module, TrainableTokensWrapper):
         yield name, module

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ...modules.packed import FLOAT_NAME
+from ...modules.trained_vectors import HALF
 from .layer import MergingLayer
 
 # The heads that PEFT trains in float by itself, whether the model has them or not. For the last two tasks it thinks of
@@ -131,6 +132,26 @@ def check_merged_extras(model: nn.Module, adapters: Collection[str]) -> None:
                 f"be that of {there[0] if there else 'the base'!r}, which is active. Activate what is merged "
                 "(`model.set_adapter(name)`), and leave `adapter_names` out."
             )
+
+
+def restore_extras(model: nn.Module) -> None:
+    """Have the base's own modules where adapters train others in float: PEFT's `unload` leaves the trained ones."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])
+
+
+def round_extras(model: nn.Module, adapter: str, state_dict: dict[str, Any]) -> None:
+    """Round what a file has in fp32 for modules that hold less, and would be given it as it is (`low_cpu_mem_usage`).
+
+    Args:
+        state_dict: tensors by their names in the model; changed in place.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            for key, parameter in module.modules_to_save[adapter].named_parameters(f"{name}.modules_to_save.{adapter}"):
+                if key in state_dict and parameter.dtype in HALF:
+                    state_dict[key] = state_dict[key].to(parameter.dtype)
 
 
 def warn_of_adapters_inside(model: Any, options: dict[str, Any]) -> None:

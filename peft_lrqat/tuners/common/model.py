@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +15,7 @@ from ...checkpoint.card import attach_card, merged_card, merged_serving
 from ...formats.record import Record
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
+from ...modules.trained_vectors import settle_vectors, train_in_fp32
 from .adapter_file import (
     CHECKSUM,
     PREFIX,
@@ -36,6 +38,8 @@ from .extras import (
     check_merged_extras,
     check_reference,
     head_of,
+    restore_extras,
+    round_extras,
     warn_of_converted_head,
     warn_of_layers_of_others,
     warn_of_unnamed_base,
@@ -273,6 +277,14 @@ class QuantizingModel(QuickWalks, FindsTargets):
             self._conversion.undo.replaced(child)
             self._conversion.bar.update()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's, which takes an adapter's half-precision parameters to fp32; and norms that are trained beside it."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        beside = [module.modules_to_save for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        for modules in beside:
+            if autocast_adapter_dtype and adapter_name in modules:
+                train_in_fp32(modules[adapter_name])
+
     def train(self, mode: bool = True) -> QuantizingModel:
         """Set the mode as torch's `train` does. Before an evaluation (False) it warns if scales have left their range.
 
@@ -351,6 +363,7 @@ class QuantizingModel(QuickWalks, FindsTargets):
         state_dict = {current_key(key): value for key, value in state_dict.items()}
         with packed_state_dict():
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        round_extras(model, adapter_name, remapped)
         saved = {key: remapped.pop(key) for key in list(remapped) if cls.prefix + CHECKSUM in key.split(".")}
         for name, layer in model.named_modules():
             if isinstance(layer, MergingLayer):
@@ -431,7 +444,10 @@ class QuantizingModel(QuickWalks, FindsTargets):
             if merge:  # before the first layer is replaced, because what was trained goes with it
                 for layer in (module for module in self.modules() if isinstance(module, MergingLayer)):
                     layer.check_merge(adapter_names, safe_merge)
+            else:
+                restore_extras(self)
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        settle_vectors(model)
         settle_experts(model)
         restore_loss(model)
         if merge:
