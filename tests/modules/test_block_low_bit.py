@@ -61,6 +61,7 @@ MODELS = {
     "GPT-2": lambda: low_bit(tiny("gpt2"), bits=4),
     "a second adapter": second_adapter,
     "norms and embeddings": norms_and_embeddings,
+    "norms of a bf16 model": lambda: low_bit(tiny("qwen3", dtype=torch.bfloat16), bits=4, modules_to_save=["norm"]),
 }
 
 

@@ -32,6 +32,7 @@ MODELS = {
     "LR-QAT": lambda: lrqat(),
     "LR-QAT in groups, rounded cache": lambda: lrqat(group_size=16, downcast="int", kv_bits=8),
     "LR-QAT, rank 0": lambda: lrqat(r=0, group_size=16),
+    "LR-QAT, norms": lambda: lrqat(r=0, modules_to_save=["norm"]),
     "LR-QAT, rounded inputs": lambda: lrqat("qwen3", act_bits=8),
     "LR-QAT, fixed scales of inputs": fixed_scales,
     "two kinds of attention": lambda: lora(tiny("gemma3")),

@@ -147,11 +147,19 @@ def round_extras(model: nn.Module, adapter: str, state_dict: dict[str, Any]) -> 
     Args:
         state_dict: tensors by their names in the model; changed in place.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            for key, parameter in module.modules_to_save[adapter].named_parameters(f"{name}.modules_to_save.{adapter}"):
-                if key in state_dict and parameter.dtype in HALF:
-                    state_dict[key] = state_dict[key].to(parameter.dtype)
+    for name, module in trained_beside(model, adapter).items():
+        for key, parameter in module.named_parameters(f"{name}.modules_to_save.{adapter}"):
+            if key in state_dict and parameter.dtype in HALF:
+                state_dict[key] = state_dict[key].to(parameter.dtype)
+
+
+def trained_beside(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+    """The modules that an adapter trains in float (`modules_to_save`), by the names of those that they stand for."""
+    return {
+        name: module.modules_to_save[adapter]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+    }
 
 
 def warn_of_adapters_inside(model: Any, options: dict[str, Any]) -> None:

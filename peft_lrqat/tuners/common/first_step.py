@@ -11,6 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
+def rate_of(group: dict[str, Any]) -> float | None:
+    """The highest rate of a group whose parameters move by about the rate in each update, or None."""
+    rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
+    return None if "betas" not in group or "d" in group or not rate else rate
+
+
 class FirstStep:
     """Waits for the next optimizer that trains the `weight` of modules which it was told of.
 
@@ -37,7 +43,7 @@ class FirstStep:
         """torch calls it before the steps of all optimizers."""
         if not self._waiting:
             return
-        said = {id(module.weight): value for module, value in self._said.items()}
+        said = {id(getattr(module, "weight", None)): value for module, value in self._said.items()}
         groups = ((group, [said[id(p)] for p in group["params"] if id(p) in said]) for group in optimizer.param_groups)
         if found := [(group, values) for group, values in groups if values]:
             self._waiting = False

@@ -7,7 +7,6 @@ import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +29,7 @@ from .adapter_file import (
     note_sharded_base,
 )
 from .async_rollouts import teach_async_trainers
+from .coarse import watch
 from .config import ALL_LINEAR, current_key
 from .experts import adopt_experts, release_experts, settle_experts
 from .extras import (
@@ -40,6 +40,7 @@ from .extras import (
     head_of,
     restore_extras,
     round_extras,
+    trained_beside,
     warn_of_converted_head,
     warn_of_layers_of_others,
     warn_of_unnamed_base,
@@ -207,6 +208,8 @@ class QuantizingModel(QuickWalks, FindsTargets):
         self._check_converted(targets, config)
         know_neighbours({name: model.get_submodule(name) for name in targets}, adapter_name)
         arrange(model, config.offload_base)
+        for name, module in trained_beside(model, adapter_name).items():
+            watch(name, module)
         if cache is not None:
             round_cache(model, cache)
         use_lean_loss(model)
@@ -280,10 +283,8 @@ class QuantizingModel(QuickWalks, FindsTargets):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which takes an adapter's half-precision parameters to fp32; and norms that are trained beside it."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        beside = [module.modules_to_save for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
-        for modules in beside:
-            if autocast_adapter_dtype and adapter_name in modules:
-                train_in_fp32(modules[adapter_name])
+        for module in trained_beside(self, adapter_name).values() if autocast_adapter_dtype else ():
+            train_in_fp32(module)
 
     def train(self, mode: bool = True) -> QuantizingModel:
         """Set the mode as torch's `train` does. Before an evaluation (False) it warns if scales have left their range.

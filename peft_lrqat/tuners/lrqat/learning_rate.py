@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..common.first_step import FirstStep
+from ..common.first_step import FirstStep, rate_of
 
 # updates until a typical weight has moved by half a grid step
 _FAR_TOO_MANY = 10_000
@@ -27,15 +27,9 @@ _FAR_TOO_MANY = 10_000
 _LOW_FOR_SCALES = 1e-4
 
 
-def _rate(group: dict[str, Any]) -> float | None:
-    """The highest rate of a group whose parameters move by about the rate in each update, or None."""
-    rate = max(float(group["lr"]), float(group.get("initial_lr", 0)))
-    return None if "betas" not in group or "d" in group or not rate else rate
-
-
 def _look(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[float]]]) -> None:
     group, steps = found[0]
-    if (rate := _rate(group)) is None:
+    if (rate := rate_of(group)) is None:
         return
     updates = 0.5 / (rate * median(steps))
     if updates > _FAR_TOO_MANY:
@@ -49,7 +43,7 @@ def _look(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[float]]])
 
 
 def _look_at_scales(optimizer: Optimizer, found: list[tuple[dict[str, Any], list[Any]]]) -> None:
-    rate = _rate(found[0][0])
+    rate = rate_of(found[0][0])
     if rate is not None and rate < _LOW_FOR_SCALES:
         warnings.warn(
             f"The learning rate of LR-QAT's scales is {rate:.2g}, and with `r=0` they are all that is trained: "

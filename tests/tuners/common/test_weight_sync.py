@@ -91,6 +91,27 @@ def test_modules_to_save_are_sent(method: ModuleType, grid_model):
     check_engine(model, engine)
 
 
+class Casting(Engine):
+    """vLLM's `load_weights` copies into what it has, of any dtype."""
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        super().load_weights([(name, weight.to(self._place(name).dtype)) for name, weight in weights])
+
+
+def test_norms_of_a_bf16_model_are_sent(method: ModuleType):
+    """They are fp32 in training; a cast gives what is served."""
+    float_model = tiny("qwen3", dtype=torch.bfloat16)
+    engine = Casting(float_model)
+    model = method.random_adapter(float_model, modules_to_save=["norm"])
+    train(model, IDS, lr=1e-3)
+    sync(model, engine)
+    check_engine(model, engine)
+    served = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+    sent = [name for name in engine.loaded if "norm" in name]
+    assert len(sent) == 9
+    assert all(torch.equal(engine.model.get_parameter(name), served[name]) for name in sent)
+
+
 def test_one_layer_is_dense_at_a_time(method: ModuleType):
     """In the whole walk; the metadata of a server's first sync, which reads nothing, needs nothing."""
     for family in ("qwen2", "gpt2"):
