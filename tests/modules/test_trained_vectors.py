@@ -81,6 +81,8 @@ def test_norms_that_were_trained_are_those_that_are_served(method: ModuleType, f
         assert torch.equal(served[name], tensor)
     assert not any(isinstance(module, TrainedVectors) for module in merged.modules())
     merged.save_pretrained(tmp_path / "merged")
+    for card in ("adapter", "merged"):
+        assert "trained in float beside: norm" in (tmp_path / card / "README.md").read_text()
     assert torch.equal(reload_clean([tmp_path / "merged"], IDS, tmp_path)[0].to(expected.dtype), expected)
 
 

@@ -23,6 +23,7 @@ from ...grid import Grid
 from ...ops.activations import PER_TOKEN, Activations
 from ...ops.kv_cache import CACHE_RULES
 from .absent import OF_OTHERS
+from .extras import ADDED_BY_PEFT
 from .fingerprint import QUANTIZED_BASE
 from .loading import LoadingConfig
 from .rules import FLOAT_BITS, Rule, check_fields, is_index
@@ -260,6 +261,11 @@ class GridConfig(PeftConfigMixin):
     def recipe(self) -> str:
         """What a merged checkpoint says about the training: plain text, which cards make links of papers in."""
         raise NotImplementedError
+
+    @property
+    def trained_beside(self) -> list[str]:
+        """What is trained in float, for `recipe`, but for the heads that PEFT adds by itself."""
+        return [name for name in self.modules_to_save or () if name not in ADDED_BY_PEFT]
 
     def check_options(self) -> None:
         """Raise ValueError if an option is out of range, or options contradict each other."""

@@ -25,7 +25,7 @@ _HEADS = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 _GENERATES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
-_ADDED_BY_PEFT = {name for names in _HEADS.values() for name in names}
+ADDED_BY_PEFT = {name for names in _HEADS.values() for name in names}
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -64,7 +64,7 @@ def warn_of_converted_head(model: Any, targets: dict[str, nn.Module], config: An
     backbone = getattr(model, "base_model", model)
     outside = [name for name, child in model.named_children() if child is not backbone]
     if backbone is model:  # which has encoder and decoder beside the head
-        outside = [name for name in outside if name in _ADDED_BY_PEFT]
+        outside = [name for name in outside if name in ADDED_BY_PEFT]
     heads = [name for name in outside if any(f"{target}.".startswith(f"{name}.") for target in targets)]
     if heads:
         warnings.warn(
@@ -265,7 +265,7 @@ def _check_task(model: nn.Module, config: Any) -> None:
 def _check_modules_to_save(modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: Any) -> None:
     for wanted in config.modules_to_save or ():
         found = {name: module for name, module in modules.items() if name and name.endswith(wanted)}  # as PEFT does
-        if not found and wanted not in _ADDED_BY_PEFT:
+        if not found and wanted not in ADDED_BY_PEFT:
             raise ValueError(
                 f"`modules_to_save` names {wanted!r}, but no module of the model is called so, and nothing would be "
                 "trained for it. Correct the name, or leave it out."

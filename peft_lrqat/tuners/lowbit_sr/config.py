@@ -289,6 +289,8 @@ class LowBitSRConfig(GridConfig, PeftConfig):
             extras.append(self.describe_activations())
         if self.kv_bits is not None:
             extras.append(f"{self.kv_bits}-bit KV cache as {self.kv_rule} has it")
+        if self.trained_beside:
+            extras.append(f"trained in float beside: {', '.join(self.trained_beside)}")
         return f"direct low-bit training with stochastic rounding (DQT, arXiv 2412.04787): {', '.join(extras)}"
 
     # -- checks

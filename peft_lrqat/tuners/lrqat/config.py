@@ -336,6 +336,7 @@ class LRQATConfig(GridConfig, LoraConfig):
             f"{trained}base kept as {self.downcast}, {ranges}"
             + (f", {self.describe_activations()}" if self.rounds_inputs else "")
             + (f", {self.kv_bits}-bit KV cache as {self.kv_rule} has it" if self.kv_bits is not None else "")
+            + (f", trained in float beside: {', '.join(self.trained_beside)}" if self.trained_beside else "")
         )
 
     @property
