@@ -15,6 +15,7 @@ class Strength(LoraLayer):
     """Stands before PEFT's LoraLayer, whose methods would divide by the rank 0."""
 
     adapter_options: dict[str, Any]
+    _scaling: dict[str, Any]
 
     @property
     def scaling(self) -> Any:
@@ -22,13 +23,13 @@ class Strength(LoraLayer):
 
         Setting it raises a ValueError if that is to change for an adapter without low-rank factors.
         """
-        return vars(self)["scaling"]
+        return self._scaling
 
     @scaling.setter
     def scaling(self, value: dict[str, Any]) -> None:
         for adapter, factor in value.items():
             self._check_strength(adapter, factor)
-        vars(self)["scaling"] = value
+        self._scaling = value  # of another name, for `torch.compile`: some versions take vars() for attributes
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply lora_alpha / r of an adapter by a number, as PEFT does.
