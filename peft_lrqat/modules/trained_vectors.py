@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 HALF = (torch.bfloat16, torch.float16)
@@ -72,6 +73,18 @@ class TrainedVectors:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _made, (self.plain, self.vectors), dict(vars(self))
+
+
+class ReadAsServed(ModulesToSaveWrapper):
+    """PEFT's wrapper, of which a model's own code may read a norm's weight: Mamba gives it to a kernel, or asks for its
+    dtype. It finds what is served; the parameter itself is read of the module within.
+    """
+
+    def _getattr_wrapped(self, name: str, modules: Any) -> Any:
+        found = super()._getattr_wrapped(name, modules)
+        module = modules["modules_to_save"][self.active_adapters[0]]
+        trained = isinstance(module, TrainedVectors) and name in module.vectors
+        return found.to(module.served_dtype) if trained else found
 
 
 def train_in_fp32(module: Any) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -140,6 +142,22 @@ def test_a_model_that_is_cast_serves_what_it_was_cast_to(cast: str):
     model = getattr(trained(lrqat), cast)()
     expected = logits(model, IDS)
     assert expected.dtype == {"float": torch.float32, "half": torch.float16}[cast]
+    assert torch.equal(logits(model.merge_and_unload(), IDS), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("Mamba", {}), ("Mamba2", {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8})]
+)
+def test_a_weight_that_the_model_reads_outside_of_the_norm_is_what_is_served(kind: str, options: dict):
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    size = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 8, "expand": 2}
+    config = getattr(transformers, kind + "Config")(**size, **special, **options)
+    model = lrqat.adapt(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), modules_to_save=["norm"], r=0)
+    train(model, IDS, lr=LR)
+    (norm, *_) = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    assert norm.weight.dtype == torch.bfloat16
+    assert norm.modules_to_save["default"].weight.dtype == torch.float32
+    expected = logits(model, IDS)
     assert torch.equal(logits(model.merge_and_unload(), IDS), expected)
 
 

@@ -14,7 +14,7 @@ from ...checkpoint.card import attach_card, merged_card, merged_serving
 from ...formats.record import Record
 from ...modules.kv_cache import keep_floats, round_cache, rounding_for, settle
 from ...modules.packed import MERGED, QuantizedLinear, describe
-from ...modules.trained_vectors import settle_vectors, train_in_fp32
+from ...modules.trained_vectors import ReadAsServed, TrainedVectors, settle_vectors, train_in_fp32
 from .adapter_file import (
     CHECKSUM,
     PREFIX,
@@ -283,8 +283,10 @@ class QuantizingModel(QuickWalks, FindsTargets):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which takes an adapter's half-precision parameters to fp32; and norms that are trained beside it."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for module in trained_beside(self, adapter_name).values() if autocast_adapter_dtype else ():
+        for name, module in trained_beside(self, adapter_name).items() if autocast_adapter_dtype else ():
             train_in_fp32(module)
+            if isinstance(module, TrainedVectors):
+                self.get_submodule(name).__class__ = ReadAsServed
 
     def train(self, mode: bool = True) -> QuantizingModel:
         """Set the mode as torch's `train` does. Before an evaluation (False) it warns if scales have left their range.
