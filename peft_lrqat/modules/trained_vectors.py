@@ -43,16 +43,16 @@ class TrainedVectors:
     @property
     def forward(self) -> Callable[..., Any]:
         """The forward of `plain`, or what others, such as Liger's kernels, have put in its place."""
-        own = vars(self).get("forward")
+        own = vars(self).get("_own_forward")  # of another name: torch.compile may take vars() for attributes
         return functools.partial(self._on_rounded, self.plain.forward.__get__(self) if own is None else own)
 
     @forward.setter
     def forward(self, function: Callable[..., Any]) -> None:
-        vars(self)["forward"] = function
+        vars(self)["_own_forward"] = function
 
     @forward.deleter
     def forward(self) -> None:
-        del vars(self)["forward"]
+        del vars(self)["_own_forward"]
 
     def _on_rounded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # FSDP1 and DataParallel have tensors among the attributes, in the place of parameters
@@ -97,7 +97,10 @@ def train_in_fp32(module: Any) -> None:
         own = {name for name, parameter in module._parameters.items() if parameter is not None}
         if len(halves) != 1 or named.keys() != own or any(parameter.ndim > 1 for parameter in named.values()):
             return
+        forward = vars(module).pop("forward", None)
         module.__class__ = _kind(cast(Any, type(module)), tuple(named))
+        if forward is not None:
+            module.forward = forward
         vars(module)["served_dtype"] = halves.pop()
     for name, parameter in named.items():
         if parameter.dtype in HALF:
@@ -112,8 +115,11 @@ def settle_vectors(model: nn.Module) -> None:
             for name in module.vectors:
                 master = module._parameters[name]
                 module._parameters[name] = nn.Parameter(master.detach().to(module.served_dtype), master.requires_grad)
+            forward = vars(module).pop("_own_forward", None)
             del module.served_dtype
             module.__class__ = cast(Any, module.plain)
+            if forward is not None:
+                module.forward = forward
 
 
 def as_served(module: nn.Module) -> nn.Module:
