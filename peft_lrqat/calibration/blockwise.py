@@ -111,7 +111,8 @@ def preprocess_blockwise(
         epochs (int): over the calibration text, for each block.
         learning_rate (float): of weights and zero points, in grid steps. AdamW, with a cosine decay to 0.
         scale_learning_rate (float): of the relative change of the scales.
-        batch (int): windows (rows of token ids) a step.
+        batch (int): windows (rows of token ids) a step. 1 makes twice the steps of 2 from the same text and
+            passes, which is worth it where they are few.
         length (int): tokens a window, for texts only.
         held_out (float): share of the text that is not trained on. A block keeps the state that is best there, of those
             before training and after each epoch.
