@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from accuracy_methods import DEFAULTS, LEARNING_RATES
 
-_HIDDEN = {"method", "then", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters", "start_windows"}
+_HIDDEN = {"method", "then", "bits", "group", "symmetric", "seed", "hellaswag", "steps", "iters"}
 _OPTIONS = {
     ("signed", "True"): "signed scales",
     ("downcast", "int"): "packed base",
     ("learn_scales", "channel"): "scales by channel",
 }
+_SHOWN = {"start_windows": "windows of text", "start_epochs": "passes", "start_batch": "windows a step"}
 _METHODS = {
     "round": "rounded to nearest",
     "lsq": "full QAT (LSQ)",
@@ -78,7 +79,7 @@ def label_of(job: dict[str, Any]) -> str:
         default = LEARNING_RATES.get(job["method"]) if key == "lr" else DEFAULTS.get(key)
         if key not in _HIDDEN | {"start", "kl"} and value != default:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            words.append(_OPTIONS.get((key, shown)) or f"{key} {shown}")
+            words.append(_OPTIONS.get((key, shown)) or f"{_SHOWN.get(key, key)} {shown}")
     return ", ".join([name, *words])
 
 
@@ -190,10 +191,14 @@ def all_rows(files: list[str], text: str = "report") -> str:
 
 
 def best_of(rows: list[Row]) -> dict[str, dict[tuple[int, int, bool], Row]]:
-    """By family and grid, the row whose settings are best on `tune`, of those with as many steps as the others."""
+    """By family and grid, the row whose settings are best on `tune`, of those with as many steps as the others.
+
+    Rows that train norms too are left out.
+    """
     best: dict[str, dict[tuple[int, int, bool], Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: -row.mean("tune", "ppl")):
-        if (job := row.runs[0]["job"])["steps"] in (0, DEFAULTS["steps"]):
+        job = row.runs[0]["job"]
+        if job["steps"] in (0, DEFAULTS["steps"]) and not job["norm_lr"]:
             best[family(job)][row.grid] = row
     return best
 
@@ -357,12 +362,13 @@ def plot(args: argparse.Namespace) -> None:
 
 def family(job: dict[str, Any]) -> str:
     """What shares a mark in the plot."""
+    longer = ", longer" if job["start_windows"] > DEFAULTS["start_windows"] or "start_epochs" in job else ""
     if job["steps"] == 0 and job["start"]:
-        return _ROUNDED_BY.get(job["start"], job["start"])
+        return _ROUNDED_BY.get(job["start"], job["start"]) + longer
     name = _name(job)
     if job["method"] == "round" and job["signed"]:
         return name + ", signed scales"
     taught = ", KL" if job["kl"] else ""
     if job["method"] == "scales" and job["start"] == "blockwise":
-        return "block-wise, then scales" + taught
-    return name + taught + (", from block-wise" if job["start"] == "blockwise" else "")
+        return f"block-wise{longer}, then scales{taught}"
+    return name + taught + (f", from block-wise{longer}" if job["start"] == "blockwise" else "")
