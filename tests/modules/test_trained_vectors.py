@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat import export
 from peft_lrqat.checkpoint.model_source import ModelSource
-from peft_lrqat.modules.trained_vectors import TrainedVectors, train_in_fp32
+from peft_lrqat.modules.trained_vectors import TrainedVectors, settle_vectors, train_in_fp32
 from tests import lowbit_sr, lrqat
 from tests.models import logits, reload_clean, tiny, tokens, train
 
@@ -188,6 +188,22 @@ def test_a_forward_that_others_put_in_place_finds_what_is_served():
     object.__setattr__(norm, "weight", weight.detach())
     assert torch.equal(norm(x), expected)
     assert norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("when", ["before", "in training"])
+def test_a_forward_that_others_put_in_place_stays_after_training(when: str):
+    norm = nn.LayerNorm(4).bfloat16()
+    if when == "in training":
+        train_in_fp32(norm)
+    norm.forward = lambda x: norm.weight + x
+    train_in_fp32(norm)
+    norm.weight.data.fill_(1.001)
+    expected = torch.full((4,), 3.0).bfloat16()
+    assert torch.equal(norm(torch.full((4,), 2.0).bfloat16()), expected)
+    settle_vectors(norm)
+    assert type(norm) is nn.LayerNorm
+    assert norm.weight.dtype == torch.bfloat16
+    assert torch.equal(norm(torch.full((4,), 2.0).bfloat16()), expected)
 
 
 @pytest.mark.parametrize(

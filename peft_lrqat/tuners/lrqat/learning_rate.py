@@ -46,7 +46,7 @@ def _look_at_scales(optimizer: Optimizer, found: list[tuple[dict[str, Any], list
     rate = rate_of(found[0][0])
     if rate is not None and rate < _LOW_FOR_SCALES:
         warnings.warn(
-            f"The learning rate of LR-QAT's scales is {rate:.2g}, and with `r=0` they are all that is trained: "
+            f"The learning rate of LR-QAT's scales is {rate:.2g}, and with `r=0` they are all of it that is trained: "
             f"{type(optimizer).__name__} would take about {0.01 / rate:.0f} updates to move one by a hundredth. 1e-3 "
             "is a good start (docs/guides/best-accuracy.md).",
             stacklevel=3,
